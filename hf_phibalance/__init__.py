@@ -1,0 +1,36 @@
+"""
+φ-balanced Mixture-of-Experts routers for Hugging Face transformers (arXiv 2605.15403).
+
+```python
+import hf_phibalance as phb
+
+model = phb.AutoModelForCausalLM.from_pretrained("mistralai/Mixtral-8x7B-v0.1", phi_balance=True)
+trainer = SFTTrainer(model, ...)
+phb.attach(trainer)
+trainer.train()
+```
+"""
+
+from .auto import AutoModelForCausalLM, disable, enable
+from .balancer import PhiBalancer
+from .callback import PhiBalanceCallback, attach
+from .config import PhiBalanceConfig
+from .patching import get_balancer, patch, unpatch
+from .potentials import POTENTIALS
+from .routers import supported_families
+
+
+__all__ = [
+    "POTENTIALS",
+    "AutoModelForCausalLM",
+    "PhiBalanceCallback",
+    "PhiBalanceConfig",
+    "PhiBalancer",
+    "attach",
+    "disable",
+    "enable",
+    "get_balancer",
+    "patch",
+    "supported_families",
+    "unpatch",
+]

@@ -1,0 +1,122 @@
+"""`from_pretrained(..., phi_balance=...)`: loading a model and patching it in one call."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils import cached_file
+
+from .balancer import STATE_NAME
+from .config import PhiBalanceConfig
+from .patching import get_balancer, patch
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class AutoModelForCausalLM:
+    """
+    `transformers.AutoModelForCausalLM` whose models come back φ-balanced.
+
+    `phi_balance` may be a [`PhiBalanceConfig`], a dict of its fields, `True` (what config.json says, else the
+    defaults), `False` (the ordinary model), or be left out: then a model that was saved while patched is patched again.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args, phi_balance: Any = None, **kwargs) -> nn.Module:
+        """
+        Args:
+            pretrained_model_name_or_path (`str`): folder or Hub name.
+            phi_balance (`PhiBalanceConfig`, `dict` or `bool`, *optional*): see the class.
+            kwargs: handed to `transformers.AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ValueError: if the configuration is invalid, the model has no router, or its state does not fit it.
+        """
+        PhiBalanceConfig.from_any(phi_balance or True)  # bad input fails before the weights are loaded
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if phi_balance is None:
+            phi_balance = getattr(model.config, "phi_balance", None) is not None
+        _patch_loaded(model, pretrained_model_name_or_path, phi_balance, kwargs)
+        return loaded
+
+    @classmethod
+    def from_config(cls, config, *args, phi_balance: Any = None, **kwargs) -> nn.Module:
+        """A model with random weights; see `from_pretrained` for `phi_balance`."""
+        model = transformers.AutoModelForCausalLM.from_config(config, *args, **kwargs)
+        if phi_balance is None:
+            phi_balance = getattr(config, "phi_balance", None) is not None
+        _patch_loaded(model, None, phi_balance, kwargs)
+        return model
+
+
+def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs: dict[str, Any]) -> None:
+    """Patches a freshly loaded model as `phi_balance` asks and gives it the state that was saved beside its weights."""
+    if phi_balance is None or phi_balance is False:
+        return
+    if phi_balance is True:
+        phi_balance = getattr(model.config, "phi_balance", None) or True
+    patch(model, phi_balance)
+    if source is None:
+        return
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    state = cached_file(
+        source,
+        STATE_NAME,
+        **hub,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if state is not None:
+        get_balancer(model).load(state)
+
+
+# ---------------------------------------------------------------------- transformers' own entry points
+
+_originals: list[tuple[type, str, Any]] = []
+
+
+def enable() -> None:
+    """
+    Lets transformers' own `from_pretrained` and `from_config` accept `phi_balance=...`; calls without it behave as
+    ever. Taken back by [`disable`]; calling it twice is the same as once.
+    """
+    if _originals:
+        return
+    for owner, name in (
+        (PreTrainedModel, "from_pretrained"),
+        (PreTrainedModel, "_from_config"),
+        (_BaseAutoModelClass, "from_pretrained"),
+        (_BaseAutoModelClass, "from_config"),
+    ):
+        original = vars(owner)[name]
+        _originals.append((owner, name, original))
+        setattr(owner, name, classmethod(_accepting_flag(original.__func__, loads=name == "from_pretrained")))
+
+
+def disable() -> None:
+    """Takes [`enable`] back."""
+    while _originals:
+        owner, name, original = _originals.pop()
+        setattr(owner, name, original)
+
+
+def _accepting_flag(inner, loads: bool):
+    @functools.wraps(inner)
+    def wrapper(cls, source, *args, phi_balance: Any = None, **kwargs):
+        if phi_balance is None or phi_balance is False:
+            return inner(cls, source, *args, **kwargs)
+        PhiBalanceConfig.from_any(phi_balance)
+        loaded = inner(cls, source, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _patch_loaded(model, source if loads else None, phi_balance, kwargs)
+        return loaded
+
+    return wrapper

@@ -1,0 +1,222 @@
+"""φ-balancing inside a Trainer: when the duals move, where their statistics are logged, what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .balancer import STATE_NAME, PhiBalancer
+from .patching import get_balancer, patch
+
+
+logger = logging.get_logger(__name__)
+
+
+class PhiBalanceCallback(TrainerCallback):
+    """
+    Updates the duals of a patched model once per optimizer step, and keeps them with every checkpoint.
+
+    Alone (`Trainer(..., callbacks=[PhiBalanceCallback()])`) it works with what callbacks can see. [`attach`] wires a
+    callback into the trainer and adds
+
+    - the exact number of tokens of each optimizer step. Alone, each micro-batch is charged its own mean divided by
+      `gradient_accumulation_steps`, which is exact only if all micro-batches and ranks hold equally many tokens;
+    - metrics in every reporter. Alone they reach `trainer.state.log_history`, which reporters have read by then;
+    - evaluation loads (`eval_moe/...`);
+    - the duals of a checkpoint outside `output_dir` on resume, and switching off TRL's auxiliary loss.
+
+    Args:
+        per_layer (`int`, *optional*, defaults to `16`): at most so many layers get metrics of their own.
+
+    Attributes:
+        history (`list[dict]`): at each logging step `{"step": int, "load": {layer name: [relative load per expert]}}`,
+            1 being a fair share.
+    """
+
+    def __init__(self, per_layer: int = 16) -> None:
+        self.per_layer = per_layer
+        self.history: list[dict[str, Any]] = []
+        self.balancer: PhiBalancer | None = None
+        self.attached = False
+        self._resume_from: str | None = None
+        self._scaler = None
+
+    # ------------------------------------------------------------------ events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs
+    ) -> None:
+        patch(model)  # no change to the routers; covers wrappers added since, and losses that a trainer switched on
+        self.balancer = get_balancer(model)
+        self.balancer.discard_step()
+        self._scaler = getattr(optimizer, "scaler", None)
+        if not self.attached and self.balancer.config.is_on and getattr(args, "router_aux_loss_coef", 0.0) != 0.0:
+            raise ValueError(
+                f"router_aux_loss_coef={args.router_aux_loss_coef!r} in {type(args).__name__} adds a second auxiliary "
+                "loss to φ-balancing. Set router_aux_loss_coef=0.0, or use phb.attach(trainer), which switches it off."
+            )
+        if state.global_step > 0:
+            self._restore(args, state)
+        else:
+            self.history.clear()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if not self.balancer.is_open:
+            self.balancer.begin_step(args.gradient_accumulation_steps, loss_scale=self.loss_scale)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+    ) -> None:
+        if getattr(optimizer, "step_was_skipped", False):  # fp16 overflow: no step, so no update
+            self.balancer.discard_step()
+        else:
+            self.balancer.step()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
+    ) -> None:
+        if not self.attached and "loss" in (logs or {}):
+            state.log_history[-1].update(self.training_metrics(state))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.balancer.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    # ------------------------------------------------------------------ helpers
+
+    @property
+    def loss_scale(self) -> float | Tensor:
+        """Scale of the fp16 `GradScaler` in use, else 1; stays on the device."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return 1.0
+        scale = self._scaler._scale  # `get_scale()` would wait for the device
+        return self._scaler.get_scale() if scale is None else scale
+
+    def training_metrics(self, state: TrainerState) -> dict[str, float]:
+        """Metrics of the last step as `moe/...`; notes the loads in `history`."""
+        if self.balancer is None or self.balancer.steps == 0:
+            return {}
+        self.balancer.check_finite()
+        load = {name: (load_E / load_E.mean().clamp(min=1e-30)).tolist() for name, load_E in self.balancer.loads().items()}
+        if not self.history or self.history[-1]["step"] != state.global_step:
+            self.history.append({"step": state.global_step, "load": load})
+        return {f"moe/{key}": value for key, value in self.balancer.metrics(self.per_layer).items()}
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        named = self._resume_from or args.resume_from_checkpoint
+        folder = Path(named if isinstance(named, str) and Path(named).is_dir() else args.output_dir)
+        if not (folder / STATE_NAME).is_file():
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not (folder / STATE_NAME).is_file():
+            raise FileNotFoundError(
+                f"training resumes at step {state.global_step}, but there is no {STATE_NAME} in {folder}: the duals "
+                "would silently start anew. Resume from a checkpoint written while balancing, or with phb.attach(trainer) "
+                "if the checkpoint lies outside output_dir."
+            )
+        self.balancer.load(folder)
+
+
+def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> PhiBalanceCallback:
+    """
+    Wires φ-balancing into `trainer`, whose model must be patched: duals, exact token counts, metrics in every reporter
+    and in `log_history`, loads of evaluations, state in checkpoints. Works with any subclass of `Trainer`; calling it
+    again returns the same callback.
+
+    Args:
+        trainer (`transformers.Trainer`): the trainer, before `train()`.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            The data-parallel ranks, if they are not simply all ranks (tensor, context or sequence parallelism).
+
+    Returns:
+        `PhiBalanceCallback`: the callback in use; its `history` holds the loads at each logging step.
+
+    Raises:
+        ValueError: if the model is not patched, or the way of training cannot keep the promise of an exact coefficient.
+    """
+    callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
+    if callback is not None and callback.attached:
+        return callback
+    balancer = get_balancer(trainer.model)
+    _refuse_unknown_scaling(trainer, process_group)
+    if callback is None:
+        callback = PhiBalanceCallback()
+        trainer.add_callback(callback)
+    callback.attached = True
+    balancer.process_group = process_group
+    if balancer.config.is_on and getattr(trainer, "aux_loss_enabled", False):
+        logger.warning_once(
+            f"φ-balancing is on: the auxiliary loss of {type(trainer).__name__} (router_aux_loss_coef="
+            f"{trainer.router_aux_loss_coef}) has been switched off."
+        )
+        trainer.aux_loss_enabled = False
+        trainer.router_aux_loss_coef = 0.0
+    patch(trainer.model)
+
+    get_batch_samples, log, evaluate = trainer.get_batch_samples, trainer.log, trainer.evaluate
+    load_optimizer = trainer._load_optimizer_and_scheduler
+
+    @functools.wraps(get_batch_samples)
+    def counted_batch_samples(*args, **kwargs):
+        batches, items = get_batch_samples(*args, **kwargs)
+        if batches:
+            balancer.begin_step(_model_inputs(batches), loss_scale=callback.loss_scale)
+        return batches, items
+
+    @functools.wraps(log)
+    def log_with_metrics(logs, *args, **kwargs):
+        logs.update(_metrics_for(logs, balancer, callback, trainer))
+        return log(logs, *args, **kwargs)
+
+    @functools.wraps(evaluate)
+    def counted_evaluate(*args, **kwargs):
+        with balancer.evaluation():
+            return evaluate(*args, **kwargs)
+
+    @functools.wraps(load_optimizer)
+    def noted_load(checkpoint, *args, **kwargs):
+        callback._resume_from = checkpoint
+        return load_optimizer(checkpoint, *args, **kwargs)
+
+    trainer.get_batch_samples, trainer.log, trainer.evaluate = counted_batch_samples, log_with_metrics, counted_evaluate
+    trainer._load_optimizer_and_scheduler = noted_load
+    return callback
+
+
+def _model_inputs(batches: Sequence[Any]) -> list[Mapping[str, Any]]:
+    return [batch if isinstance(batch, Mapping) else {} for batch in batches]
+
+
+def _metrics_for(
+    logs: dict[str, float], balancer: PhiBalancer, callback: PhiBalanceCallback, trainer: Trainer
+) -> dict[str, float]:
+    if balancer.is_evaluating:
+        prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
+        values = balancer.eval_metrics(callback.per_layer)
+        return {f"{prefix}_moe/{key}": value for key, value in values.items()}
+    if "loss" in logs and trainer.is_world_process_zero():
+        return callback.training_metrics(trainer.state)
+    return {}
+
+
+def _refuse_unknown_scaling(trainer: Trainer, process_group: dist.ProcessGroup | None) -> None:
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    sizes = {kind: getattr(parallelism, f"{kind}_size", 1) for kind in ("tp", "cp", "sp")}
+    split = [f"{kind}_size={size}" for kind, size in sizes.items() if size and size > 1]
+    if split and process_group is None:
+        raise ValueError(
+            f"{', '.join(split)}: some ranks share tokens or gradients, so the data-parallel ranks cannot be told from "
+            "the world size. Pass them: phb.attach(trainer, process_group=...)."
+        )
+    if trainer.is_deepspeed_enabled and trainer.args.fp16:
+        raise ValueError(
+            "DeepSpeed keeps its fp16 loss scale to itself, so the strength of the price gradient would be unknown. "
+            "Train with bf16=True."
+        )

@@ -1,0 +1,182 @@
+"""What the user decides: one validated, serialisable dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .potentials import Potential, get_potential
+
+
+CONFIG_NAME = "phi_balance.json"
+STATISTICS = ("probs", "load")
+PRICE_TIMES = ("previous", "current")
+TOKEN_MASKS = ("attention", "labels", "all")
+
+
+def package_version() -> str:
+    """Version of the installed package, `"0+unknown"` in a source tree that was never installed."""
+    try:
+        return version("hf_phibalance")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+@dataclass(frozen=True)
+class PhiBalanceConfig:
+    r"""
+    Configuration of φ-balancing (arXiv 2605.15403).
+
+    Args:
+        coef (`float`, *optional*, defaults to `0.01`):
+            Strength of the price gradient: one optimizer step receives exactly the gradient of
+            `coef * sum_layers mean_tokens <q, p>`, whatever the split into micro-batches and ranks. `0` switches it off.
+        bias_coef (`float`, *optional*, defaults to `0.0`):
+            Step size of the dual-ascent selection bias `b <- b - bias_coef * q`, added to the scores that the router
+            ranks (probabilities, sigmoid affinities, or logits where the family ranks logits) for the *selection*
+            only. `0` switches it off. Both levers may be on.
+        potential (`str`, *optional*, defaults to `"neg_entropy"`):
+            Strictly convex potential φ, a key of `POTENTIALS`.
+        potential_kwargs (`dict`, *optional*, defaults to `{}`):
+            Parameters of a parametrised potential, for example `{"alpha": 1.1}` for `"tsallis"`.
+        ema_rate (`float`, *optional*, defaults to `0.3`):
+            η in (0, 1]: the weight of the *new* step in `m <- (1 - η) m + η s`.
+        track (`str`, *optional*, defaults to `"probs"`):
+            Statistic behind the gradient's price: `"probs"` (mean routing probability, Algorithm 1) or `"load"`
+            (share of the top-k assignments).
+        bias_track (`str`, *optional*, defaults to `"load"`):
+            Statistic behind the bias's price, same choices.
+        price_from (`str`, *optional*, defaults to `"previous"`):
+            `"previous"` prices a step with the state that the previous one left, which makes the gradient invariant
+            to every split. `"current"` mixes the statistic of the micro-batch at hand in first, as Algorithm 1 does;
+            the price then depends on the micro-batch (and rank), so the invariance is lost.
+        token_mask (`str`, *optional*, defaults to `"attention"`):
+            Tokens that count and pay: `"attention"` (attention_mask != 0), `"labels"` (labels != -100) or `"all"`.
+
+    Raises:
+        ValueError: if a field is out of range; the message names the field, the value and the remedy.
+    """
+
+    coef: float = 0.01
+    bias_coef: float = 0.0
+    potential: str = "neg_entropy"
+    potential_kwargs: dict[str, Any] = field(default_factory=dict)
+    ema_rate: float = 0.3
+    track: str = "probs"
+    bias_track: str = "load"
+    price_from: str = "previous"
+    token_mask: str = "attention"
+
+    def __post_init__(self) -> None:
+        for name in ("coef", "bias_coef"):
+            value = getattr(self, name)
+            if not _is_number(value) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"`{name}` must be a finite number >= 0 (0 switches it off), got {value!r}.")
+        if not _is_number(self.ema_rate) or not 0 < self.ema_rate <= 1:
+            raise ValueError(
+                f"`ema_rate` must lie in (0, 1], got {self.ema_rate!r}: it is the weight of the new step, "
+                "so 1 keeps no memory and values near 0 average over many steps."
+            )
+        for name, choices in (
+            ("track", STATISTICS),
+            ("bias_track", STATISTICS),
+            ("price_from", PRICE_TIMES),
+            ("token_mask", TOKEN_MASKS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        if not isinstance(self.potential_kwargs, dict):
+            raise ValueError(f"`potential_kwargs` must be a dict such as {{'alpha': 1.1}}, got {self.potential_kwargs!r}.")
+        self.build_potential()
+
+    def build_potential(self) -> Potential:
+        """The potential that `potential` and `potential_kwargs` name."""
+        return get_potential(self.potential, **self.potential_kwargs)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether either lever acts on the model; with both strengths 0 the routers are only counted."""
+        return self.coef > 0 or self.bias_coef > 0
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The statistics whose EMA is kept, in a fixed order."""
+        return tuple(name for name in STATISTICS if name in (self.track, self.bias_track))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values, with the version that wrote them under `"version"`."""
+        return {**dataclasses.asdict(self), "version": package_version()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PhiBalanceConfig:
+        """
+        Inverse of [`~PhiBalanceConfig.to_dict`]; missing fields take their defaults.
+
+        Raises:
+            ValueError: if a key is unknown, for example because a newer version wrote it.
+        """
+        values = dict(values)
+        written_by = values.pop("version", None)
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            origin = f"written by hf_phibalance {written_by}, this is {package_version()}" if written_by else "a dict"
+            raise ValueError(
+                f"unknown PhiBalanceConfig field(s) {', '.join(map(repr, unknown))} ({origin}). Known fields: "
+                f"{', '.join(known)}. Upgrade hf_phibalance if a newer version wrote them, else correct or remove them."
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_any(cls, config: PhiBalanceConfig | dict[str, Any] | bool | None) -> PhiBalanceConfig:
+        """
+        What users may write wherever a configuration is asked for: a config, a dict, or `True` for the defaults.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if isinstance(config, cls):
+            return config
+        if isinstance(config, dict):
+            return cls.from_dict(config)
+        if config is True or config is None:
+            return cls()
+        raise ValueError(f"`config` must be a PhiBalanceConfig, a dict of its fields or True, got {config!r}.")
+
+    def save(self, directory: str | os.PathLike) -> Path:
+        """Writes `phi_balance.json` into `directory` (made if missing) and returns its path."""
+        path = Path(directory) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PhiBalanceConfig:
+        """
+        Reads what [`~PhiBalanceConfig.save`] wrote, from the file or from its directory.
+
+        Raises:
+            ValueError: if the file is no JSON object or holds an invalid field.
+            OSError: if it cannot be read.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / CONFIG_NAME
+        try:
+            values = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}); write it again with PhiBalanceConfig.save.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a JSON object of PhiBalanceConfig fields, got {type(values).__name__}.")
+        return cls.from_dict(values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

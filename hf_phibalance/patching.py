@@ -1,0 +1,388 @@
+"""Putting φ-balancing into a model and taking it out again, by hooks alone: no class, parameter or buffer changes.
+
+Forward hooks see a router wherever its forward may hide (in its class, in an instance that accelerate dispatched, in a
+parametrisation of PEFT, inside FSDP or DDP), keep `isinstance` and state-dict keys, and can be removed without trace.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .balancer import STATE_NAME, PhiBalancer
+from .config import PhiBalanceConfig
+from .routers import REMOTE_TRAITS, RouterSite, find_routers
+from .selection import SelectionBias, rank_scores
+
+
+logger = logging.get_logger(__name__)
+BALANCER_ATTRIBUTE = "_phi_balancer"
+BUILT_IN_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+MISSING = object()
+
+
+# ---------------------------------------------------------------------- hooks
+
+
+class _Hook:
+    """A removable hook that follows its balancer when the whole model is copied, and shares it when a router alone is."""
+
+    def __init__(self, balancer: PhiBalancer) -> None:
+        self.balancer = balancer
+
+    def __deepcopy__(self, memo: dict) -> _Hook:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        if id(self.balancer.root) in memo:
+            twin.balancer = copy.deepcopy(self.balancer, memo)
+        return twin
+
+
+class RouterHook(_Hook):
+    """Forward hook of one router: statistics out, price gradient in."""
+
+    def __init__(self, balancer: PhiBalancer, index: int) -> None:
+        super().__init__(balancer)
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        balancer, traits = self.balancer, self.balancer.sites[self.index].kind.traits
+        if balancer.is_idle:
+            return None
+        logits = traits.logits(output, module, args, balancer.sites[self.index].kind.index)
+        chosen = self._choice(logits) if traits.selected is None else output[traits.selected]
+        if traits.carrier is None:
+            return balancer.observe(self.index, logits, chosen, logits)
+        paid = balancer.observe(self.index, logits, chosen, output[traits.carrier])
+        return (*output[: traits.carrier], paid, *output[traits.carrier + 1 :])
+
+    def _choice(self, logits: Tensor) -> Tensor:
+        """The selection `(T, k)` of a router that does not return it."""
+        site, bias = self.balancer.sites[self.index], self.balancer.choice_bias(self.index)
+        scores = torch.softmax(logits, -1, dtype=logits.dtype) if site.kind.traits.ranks == "probs" else logits
+        ranked = scores if bias is None else rank_scores(scores, bias)
+        return torch.ops.aten.topk(ranked, site.top_k)[1]  # the operator itself: `SelectionBias` may be active
+
+
+class SelectionHook(_Hook):
+    """Before and after the forward that selects: the selection bias is in force in between."""
+
+    def __init__(self, balancer: PhiBalancer, index: int, before: bool) -> None:
+        super().__init__(balancer)
+        self.index = index
+        self.before = before
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any = None) -> None:
+        bias = self.balancer.selection_bias(self.index)
+        if bias is None:
+            return
+        if self.before:
+            groups = getattr(module, "num_group", None) or getattr(module, "n_group", None) or 1
+            SelectionBias(bias, zero_is_masked=groups > 1).__enter__()
+        else:
+            SelectionBias(bias).__exit__(None, None, None)  # leaves the mode entered last
+
+
+class BackboneHook(_Hook):
+    """Before and after the forward of the model that holds all routers: its attention mask tells which tokens count."""
+
+    def __init__(self, balancer: PhiBalancer, before: bool) -> None:
+        super().__init__(balancer)
+        self.before = before
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
+        if self.before:
+            positional = dict(zip(_parameter_names(type(module)), args))
+            self.balancer.open_forward({**positional, **kwargs}, module.training)
+        else:
+            self.balancer.close_forward()
+
+
+@functools.cache
+def _parameter_names(model_class: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(model_class.forward).parameters)[1:]
+
+
+def _install_hooks(balancer: PhiBalancer, backbone: nn.Module) -> None:
+    for index, site in enumerate(balancer.sites):
+        for module in site.modules:
+            module.register_forward_hook(RouterHook(balancer, index), prepend=True)
+            if site.native_bias or site.kind.traits.no_bias:
+                continue
+            selecting = site.parent if site.kind.traits.selects_in_parent else module
+            selecting.register_forward_pre_hook(SelectionHook(balancer, index, before=True))
+            selecting.register_forward_hook(
+                SelectionHook(balancer, index, before=False), prepend=True, always_call=True
+            )
+    backbone.register_forward_pre_hook(BackboneHook(balancer, before=True), with_kwargs=True)
+    backbone.register_forward_hook(BackboneHook(balancer, before=False), with_kwargs=True, always_call=True)
+
+
+def _remove_hooks(root: nn.Module) -> None:
+    """Removes every hook of ours, found by its type: copies that PEFT made have no handle."""
+    for module in root.modules():
+        for hooks, *flags in (
+            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                for table in (hooks, *flags):
+                    table.pop(key, None)
+
+
+# ---------------------------------------------------------------------- what patch changes besides
+
+
+def _unwrap(model: nn.Module) -> list[nn.Module]:
+    """`model` and what it wraps, outermost first: compiled, data-parallel and PEFT models down to the transformers one."""
+    chain = [model]
+    while True:
+        inner = extract_model_from_parallel(chain[-1], keep_torch_compile=False)
+        if inner is chain[-1] and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        if inner is chain[-1]:
+            return chain
+        chain.append(inner)
+
+
+def _backbone(root: nn.Module, sites: list[RouterSite]) -> nn.Module:
+    """The outermost transformers model *inside* `root` that holds all routers: heads and trainers call it, not `root`."""
+    routers = {id(module) for site in sites for module in site.modules}
+    holders = [
+        module
+        for module in root.modules()
+        if isinstance(module, PreTrainedModel) and routers <= {id(child) for child in module.modules()}
+    ]
+    return holders[1] if len(holders) > 1 else root
+
+
+class Undo:
+    """Attribute changes that can be taken back in reverse order, exactly: absence is restored as well."""
+
+    def __init__(self) -> None:
+        self._changes: list[tuple[Any, str, Any, Any]] = []
+
+    def set(self, target: Any, name: str, value: Any) -> None:
+        name = getattr(type(target), "attribute_map", {}).get(name, name)
+        self._changes.append((target, name, vars(target).get(name, MISSING), value))
+        setattr(target, name, value)
+
+    def restore(self) -> None:
+        while self._changes:
+            target, name, old, value = self._changes.pop()
+            if callable(value) and vars(target).get(name) is not value:
+                continue  # somebody has wrapped our method since; it does nothing any more
+            if old is MISSING:
+                vars(target).pop(name, None)
+            else:
+                setattr(target, name, old)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The original values, for the duration."""
+        changes = list(self._changes)
+        self.restore()
+        try:
+            yield
+        finally:
+            for target, name, _, value in changes:
+                self.set(target, name, value)
+
+
+def _switch_off_built_in_loss(root: nn.Module, undo: Undo) -> bool:
+    """Sets every coefficient of the family's own auxiliary loss to 0; returns whether one was on."""
+    was_on = False
+    configs = {id(c): c for c in (root.config, root.config.get_text_config())} if hasattr(root, "config") else {}
+    for config in configs.values():
+        was_on |= bool(getattr(config, "output_router_logits", False))
+        for name, off in (("output_router_logits", False), *((name, 0.0) for name in BUILT_IN_COEFFICIENTS)):
+            if getattr(config, name, off) != off:
+                undo.set(config, name, off)
+    for module in root.modules():
+        for name in BUILT_IN_COEFFICIENTS:
+            if isinstance(module, PreTrainedModel) and vars(module).get(name):
+                undo.set(module, name, 0.0)
+        if type(module).__name__ in REMOTE_TRAITS and getattr(module, "alpha", None):
+            was_on = True
+            undo.set(module, "alpha", 0.0)  # coefficient of the gate's own auxiliary loss
+    return was_on
+
+
+def _keep_state_beside_weights(model: nn.Module, undo: Undo) -> None:
+    """Lets `model.save_pretrained` write the state as well, and the config of the ordinary model it is."""
+    if not hasattr(model, "save_pretrained") or getattr(model.save_pretrained, "_phi_balance", False):
+        return
+    inner = type(model).save_pretrained
+
+    @functools.wraps(inner)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        balancer = find_balancer(self)
+        if balancer is None:
+            return inner(self, save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            balancer.save(save_directory)
+            _warn_about_plain_load(balancer)
+        with balancer.undo_built_in.suspended():
+            return inner(self, save_directory, *args, **kwargs)
+
+    save_pretrained._phi_balance = True
+    undo.set(model, "save_pretrained", MethodType(save_pretrained, model))
+
+
+def _warn_about_plain_load(balancer: PhiBalancer) -> None:
+    lost = [site.name for site in balancer.sites if not site.native_bias]
+    if balancer.has_bias and lost:
+        logger.warning_once(
+            f"The selection bias of {len(lost)} routers ({lost[0]!r}, ...) is kept in {STATE_NAME}, not in the weights: "
+            "loading this model without the phi_balance flag loses it and routes some tokens to other experts."
+        )
+
+
+def _hand_labels_to_balancer(root: nn.Module, undo: Undo) -> None:
+    """For `token_mask="labels"`: the backbone never sees the labels, so `root.forward` notes them."""
+    if getattr(root.forward, "_phi_balance", False):
+        return
+    inner = root.forward
+
+    @functools.wraps(getattr(inner, "__func__", inner))
+    def forward(self, *args, **kwargs):
+        balancer = find_balancer(self)
+        if balancer is None:
+            return inner(*args, **kwargs)
+        given = {**dict(zip(_parameter_names(type(self)), args)), **kwargs}
+        with balancer.labels_of(given.get("labels")):
+            return inner(*args, **kwargs)
+
+    forward._phi_balance = True
+    undo.set(root, "forward", MethodType(forward, root))
+
+
+def _refuse_bypassed(root: nn.Module, sites: list[RouterSite]) -> None:
+    if not getattr(root, "use_kernels", False):
+        return
+    for site in sites:
+        kernel = getattr(type(site.parent), "kernel_layer_name", None)
+        if kernel is not None:
+            raise ValueError(
+                f"use_kernels=True replaces the forward of {type(site.parent).__name__} by the kernel {kernel!r}, which "
+                f"never calls its router {site.name!r}: nothing could be balanced. Load the model with use_kernels=False."
+            )
+
+
+# ---------------------------------------------------------------------- public
+
+
+def find_balancer(model: nn.Module) -> PhiBalancer | None:
+    """The balancer of `model` (wrapped or not), or `None` if it is not patched."""
+    return vars(_unwrap(model)[-1]).get(BALANCER_ATTRIBUTE)
+
+
+def get_balancer(model: nn.Module) -> PhiBalancer:
+    """
+    The [`PhiBalancer`] of a patched model, which may be wrapped by PEFT, DDP or `torch.compile`.
+
+    Raises:
+        ValueError: if the model is not patched.
+    """
+    balancer = find_balancer(model)
+    if balancer is None:
+        raise ValueError(f"{type(_unwrap(model)[-1]).__name__} is not φ-balanced; call phb.patch(model) first.")
+    return balancer
+
+
+def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None) -> nn.Module:
+    """
+    φ-balances every router of `model`, in place.
+
+    Args:
+        model (`torch.nn.Module`):
+            A transformers MoE model, possibly wrapped by PEFT, DDP, FSDP or `torch.compile`.
+        config (`PhiBalanceConfig`, `dict` or `bool`, *optional*):
+            `True` or nothing stands for the defaults, or for the present configuration of a patched model. A patched
+            model may be given another configuration; it keeps its duals where that configuration needs the same ones.
+
+    Returns:
+        `torch.nn.Module`: `model` itself.
+
+    Raises:
+        ValueError: if the configuration is invalid, or if the model's routers cannot be balanced (none found, a
+            refused family, a kernel that bypasses them); the model is then untouched.
+    """
+    chain = _unwrap(model)
+    root = chain[-1]
+    present = vars(root).get(BALANCER_ATTRIBUTE)
+    if present is not None and (config is None or config is True):
+        config = present.config
+    config = PhiBalanceConfig.from_any(config)
+    if present is None or present.config != config:
+        balancer = _prepare(root, config)
+        if present is not None:
+            _carry_over(present, balancer)
+            unpatch(model)
+        _install(balancer)
+        present = balancer
+    for wrapper in chain:
+        _keep_state_beside_weights(wrapper, present.undo)
+    if config.token_mask == "labels":
+        _hand_labels_to_balancer(root, present.undo)
+    if config.is_on and _switch_off_built_in_loss(root, present.undo_built_in):
+        logger.warning_once(
+            "φ-balancing is on: the model's own auxiliary loss (router_aux_loss_coef, output_router_logits) has been "
+            "switched off until phb.unpatch(model)."
+        )
+    return model
+
+
+def _prepare(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
+    sites = find_routers(root)
+    _refuse_bypassed(root, sites)
+    if config.bias_coef > 0:
+        for site in sites:
+            if site.kind.traits.no_bias:
+                raise ValueError(
+                    f"bias_coef={config.bias_coef} is not possible for {site.kind.target.__name__}: "
+                    f"{site.kind.traits.no_bias}. Set bias_coef=0 and use the price gradient (coef > 0)."
+                )
+    return PhiBalancer(root, config, sites)
+
+
+def _carry_over(old: PhiBalancer, new: PhiBalancer) -> None:
+    if set(new.config.statistics) <= set(old.config.statistics):
+        new.load_state_dict(old.state_dict())
+
+
+def _install(balancer: PhiBalancer) -> None:
+    root = balancer.root
+    balancer.undo, balancer.undo_built_in = Undo(), Undo()
+    _install_hooks(balancer, _backbone(root, balancer.sites))
+    balancer.undo.set(root, BALANCER_ATTRIBUTE, balancer)
+    if hasattr(root, "config"):
+        balancer.undo.set(root.config, "phi_balance", balancer.config.to_dict())
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """
+    Takes φ-balancing out of `model`: hooks, attributes and config are as before [`patch`]. Weights, and a family's own
+    selection bias, stay as trained; a selection bias of ours goes. Without effect on a model that is not patched.
+
+    Returns:
+        `torch.nn.Module`: `model` itself.
+    """
+    root = _unwrap(model)[-1]
+    balancer = vars(root).get(BALANCER_ATTRIBUTE)
+    if balancer is not None:
+        _remove_hooks(root)
+        balancer.undo_built_in.restore()
+        balancer.undo.restore()
+    return model

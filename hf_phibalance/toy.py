@@ -1,0 +1,310 @@
+# Copyright 2026 The hf_phibalance authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The small world of the CPU recipes: GSM8K-format word problems that are generated on the spot, a tokenizer trained
+on them, and tiny Mixture-of-Experts models built from the fields of any `transformers` config.
+
+A problem needs two or three steps of arithmetic. Its answer is written the way GSM8K writes it, with the calculation
+of every step in `<<...>>` and the result after `####`:
+
+    Question: Mia buys 4 boxes of pens with 6 pens in each box. She gives 9 pens to Leo. How many pens ...
+    Answer: Mia buys 4*6=<<4*6=24>>24 pens.
+    Mia has 24-9=<<24-9=15>>15 pens left.
+    #### 15
+
+No held-out problem shares its template and its numbers with a training problem, so a model that answers held-out
+problems has learned the arithmetic and not the text.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+NAMES = "Mia Leo Emma Noah Anna Ben Zoe Sam Ruth Omar Ines Paul Lily Hugo Nina Karl Tara Juan Vera Amir".split()
+ITEMS = "apples pens books cards shells coins stamps pears eggs cookies marbles stickers beads plums balls".split()
+PLACES = "garden market school farm shop library park kitchen".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MAX_NUMBER = 99
+
+# In a step, `[t=a*b]` is written out as `4*6=<<4*6=24>>24` and `[$t=a*b]` as `4*6=$<<4*6=24>>24`.
+_CALCULATION = re.compile(r"\[(\$?)(\w)=(\w+)([-+*/])(\w+)\]")
+
+
+@dataclass(frozen=True)
+class Template:
+    """
+    One kind of problem.
+
+    Args:
+        question (`str`):
+            Text with fields for the words (`{name}`, `{friend}`, `{items}`, ...) and the numbers (`{a}`, `{b}`, ...).
+        steps (`tuple[str, ...]`):
+            The answer, line by line, each with one calculation such as `[t=a*b]`. The last result is the answer.
+        numbers (`dict[str, tuple[int, int]]`):
+            The smallest and the largest value of each number. Draws with a result that is not a whole number from
+            1 to 99 are dropped.
+    """
+
+    question: str
+    steps: tuple[str, ...]
+    numbers: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, its answer in GSM8K format, and the key (template and numbers) that keeps the splits apart."""
+
+    question: str
+    answer: str
+    key: tuple[int, ...]
+
+
+TEMPLATES: tuple[Template, ...] = (
+    Template(
+        "{name} buys {a} boxes of {items} with {b} {items} in each box. {name} gives {c} {items} to {friend}. "
+        "How many {items} does {name} have left?",
+        ("{name} buys [t=a*b] {items}.", "{name} has [r=t-c] {items} left."),
+        {"a": (2, 9), "b": (2, 9), "c": (2, 40)},
+    ),
+    Template(
+        "{name} buys {a} {items} for ${b} each at the {place} and pays with ${c}. How much change does {name} get?",
+        ("The {items} cost [$t=a*b].", "{name} gets [$r=c-t] of change."),
+        {"a": (2, 9), "b": (2, 9), "c": (10, 99)},
+    ),
+    Template(
+        "{name} has {a} {items} and {friend} has {b} {items}. They share all of them equally among {c} children "
+        "in the {place}. How many {items} does each child get?",
+        ("Together they have [t=a+b] {items}.", "Each child gets [r=t/c] {items}."),
+        {"a": (2, 40), "b": (2, 40), "c": (2, 9)},
+    ),
+    Template(
+        "{name} has {a} {items}. {friend} has {b} more {items} than {name}, and {third} has {c} fewer {items} than "
+        "{friend}. How many {items} does {third} have?",
+        ("{friend} has [t=a+b] {items}.", "{third} has [r=t-c] {items}."),
+        {"a": (2, 60), "b": (2, 30), "c": (2, 30)},
+    ),
+    Template(
+        "{name} earns ${a} an hour at the {place}. {name} works {b} hours on {day} and {c} hours on {day2}. "
+        "How much does {name} earn?",
+        ("{name} works [t=b+c] hours.", "{name} earns [$r=a*t]."),
+        {"a": (2, 9), "b": (1, 6), "c": (1, 6)},
+    ),
+    Template(
+        "A book from the {place} has {a} pages. {name} reads {b} pages a day for {c} days. How many pages are left?",
+        ("{name} reads [t=b*c] pages.", "There are [r=a-t] pages left."),
+        {"a": (20, 99), "b": (2, 9), "c": (2, 9)},
+    ),
+    Template(
+        "{name} sells {a} {items} on {day} and half as many on {day2}. {friend} sells {b} {items}. How many {items} "
+        "do they sell altogether?",
+        (
+            "{name} sells [t=a/2] {items} on {day2}.",
+            "{name} sells [u=a+t] {items}.",
+            "They sell [r=u+b] {items} altogether.",
+        ),
+        {"a": (4, 40), "b": (2, 40)},
+    ),
+    Template(
+        "{name} packs {a} bags with {b} {items} each and {friend} packs {c} bags with {d} {items} each. How many "
+        "{items} do they pack in total?",
+        (
+            "{name} packs [t=a*b] {items}.",
+            "{friend} packs [u=c*d] {items}.",
+            "In total they pack [r=t+u] {items}.",
+        ),
+        {"a": (2, 9), "b": (2, 9), "c": (2, 9), "d": (2, 9)},
+    ),
+    Template(
+        "{name} has {a} boxes with {b} {items} each. {c} {items} get lost in the {place}. {name} shares the rest "
+        "equally among {d} friends. How many {items} does each friend get?",
+        ("{name} has [t=a*b] {items}.", "After that [u=t-c] {items} are left.", "Each friend gets [r=u/d] {items}."),
+        {"a": (2, 9), "b": (2, 9), "c": (1, 20), "d": (2, 9)},
+    ),
+    Template(
+        "On {day} {name} picks {a} {items} in the morning and {b} {items} in the afternoon. {c} {items} are bad. "
+        "The rest is put into bags of {d}. How many bags does {name} fill?",
+        ("{name} picks [t=a+b] {items}.", "Of these [u=t-c] {items} are good.", "{name} fills [r=u/d] bags."),
+        {"a": (5, 40), "b": (5, 40), "c": (1, 20), "d": (2, 9)},
+    ),
+    Template(
+        "{name} saves ${a} a week for {b} weeks. {friend} gives {name} another ${c}. Then {name} spends ${d} on "
+        "{items}. How much money does {name} have now?",
+        (
+            "{name} saves [$t=a*b].",
+            "With the money from {friend} it is [$u=t+c].",
+            "Now {name} has [$r=u-d].",
+        ),
+        {"a": (2, 9), "b": (2, 9), "c": (2, 20), "d": (2, 30)},
+    ),
+    Template(
+        "{name} has {a} {items} and finds {b} more in the {place} on {day}. {friend} has twice as many {items} as "
+        "{name} has now. How many {items} does {friend} have?",
+        ("{name} has [t=a+b] {items} now.", "{friend} has [r=t*2] {items}."),
+        {"a": (2, 30), "b": (2, 30)},
+    ),
+)
+
+
+def draw_problem(rng: random.Random) -> Problem:
+    """Draw one problem: a template, its words, and numbers whose every intermediate result is a whole number."""
+    index = rng.randrange(len(TEMPLATES))
+    template = TEMPLATES[index]
+    while True:
+        values = {key: rng.randint(low, high) for key, (low, high) in template.numbers.items()}
+        numbers = tuple(values.values())
+        if (calculations := _solve(template, values)) is not None:
+            break
+    name, friend, third = rng.sample(NAMES, 3)
+    day, day2 = rng.sample(DAYS, 2)
+    words = {"name": name, "friend": friend, "third": third, "day": day, "day2": day2}
+    words |= {"items": rng.choice(ITEMS), "place": rng.choice(PLACES)}
+    lines = [
+        _CALCULATION.sub(lambda match, text=text: text, step).format(**words)
+        for step, text in zip(template.steps, calculations, strict=True)
+    ]
+    answer = "\n".join([*lines, f"#### {values['r']}"])
+    return Problem(template.question.format(**words, **values), answer, (index, *numbers))
+
+
+def _solve(template: Template, values: dict[str, int]) -> list[str] | None:
+    """Calculate every step, add the results to `values`, and return the written calculations (`None`: drop it)."""
+    written = []
+    for step in template.steps:
+        match = _CALCULATION.search(step)
+        if match is None:
+            raise ValueError(f"step {step!r} holds no calculation: write one such as `[t=a*b]`")
+        dollar, target, left, operator, right = match.groups()
+        x, y = (int(term) if term.isdigit() else values[term] for term in (left, right))
+        if operator == "/" and x % y:
+            return None
+        result = {"+": x + y, "-": x - y, "*": x * y, "/": x // y if y else 0}[operator]
+        if not 1 <= result <= MAX_NUMBER:
+            return None
+        values[target] = result
+        written.append(f"{x}{operator}{y}={dollar}<<{x}{operator}{y}={result}>>{result}")
+    return written
+
+
+def make_splits(train: int, validation: int = 0, test: int = 0, seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """
+    Generate splits of distinct problems; no two splits share a template with the same numbers.
+
+    The test split is drawn first, so that it is the same whatever the sizes of the others.
+
+    Args:
+        train (`int`):
+            Number of training problems.
+        validation (`int`, *optional*, defaults to 0):
+            Number of problems for choices that are made by measurement.
+        test (`int`, *optional*, defaults to 0):
+            Number of held-out problems.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the generator.
+
+    Returns:
+        `dict[str, list[dict[str, str]]]`: the splits `"train"`, `"validation"` and `"test"`, each a list of
+        `{"question": ..., "answer": ...}`.
+    """
+    rng = random.Random(seed)
+    splits: dict[str, list[dict[str, str]]] = {}
+    other_keys: set[tuple[int, ...]] = set()
+    for split, size in {"test": test, "validation": validation, "train": train}.items():
+        problems: dict[str, Problem] = {}
+        for _ in range(100 * size):
+            if len(problems) == size:
+                break
+            problem = draw_problem(rng)
+            if problem.key not in other_keys:
+                problems.setdefault(problem.question, problem)
+        if len(problems) < size:
+            raise ValueError(f"{split}={size} is more than the generator has: ask for fewer than {len(problems)}")
+        other_keys |= {problem.key for problem in problems.values()}
+        splits[split] = [{"question": problem.question, "answer": problem.answer} for problem in problems.values()]
+    return splits
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 640, max_length: int = 1024) -> Any:
+    """
+    Train a byte-level BPE tokenizer in which every digit is a token of its own.
+
+    Any text survives a round trip, because single bytes are in the vocabulary. The tokenizer saves and loads through
+    `AutoTokenizer`.
+
+    Args:
+        texts (`Iterable[str]`):
+            What to train on.
+        vocab_size (`int`, *optional*, defaults to 640):
+            Size of the vocabulary, with the 256 bytes and the two special tokens `<pad>` and `</s>`.
+        max_length (`int`, *optional*, defaults to 1024):
+            The `model_max_length` of the tokenizer.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`]: the tokenizer, which pads on the left (for generation).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        padding_side="left",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(model_type: str, fields: dict[str, Any], tokenizer: Any) -> Any:
+    """
+    Build a causal language model from scratch.
+
+    Args:
+        model_type (`str`):
+            Any `model_type` of `transformers`, for instance `"mixtral"`.
+        fields (`dict[str, Any]`):
+            Fields of that type's config (`hidden_size`, `num_hidden_layers`, ...). An unknown one is an error.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Gives the vocabulary size and the special tokens.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: the model, with random weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise ValueError(f"model_type={model_type!r} is unknown to transformers: use one such as 'mixtral'") from error
+    own = ("attn_implementation", "experts_implementation")
+    if unknown := sorted(key for key in fields if not hasattr(known, key) and key not in own):
+        raise ValueError(f"model_config has {unknown}, which {type(known).__name__} lacks: correct or remove them")
+    config = AutoConfig.for_model(
+        model_type,
+        **{key: value for key, value in fields.items() if key not in own},
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config, **{key: fields[key] for key in own if key in fields})
+
+
+def held_out_overlap(train: Sequence[dict[str, str]], held_out: Sequence[dict[str, str]]) -> int:
+    """Return how many held-out questions occur in the training data (it has to be 0)."""
+    return len({row["question"] for row in train} & {row["question"] for row in held_out})
