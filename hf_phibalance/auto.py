@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file
 
-from .balancer import STATE_NAME
 from .config import PhiBalanceConfig
+from .duals import STATE_NAME
 from .patching import get_balancer, patch
 
 
@@ -28,7 +28,9 @@ class AutoModelForCausalLM:
     """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *args, phi_balance: Any = None, **kwargs) -> nn.Module:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, *args, phi_balance: Any = None, **kwargs
+    ) -> nn.Module:
         """
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub name.

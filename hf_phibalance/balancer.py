@@ -1,72 +1,31 @@
-"""The state of φ-balancing and its one update per optimizer step.
+"""One optimizer step of φ-balancing: counting and charging the tokens of its forwards, then moving the duals.
 
-Shapes: L routers, E experts, T tokens of a micro-batch, k experts per token. All routers live in flat fp32 buffers, so
-that an optimizer step costs one all-reduce and a handful of kernels however many layers there are; `_runs` views a
-stretch of routers with the same number of experts as `(L, E)`.
+Data flows one way: routers -> statistics (`observe`) -> duals (`step`) -> price gradient (`observe` again) -> metrics.
+Shapes: E experts, T tokens of a micro-batch, k experts per token.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from . import metrics
-from .config import PhiBalanceConfig, package_version
-from .potentials import centred_price
+from .config import PhiBalanceConfig
+from .duals import Duals
+from .metrics import model_metrics
 from .pricing import ChargePrices, routing_probs
 from .routers import RouterSite
+from .tokens import Tokens, count_mask
 
 
 logger = logging.get_logger(__name__)
-STATE_NAME = "phi_balance.safetensors"
-
-
-@dataclass
-class Tokens:
-    """The tokens of one forward: which ones count, and what each pays per unit of price."""
-
-    mask: Tensor  # (T,) 1.0 for the tokens that count
-    rate: Tensor  # (T,) coefficient of ⟨q, p_t⟩ in the gradient of the optimizer step
-    trains: bool = True  # False for a forward of an evaluation, which counts apart and never pays
-    in_forward: bool = True  # False during a recomputation, which pays but is not counted again
-    deferred: bool = False  # its routers ran without autograd, reentrant checkpointing will run them again
-    recomputing: bool = False  # and has begun to
-
-
-def count_mask(inputs: Mapping[str, Any], token_mask: str) -> Tensor | None:
-    """
-    Which tokens of a batch count, `(B, S)` as 0/1, or `None` if `inputs` does not tell.
-
-    Raises:
-        ValueError: if `token_mask="attention"` and the attention mask is not a `(B, S)` tensor.
-    """
-    hidden = next((inputs[k] for k in ("input_ids", "inputs_embeds") if inputs.get(k) is not None), None)
-    if token_mask == "labels":
-        labels = inputs.get("labels")
-        return None if labels is None else labels != -100
-    mask = inputs.get("attention_mask") if token_mask == "attention" else None
-    if mask is None:
-        return None if hidden is None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise ValueError(
-            f"token_mask='attention' needs an attention_mask of shape (batch, sequence), got {kind}: the padding "
-            "cannot be read off it. Set token_mask='labels' or token_mask='all' in PhiBalanceConfig."
-        )
-    return (mask if hidden is None else mask[:, -hidden.shape[1] :]) != 0
 
 
 class PhiBalancer:
@@ -93,22 +52,15 @@ class PhiBalancer:
         self.config = config
         self.sites = list(sites)
         self.process_group: dist.ProcessGroup | None = None
-        self.steps = 0
-        self._potential = config.build_potential()
-        bounds = list(itertools.accumulate((site.num_experts for site in self.sites), initial=0))
-        self._slices = [slice(a, b) for a, b in itertools.pairwise(bounds)]
-        size = bounds[-1]
-        uniform = torch.cat([torch.full((site.num_experts,), 1 / site.num_experts) for site in self.sites])
-        self._means = {name: uniform.clone() for name in config.statistics}
-        self._price = torch.zeros(size)
-        self._bias = self._read_native_biases()
-        self._biased = config.bias_coef > 0
-        self._sums = torch.zeros(2 * size + 1)  # probs, load, tokens: one buffer, one all-reduce
-        self._last = torch.zeros(2 * size + 1)  # the same of the last step, over all ranks
+        self._duals = Duals(config, self.sites)
+        self._spans = self._duals.layout.spans
+        # sums over tokens of probs and load, and the tokens: one buffer, so one all-reduce
+        self._sums = torch.zeros(2 * self._duals.layout.total + 1)
+        self._last = torch.zeros_like(self._sums)  # those of the last step, over all ranks
         self._eval_sums: Tensor | None = None
         self._bad_steps = torch.zeros(())
         self._checked = False
-        self._paid = torch.zeros(())
+        self._charged = torch.zeros(())
         self._tokens: Tokens | None = None
         self._outer: Tokens | None = None
         self._labels: Tensor | None = None
@@ -119,65 +71,65 @@ class PhiBalancer:
     @property
     def layer_names(self) -> list[str]:
         """Names of the routers, as in `model.named_modules()` of the unwrapped model."""
-        return [site.name for site in self.sites]
+        return list(self._duals.layout.names)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that have moved the duals."""
+        return self._duals.steps
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a selection bias is in force."""
+        return self._duals.has_bias
 
     def means(self, statistic: str | None = None) -> dict[str, Tensor]:
-        """EMA m of the routing distribution by layer name, each `(E,)` fp32; of `config.track` unless said."""
+        """
+        EMA m of the routing distribution by layer name, each `(E,)` fp32.
+
+        Args:
+            statistic (`str`, *optional*): `"probs"` or `"load"`, as far as kept; `config.track` unless said.
+        """
         statistic = statistic or self.config.track
-        if statistic not in self._means:
-            raise ValueError(f"statistic {statistic!r} is not kept; this configuration keeps {sorted(self._means)}.")
-        return self._by_layer(self._means[statistic])
+        if statistic not in self._duals.means:
+            raise ValueError(
+                f"`statistic` must be one of {sorted(self._duals.means)}, which are kept, got {statistic!r}."
+            )
+        return self._duals.layout.by_layer(self._duals.means[statistic])
 
     def prices(self) -> dict[str, Tensor]:
         """Centred dual prices q behind the gradient by layer name, each `(E,)` fp32."""
-        return self._by_layer(self._price)
+        return self._duals.layout.by_layer(self._duals.price)
 
     def biases(self) -> dict[str, Tensor]:
         """Selection biases b by layer name, each `(E,)` fp32."""
-        return self._by_layer(self._bias)
+        return self._duals.layout.by_layer(self._duals.bias)
 
     def loads(self) -> dict[str, Tensor]:
         """Top-k assignments per expert in the last step, over all ranks, by layer name, each `(E,)` fp32."""
-        return self._by_layer(self._split(self._last)[1])
+        return self._duals.layout.by_layer(self._split(self._last)["load"])
 
     def metrics(self, per_layer: int = 16) -> dict[str, float]:
         """
         Balance of the last optimizer step as plain numbers; reads them off the device, so call it when logging.
 
         Args:
-            per_layer (`int`, *optional*, defaults to `16`):
-                At most so many layers, evenly spaced, get a `max_vio` of their own.
+            per_layer (`int`, *optional*, defaults to `16`): At most so many layers, evenly spaced, are shown on their own.
         """
-        probs, load, tokens = self._split(self._last)
-        values = self._load_metrics(load, tokens, per_layer)
-        price = self._price.cpu()
-        values["price_range"] = max(float(price[s].max() - price[s].min()) for s in self._slices)
-        if self._biased:
-            bias = self._bias.cpu()
-            values["bias_range"] = max(float(bias[s].max() - bias[s].min()) for s in self._slices)
+        values = self._load_metrics(self._last, per_layer)
+        values["price_range"] = max(float(price.max() - price.min()) for price in self.prices().values())
+        if self.has_bias:
+            values["bias_range"] = max(float(bias.max() - bias.min()) for bias in self.biases().values())
         if self.config.coef > 0:
-            values["balance_loss"] = float(self._paid)
-        values["tokens"] = float(tokens)
+            values["balance_loss"] = float(self._charged)
         return values
 
-    def _load_metrics(self, load: Tensor, tokens: Tensor, per_layer: int) -> dict[str, float]:
-        columns: dict[str, list[float]] = {}
-        load = load.cpu()
-        count = max(float(tokens), 1.0)
-        for span, layers, experts in self._runs():
-            load_LE = load[span].view(layers, experts)
-            for name, value_L in metrics.summarise(load_LE).items():
-                columns.setdefault(name, []).extend(value_L.tolist())
-        values = {name: _reduce(name, column) for name, column in columns.items()}
-        values["max_vio_worst_layer"] = max(columns["max_vio"])
-        floors = [metrics.noise_floor(site.num_experts, site.top_k, count) for site in self.sites]
-        values["noise_floor"] = float(sum(floors) / len(floors))
-        shown = range(len(self.sites))
-        if len(shown) > per_layer:
-            shown = sorted({round(i * (len(shown) - 1) / max(per_layer - 1, 1)) for i in range(per_layer)})
-        for i in shown:
-            values[f"max_vio/{self.sites[i].name}"] = columns["max_vio"][i]
-        return values
+    def _load_metrics(self, sums: Tensor, per_layer: int) -> dict[str, float]:
+        sums = sums.cpu()
+        loads = self._duals.layout.by_layer(self._split(sums)["load"])
+        tokens = float(sums[-1])
+        values = model_metrics(loads, [site.top_k for site in self.sites], max(tokens, 1.0), per_layer)
+        return {**values, "tokens": tokens}
 
     # ------------------------------------------------------------------ one optimizer step
 
@@ -240,18 +192,11 @@ class PhiBalancer:
         if not self._checked:
             self._check_first_step(sums)
         self._last.copy_(sums)
-        probs, load, _ = self._split(sums)
-        finite = torch.isfinite(sums).all()
+        statistics, finite = self._split(sums), torch.isfinite(sums).all()
         self._bad_steps += ~finite
         if self.config.coef > 0:
-            self._paid = self._step_value(probs)
-        for name, mean in self._means.items():
-            self._fold(mean, probs if name == "probs" else load, finite)
-        self._refresh_price()
-        if self.config.bias_coef > 0:
-            self._bias -= self.config.bias_coef * self._priced(self._means[self.config.bias_track]) * finite
-            self._write_native_biases()
-        self.steps += 1
+            self._charged = self._duals.charged(statistics["probs"])
+        self._duals.update(statistics, finite)
         sums.zero_()
         self._clear_step()
 
@@ -268,35 +213,6 @@ class PhiBalancer:
                 f"The routing statistics of {bad} step(s) were not finite (the loss or the router logits diverged); "
                 "they were left out of the means and prices. Lower the learning rate or check the data."
             )
-
-    def _fold(self, mean: Tensor, sums: Tensor, finite: Tensor) -> None:
-        """m <- (1 - η) m + η s per router, s the normalised statistic; routers that saw no token keep their m."""
-        rate = self.config.ema_rate
-        for span, layers, experts in self._runs():
-            sums_LE = sums[span].view(layers, experts)
-            total_L1 = sums_LE.sum(dim=-1, keepdim=True)
-            mean_LE = mean[span].view(layers, experts)
-            new_LE = (1 - rate) * mean_LE + rate * (sums_LE / total_L1)
-            mean_LE.copy_(torch.where((total_L1 > 0) & finite, new_LE, mean_LE))
-
-    def _priced(self, mean: Tensor) -> Tensor:
-        """Centred prices of all routers at `mean`, flat."""
-        price = torch.empty_like(mean)
-        for span, layers, experts in self._runs():
-            price[span] = centred_price(self._potential, mean[span].view(layers, experts)).reshape(-1)
-        return price
-
-    def _refresh_price(self) -> None:
-        self._price.copy_(self._priced(self._means[self.config.track]))
-
-    def _step_value(self, probs: Tensor) -> Tensor:
-        """coef · Σ_layers ⟨q, mean p⟩: the value of the term whose gradient this step received."""
-        value = torch.zeros((), device=probs.device)
-        for span, layers, experts in self._runs():
-            probs_LE = probs[span].view(layers, experts)
-            share_LE = probs_LE / probs_LE.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-            value = value + (share_LE * self._price[span].view(layers, experts)).sum()
-        return self.config.coef * value
 
     def _clear_step(self) -> None:
         self._opened = False
@@ -324,11 +240,6 @@ class PhiBalancer:
     def is_evaluating(self) -> bool:
         """Whether an [`~PhiBalancer.evaluation`] is open."""
         return self._eval_sums is not None
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether a selection bias is in force."""
-        return self._biased
 
     @contextmanager
     def labels_of(self, labels: Tensor | None) -> Iterator[None]:
@@ -429,13 +340,13 @@ class PhiBalancer:
         mask, rate = tokens.mask.to(logits.device), tokens.rate.to(logits.device)
         pays = self.config.coef > 0 and tokens.trains
         from_current = pays and self.config.price_from == "current"
-        price = self._price[self._slices[index]]
+        price = self._duals.price[self._spans[index]]
         if tokens.in_forward or from_current:
             probs_E, load_E = self._statistics(site, logits, selected, mask)
             if tokens.in_forward:
                 self._add(index, probs_E, load_E)
             if from_current:
-                price = self._current_price(index, probs_E if self.config.track == "probs" else load_E)
+                price = self._duals.current_price(index, probs_E if self.config.track == "probs" else load_E)
         if not pays:
             return carrier
         if not torch.is_grad_enabled():
@@ -461,10 +372,12 @@ class PhiBalancer:
             )
 
     @torch.no_grad()
-    def _statistics(self, site: RouterSite, logits: Tensor, selected: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _statistics(
+        self, site: RouterSite, logits: Tensor, selected: Tensor, mask: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
         """Sums over the counted tokens of p, `(E,)` (`None` where nothing needs it), and of the top-k assignments."""
         probs_E = None
-        if self._eval_sums is None and ("probs" in self._means or self.config.coef > 0):
+        if self._eval_sums is None and ("probs" in self._duals.means or self.config.coef > 0):
             probs_E = (routing_probs(logits, site.scoring) * mask.unsqueeze(-1)).sum(dim=0).float()
         chosen = selected.reshape(mask.numel(), -1)  # (T, k)
         weight = mask.unsqueeze(-1).expand_as(chosen).reshape(-1)
@@ -473,22 +386,16 @@ class PhiBalancer:
 
     @torch.no_grad()
     def _add(self, index: int, probs_E: Tensor | None, load_E: Tensor) -> None:
-        probs, load, _ = self._split(self._sums if self._eval_sums is None else self._eval_sums)
-        load[self._slices[index]] += load_E.to(load.device)
+        sums = self._split(self._sums if self._eval_sums is None else self._eval_sums)
+        sums["load"][self._spans[index]] += load_E.to(sums["load"].device)
         if probs_E is not None:
-            probs[self._slices[index]] += probs_E.to(probs.device)
-
-    @torch.no_grad()
-    def _current_price(self, index: int, sums_E: Tensor) -> Tensor:
-        rate = self.config.ema_rate
-        mean = self._means[self.config.track][self._slices[index]].to(sums_E.device)
-        return centred_price(self._potential, (1 - rate) * mean + rate * sums_E / sums_E.sum().clamp(min=1e-30))
+            sums["probs"][self._spans[index]] += probs_E.to(sums["probs"].device)
 
     def selection_bias(self, index: int) -> Tensor | None:
         """Bias `(E,)` that the selection of router `index` has to add, `None` if it has none or adds it itself."""
-        if not self._biased or self.sites[index].native_bias:
+        if not self.has_bias or self.sites[index].native_bias:
             return None
-        return self._bias[self._slices[index]]
+        return self._duals.bias[self._spans[index]]
 
     def choice_bias(self, index: int) -> Tensor | None:
         """Bias `(E,)` that was in force in the selection of router `index`, wherever it is kept."""
@@ -513,19 +420,13 @@ class PhiBalancer:
         sums = self._eval_sums.clone()
         if self._world_size > 1:
             dist.all_reduce(sums, group=self.process_group)
-        _, load, tokens = self._split(sums)
-        return {**self._load_metrics(load, tokens, per_layer), "tokens": float(tokens)} if float(tokens) else {}
+        return self._load_metrics(sums, per_layer) if float(sums[-1]) else {}
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Tensor]:
         """Means and biases by `"{layer name}.{mean_probs | mean_load | bias}"`, and the number of steps."""
-        state = {"steps": torch.tensor(self.steps)}
-        for statistic, mean in self._means.items():
-            state |= {f"{name}.mean_{statistic}": m.cpu().clone() for name, m in self._by_layer(mean).items()}
-        if self._biased:
-            state |= {f"{name}.bias": b.cpu().clone() for name, b in self.biases().items()}
-        return state
+        return self._duals.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """
@@ -534,53 +435,11 @@ class PhiBalancer:
         Raises:
             ValueError: if a tensor is missing, of another shape, not finite, or belongs to no router of this model.
         """
-        kinds = [f"mean_{statistic}" for statistic in self._means]
-        biased = any(key.endswith(".bias") for key in state)
-        kinds += ["bias"] if biased else []
-        for key, tensor in state.items():
-            layer, _, kind = key.rpartition(".")
-            if key != "steps" and (layer not in self.layer_names or kind not in ("mean_probs", "mean_load", "bias")):
-                raise ValueError(
-                    f"the φ-balance state holds {key!r}, but the routers of this {type(self.root).__name__} are "
-                    f"{self.layer_names[0]!r} ... {self.layer_names[-1]!r}: it belongs to another model."
-                )
-        for site, kind in itertools.product(self.sites, kinds):
-            tensor = state.get(f"{site.name}.{kind}")
-            if tensor is None:
-                raise ValueError(
-                    f"the φ-balance state has no {site.name}.{kind}: it was written with other `track`/`bias_track` "
-                    "settings or for another model. Use the configuration beside it, or start with fresh duals."
-                )
-            if tensor.shape != (site.num_experts,):
-                raise ValueError(
-                    f"{site.name}.{kind} has shape {tuple(tensor.shape)}, this model's router has "
-                    f"{site.num_experts} experts: the φ-balance state belongs to another model."
-                )
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{site.name}.{kind} in the φ-balance state is not finite; use an earlier checkpoint.")
-        for site, span in zip(self.sites, self._slices):
-            for statistic, mean in self._means.items():
-                mean[span] = state[f"{site.name}.mean_{statistic}"].to(mean)
-            if biased:
-                self._bias[span] = state[f"{site.name}.bias"].to(self._bias)
-        if biased:
-            self._biased = True
-            self._write_native_biases()
-        self.steps = int(state.get("steps", 0))
-        if self.steps:
-            self._refresh_price()
-        else:
-            self._price.zero_()
+        self._duals.load_state_dict(state)
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes `phi_balance.safetensors` into `directory` (made if missing) and returns its path."""
-        path = Path(directory) / STATE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"format": "pt", "version": package_version(), "config": json.dumps(self.config.to_dict())}
-        partial = path.with_suffix(".partial")  # a kill while writing must not leave half a file under the real name
-        save_file(self.state_dict(), partial, metadata=header)
-        os.replace(partial, path)
-        return path
+        return self._duals.save(directory)
 
     def load(self, directory: str | os.PathLike) -> None:
         """
@@ -590,74 +449,42 @@ class PhiBalancer:
             FileNotFoundError: if there is no such file.
             ValueError: if it is damaged or belongs to another model; the state is then as before.
         """
-        path = Path(directory)
-        path = path / STATE_NAME if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no φ-balance state at {path}; was the model saved while patched?")
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); copy it again from where it was written, or delete it to start with "
-                "fresh duals."
-            ) from error
-        self.load_state_dict(state)
+        self._duals.load(directory)
 
     # ------------------------------------------------------------------ plumbing
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to this process or to the step under way."""
-        fleeting = {"process_group": None, "_tokens": None, "_outer": None, "_labels": None, "_potential": None}
+        fleeting = {"process_group": None, "_tokens": None, "_outer": None, "_labels": None}
         return {**vars(self), **fleeting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._potential = self.config.build_potential()
         self._clear_step()
 
     @property
     def _world_size(self) -> int:
         return dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
 
-    def _split(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size = self._slices[-1].stop
-        return flat[:size], flat[size : 2 * size], flat[-1]
-
-    def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
-        return {site.name: flat[span].clone() for site, span in zip(self.sites, self._slices)}
-
-    def _runs(self) -> Iterator[tuple[slice, int, int]]:
-        """Stretches of routers with the same number of experts: their span in the flat buffers, L and E."""
-        start = 0
-        for experts, group in itertools.groupby(site.num_experts for site in self.sites):
-            layers = len(list(group))
-            yield slice(start, start + layers * experts), layers, experts
-            start += layers * experts
+    def _split(self, sums: Tensor) -> dict[str, Tensor]:
+        size = self._duals.layout.total
+        return {"probs": sums[:size], "load": sums[size : 2 * size]}
 
     def _move_to_model(self) -> torch.device:
         """Moves the state to the device of the model, if that has changed."""
         device = next((p.device for p in self.root.parameters() if p.device.type != "meta"), self._sums.device)
         if device != self._sums.device:
-            self._means = {name: mean.to(device) for name, mean in self._means.items()}
-            for name in ("_price", "_bias", "_sums", "_last", "_bad_steps"):
+            self._duals.to(device)
+            for name in ("_sums", "_last", "_bad_steps"):
                 setattr(self, name, getattr(self, name).to(device))
         return device
 
-    def _read_native_biases(self) -> Tensor:
-        zeros = (torch.zeros(site.num_experts) for site in self.sites)
-        return torch.cat([s.read_native_bias().cpu().float() if s.native_bias else z for s, z in zip(self.sites, zeros)])
-
-    def _write_native_biases(self) -> None:
-        for site, span in zip(self.sites, self._slices):
-            site.write_native_bias(self._bias[span])
-
     def _check_first_step(self, sums: Tensor) -> None:
         """Refuses set-ups in which balancing would silently do nothing; reads the device, once."""
-        _, load, tokens = self._split(sums)
-        if not float(tokens):
+        load, tokens = self._split(sums)["load"], float(sums[-1])
+        if not tokens:
             return
-        uncalled = [s.name for s, span in zip(self.sites, self._slices) if not float(load[span].sum())]
+        uncalled = [site.name for site, span in zip(self.sites, self._spans) if not float(load[span].sum())]
         if uncalled:
             raise ValueError(
                 f"{len(uncalled)} of {len(self.sites)} patched routers were never called in the first step: "
@@ -665,9 +492,9 @@ class PhiBalancer:
                 "this model does not run). Switch that off, or unpatch the model."
             )
         announced = self._step_tokens
-        if announced is not None and float(announced) != float(tokens):
+        if announced is not None and float(announced) != tokens:
             logger.warning(
-                f"begin_step() counted {float(announced):.0f} tokens, the routers saw {float(tokens):.0f}: the price "
+                f"begin_step() counted {float(announced):.0f} tokens, the routers saw {tokens:.0f}: the price "
                 "gradient of such a step is scaled by their ratio. Pass begin_step() the batches as the model gets them."
             )
         if self.config.coef > 0 and not any(self._paying):
@@ -679,14 +506,7 @@ class PhiBalancer:
             )
         silent = [site.name for site, paying in zip(self.sites, self._paying) if not paying]
         if self.config.coef > 0 and silent:
-            logger.warning(f"The price gradient reaches no trainable parameter from router(s) {', '.join(silent[:4])}.")
+            logger.warning(
+                f"The price gradient reaches no trainable parameter from router(s) {', '.join(silent[:4])}."
+            )
         self._checked = True
-
-
-def _reduce(name: str, column: list[float]) -> float:
-    """One number for all layers: the extreme of extremes, the sum of counts, the mean of everything else."""
-    if name.startswith("min_"):
-        return min(column)
-    if name.startswith("max_load"):
-        return max(column)
-    return sum(column) if name == "dead_experts" else sum(column) / len(column)

@@ -13,7 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .balancer import STATE_NAME, PhiBalancer
+from .balancer import PhiBalancer
+from .duals import STATE_NAME
 from .patching import get_balancer, patch
 
 
@@ -52,7 +53,13 @@ class PhiBalanceCallback(TrainerCallback):
     # ------------------------------------------------------------------ events
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
     ) -> None:
         patch(model)  # no change to the routers; covers wrappers added since, and losses that a trainer switched on
         self.balancer = get_balancer(model)
@@ -105,7 +112,9 @@ class PhiBalanceCallback(TrainerCallback):
         if self.balancer is None or self.balancer.steps == 0:
             return {}
         self.balancer.check_finite()
-        load = {name: (load_E / load_E.mean().clamp(min=1e-30)).tolist() for name, load_E in self.balancer.loads().items()}
+        load = {
+            name: (load_E / load_E.mean().clamp(min=1e-30)).tolist() for name, load_E in self.balancer.loads().items()
+        }
         if not self.history or self.history[-1]["step"] != state.global_step:
             self.history.append({"step": state.global_step, "load": load})
         return {f"moe/{key}": value for key, value in self.balancer.metrics(self.per_layer).items()}
@@ -185,7 +194,11 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
         callback._resume_from = checkpoint
         return load_optimizer(checkpoint, *args, **kwargs)
 
-    trainer.get_batch_samples, trainer.log, trainer.evaluate = counted_batch_samples, log_with_metrics, counted_evaluate
+    trainer.get_batch_samples, trainer.log, trainer.evaluate = (
+        counted_batch_samples,
+        log_with_metrics,
+        counted_evaluate,
+    )
     trainer._load_optimizer_and_scheduler = noted_load
     return callback
 

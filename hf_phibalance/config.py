@@ -93,7 +93,9 @@ class PhiBalanceConfig:
             if value not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
         if not isinstance(self.potential_kwargs, dict):
-            raise ValueError(f"`potential_kwargs` must be a dict such as {{'alpha': 1.1}}, got {self.potential_kwargs!r}.")
+            raise ValueError(
+                f"`potential_kwargs` must be a dict such as {{'alpha': 1.1}}, got {self.potential_kwargs!r}."
+            )
         self.build_potential()
 
     def build_potential(self) -> Potential:
@@ -172,9 +174,13 @@ class PhiBalanceConfig:
         try:
             values = json.loads(path.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); write it again with PhiBalanceConfig.save.") from error
+            raise ValueError(
+                f"{path} is not valid JSON ({error}); write it again with PhiBalanceConfig.save."
+            ) from error
         if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a JSON object of PhiBalanceConfig fields, got {type(values).__name__}.")
+            raise ValueError(
+                f"{path} must hold a JSON object of PhiBalanceConfig fields, got {type(values).__name__}."
+            )
         return cls.from_dict(values)
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .balancer import STATE_NAME, PhiBalancer
+from .balancer import PhiBalancer
 from .config import PhiBalanceConfig
+from .duals import STATE_NAME
 from .routers import REMOTE_TRAITS, RouterSite, find_routers
 from .selection import SelectionBias, rank_scores
 

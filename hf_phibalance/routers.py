@@ -91,7 +91,9 @@ def _score_activation(module: nn.Module) -> str:
 TRAITS: dict[str, RouterTraits] = {
     "Cohere2MoeTopKRouter": RouterTraits(scoring=_selection_fn),
     "DbrxRouter": RouterTraits(carrier=None, selected=None, ranks="probs", selects_in_parent=True),
-    "DogeCDMoE": RouterTraits(refused="its product keys score two half-experts, there is no distribution over experts"),
+    "DogeCDMoE": RouterTraits(
+        refused="its product keys score two half-experts, there is no distribution over experts"
+    ),
     "Gemma4TextRouter": RouterTraits(scoring="probs"),
     "JetMoeAttention": RouterTraits(ignored=True),  # hands on the logits of the JetMoeTopKGating inside it
     "JetMoeTopKGating": RouterTraits(carrier=2, selected=None),
@@ -183,7 +185,9 @@ def find_routers(root: nn.Module) -> list[RouterSite]:
     parents = {id(child): module for _, module in root.named_modules() for child in module.children()}
     for name, module, kind in _matches(root):
         if kind.traits.refused:
-            raise ValueError(f"{type(root).__name__} cannot be φ-balanced: {kind.traits.refused} ({kind.target.__name__}).")
+            raise ValueError(
+                f"{type(root).__name__} cannot be φ-balanced: {kind.traits.refused} ({kind.target.__name__})."
+            )
         canonical = canonical_name(name)
         parent = parents.get(id(module))
         while parent is not None and canonical_name(_name_of(root, parent)) == canonical:
@@ -191,7 +195,12 @@ def find_routers(root: nn.Module) -> list[RouterSite]:
         site = sites.get(canonical)
         if site is None:
             site = sites[canonical] = RouterSite(
-                canonical, kind, _num_experts(module, kind.traits), _top_k(module, parent), kind.scoring_of(module), parent=parent
+                canonical,
+                kind,
+                _num_experts(module, kind.traits),
+                _top_k(module, parent),
+                kind.scoring_of(module),
+                parent=parent,
             )
         site.modules.append(module)
         bias = _native_bias(module, parent, site.num_experts)
@@ -306,5 +315,3 @@ def _family(model_type: str, kind: RouterKind, model_source: str) -> Family:
         bias,
         kind.traits.refused,
     )
-
-

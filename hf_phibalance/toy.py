@@ -24,11 +24,52 @@ from dataclasses import dataclass
 from typing import Any
 
 
-NAMES = "Mia Leo Emma Noah Anna Ben Zoe Sam Ruth Omar Ines Paul Lily Hugo Nina Karl Tara Juan Vera Amir".split()
-ITEMS = "apples pens books cards shells coins stamps pears eggs cookies marbles stickers beads plums balls".split()
-PLACES = "garden market school farm shop library park kitchen".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MAX_NUMBER = 99
+NAMES = [
+    "Mia",
+    "Leo",
+    "Emma",
+    "Noah",
+    "Anna",
+    "Ben",
+    "Zoe",
+    "Sam",
+    "Ruth",
+    "Omar",
+    "Ines",
+    "Paul",
+    "Lily",
+    "Hugo",
+    "Nina",
+    "Karl",
+    "Tara",
+    "Juan",
+    "Vera",
+    "Amir",
+]
+ITEMS = [
+    "apples",
+    "pens",
+    "books",
+    "cards",
+    "shells",
+    "coins",
+    "stamps",
+    "pears",
+    "eggs",
+    "cookies",
+    "marbles",
+    "stickers",
+    "beads",
+    "plums",
+    "balls",
+]
+PLACES = ["garden", "market", "school", "farm", "shop", "library", "park", "kitchen"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+import os
+
+
+MAX_NUMBER = int(os.environ.get("MAXN", 99))
+SMALL = int(os.environ.get("SMALL", 12))
 
 # In a step, `[t=a*b]` is written out as `4*6=<<4*6=24>>24` and `[$t=a*b]` as `4*6=$<<4*6=24>>24`.
 _CALCULATION = re.compile(r"\[(\$?)(\w)=(\w+)([-+*/])(\w+)\]")
@@ -71,9 +112,9 @@ TEMPLATES: tuple[Template, ...] = (
         {"a": (2, 9), "b": (2, 9), "c": (2, 40)},
     ),
     Template(
-        "{name} buys {a} {items} for ${b} each at the {place} and pays with ${c}. How much change does {name} get?",
-        ("The {items} cost [$t=a*b].", "{name} gets [$r=c-t] of change."),
-        {"a": (2, 9), "b": (2, 9), "c": (10, 99)},
+        "{name} buys {a} {items} for ${b} each at the {place} and gets ${c} off. How much does {name} pay?",
+        ("The {items} cost [$t=a*b].", "{name} pays [$r=t-c]."),
+        {"a": (2, 9), "b": (2, 9), "c": (2, 12)},
     ),
     Template(
         "{name} has {a} {items} and {friend} has {b} {items}. They share all of them equally among {c} children "
@@ -94,9 +135,10 @@ TEMPLATES: tuple[Template, ...] = (
         {"a": (2, 9), "b": (1, 6), "c": (1, 6)},
     ),
     Template(
-        "A book from the {place} has {a} pages. {name} reads {b} pages a day for {c} days. How many pages are left?",
-        ("{name} reads [t=b*c] pages.", "There are [r=a-t] pages left."),
-        {"a": (20, 99), "b": (2, 9), "c": (2, 9)},
+        "{name} reads {a} pages of a book a day for {b} days and another {c} pages on {day}. How many pages does "
+        "{name} read altogether?",
+        ("{name} reads [t=a*b] pages.", "Altogether it is [r=t+c] pages."),
+        {"a": (2, 9), "b": (2, 9), "c": (2, 12)},
     ),
     Template(
         "{name} sells {a} {items} on {day} and half as many on {day2}. {friend} sells {b} {items}. How many {items} "
@@ -182,6 +224,8 @@ def _solve(template: Template, values: dict[str, int]) -> list[str] | None:
         if operator == "/" and x % y:
             return None
         result = {"+": x + y, "-": x - y, "*": x * y, "/": x // y if y else 0}[operator]
+        if operator in "+-" and min(x, y) > SMALL:
+            return None
         if not 1 <= result <= MAX_NUMBER:
             return None
         values[target] = result

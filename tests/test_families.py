@@ -54,12 +54,14 @@ def same(left, right):
     )
 
 
-def set_prices(balancer, scale=1.0, seed=0):
-    """Puts known prices into force and returns them."""
-    torch.manual_seed(seed)
-    for span in balancer._slices:
-        price = torch.randn(span.stop - span.start) * scale
-        balancer._price[span] = price - price.mean()
+def set_prices(balancer, seed=0):
+    """Puts uneven means, and so known prices, into force and returns the prices."""
+    generator = torch.Generator().manual_seed(seed)
+    state = balancer.state_dict()
+    for name, mean in state.items():
+        if ".mean_" in name:
+            mean.copy_(torch.softmax(torch.randn(mean.shape, generator=generator), -1))
+    balancer.load_state_dict(state)
     return balancer.prices()
 
 

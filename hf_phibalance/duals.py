@@ -1,0 +1,207 @@
+"""The state of φ-balancing: means, prices and biases of all routers, how a step moves them, how they are kept on disk.
+
+Shapes: L routers, E experts. Everything lies in flat fp32 buffers, router after router, so that a step costs a handful
+of kernels however many layers there are; `Layout.runs` views a stretch of routers with equally many experts as (L, E).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import STATISTICS, PhiBalanceConfig, package_version
+from .potentials import centred_price
+from .routers import RouterSite
+
+
+STATE_NAME = "phi_balance.safetensors"
+
+
+class Layout:
+    """Where each router's experts are in a flat buffer."""
+
+    def __init__(self, sites: Sequence[RouterSite]) -> None:
+        self.names = [site.name for site in sites]
+        self.sizes = [site.num_experts for site in sites]
+        bounds = list(itertools.accumulate(self.sizes, initial=0))
+        self.spans = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+        self.total = bounds[-1]
+
+    def runs(self) -> Iterator[tuple[slice, tuple[int, int]]]:
+        """Stretches of routers with the same number of experts: their span in a flat buffer, and (L, E)."""
+        start = 0
+        for experts, group in itertools.groupby(self.sizes):
+            layers = len(list(group))
+            yield slice(start, start + layers * experts), (layers, experts)
+            start += layers * experts
+
+    def by_layer(self, flat: Tensor) -> dict[str, Tensor]:
+        """Copies of the routers' parts of `flat`, each `(E,)`, by layer name."""
+        return {name: flat[span].clone() for name, span in zip(self.names, self.spans)}
+
+
+class Duals:
+    """
+    EMA means m, centred prices q = ∇φ(E·m) and selection biases b of all routers.
+
+    Args:
+        config (`PhiBalanceConfig`): potential, EMA rate, tracked statistics, step of the bias.
+        sites (`Sequence[RouterSite]`): the routers; a family's own selection bias is taken over as start.
+    """
+
+    def __init__(self, config: PhiBalanceConfig, sites: Sequence[RouterSite]) -> None:
+        self.config = config
+        self.sites = sites
+        self.layout = Layout(sites)
+        self.steps = 0
+        uniform = torch.cat([torch.full((size,), 1 / size) for size in self.layout.sizes])
+        self.means = {statistic: uniform.clone() for statistic in config.statistics}
+        self.price = torch.zeros(self.layout.total)
+        self.bias = torch.cat(
+            [s.read_native_bias().cpu().float() if s.native_bias else torch.zeros(s.num_experts) for s in sites]
+        )
+        self.has_bias = config.bias_coef > 0
+        self._potential = config.build_potential()
+
+    def to(self, device: torch.device) -> None:
+        self.means = {statistic: mean.to(device) for statistic, mean in self.means.items()}
+        self.price, self.bias = self.price.to(device), self.bias.to(device)
+
+    # ------------------------------------------------------------------ one step
+
+    @torch.no_grad()
+    def update(self, sums: Mapping[str, Tensor], finite: Tensor) -> None:
+        """
+        m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b <- b - bias_coef · q (arXiv 2605.15403, Algorithm 1).
+
+        Args:
+            sums (`Mapping[str, torch.Tensor]`): sums over the step's tokens by statistic, flat; s is their share.
+            finite (`torch.Tensor` of shape `()`): whether they can be used; else nothing moves.
+        """
+        for statistic, mean in self.means.items():
+            self._fold(mean, sums[statistic], finite)
+        self.price.copy_(self._priced(self.means[self.config.track]))
+        if self.config.bias_coef > 0:
+            self.bias -= self.config.bias_coef * self._priced(self.means[self.config.bias_track]) * finite
+            self._write_native_biases()
+        self.steps += 1
+
+    def _fold(self, mean: Tensor, sums: Tensor, finite: Tensor) -> None:
+        """A router that saw no token keeps its mean."""
+        rate = self.config.ema_rate
+        for span, shape in self.layout.runs():
+            sums_LE, mean_LE = sums[span].view(shape), mean[span].view(shape)
+            total_L1 = sums_LE.sum(dim=-1, keepdim=True)
+            moved_LE = (1 - rate) * mean_LE + rate * (sums_LE / total_L1)
+            mean_LE.copy_(torch.where((total_L1 > 0) & finite, moved_LE, mean_LE))
+
+    def _priced(self, mean: Tensor) -> Tensor:
+        price = torch.empty_like(mean)
+        for span, shape in self.layout.runs():
+            price[span] = centred_price(self._potential, mean[span].view(shape)).reshape(-1)
+        return price
+
+    @torch.no_grad()
+    def current_price(self, index: int, sums_E: Tensor) -> Tensor:
+        """Price `(E,)` of router `index` with the statistic of the batch at hand mixed in, as Algorithm 1 takes it."""
+        rate = self.config.ema_rate
+        mean = self.means[self.config.track][self.layout.spans[index]].to(sums_E.device)
+        return centred_price(self._potential, (1 - rate) * mean + rate * sums_E / sums_E.sum().clamp(min=1e-30))
+
+    @torch.no_grad()
+    def charged(self, probs: Tensor) -> Tensor:
+        """coef · Σ_layers ⟨q, mean p⟩ for `probs` summed over tokens, flat: the value of the balancing term, `()`."""
+        value = torch.zeros((), device=probs.device)
+        for span, shape in self.layout.runs():
+            probs_LE = probs[span].view(shape)
+            share_LE = probs_LE / probs_LE.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+            value = value + (share_LE * self.price[span].view(shape)).sum()
+        return self.config.coef * value
+
+    def _write_native_biases(self) -> None:
+        for site, span in zip(self.sites, self.layout.spans):
+            site.write_native_bias(self.bias[span])
+
+    # ------------------------------------------------------------------ persistence
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"steps": torch.tensor(self.steps)}
+        for statistic, mean in self.means.items():
+            state |= {f"{name}.mean_{statistic}": m.cpu() for name, m in self.layout.by_layer(mean).items()}
+        if self.has_bias:
+            state |= {f"{name}.bias": b.cpu() for name, b in self.layout.by_layer(self.bias).items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        biased = any(key.endswith(".bias") for key in state)
+        kinds = [f"mean_{statistic}" for statistic in self.means] + ["bias"] * biased
+        self._check(state, kinds)
+        for site, span in zip(self.sites, self.layout.spans):
+            for statistic, mean in self.means.items():
+                mean[span] = state[f"{site.name}.mean_{statistic}"].to(mean)
+            if biased:
+                self.bias[span] = state[f"{site.name}.bias"].to(self.bias)
+        if biased:
+            self.has_bias = True
+            self._write_native_biases()
+        self.steps = int(state.get("steps", 0))
+        self.price.copy_(self._priced(self.means[self.config.track]))
+
+    def _check(self, state: Mapping[str, Tensor], kinds: Sequence[str]) -> None:
+        """Raises a `ValueError` if `state` does not fit these routers, before anything is changed."""
+        for key in state:
+            layer, _, kind = key.rpartition(".")
+            known_kind = kind == "bias" or kind.removeprefix("mean_") in STATISTICS
+            if key != "steps" and not (layer in self.layout.names and known_kind):
+                raise ValueError(
+                    f"the φ-balance state holds {key!r}, but this model's routers are {self.layout.names[0]!r} ... "
+                    f"{self.layout.names[-1]!r}: it belongs to another model. Load the state saved with this one."
+                )
+        for site, kind in itertools.product(self.sites, kinds):
+            tensor = state.get(f"{site.name}.{kind}")
+            if tensor is None:
+                raise ValueError(
+                    f"the φ-balance state has no {site.name}.{kind}: it was written with other `track`/`bias_track` "
+                    "settings or for another model. Use the configuration beside it, or start with fresh duals."
+                )
+            if tensor.shape != (site.num_experts,):
+                raise ValueError(
+                    f"{site.name}.{kind} in the φ-balance state has shape {tuple(tensor.shape)}, but this router has "
+                    f"{site.num_experts} experts: it belongs to another model. Load the state saved with this one."
+                )
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{site.name}.{kind} in the φ-balance state is not finite; use an earlier checkpoint."
+                )
+
+    def save(self, directory: str | os.PathLike) -> Path:
+        path = Path(directory) / STATE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"format": "pt", "version": package_version(), "config": json.dumps(self.config.to_dict())}
+        partial = path.with_suffix(".partial")  # a kill while writing must not leave half a file under the real name
+        save_file(self.state_dict(), partial, metadata=header)
+        os.replace(partial, path)
+        return path
+
+    def load(self, directory: str | os.PathLike) -> None:
+        path = Path(directory)
+        path = path / STATE_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no φ-balance state at {path}; was the model saved while patched?")
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); copy it again from where it was written, or delete it to start with "
+                "fresh duals."
+            ) from error
+        self.load_state_dict(state)

@@ -1,0 +1,45 @@
+"""Which tokens of a batch count, and what each of them pays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Tokens:
+    """The T = batch x sequence tokens of one forward."""
+
+    mask: Tensor  # (T,) 1.0 for the tokens that count
+    rate: Tensor  # (T,) coefficient of ⟨q, p_t⟩ in the gradient of the optimizer step
+    trains: bool = True  # False for a forward of an evaluation, which counts apart and never pays
+    in_forward: bool = True  # False during a recomputation, which pays but is not counted again
+    deferred: bool = False  # its routers ran without autograd, reentrant checkpointing will run them again
+    recomputing: bool = False  # and has begun to
+
+
+def count_mask(inputs: Mapping[str, Any], token_mask: str) -> Tensor | None:
+    """
+    Which tokens of a batch count, `(B, S)` as booleans, or `None` if `inputs` does not tell.
+
+    Raises:
+        ValueError: if `token_mask="attention"` and the attention mask is not a `(B, S)` tensor.
+    """
+    hidden = next((inputs[k] for k in ("input_ids", "inputs_embeds") if inputs.get(k) is not None), None)
+    if token_mask == "labels":
+        labels = inputs.get("labels")
+        return None if labels is None else labels != -100
+    mask = inputs.get("attention_mask") if token_mask == "attention" else None
+    if mask is None:
+        return None if hidden is None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"token_mask='attention' needs an attention_mask of shape (batch, sequence), got {kind}: the padding "
+            "cannot be read off it. Set token_mask='labels' or token_mask='all' in PhiBalanceConfig."
+        )
+    return (mask if hidden is None else mask[:, -hidden.shape[1] :]) != 0

@@ -1,0 +1,33 @@
+"""Shared by all test files: what was warned about."""
+
+import logging
+
+import pytest
+import transformers
+
+
+class Messages(logging.Handler):
+    """Collects what transformers and this package log at warning level or above."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+    def about(self, text):
+        return [line for line in self.lines if text in line]
+
+
+@pytest.fixture
+def warned():
+    """The warnings of this test, `warning_once` included even if an earlier test has seen the same one."""
+    logging.Logger.warning_once.cache_clear()
+    messages = Messages()
+    loggers = [logging.getLogger(name) for name in (transformers.__name__, "hf_phibalance")]
+    for logger in loggers:
+        logger.addHandler(messages)
+    yield messages
+    for logger in loggers:
+        logger.removeHandler(messages)
