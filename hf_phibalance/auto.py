@@ -92,15 +92,12 @@ def enable() -> None:
     """
     if _originals:
         return
-    for owner, name in (
-        (PreTrainedModel, "from_pretrained"),
-        (PreTrainedModel, "_from_config"),
-        (_BaseAutoModelClass, "from_pretrained"),
-        (_BaseAutoModelClass, "from_config"),
-    ):
-        original = vars(owner)[name]
-        _originals.append((owner, name, original))
-        setattr(owner, name, classmethod(_accepting_flag(original.__func__, loads=name == "from_pretrained")))
+    # each auto class holds copies of its own; without them, AutoConfig would swallow the flag of a model saved patched
+    for owner in (PreTrainedModel, _BaseAutoModelClass, *_BaseAutoModelClass.__subclasses__()):
+        for name in {"from_pretrained", "from_config", "_from_config"} & vars(owner).keys():
+            original = vars(owner)[name]
+            _originals.append((owner, name, original))
+            setattr(owner, name, classmethod(_accepting_flag(original.__func__, loads=name == "from_pretrained")))
 
 
 def disable() -> None:
@@ -112,13 +109,14 @@ def disable() -> None:
 
 def _accepting_flag(inner, loads: bool):
     @functools.wraps(inner)
-    def wrapper(cls, source, *args, phi_balance: Any = None, **kwargs):
+    def wrapper(cls, *args, phi_balance: Any = None, **kwargs):
         if phi_balance is None or phi_balance is False:
-            return inner(cls, source, *args, **kwargs)
+            return inner(cls, *args, **kwargs)
         PhiBalanceConfig.from_any(phi_balance)
-        loaded = inner(cls, source, *args, **kwargs)
+        loaded = inner(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        _patch_loaded(model, source if loads else None, phi_balance, kwargs)
+        source = (args[0] if args else kwargs["pretrained_model_name_or_path"]) if loads else None
+        _patch_loaded(model, source, phi_balance, kwargs)
         return loaded
 
     return wrapper

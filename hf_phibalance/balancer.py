@@ -22,7 +22,7 @@ from .duals import Duals
 from .metrics import model_metrics
 from .pricing import ChargePrices, routing_probs
 from .routers import RouterSite
-from .tokens import Tokens, count_mask
+from .tokens import OptimizerStep, Tokens, count_mask
 
 
 logger = logging.get_logger(__name__)
@@ -64,7 +64,7 @@ class PhiBalancer:
         self._tokens: Tokens | None = None
         self._outer: Tokens | None = None
         self._labels: Tensor | None = None
-        self._clear_step()
+        self._step = OptimizerStep()
 
     # ------------------------------------------------------------------ what users read
 
@@ -103,6 +103,7 @@ class PhiBalancer:
 
     def biases(self) -> dict[str, Tensor]:
         """Selection biases b by layer name, each `(E,)` fp32."""
+        self._duals.read_native_biases()
         return self._duals.layout.by_layer(self._duals.bias)
 
     def loads(self) -> dict[str, Tensor]:
@@ -149,21 +150,20 @@ class PhiBalancer:
             RuntimeError: if the previous step was trained on but never closed with `step()`.
             ValueError: if there is no micro-batch.
         """
-        if self._trained:
+        if self._step.announced and self._step.trained:
             raise RuntimeError(
                 "begin_step() was called twice without step() in between, so the prices would never move. Call "
                 "balancer.step() after optimizer.step(), or let phb.attach(trainer) do both."
             )
-        self._clear_step()
-        self._opened = True
-        self._loss_scale = loss_scale
-        self._expected = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
-        if self._expected < 1:
+        count = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
+        if count < 1:
             raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
+        self.discard_step()
+        self._step = OptimizerStep(announced=True, micro_batches=count, loss_scale=loss_scale)
         if isinstance(micro_batches, int):
             return
-        masks = [count_mask(batch, self.config.token_mask) for batch in micro_batches]
-        if any(mask is None for mask in masks):
+        masks = [mask for batch in micro_batches if (mask := count_mask(batch, self.config.token_mask)) is not None]
+        if len(masks) < count:
             logger.warning_once(
                 f"The micro-batches do not hold what token_mask={self.config.token_mask!r} needs; each will be "
                 "charged its own mean instead of its exact share of the step's tokens."
@@ -173,7 +173,7 @@ class PhiBalancer:
         total = torch.stack([mask.sum().to(device) for mask in masks]).sum().float()
         if self._world_size > 1:
             dist.all_reduce(total, group=self.process_group)
-        self._step_tokens = total
+        self._step.tokens = total
 
     def step(self) -> None:
         """
@@ -184,7 +184,7 @@ class PhiBalancer:
             RuntimeError: if no training forward has run since the last step.
             ValueError: at the first step, if a router was never called or the price gradient reaches nothing.
         """
-        if not self._trained:
+        if not self._step.trained:
             raise RuntimeError("step() was called before any training forward of the patched model.")
         sums = self._sums
         if self._world_size > 1:
@@ -198,12 +198,12 @@ class PhiBalancer:
             self._charged = self._duals.charged(statistics["probs"])
         self._duals.update(statistics, finite)
         sums.zero_()
-        self._clear_step()
+        self._step = OptimizerStep()
 
     def discard_step(self) -> None:
         """Forgets what has been counted since the last step: of a skipped optimizer step, or of an interrupted run."""
         self._sums.zero_()
-        self._clear_step()
+        self._step = OptimizerStep()
 
     def check_finite(self) -> None:
         """Warns once if steps had non-finite statistics, which were left out; reads the device."""
@@ -213,16 +213,6 @@ class PhiBalancer:
                 f"The routing statistics of {bad} step(s) were not finite (the loss or the router logits diverged); "
                 "they were left out of the means and prices. Lower the learning rate or check the data."
             )
-
-    def _clear_step(self) -> None:
-        self._opened = False
-        self._expected = 1
-        self._step_tokens: Tensor | None = None
-        self._loss_scale: float | Tensor = 1.0
-        self._trained = False
-        self._deferred: list[Tokens] = []
-        self._probed_version = -1
-        self._paying = [False] * len(self.sites)
 
     # ------------------------------------------------------------------ called by the hooks
 
@@ -234,7 +224,7 @@ class PhiBalancer:
     @property
     def is_open(self) -> bool:
         """Whether `begin_step` has announced the step under way."""
-        return self._opened
+        return self._step.announced
 
     @property
     def is_evaluating(self) -> bool:
@@ -267,13 +257,13 @@ class PhiBalancer:
                 "model, or set another token_mask in PhiBalanceConfig."
             )
         mask = mask_BS.reshape(-1).to(self._move_to_model(), torch.float32)
-        if evaluating:
+        if evaluating and self._eval_sums is not None:
             self._eval_sums[-1] += mask.sum()
             self._tokens = Tokens(mask, mask, trains=False)
             return
-        if not self._opened:
+        if not self._step.announced:
             self._open_implicitly()
-        self._trained = True
+        self._step.trained = True
         self._sums[-1] += mask.sum()
         self._tokens = Tokens(mask, self._rate(mask))
 
@@ -288,9 +278,9 @@ class PhiBalancer:
     def _open_implicitly(self) -> None:
         """A training forward without `begin_step`: fine for a step of one micro-batch in one process."""
         probe = next((p for p in self.root.parameters() if p.requires_grad), None)
-        if self._trained and self.config.is_on and probe is not None:
+        if self._step.trained and self.config.is_on and probe is not None:
             remedy = "phb.attach(trainer) or PhiBalanceCallback does that inside a Trainer."
-            if probe._version != self._probed_version:
+            if probe._version != self._step.weights_version:
                 raise RuntimeError(
                     "The optimizer has stepped without balancer.step() after it, so the prices would never move. Call "
                     f"phb.get_balancer(model).step() after optimizer.step(); {remedy}"
@@ -301,23 +291,23 @@ class PhiBalancer:
                     "each token's share of the optimizer step is unknown. Call begin_step with all micro-batches of "
                     f"the step before the first one; {remedy}"
                 )
-        if self._trained:
+        if self._step.trained:
             self.discard_step()  # nothing came of the earlier forward
         if self._world_size > 1 and self.config.coef > 0:
             raise RuntimeError(
                 f"{self._world_size} data-parallel ranks need balancer.begin_step(micro_batches) on every rank before "
                 "the first forward of an optimizer step; phb.attach(trainer) does that inside a Trainer."
             )
-        self._probed_version = -1 if probe is None else probe._version
+        self._step.weights_version = -1 if probe is None else probe._version
 
     def _rate(self, mask: Tensor) -> Tensor:
         """Coefficient of ⟨q, p_t⟩ for each token, so that the optimizer receives coef/N whatever happens in between."""
-        if self._step_tokens is not None:
+        if self._step.tokens is not None:
             # gradients are averaged over the ranks afterwards
-            per_token = self.config.coef * self._world_size / self._step_tokens.clamp(min=1)
+            per_token = self.config.coef * self._world_size / self._step.tokens.clamp(min=1)
         else:
-            per_token = self.config.coef / (self._expected * mask.sum().clamp(min=1))
-        return mask * (per_token * self._loss_scale)
+            per_token = self.config.coef / (self._step.micro_batches * mask.sum().clamp(min=1))
+        return mask * (per_token * self._step.loss_scale)
 
     def observe(self, index: int, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         """
@@ -331,6 +321,10 @@ class PhiBalancer:
         if tokens is None:
             return carrier
         site = self.sites[index]
+        if not tokens.in_forward:
+            if not tokens.deferred:
+                return self._replay(index, logits, carrier)
+            self._check_recomputed(tokens)
         if logits.shape != (tokens.mask.numel(), site.num_experts):
             raise ValueError(
                 f"router {site.name!r} returned logits of shape {tuple(logits.shape)} where the token mask and the "
@@ -346,25 +340,35 @@ class PhiBalancer:
             if tokens.in_forward:
                 self._add(index, probs_E, load_E)
             if from_current:
-                price = self._duals.current_price(index, probs_E if self.config.track == "probs" else load_E)
+                tracked_E = probs_E if self.config.track == "probs" and probs_E is not None else load_E
+                price = self._duals.current_price(index, tracked_E)
         if not pays:
             return carrier
         if not torch.is_grad_enabled():
             if not tokens.deferred:
                 tokens.deferred = True
-                self._deferred.append(tokens)
+                self._step.deferred.append(tokens)
             return carrier
         if not logits.requires_grad:
             return carrier
-        if tokens.deferred:
-            self._check_recomputed(tokens)
-        self._paying[index] = True
+        self._step.paying.add(index)
         return ChargePrices.apply(carrier, logits, price.to(logits.device), rate, site.scoring)
+
+    def _replay(self, index: int, logits: Tensor, carrier: Tensor) -> Tensor:
+        """
+        A router runs again under non-reentrant checkpointing, which wants the same tensors saved and nothing else: its
+        first run pays. Other forwards may have come in between, so the tokens at hand need not be this router's.
+        """
+        if self.config.coef == 0 or not torch.is_grad_enabled() or not logits.requires_grad:
+            return carrier
+        price = self._duals.price[self._spans[index]].to(logits.device)
+        nothing = logits.new_zeros(len(logits))
+        return ChargePrices.apply(carrier, logits, price, nothing, self.sites[index].scoring)
 
     def _check_recomputed(self, tokens: Tokens) -> None:
         """Reentrant checkpointing recomputes the latest forward; refuses to guess if an earlier one is still due."""
         tokens.recomputing = True
-        if not all(other.recomputing for other in self._deferred):
+        if not all(other.recomputing for other in self._step.deferred):
             raise RuntimeError(
                 "Several forwards ran before one backward under reentrant gradient checkpointing, so a recomputation "
                 "cannot tell whose tokens it recomputes. Use gradient_checkpointing_kwargs={'use_reentrant': False}, "
@@ -460,7 +464,7 @@ class PhiBalancer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._clear_step()
+        self._step = OptimizerStep()
 
     @property
     def _world_size(self) -> int:
@@ -491,20 +495,20 @@ class PhiBalancer:
                 f"{', '.join(uncalled[:4])}. Something bypasses them (a fused kernel, `use_kernels=True`, layers that "
                 "this model does not run). Switch that off, or unpatch the model."
             )
-        announced = self._step_tokens
+        announced = self._step.tokens
         if announced is not None and float(announced) != tokens:
             logger.warning(
                 f"begin_step() counted {float(announced):.0f} tokens, the routers saw {tokens:.0f}: the price "
                 "gradient of such a step is scaled by their ratio. Pass begin_step() the batches as the model gets them."
             )
-        if self.config.coef > 0 and not any(self._paying):
+        if self.config.coef > 0 and not self._step.paying:
             raise ValueError(
                 f"coef={self.config.coef} but no gradient path leads from any router to a trainable parameter (frozen "
                 f"routers under LoRA?), so the price gradient does nothing. Train the routers, e.g. with "
                 f"LoraConfig(target_parameters=['{self.sites[0].name.split('.', 3)[-1]}.weight', ...]), or set coef=0 "
                 "and bias_coef > 0, which needs no gradient."
             )
-        silent = [site.name for site, paying in zip(self.sites, self._paying) if not paying]
+        silent = [site.name for index, site in enumerate(self.sites) if index not in self._step.paying]
         if self.config.coef > 0 and silent:
             logger.warning(
                 f"The price gradient reaches no trainable parameter from router(s) {', '.join(silent[:4])}."

@@ -45,10 +45,17 @@ class PhiBalanceCallback(TrainerCallback):
     def __init__(self, per_layer: int = 16) -> None:
         self.per_layer = per_layer
         self.history: list[dict[str, Any]] = []
-        self.balancer: PhiBalancer | None = None
+        self._balancer: PhiBalancer | None = None
         self.attached = False
         self._resume_from: str | None = None
         self._scaler = None
+
+    @property
+    def balancer(self) -> PhiBalancer:
+        """The balancer of the model being trained."""
+        if self._balancer is None:
+            raise RuntimeError("PhiBalanceCallback knows no model before training begins.")
+        return self._balancer
 
     # ------------------------------------------------------------------ events
 
@@ -62,12 +69,13 @@ class PhiBalanceCallback(TrainerCallback):
         **kwargs,
     ) -> None:
         patch(model)  # no change to the routers; covers wrappers added since, and losses that a trainer switched on
-        self.balancer = get_balancer(model)
+        self._balancer = get_balancer(model)
         self.balancer.discard_step()
         self._scaler = getattr(optimizer, "scaler", None)
-        if not self.attached and self.balancer.config.is_on and getattr(args, "router_aux_loss_coef", 0.0) != 0.0:
+        built_in = getattr(args, "router_aux_loss_coef", 0.0)
+        if not self.attached and self.balancer.config.is_on and built_in != 0.0:
             raise ValueError(
-                f"router_aux_loss_coef={args.router_aux_loss_coef!r} in {type(args).__name__} adds a second auxiliary "
+                f"router_aux_loss_coef={built_in!r} in {type(args).__name__} adds a second auxiliary "
                 "loss to φ-balancing. Set router_aux_loss_coef=0.0, or use phb.attach(trainer), which switches it off."
             )
         if state.global_step > 0:
@@ -95,7 +103,7 @@ class PhiBalanceCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.is_world_process_zero:
-            self.balancer.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            self.balancer.save(_checkpoint_folder(args, state))
 
     # ------------------------------------------------------------------ helpers
 
@@ -109,7 +117,7 @@ class PhiBalanceCallback(TrainerCallback):
 
     def training_metrics(self, state: TrainerState) -> dict[str, float]:
         """Metrics of the last step as `moe/...`; notes the loads in `history`."""
-        if self.balancer is None or self.balancer.steps == 0:
+        if self.balancer.steps == 0:
             return {}
         self.balancer.check_finite()
         load = {
@@ -121,9 +129,9 @@ class PhiBalanceCallback(TrainerCallback):
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         named = self._resume_from or args.resume_from_checkpoint
-        folder = Path(named if isinstance(named, str) and Path(named).is_dir() else args.output_dir)
+        folder = Path(named) if isinstance(named, str) else _checkpoint_folder(args, state)
         if not (folder / STATE_NAME).is_file():
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            folder = _checkpoint_folder(args, state)
         if not (folder / STATE_NAME).is_file():
             raise FileNotFoundError(
                 f"training resumes at step {state.global_step}, but there is no {STATE_NAME} in {folder}: the duals "
@@ -131,6 +139,10 @@ class PhiBalanceCallback(TrainerCallback):
                 "if the checkpoint lies outside output_dir."
             )
         self.balancer.load(folder)
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> PhiBalanceCallback:
@@ -153,24 +165,20 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
     callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
     if callback is not None and callback.attached:
         return callback
-    balancer = get_balancer(trainer.model)
+    model: Any = trainer.model
+    balancer = get_balancer(model)
     _refuse_unknown_scaling(trainer, process_group)
     if callback is None:
         callback = PhiBalanceCallback()
         trainer.add_callback(callback)
     callback.attached = True
     balancer.process_group = process_group
-    if balancer.config.is_on and getattr(trainer, "aux_loss_enabled", False):
-        logger.warning_once(
-            f"φ-balancing is on: the auxiliary loss of {type(trainer).__name__} (router_aux_loss_coef="
-            f"{trainer.router_aux_loss_coef}) has been switched off."
-        )
-        trainer.aux_loss_enabled = False
-        trainer.router_aux_loss_coef = 0.0
-    patch(trainer.model)
+    if balancer.config.is_on:
+        _switch_off_trainer_loss(trainer)
+    patch(model)
 
     get_batch_samples, log, evaluate = trainer.get_batch_samples, trainer.log, trainer.evaluate
-    load_optimizer = trainer._load_optimizer_and_scheduler
+    load_optimizer: Any = trainer._load_optimizer_and_scheduler
 
     @functools.wraps(get_batch_samples)
     def counted_batch_samples(*args, **kwargs):
@@ -194,13 +202,26 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
         callback._resume_from = checkpoint
         return load_optimizer(checkpoint, *args, **kwargs)
 
-    trainer.get_batch_samples, trainer.log, trainer.evaluate = (
-        counted_batch_samples,
-        log_with_metrics,
-        counted_evaluate,
-    )
-    trainer._load_optimizer_and_scheduler = noted_load
+    wrappers = {
+        "get_batch_samples": counted_batch_samples,
+        "log": log_with_metrics,
+        "evaluate": counted_evaluate,
+        "_load_optimizer_and_scheduler": noted_load,
+    }
+    for name, wrapper in wrappers.items():
+        setattr(trainer, name, wrapper)
     return callback
+
+
+def _switch_off_trainer_loss(trainer: Any) -> None:
+    """TRL's trainers add an auxiliary loss of their own to any MoE."""
+    if getattr(trainer, "aux_loss_enabled", False):
+        logger.warning_once(
+            f"φ-balancing is on: the auxiliary loss of {type(trainer).__name__} (router_aux_loss_coef="
+            f"{trainer.router_aux_loss_coef}) has been switched off."
+        )
+        trainer.aux_loss_enabled = False
+        trainer.router_aux_loss_coef = 0.0
 
 
 def _model_inputs(batches: Sequence[Any]) -> list[Mapping[str, Any]]:

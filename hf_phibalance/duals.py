@@ -90,6 +90,7 @@ class Duals:
             self._fold(mean, sums[statistic], finite)
         self.price.copy_(self._priced(self.means[self.config.track]))
         if self.config.bias_coef > 0:
+            self.read_native_biases()
             self.bias -= self.config.bias_coef * self._priced(self.means[self.config.bias_track]) * finite
             self._write_native_biases()
         self.steps += 1
@@ -126,6 +127,18 @@ class Duals:
             value = value + (share_LE * self.price[span].view(shape)).sum()
         return self.config.coef * value
 
+    @torch.no_grad()
+    def read_native_biases(self) -> None:
+        """Takes over native biases that others have set (other weights were loaded); ours keep their fp32 remainder."""
+        if any(site.native_bias for site in self.sites):
+            native = torch.cat(
+                [
+                    site.read_native_bias().to(self.bias.device) if site.native_bias else self.bias[span]
+                    for site, span in zip(self.sites, self.layout.spans)
+                ]
+            )
+            self.bias.copy_(torch.where(self.bias.to(native.dtype) == native, self.bias, native))
+
     def _write_native_biases(self) -> None:
         for site, span in zip(self.sites, self.layout.spans):
             site.write_native_bias(self.bias[span])
@@ -137,6 +150,7 @@ class Duals:
         for statistic, mean in self.means.items():
             state |= {f"{name}.mean_{statistic}": m.cpu() for name, m in self.layout.by_layer(mean).items()}
         if self.has_bias:
+            self.read_native_biases()
             state |= {f"{name}.bias": b.cpu() for name, b in self.layout.by_layer(self.bias).items()}
         return state
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -153,13 +153,13 @@ def model_metrics(
     for load_E in loads.values():
         for name, value in summarise(load_E.cpu().unsqueeze(0)).items():
             columns.setdefault(name, []).append(float(value))
-    reductions = {"min_relative_load": min, "max_relative_load": max, "dead_experts": sum}
+    reductions: dict[str, Callable[[list[float]], float]] = {"min_relative_load": min, "max_relative_load": max, "dead_experts": sum}
     values = {name: reductions.get(name, statistics.fmean)(column) for name, column in columns.items()}
     values["max_vio_worst_layer"] = max(columns["max_vio"])
     floors = [noise_floor(load_E.numel(), k, tokens) for load_E, k in zip(loads.values(), top_k)]
     values["noise_floor"] = statistics.fmean(map(float, floors))
     names = list(loads)
-    shown = range(len(names))
+    shown = list(range(len(names)))
     if len(names) > per_layer:
         shown = sorted({round(i * (len(names) - 1) / max(per_layer - 1, 1)) for i in range(per_layer)})
     return values | {f"max_vio/{names[i]}": columns["max_vio"][i] for i in shown}

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,9 +29,12 @@ from .selection import SelectionBias, rank_scores
 
 
 logger = logging.get_logger(__name__)
-BALANCER_ATTRIBUTE = "_phi_balancer"
+PATCH_ATTRIBUTE = "_phi_balance_patch"
 BUILT_IN_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-MISSING = object()
+
+
+class MISSING:
+    """Stands for an attribute that was not there; a class, because copies and pickles keep its identity."""
 
 
 # ---------------------------------------------------------------------- hooks
@@ -104,15 +108,17 @@ class BackboneHook(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
         if self.before:
-            positional = dict(zip(_parameter_names(type(module)), args))
-            self.balancer.open_forward({**positional, **kwargs}, module.training)
+            self.balancer.open_forward(_by_name(module, args, kwargs), module.training)
         else:
             self.balancer.close_forward()
 
 
-@functools.cache
-def _parameter_names(model_class: type[nn.Module]) -> list[str]:
-    return list(inspect.signature(model_class.forward).parameters)[1:]
+def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments of a call of `module` by their names."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
 
 
 def _install_hooks(balancer: PhiBalancer, backbone: nn.Module) -> None:
@@ -121,7 +127,7 @@ def _install_hooks(balancer: PhiBalancer, backbone: nn.Module) -> None:
             module.register_forward_hook(RouterHook(balancer, index), prepend=True)
             if site.native_bias or site.kind.traits.no_bias:
                 continue
-            selecting = site.parent if site.kind.traits.selects_in_parent else module
+            selecting = site.parent if site.kind.traits.selects_in_parent and site.parent else module
             selecting.register_forward_pre_hook(SelectionHook(balancer, index, before=True))
             selecting.register_forward_hook(
                 SelectionHook(balancer, index, before=False), prepend=True, always_call=True
@@ -133,10 +139,11 @@ def _install_hooks(balancer: PhiBalancer, backbone: nn.Module) -> None:
 def _remove_hooks(root: nn.Module) -> None:
     """Removes every hook of ours, found by its type: copies that PEFT made have no handle."""
     for module in root.modules():
-        for hooks, *flags in (
-            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        ):
+        tables: list[list[dict[int, Any]]] = [
+            [module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called],
+            [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
+        ]
+        for hooks, *flags in tables:
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
                 for table in (hooks, *flags):
                     table.pop(key, None)
@@ -150,8 +157,8 @@ def _unwrap(model: nn.Module) -> list[nn.Module]:
     chain = [model]
     while True:
         inner = extract_model_from_parallel(chain[-1], keep_torch_compile=False)
-        if inner is chain[-1] and hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
+        if inner is chain[-1] and callable(to_base := getattr(inner, "get_base_model", None)):
+            inner = to_base()
         if inner is chain[-1]:
             return chain
         chain.append(inner)
@@ -201,11 +208,20 @@ class Undo:
                 self.set(target, name, value)
 
 
+@dataclass
+class Patch:
+    """What a patched model carries: its balancer, and how to take everything back."""
+
+    balancer: PhiBalancer
+    undo: Undo = field(default_factory=Undo)
+    undo_built_in: Undo = field(default_factory=Undo)  # the auxiliary loss that is off meanwhile
+
+
 def _switch_off_built_in_loss(root: nn.Module, undo: Undo) -> bool:
     """Sets every coefficient of the family's own auxiliary loss to 0; returns whether one was on."""
     was_on = False
-    configs = {id(c): c for c in (root.config, root.config.get_text_config())} if hasattr(root, "config") else {}
-    for config in configs.values():
+    whole: Any = getattr(root, "config", None)
+    for config in {id(c): c for c in (whole, whole.get_text_config())}.values() if whole is not None else ():
         was_on |= bool(getattr(config, "output_router_logits", False))
         for name, off in (("output_router_logits", False), *((name, 0.0) for name in BUILT_IN_COEFFICIENTS)):
             if getattr(config, name, off) != off:
@@ -222,23 +238,27 @@ def _switch_off_built_in_loss(root: nn.Module, undo: Undo) -> bool:
 
 def _keep_state_beside_weights(model: nn.Module, undo: Undo) -> None:
     """Lets `model.save_pretrained` write the state as well, and the config of the ordinary model it is."""
-    if not hasattr(model, "save_pretrained") or getattr(model.save_pretrained, "_phi_balance", False):
-        return
-    inner = type(model).save_pretrained
+    if hasattr(type(model), "save_pretrained"):
+        _wrap_method(model, "save_pretrained", _save_with_state, undo)
 
-    @functools.wraps(inner)
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        balancer = find_balancer(self)
-        if balancer is None:
-            return inner(self, save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            balancer.save(save_directory)
-            _warn_about_plain_load(balancer)
-        with balancer.undo_built_in.suspended():
-            return inner(self, save_directory, *args, **kwargs)
 
-    save_pretrained._phi_balance = True
-    undo.set(model, "save_pretrained", MethodType(save_pretrained, model))
+def _wrap_method(model: nn.Module, name: str, wrapper: Callable, undo: Undo) -> None:
+    """Lets `model.name(...)` be `wrapper(model, inner, ...)`, once, in a way that copies and pickles of `model` keep."""
+    inner = getattr(model, name)
+    if getattr(inner, "func", None) is not wrapper:
+        undo.set(model, name, functools.update_wrapper(functools.partial(wrapper, model, inner), inner))
+
+
+def _save_with_state(model: nn.Module, inner: Callable, *args, **kwargs) -> Any:
+    present = _find_patch(model)
+    if present is None:
+        return inner(*args, **kwargs)
+    given = inspect.signature(inner).bind(*args, **kwargs).arguments
+    if given.get("is_main_process", True) and not (dist.is_initialized() and dist.get_rank()):
+        present.balancer.save(given["save_directory"])
+        _warn_about_plain_load(present.balancer)
+    with present.undo_built_in.suspended():
+        return inner(*args, **kwargs)
 
 
 def _warn_about_plain_load(balancer: PhiBalancer) -> None:
@@ -251,22 +271,17 @@ def _warn_about_plain_load(balancer: PhiBalancer) -> None:
 
 
 def _hand_labels_to_balancer(root: nn.Module, undo: Undo) -> None:
-    """For `token_mask="labels"`: the backbone never sees the labels, so `root.forward` notes them."""
-    if getattr(root.forward, "_phi_balance", False):
-        return
-    inner = root.forward
+    """For `token_mask="labels"`: the backbone never sees the labels, and PEFT calls `root.forward` around its hooks."""
+    _wrap_method(root, "forward", _forward_with_labels, undo)
 
-    @functools.wraps(getattr(inner, "__func__", inner))
-    def forward(self, *args, **kwargs):
-        balancer = find_balancer(self)
-        if balancer is None:
-            return inner(*args, **kwargs)
-        given = {**dict(zip(_parameter_names(type(self)), args)), **kwargs}
-        with balancer.labels_of(given.get("labels")):
-            return inner(*args, **kwargs)
 
-    forward._phi_balance = True
-    undo.set(root, "forward", MethodType(forward, root))
+def _forward_with_labels(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
+    present = _find_patch(root)
+    if present is None:
+        return inner(*args, **kwargs)
+    given = {**dict(zip(_parameter_names(type(root)), args)), **kwargs}
+    with present.balancer.labels_of(given.get("labels")):
+        return inner(*args, **kwargs)
 
 
 def _refuse_bypassed(root: nn.Module, sites: list[RouterSite]) -> None:
@@ -284,9 +299,8 @@ def _refuse_bypassed(root: nn.Module, sites: list[RouterSite]) -> None:
 # ---------------------------------------------------------------------- public
 
 
-def find_balancer(model: nn.Module) -> PhiBalancer | None:
-    """The balancer of `model` (wrapped or not), or `None` if it is not patched."""
-    return vars(_unwrap(model)[-1]).get(BALANCER_ATTRIBUTE)
+def _find_patch(model: nn.Module) -> Patch | None:
+    return vars(_unwrap(model)[-1]).get(PATCH_ATTRIBUTE)
 
 
 def get_balancer(model: nn.Module) -> PhiBalancer:
@@ -296,10 +310,10 @@ def get_balancer(model: nn.Module) -> PhiBalancer:
     Raises:
         ValueError: if the model is not patched.
     """
-    balancer = find_balancer(model)
-    if balancer is None:
+    present = _find_patch(model)
+    if present is None:
         raise ValueError(f"{type(_unwrap(model)[-1]).__name__} is not φ-balanced; call phb.patch(model) first.")
-    return balancer
+    return present.balancer
 
 
 def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None) -> nn.Module:
@@ -321,23 +335,21 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
             refused family, a kernel that bypasses them); the model is then untouched.
     """
     chain = _unwrap(model)
-    root = chain[-1]
-    present = vars(root).get(BALANCER_ATTRIBUTE)
+    present = _find_patch(model)
     if present is not None and (config is None or config is True):
-        config = present.config
+        config = present.balancer.config
     config = PhiBalanceConfig.from_any(config)
-    if present is None or present.config != config:
-        balancer = _prepare(root, config)
+    if present is None or present.balancer.config != config:
+        balancer = _prepare(chain[-1], config)
         if present is not None:
-            _carry_over(present, balancer)
+            _carry_over(present.balancer, balancer)
             unpatch(model)
-        _install(balancer)
-        present = balancer
+        present = _install(balancer)
     for wrapper in chain:
         _keep_state_beside_weights(wrapper, present.undo)
     if config.token_mask == "labels":
-        _hand_labels_to_balancer(root, present.undo)
-    if config.is_on and _switch_off_built_in_loss(root, present.undo_built_in):
+        _hand_labels_to_balancer(chain[-1], present.undo)
+    if config.is_on and _switch_off_built_in_loss(chain[-1], present.undo_built_in):
         logger.warning_once(
             "φ-balancing is on: the model's own auxiliary loss (router_aux_loss_coef, output_router_logits) has been "
             "switched off until phb.unpatch(model)."
@@ -363,13 +375,13 @@ def _carry_over(old: PhiBalancer, new: PhiBalancer) -> None:
         new.load_state_dict(old.state_dict())
 
 
-def _install(balancer: PhiBalancer) -> None:
-    root = balancer.root
-    balancer.undo, balancer.undo_built_in = Undo(), Undo()
+def _install(balancer: PhiBalancer) -> Patch:
+    root, present = balancer.root, Patch(balancer)
     _install_hooks(balancer, _backbone(root, balancer.sites))
-    balancer.undo.set(root, BALANCER_ATTRIBUTE, balancer)
+    present.undo.set(root, PATCH_ATTRIBUTE, present)
     if hasattr(root, "config"):
-        balancer.undo.set(root.config, "phi_balance", balancer.config.to_dict())
+        present.undo.set(root.config, "phi_balance", balancer.config.to_dict())
+    return present
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -380,10 +392,9 @@ def unpatch(model: nn.Module) -> nn.Module:
     Returns:
         `torch.nn.Module`: `model` itself.
     """
-    root = _unwrap(model)[-1]
-    balancer = vars(root).get(BALANCER_ATTRIBUTE)
-    if balancer is not None:
-        _remove_hooks(root)
-        balancer.undo_built_in.restore()
-        balancer.undo.restore()
+    present = _find_patch(model)
+    if present is not None:
+        _remove_hooks(present.balancer.root)
+        present.undo_built_in.restore()
+        present.undo.restore()
     return model

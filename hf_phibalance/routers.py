@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,11 +77,11 @@ class RouterTraits:
 
 
 def _gate_scoring(module: nn.Module) -> str:
-    return getattr(module, "scoring_func", "softmax")
+    return str(getattr(module, "scoring_func", "softmax"))
 
 
 def _selection_fn(module: nn.Module) -> str:
-    return module.expert_selection_fn
+    return str(module.expert_selection_fn)
 
 
 def _score_activation(module: nn.Module) -> str:
@@ -250,8 +251,8 @@ def _top_k(router: nn.Module, parent: nn.Module | None) -> int:
         for name in ("top_k", "num_experts_per_tok", "moe_top_k"):
             if isinstance(getattr(module, name, None), int):
                 return getattr(module, name)
-    config = getattr(router, "config", None)
-    return int(getattr(config, "top_k_experts", None) or getattr(config, "num_experts_per_tok", 1))
+    config: Any = getattr(router, "config", None)
+    return int(getattr(config, "top_k_experts", 0) or getattr(config, "num_experts_per_tok", 1))
 
 
 def _native_bias(router: nn.Module, parent: nn.Module | None, num_experts: int) -> tuple[nn.Module, str] | None:

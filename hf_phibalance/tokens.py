@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,20 @@ class Tokens:
     in_forward: bool = True  # False during a recomputation, which pays but is not counted again
     deferred: bool = False  # its routers ran without autograd, reentrant checkpointing will run them again
     recomputing: bool = False  # and has begun to
+
+
+@dataclass
+class OptimizerStep:
+    """What is known of the optimizer step under way."""
+
+    announced: bool = False  # by `begin_step`
+    micro_batches: int = 1  # forwards that share its coefficient, if the tokens are unknown
+    tokens: Tensor | None = None  # () number of tokens that count, over all micro-batches and ranks
+    loss_scale: float | Tensor = 1.0  # what gradients are divided by before the optimizer sees them
+    trained: bool = False  # whether a training forward has run
+    paying: set[int] = field(default_factory=set)  # routers through which a price gradient goes
+    deferred: list[Tokens] = field(default_factory=list)  # forwards under reentrant checkpointing
+    weights_version: int = -1  # of a trainable parameter, at the latest forward
 
 
 def count_mask(inputs: Mapping[str, Any], token_mask: str) -> Tensor | None:

@@ -1,13 +1,13 @@
 """φ-balancing inside `Trainer` and TRL's `SFTTrainer`: the definition is followed, and only it."""
 
+
 import copy
-import logging
 
 import pytest
 import torch
 from tiny import tiny_batch, tiny_model
 from training import TRAINERS, Recorder, assert_same, make_trainer, naive_training, patched, routed, rows, weights
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 import hf_phibalance as phb
@@ -16,7 +16,7 @@ import hf_phibalance as phb
 CONFIGS = {
     "probs": ("mixtral", {}),
     "load": ("qwen3_moe", {"track": "load", "ema_rate": 0.6}),
-    "native_bias": ("deepseek_v3", {"bias_coef": 0.05}),
+    "native_bias": ("deepseek_v3", {"coef": 20.0, "bias_coef": 0.05}),
     "bias": ("mixtral", {"bias_coef": 0.05, "bias_track": "probs"}),
 }
 
@@ -48,3 +48,292 @@ def test_training_follows_the_definition(case, cls, tmp_path):
     assert len(routers) >= 2
     for name in routers:
         assert (weights(model)[name] - weights(unpriced)[name]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cls", TRAINERS)
+def test_labels_decide_who_counts(cls, tmp_path):
+    """With `token_mask="labels"` the first token of each row, which has no label here, neither counts nor pays."""
+
+    model = patched(token_mask="labels", ema_rate=1.0)
+    trainer = make_trainer(model, tmp_path, cls, max_steps=1)
+    collate = trainer.data_collator
+
+    def without_first(examples):
+        batch = collate(examples)
+        batch["labels"][:, 0] = -100
+        return batch
+
+    trainer.data_collator = without_first
+    phb.attach(trainer)
+    recorder = Recorder(model)
+    trainer.add_callback(recorder)
+    trainer.train()
+    twin = tiny_model("mixtral").train()
+    sums = {}
+    for batch in recorder.steps[0]:
+        with torch.no_grad(), routed(twin) as seen:
+            twin(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        labelled = (batch["labels"] != -100).reshape(-1)
+        assert labelled.sum() < batch["attention_mask"].sum()
+        for name, ((logits, _),) in seen.items():
+            sums[name] = sums.get(name, 0) + logits[labelled].softmax(-1).sum(0)
+    expected = {name: total / total.sum() for name, total in sums.items()}
+    torch.testing.assert_close(phb.get_balancer(model).means(), expected, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- attach
+
+
+def test_attach_needs_a_patched_model(tmp_path):
+    trainer = make_trainer(tiny_model("mixtral"), tmp_path)
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM is not φ-balanced; call phb\.patch\(model\) first"):
+        phb.attach(trainer)
+
+
+def test_callback_needs_a_patched_model(tmp_path):
+    model = tiny_model("mixtral")
+    trainer = make_trainer(model, tmp_path, callbacks=[phb.PhiBalanceCallback()])
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM is not φ-balanced; call phb\.patch\(model\) first"):
+        trainer.train()
+    assert not hasattr(model, "_phi_balancer")
+
+
+def test_attach_is_idempotent_and_takes_the_callback_that_is_there(tmp_path):
+    own = phb.PhiBalanceCallback(per_layer=1)
+    trainer = make_trainer(patched(), tmp_path, callbacks=[own], max_steps=2)
+    assert phb.attach(trainer) is own
+    wired = trainer.log, trainer.get_batch_samples, trainer.evaluate
+    assert phb.attach(trainer) is own
+    assert (trainer.log, trainer.get_batch_samples, trainer.evaluate) == wired
+    assert sum(isinstance(callback, phb.PhiBalanceCallback) for callback in trainer.callback_handler.callbacks) == 1
+    trainer.train()
+    assert phb.get_balancer(trainer.model).steps == 2
+    fresh = make_trainer(patched(), tmp_path)
+    assert isinstance(phb.attach(fresh), phb.PhiBalanceCallback)
+
+
+def test_attach_follows_a_model_that_is_patched_anew(tmp_path):
+    """Another configuration means another balancer; the trainer that was attached before must use it, exactly."""
+    model = patched(coef=0.1)
+    trainer = make_trainer(model, tmp_path)
+    phb.attach(trainer)
+    phb.patch(model, {"coef": 5.0})
+    recorder = Recorder(model)
+    trainer.add_callback(recorder)
+    trainer.train()
+    twin = tiny_model("mixtral").train()
+    expected = naive_training(twin, recorder.steps, phb.PhiBalanceConfig(coef=5.0), lr=trainer.args.learning_rate)
+    torch.testing.assert_close(recorder.duals[-1], expected[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(model), weights(twin), rtol=1e-4, atol=1e-5)
+    assert trainer.state.log_history[-2]["moe/tokens"] == sum(b["attention_mask"].sum() for b in recorder.steps[-1])
+
+
+# ---------------------------------------------------------------------- the callback alone
+
+
+@pytest.mark.parametrize("cls", TRAINERS)
+@pytest.mark.parametrize(("model_type", "config"), [("qwen3_moe", {}), ("deepseek_v3", {"bias_coef": 0.05})])
+def test_callback_alone_equals_attach_on_equal_micro_batches(model_type, config, cls, tmp_path):
+    data = rows(count=24, shortest=6, longest=6)
+    trained = {}
+    for way in ("attach", "alone", "off"):
+        model = patched(model_type, **(config if way != "off" else {"coef": 0.0}))
+        callbacks = [phb.PhiBalanceCallback()] if way != "attach" else []
+        trainer = make_trainer(model, tmp_path, cls, data=data, callbacks=callbacks)
+        if way == "attach":
+            phb.attach(trainer)
+        trainer.train()
+        balancer = phb.get_balancer(model)
+        assert balancer.steps == trainer.state.global_step == 6
+        assert any(price.abs().max() > 1e-3 for price in balancer.prices().values())
+        logged = [{k: v for k, v in entry.items() if k.startswith("moe/")} for entry in trainer.state.log_history]
+        assert [bool(entry) for entry in logged] == [True] * 6 + [False]
+        trained[way] = weights(model), balancer.state_dict(), logged
+    assert_same(trained["alone"][0], trained["attach"][0])
+    assert_same(trained["alone"][1], trained["attach"][1])
+    assert trained["alone"][2] == trained["attach"][2]
+    assert not torch.equal(trained["alone"][0]["lm_head.weight"], trained["off"][0]["lm_head.weight"])
+
+
+def test_without_any_callback_the_second_step_is_refused(tmp_path):
+    for config in ({"coef": 0.1}, {"coef": 0.0, "bias_coef": 0.1}):
+        trainer = make_trainer(patched(**config), tmp_path, gradient_accumulation_steps=1)
+        with pytest.raises(RuntimeError, match=r"step\(\).*phb\.attach\(trainer\) or PhiBalanceCallback"):
+            trainer.train()
+        assert trainer.state.global_step == 1
+    trainer = make_trainer(patched(), tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(RuntimeError, match=r"begin_step.*phb\.attach\(trainer\) or PhiBalanceCallback"):
+        trainer.train()
+    off = patched(coef=0.0)
+    make_trainer(off, tmp_path).train()
+    plain = tiny_model("mixtral").train()
+    make_trainer(plain, tmp_path).train()
+    assert_same(weights(off), weights(plain))
+
+
+# ---------------------------------------------------------------------- other auxiliary losses
+
+
+def first_loss(trainer):
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+@pytest.fixture
+def notices(monkeypatch):
+    """Messages of our loggers, `warning_once` cleared."""
+    from hf_phibalance import balancer, callback, patching
+
+    messages = []
+    for module in (balancer, callback, patching):
+        module.logger.warning_once.cache_clear()
+        monkeypatch.setattr(module.logger, "warning", lambda message, *args, **kwargs: messages.append(message))
+    return messages
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_attach_switches_off_the_loss_of_trl(model_type, patched_first, tmp_path, notices):
+    """One notice, and the first loss is that of a run whose user switched it off."""
+    losses = {}
+    for coef in (0.0, 0.5):
+        model = tiny_model(model_type).train()
+        if patched_first:
+            phb.patch(model)
+        trainer = make_trainer(model, tmp_path, SFTTrainer, max_steps=1, router_aux_loss_coef=coef)
+        phb.patch(model)
+        notices.clear()
+        assert trainer.aux_loss_enabled == (coef > 0)
+        phb.attach(trainer)
+        assert not trainer.aux_loss_enabled and trainer.router_aux_loss_coef == 0.0
+        phb.attach(trainer)
+        losses[coef] = first_loss(trainer)
+        assert not any("aux_loss" in key for entry in trainer.state.log_history for key in entry)
+        assert len(notices) == (coef > 0)
+    assert losses[0.0] == losses[0.5]
+
+
+def test_loss_of_trl_stays_on_while_ours_is_off(tmp_path):
+    model = phb.patch(tiny_model("qwen3_moe").train(), {"coef": 0.0})
+    plain = tiny_model("qwen3_moe").train()
+    losses = []
+    for each in (model, plain):
+        trainer = make_trainer(each, tmp_path, SFTTrainer, max_steps=1, router_aux_loss_coef=0.5)
+        if each is model:
+            phb.attach(trainer)
+        assert trainer.aux_loss_enabled
+        losses.append(first_loss(trainer))
+    assert losses[0] == losses[1]
+    assert_same(weights(model), weights(plain))
+
+
+def test_callback_alone_refuses_the_loss_of_trl(tmp_path):
+    """What TRL adds by default is the coefficient of the config, which `patch` has set to 0 unless it came later."""
+    match = r"router_aux_loss_coef=.* Set router_aux_loss_coef=0\.0, or use phb\.attach\(trainer\)"
+    for patched_first, coef in ((False, None), (True, 0.01), (False, 0.01)):
+        model = tiny_model("mixtral").train()
+        assert model.config.router_aux_loss_coef > 0
+        if patched_first:
+            phb.patch(model)
+        arguments = {} if coef is None else {"router_aux_loss_coef": coef}
+        callbacks = [phb.PhiBalanceCallback()]
+        trainer = make_trainer(model, tmp_path, SFTTrainer, callbacks=callbacks, max_steps=1, **arguments)
+        phb.patch(model)
+        assert trainer.aux_loss_enabled
+        with pytest.raises(ValueError, match=match):
+            trainer.train()
+    losses = []
+    for arguments in ({}, {"router_aux_loss_coef": 0.0}):
+        callbacks = [phb.PhiBalanceCallback()]
+        trainer = make_trainer(patched(), tmp_path, SFTTrainer, callbacks=callbacks, max_steps=1, **arguments)
+        assert not trainer.aux_loss_enabled
+        losses.append(first_loss(trainer))
+    assert losses[0] == losses[1]
+
+
+def test_built_in_loss_is_off_while_ours_is_on(tmp_path, notices):
+    aux = {"output_router_logits": True, "router_aux_loss_coef": 0.02}
+    plain, without = tiny_model("qwen3_moe", **aux).train(), tiny_model("qwen3_moe").train()
+    batch = tiny_batch(plain)
+    stock, task = plain(**batch).loss, without(**batch).loss
+    assert stock > task + 0.01
+    for config, expected in (({}, task), ({"coef": 0.0, "bias_coef": 0.1}, task), ({"coef": 0.0}, stock)):
+        model = tiny_model("qwen3_moe", **aux).train()
+        before = copy.deepcopy(model.config.to_dict())
+        notices.clear()
+        phb.patch(model, config)
+        phb.patch(model, config)
+        assert torch.equal(model(**batch).loss, expected)
+        assert len(notices) == (expected is task and config == {})  # the same sentence is said once a process
+        phb.unpatch(model)
+        assert torch.equal(model(**batch).loss, stock)
+        assert model.config.to_dict() == before
+
+    trained = {}
+    for coef in (None, 0.0, 0.01):
+        model = tiny_model("qwen3_moe", **aux).train()
+        trainer = make_trainer(model, tmp_path, max_steps=2)
+        if coef is not None:
+            phb.patch(model, {"coef": coef})
+            phb.attach(trainer)
+        trained[coef] = first_loss(trainer), weights(phb.unpatch(model))
+        assert model.config.output_router_logits and model.config.router_aux_loss_coef == 0.02
+    assert_same(trained[0.0][1], trained[None][1])
+    assert trained[0.0][0] == trained[None][0] > trained[0.01][0]
+
+
+# ---------------------------------------------------------------------- fp16: loss scale and skipped steps
+
+
+class Overflow(TrainerCallback):
+    """Makes the gradients of one step infinite."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.at:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+
+
+class KeepDuals(TrainerCallback):
+    def __init__(self):
+        self.states = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.states.append(phb.get_balancer(model).state_dict())
+
+
+def scaled_run(folder, scale, callbacks=(), attach=True, **arguments):
+    model = patched(bias_coef=0.05)
+    duals = KeepDuals()
+    callbacks = [*callbacks, duals, *([] if attach else [phb.PhiBalanceCallback()])]
+    trainer = make_trainer(model, folder, callbacks=callbacks, data=rows(24, 6, 6), max_steps=3, **arguments)
+    if scale is not None:  # what accelerate makes for fp16, which it refuses on a CPU
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    if attach:
+        phb.attach(trainer)
+    trainer.train()
+    return weights(model), duals.states, phb.get_balancer(model)
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_loss_scale_leaves_the_strength_alone(attach, tmp_path):
+    plain, _, _ = scaled_run(tmp_path, None)
+    scaled, _, _ = scaled_run(tmp_path, 1024.0, attach=attach)
+    assert_same(scaled, plain)
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_a_skipped_optimizer_step_updates_nothing(attach, tmp_path):
+    _, states, balancer = scaled_run(tmp_path, 1024.0, [Overflow(at=1)], attach=attach)
+    _, regular, _ = scaled_run(tmp_path, 1024.0, attach=attach)
+    assert [int(state["steps"]) for state in states] == [1, 1, 2]
+    assert_same(states[0], regular[0])
+    assert_same(states[1], states[0])
+    assert not any(torch.equal(states[2][key], states[1][key]) for key in states[2])
+    assert not any(torch.equal(regular[1][key], regular[0][key]) for key in regular[1])
+    rate = balancer.config.ema_rate
+    for name, load in balancer.loads().items():
+        expected = (1 - rate) * states[1][f"{name}.mean_load"] + rate * load / load.sum()
+        torch.testing.assert_close(states[2][f"{name}.mean_load"], expected)

@@ -61,7 +61,7 @@ def make_trainer(model, folder, cls=Trainer, data=None, callbacks=(), eval_datas
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
-        **({"bf16": False, "gradient_checkpointing": False} if sft else {}),
+        **({"bf16": False} if sft else {}),  # gradient checkpointing is on, as TRL has it
         **arguments,
     }
     args = (SFTConfig if sft else TrainingArguments)(str(folder), **arguments)
