@@ -279,8 +279,7 @@ def _forward_with_labels(root: nn.Module, inner: Callable, *args, **kwargs) -> A
     present = _find_patch(root)
     if present is None:
         return inner(*args, **kwargs)
-    given = {**dict(zip(_parameter_names(type(root)), args)), **kwargs}
-    with present.balancer.labels_of(given.get("labels")):
+    with present.balancer.labels_of(_by_name(root, args, kwargs).get("labels")):
         return inner(*args, **kwargs)
 
 
