@@ -411,6 +411,7 @@ class PhiBalancer:
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """While open, forwards in eval mode are counted apart, for [`~PhiBalancer.eval_metrics`]."""
+        self._move_to_model()  # an evaluation may come before the first training step
         outer, self._eval_sums = self._eval_sums, torch.zeros_like(self._sums)
         try:
             yield

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers.utils import logging
 
 from .balancer import PhiBalancer
 from .duals import STATE_NAME
-from .patching import get_balancer, patch
+from .patching import announce_switched_off, find_patch, get_balancer, patch
 
 
 logger = logging.get_logger(__name__)
@@ -29,7 +30,8 @@ class PhiBalanceCallback(TrainerCallback):
     callback into the trainer and adds
 
     - the exact number of tokens of each optimizer step. Alone, each micro-batch is charged its own mean divided by
-      `gradient_accumulation_steps`, which is exact only if all micro-batches and ranks hold equally many tokens;
+      `gradient_accumulation_steps`, which is exact only if all micro-batches and ranks hold equally many tokens, and
+      no epoch ends with a step of fewer micro-batches;
     - metrics in every reporter. Alone they reach `trainer.state.log_history`, which reporters have read by then;
     - evaluation loads (`eval_moe/...`);
     - the duals of a checkpoint outside `output_dir` on resume, and switching off TRL's auxiliary loss.
@@ -68,14 +70,14 @@ class PhiBalanceCallback(TrainerCallback):
         optimizer=None,
         **kwargs,
     ) -> None:
-        patch(model)  # no change to the routers; covers wrappers added since, and losses that a trainer switched on
         self._balancer = get_balancer(model)
+        patch(model)  # no change to the routers; covers wrappers added since, and losses that a trainer switched on
         self.balancer.discard_step()
         self._scaler = getattr(optimizer, "scaler", None)
-        built_in = getattr(args, "router_aux_loss_coef", 0.0)
-        if not self.attached and self.balancer.config.is_on and built_in != 0.0:
+        if not self.attached and self.balancer.config.is_on and _adds_auxiliary_loss(args, model):
+            coef = getattr(args, "router_aux_loss_coef", None)
             raise ValueError(
-                f"router_aux_loss_coef={built_in!r} in {type(args).__name__} adds a second auxiliary "
+                f"router_aux_loss_coef={coef!r} in {type(args).__name__} adds a second auxiliary "
                 "loss to φ-balancing. Set router_aux_loss_coef=0.0, or use phb.attach(trainer), which switches it off."
             )
         if state.global_step > 0:
@@ -105,6 +107,17 @@ class PhiBalanceCallback(TrainerCallback):
         if state.is_world_process_zero:
             self.balancer.save(_checkpoint_folder(args, state))
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        best = state.best_model_checkpoint
+        if not args.load_best_model_at_end or best is None:
+            return
+        if (Path(best) / STATE_NAME).is_file():
+            self.balancer.load(best)
+        else:
+            logger.warning(
+                f"The best checkpoint {best} has no {STATE_NAME}: its weights get the duals of the last step."
+            )
+
     # ------------------------------------------------------------------ helpers
 
     @property
@@ -129,9 +142,9 @@ class PhiBalanceCallback(TrainerCallback):
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         named = self._resume_from or args.resume_from_checkpoint
-        folder = Path(named) if isinstance(named, str) else _checkpoint_folder(args, state)
-        if not (folder / STATE_NAME).is_file():
-            folder = _checkpoint_folder(args, state)
+        folder = _checkpoint_folder(args, state)
+        if isinstance(named, str) and Path(named).is_dir():
+            folder = Path(named)
         if not (folder / STATE_NAME).is_file():
             raise FileNotFoundError(
                 f"training resumes at step {state.global_step}, but there is no {STATE_NAME} in {folder}: the duals "
@@ -166,35 +179,46 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
     if callback is not None and callback.attached:
         return callback
     model: Any = trainer.model
-    balancer = get_balancer(model)
+    is_on = get_balancer(model).config.is_on
     _refuse_unknown_scaling(trainer, process_group)
     if callback is None:
         callback = PhiBalanceCallback()
         trainer.add_callback(callback)
     callback.attached = True
-    balancer.process_group = process_group
-    if balancer.config.is_on:
+    if is_on:
         _switch_off_trainer_loss(trainer)
     patch(model)
 
     get_batch_samples, log, evaluate = trainer.get_batch_samples, trainer.log, trainer.evaluate
     load_optimizer: Any = trainer._load_optimizer_and_scheduler
 
+    def current() -> PhiBalancer | None:
+        """The balancer of the model as it is now: patched again with another configuration, or not any more."""
+        present = find_patch(cast(Any, trainer.model))
+        if present is None:
+            return None
+        present.balancer.process_group = process_group
+        return present.balancer
+
     @functools.wraps(get_batch_samples)
     def counted_batch_samples(*args, **kwargs):
         batches, items = get_batch_samples(*args, **kwargs)
-        if batches:
+        balancer = current()
+        if batches and balancer is not None:
             balancer.begin_step(_model_inputs(batches), loss_scale=callback.loss_scale)
         return batches, items
 
     @functools.wraps(log)
     def log_with_metrics(logs, *args, **kwargs):
-        logs.update(_metrics_for(logs, balancer, callback, trainer))
+        balancer = current()
+        if balancer is not None:
+            logs.update(_metrics_for(logs, balancer, callback, trainer))
         return log(logs, *args, **kwargs)
 
     @functools.wraps(evaluate)
     def counted_evaluate(*args, **kwargs):
-        with balancer.evaluation():
+        balancer = current()
+        with nullcontext() if balancer is None else balancer.evaluation():
             return evaluate(*args, **kwargs)
 
     @functools.wraps(load_optimizer)
@@ -216,12 +240,21 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
 def _switch_off_trainer_loss(trainer: Any) -> None:
     """TRL's trainers add an auxiliary loss of their own to any MoE."""
     if getattr(trainer, "aux_loss_enabled", False):
-        logger.warning_once(
-            f"φ-balancing is on: the auxiliary loss of {type(trainer).__name__} (router_aux_loss_coef="
-            f"{trainer.router_aux_loss_coef}) has been switched off."
-        )
+        announce_switched_off()
         trainer.aux_loss_enabled = False
         trainer.router_aux_loss_coef = 0.0
+
+
+def _adds_auxiliary_loss(args: TrainingArguments, model: Any) -> bool:
+    """
+    Whether a trainer of TRL adds its own loss. A coefficient of `None` stands for the one in the model's config, which
+    `patch` has set to 0 if it came before the trainer, and else has found switched on together with the router logits.
+    """
+    coef = getattr(args, "router_aux_loss_coef", 0.0)
+    present = find_patch(model)
+    if coef is None and present is not None:
+        return present.undo_built_in.has_changed("output_router_logits")
+    return coef != 0.0
 
 
 def _model_inputs(batches: Sequence[Any]) -> list[Mapping[str, Any]]:
@@ -248,6 +281,11 @@ def _refuse_unknown_scaling(trainer: Trainer, process_group: dist.ProcessGroup |
         raise ValueError(
             f"{', '.join(split)}: some ranks share tokens or gradients, so the data-parallel ranks cannot be told from "
             "the world size. Pass them: phb.attach(trainer, process_group=...)."
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"this process drives {trainer.args.n_gpu} GPUs by torch.nn.DataParallel, whose threads would count into the "
+            "same statistics. Launch one process per GPU (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES."
         )
     if trainer.is_deepspeed_enabled and trainer.args.fp16:
         raise ValueError(

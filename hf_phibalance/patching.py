@@ -186,6 +186,10 @@ class Undo:
         self._changes.append((target, name, vars(target).get(name, MISSING), value))
         setattr(target, name, value)
 
+    def has_changed(self, name: str) -> bool:
+        """Whether an attribute called `name` is changed at present."""
+        return any(name == changed for _, changed, _, _ in self._changes)
+
     def restore(self) -> None:
         while self._changes:
             target, name, old, value = self._changes.pop()
@@ -250,7 +254,7 @@ def _wrap_method(model: nn.Module, name: str, wrapper: Callable, undo: Undo) -> 
 
 
 def _save_with_state(model: nn.Module, inner: Callable, *args, **kwargs) -> Any:
-    present = _find_patch(model)
+    present = find_patch(model)
     if present is None:
         return inner(*args, **kwargs)
     given = inspect.signature(inner).bind(*args, **kwargs).arguments
@@ -276,7 +280,7 @@ def _hand_labels_to_balancer(root: nn.Module, undo: Undo) -> None:
 
 
 def _forward_with_labels(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
-    present = _find_patch(root)
+    present = find_patch(root)
     if present is None:
         return inner(*args, **kwargs)
     with present.balancer.labels_of(_by_name(root, args, kwargs).get("labels")):
@@ -298,7 +302,8 @@ def _refuse_bypassed(root: nn.Module, sites: list[RouterSite]) -> None:
 # ---------------------------------------------------------------------- public
 
 
-def _find_patch(model: nn.Module) -> Patch | None:
+def find_patch(model: nn.Module) -> Patch | None:
+    """What a patched model (wrapped or not) carries, or `None`."""
     return vars(_unwrap(model)[-1]).get(PATCH_ATTRIBUTE)
 
 
@@ -309,7 +314,7 @@ def get_balancer(model: nn.Module) -> PhiBalancer:
     Raises:
         ValueError: if the model is not patched.
     """
-    present = _find_patch(model)
+    present = find_patch(model)
     if present is None:
         raise ValueError(f"{type(_unwrap(model)[-1]).__name__} is not φ-balanced; call phb.patch(model) first.")
     return present.balancer
@@ -334,7 +339,7 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
             refused family, a kernel that bypasses them); the model is then untouched.
     """
     chain = _unwrap(model)
-    present = _find_patch(model)
+    present = find_patch(model)
     if present is not None and (config is None or config is True):
         config = present.balancer.config
     config = PhiBalanceConfig.from_any(config)
@@ -349,11 +354,16 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
     if config.token_mask == "labels":
         _hand_labels_to_balancer(chain[-1], present.undo)
     if config.is_on and _switch_off_built_in_loss(chain[-1], present.undo_built_in):
-        logger.warning_once(
-            "φ-balancing is on: the model's own auxiliary loss (router_aux_loss_coef, output_router_logits) has been "
-            "switched off until phb.unpatch(model)."
-        )
+        announce_switched_off()
     return model
+
+
+def announce_switched_off() -> None:
+    """One notice, whoever computes the loss: the trainers of TRL do so themselves, and note it in the model's config."""
+    logger.warning_once(
+        "φ-balancing is on: the auxiliary loss of the model or of its trainer (router_aux_loss_coef, "
+        "output_router_logits) has been switched off. phb.unpatch(model) restores the model's."
+    )
 
 
 def _prepare(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
@@ -391,7 +401,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     Returns:
         `torch.nn.Module`: `model` itself.
     """
-    present = _find_patch(model)
+    present = find_patch(model)
     if present is not None:
         _remove_hooks(present.balancer.root)
         present.undo_built_in.restore()

@@ -330,7 +330,6 @@ def trainer_run(cell: Cell, model: nn.Module, optimizer: torch.optim.Optimizer) 
             bf16=cell.precision == "bf16",
             max_grad_norm=0.0,
             accelerator_config={"even_batches": False},
-            ddp_find_unused_parameters=False,
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
