@@ -9,13 +9,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .config import PhiBalanceConfig
 from .duals import STATE_NAME
 from .patching import get_balancer, patch
 
 
+logger = logging.get_logger(__name__)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -62,9 +63,8 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
     """Patches a freshly loaded model as `phi_balance` asks and gives it the state that was saved beside its weights."""
     if phi_balance is None or phi_balance is False:
         return
-    if phi_balance is True:
-        phi_balance = getattr(model.config, "phi_balance", None) or True
-    patch(model, phi_balance)
+    saved = getattr(model.config, "phi_balance", None)
+    patch(model, saved or True if phi_balance is True else phi_balance)
     if source is None:
         return
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
@@ -78,6 +78,11 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
     )
     if state is not None:
         get_balancer(model).load(state)
+    elif saved:
+        logger.warning(
+            f"{source} was saved while φ-balanced, but its {STATE_NAME} was not found: its prices and means start anew "
+            "and a selection bias in it is lost. Copy the file beside the weights to keep them."
+        )
 
 
 # ---------------------------------------------------------------------- transformers' own entry points

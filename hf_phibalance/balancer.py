@@ -250,6 +250,8 @@ class PhiBalancer:
         if self.config.token_mask == "labels":
             inputs = {**inputs, "labels": self._labels}
         mask_BS = count_mask(inputs, self.config.token_mask)
+        if mask_BS is None and evaluating:
+            return  # a second forward of the same batch, for its logits only
         if mask_BS is None:
             raise ValueError(
                 f"token_mask={self.config.token_mask!r}, but this forward received no "

@@ -122,6 +122,16 @@ def test_other_ranks_write_nothing(tmp_path, how):
     assert os.listdir(tmp_path) == []
 
 
+def test_of_several_processes_the_first_writes(tmp_path, monkeypatch):
+    model = trained("mixtral", GRADIENT)
+    for rank in (1, 0):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None, rank=rank: rank)
+        model.save_pretrained(tmp_path / str(rank))
+        monkeypatch.undo()
+        assert (STATE_NAME in os.listdir(tmp_path / str(rank))) == (rank == 0)
+
+
 def test_a_model_without_balancing_saves_as_ever(tmp_path):
     model = phb.unpatch(trained("mixtral", GRADIENT))
     assert "save_pretrained" not in vars(model)
@@ -408,7 +418,7 @@ def test_garbage_sidecar(content, tmp_path):
     refused(trained("mixtral", BIAS), tmp_path, "damaged.*(copy it again|delete it)")
 
 
-def test_bad_sidecar_through_from_pretrained(saved, tmp_path):
+def test_bad_sidecar_through_from_pretrained(saved, tmp_path, warned):
     folder, content = saved
     for name in os.listdir(folder):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -416,8 +426,10 @@ def test_bad_sidecar_through_from_pretrained(saved, tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         phb.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not is_patched(phb.AutoModelForCausalLM.from_pretrained(tmp_path, phi_balance=False))
+    assert not warned.about(STATE_NAME)
     (tmp_path / STATE_NAME).unlink()  # the remedy: fresh duals
     assert phb.get_balancer(phb.AutoModelForCausalLM.from_pretrained(tmp_path)).steps == 0
+    assert len(warned.about("start anew")) == 1
 
 
 @pytest.mark.parametrize(

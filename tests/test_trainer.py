@@ -1,7 +1,7 @@
 """φ-balancing inside `Trainer` and TRL's `SFTTrainer`: the definition is followed, and only it."""
 
-
 import copy
+import logging
 
 import pytest
 import torch
@@ -52,8 +52,7 @@ def test_training_follows_the_definition(case, cls, tmp_path):
 
 @pytest.mark.parametrize("cls", TRAINERS)
 def test_labels_decide_who_counts(cls, tmp_path):
-    """With `token_mask="labels"` the first token of each row, which has no label here, neither counts nor pays."""
-
+    """With `token_mask="labels"` the first token of each row, which has no label here, does not count."""
     model = patched(token_mask="labels", ema_rate=1.0)
     trainer = make_trainer(model, tmp_path, cls, max_steps=1)
     collate = trainer.data_collator
@@ -95,7 +94,8 @@ def test_callback_needs_a_patched_model(tmp_path):
     trainer = make_trainer(model, tmp_path, callbacks=[phb.PhiBalanceCallback()])
     with pytest.raises(ValueError, match=r"MixtralForCausalLM is not φ-balanced; call phb\.patch\(model\) first"):
         trainer.train()
-    assert not hasattr(model, "_phi_balancer")
+    with pytest.raises(ValueError, match="is not φ-balanced"):
+        phb.get_balancer(model)
 
 
 def test_attach_is_idempotent_and_takes_the_callback_that_is_there(tmp_path):
@@ -179,37 +179,31 @@ def first_loss(trainer):
     return trainer.state.log_history[0]["loss"]
 
 
-@pytest.fixture
-def notices(monkeypatch):
-    """Messages of our loggers, `warning_once` cleared."""
-    from hf_phibalance import balancer, callback, patching
-
-    messages = []
-    for module in (balancer, callback, patching):
-        module.logger.warning_once.cache_clear()
-        monkeypatch.setattr(module.logger, "warning", lambda message, *args, **kwargs: messages.append(message))
-    return messages
+def forget(warned):
+    """`warned` as at the start of a process."""
+    warned.lines.clear()
+    logging.Logger.warning_once.cache_clear()
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("patched_first", [True, False])
-def test_attach_switches_off_the_loss_of_trl(model_type, patched_first, tmp_path, notices):
+def test_attach_switches_off_the_loss_of_trl(model_type, patched_first, tmp_path, warned):
     """One notice, and the first loss is that of a run whose user switched it off."""
     losses = {}
     for coef in (0.0, 0.5):
+        forget(warned)
         model = tiny_model(model_type).train()
         if patched_first:
             phb.patch(model)
         trainer = make_trainer(model, tmp_path, SFTTrainer, max_steps=1, router_aux_loss_coef=coef)
         phb.patch(model)
-        notices.clear()
         assert trainer.aux_loss_enabled == (coef > 0)
         phb.attach(trainer)
         assert not trainer.aux_loss_enabled and trainer.router_aux_loss_coef == 0.0
         phb.attach(trainer)
         losses[coef] = first_loss(trainer)
         assert not any("aux_loss" in key for entry in trainer.state.log_history for key in entry)
-        assert len(notices) == (coef > 0)
+        assert len(warned.about("auxiliary loss")) == len(warned.about("has been switched off")) == (coef > 0)
     assert losses[0.0] == losses[0.5]
 
 
@@ -223,7 +217,8 @@ def test_loss_of_trl_stays_on_while_ours_is_off(tmp_path):
             phb.attach(trainer)
         assert trainer.aux_loss_enabled
         losses.append(first_loss(trainer))
-    assert losses[0] == losses[1]
+    without = make_trainer(tiny_model("qwen3_moe").train(), tmp_path, SFTTrainer, max_steps=1, router_aux_loss_coef=0.0)
+    assert losses[0] == losses[1] > first_loss(without) + 0.1
     assert_same(weights(model), weights(plain))
 
 
@@ -251,7 +246,7 @@ def test_callback_alone_refuses_the_loss_of_trl(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_built_in_loss_is_off_while_ours_is_on(tmp_path, notices):
+def test_built_in_loss_is_off_while_ours_is_on(tmp_path, warned):
     aux = {"output_router_logits": True, "router_aux_loss_coef": 0.02}
     plain, without = tiny_model("qwen3_moe", **aux).train(), tiny_model("qwen3_moe").train()
     batch = tiny_batch(plain)
@@ -260,11 +255,11 @@ def test_built_in_loss_is_off_while_ours_is_on(tmp_path, notices):
     for config, expected in (({}, task), ({"coef": 0.0, "bias_coef": 0.1}, task), ({"coef": 0.0}, stock)):
         model = tiny_model("qwen3_moe", **aux).train()
         before = copy.deepcopy(model.config.to_dict())
-        notices.clear()
+        forget(warned)
         phb.patch(model, config)
         phb.patch(model, config)
         assert torch.equal(model(**batch).loss, expected)
-        assert len(notices) == (expected is task and config == {})  # the same sentence is said once a process
+        assert len(warned.about("has been switched off")) == (expected is task)
         phb.unpatch(model)
         assert torch.equal(model(**batch).loss, stock)
         assert model.config.to_dict() == before

@@ -74,7 +74,7 @@ FIELDS = {
     "moe_intermediate_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "head_dim": 8,
     "num_local_experts": 8,
     "num_experts": 8,

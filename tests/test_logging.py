@@ -1,0 +1,233 @@
+"""What a training run logs: `moe/...` of its steps, `eval_moe/...` of its evaluations, and nothing that changes it."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_model
+from training import TRAINERS, assert_same, make_trainer, naive_figures, patched, routed, routers, rows, weights
+from transformers import TrainerCallback
+
+import hf_phibalance as phb
+
+
+class Loads(TrainerCallback):
+    """`balancer.loads()` of every optimizer step, by step."""
+
+    def __init__(self):
+        self.by_step = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.by_step[state.global_step] = phb.get_balancer(model).loads()
+
+
+def figures(entry, prefix):
+    return {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
+
+
+def assert_figures(logged, loads):
+    """`logged` holds what follows from `loads`, `{layer: counts}`, by hand."""
+    expected = naive_figures({name: [float(count) for count in counts] for name, counts in loads.items()})
+    assert expected.keys() <= logged.keys()
+    assert {key: logged[key] for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    tokens = sum(next(iter(loads.values()))) / 2  # top-2
+    assert logged["tokens"] == tokens
+    experts = len(next(iter(loads.values())))
+    floor = math.sqrt((experts - 2) / (2 * tokens) * 2 * math.log(experts))
+    assert logged["noise_floor"] == pytest.approx(floor, rel=1e-5)
+
+
+@pytest.mark.parametrize("cls", TRAINERS)
+def test_metrics_reach_history_and_tensorboard(cls, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    model = patched("qwen3_moe", bias_coef=0.05)
+    loads = Loads()
+    trainer = make_trainer(
+        model, tmp_path, cls, callbacks=[loads], num_train_epochs=3, logging_steps=2, report_to=["tensorboard"]
+    )
+    callback = phb.attach(trainer)
+    balancer = phb.get_balancer(model)
+    ranges = {}
+    original = balancer.metrics
+
+    def metrics(per_layer):
+        spread = {
+            kind: max((value.max() - value.min()).item() for value in values.values())
+            for kind, values in (("price_range", balancer.prices()), ("bias_range", balancer.biases()))
+        }
+        ranges[trainer.state.global_step] = spread
+        return original(per_layer)
+
+    monkeypatch.setattr(balancer, "metrics", metrics)
+    trainer.train()
+    assert list(ranges) == [2, 4, 6]  # at logging steps only, once each
+
+    entries = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    assert list(entries) == [2, 4, 6]
+    for step, entry in entries.items():
+        logged = figures(entry, "moe/")
+        assert all(isinstance(value, (int, float)) for value in logged.values())
+        assert_figures(logged, loads.by_step[step])
+        assert {name: logged[name] for name in ranges[step]} == pytest.approx(ranges[step], rel=1e-6)
+    assert not figures(trainer.state.log_history[-1], "moe/")  # the summary of the run
+
+    (file,) = (tmp_path / "events").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    written = {tag for tag in events.Tags()["scalars"] if tag.startswith("train/moe/")}
+    assert written == {f"train/moe/{name}" for name in figures(entries[2], "moe/")}
+    for tag in written:
+        values = {event.step: event.value for event in events.Scalars(tag)}
+        expected = {step: entry[tag.removeprefix("train/")] for step, entry in entries.items()}
+        assert values == pytest.approx(expected, rel=1e-6)
+
+    assert [entry["step"] for entry in callback.history] == [2, 4, 6]
+    for entry in callback.history:
+        for name, counts in loads.by_step[entry["step"]].items():
+            assert entry["load"][name] == pytest.approx((counts * len(counts) / counts.sum()).tolist())
+
+
+def test_balance_loss_is_the_value_of_the_term(tmp_path):
+    """coef · Σ_layers ⟨q, mean p⟩ at the prices that were in force; ema_rate 1 makes the mean of p readable."""
+    model = patched(ema_rate=1.0)
+    balancer = phb.get_balancer(model)
+    trainer = make_trainer(model, tmp_path, gradient_accumulation_steps=1, num_train_epochs=1)
+    phb.attach(trainer)
+    expected = []
+
+    class Prices(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.prices = balancer.prices()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            paid = [(self.prices[name] * mean).sum() for name, mean in balancer.means().items()]
+            expected.append(balancer.config.coef * sum(paid).item())
+
+    trainer.add_callback(Prices())
+    trainer.train()
+    logged = [entry["moe/balance_loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert logged[0] == pytest.approx(0.0, abs=1e-5) and max(logged) > 0.1
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_number_of_keys_is_capped(attach, tmp_path):
+    counts = {}
+    for layers, per_layer in ((2, 16), (20, 16), (20, 3), (20, 0)):
+        model = patched(model_args={"num_hidden_layers": layers})
+        callback = phb.PhiBalanceCallback(per_layer=per_layer)
+        trainer = make_trainer(model, tmp_path, callbacks=[callback], max_steps=1, gradient_accumulation_steps=1)
+        if attach:
+            phb.attach(trainer)
+        trainer.train()
+        logged = figures(trainer.state.log_history[0], "moe/")
+        shown = [name for name in logged if "/" in name]
+        assert len(shown) == min(layers, per_layer)
+        counts[layers, per_layer] = len(logged) - len(shown)
+        names = phb.get_balancer(model).layer_names
+        assert len(names) == layers and {name.removeprefix("max_vio/") for name in shown} <= set(names)
+        if per_layer > 1:
+            assert {f"max_vio/{names[0]}", f"max_vio/{names[-1]}"} <= set(shown)
+    assert len(set(counts.values())) == 1 and max(counts.values()) <= 16
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def naive_loads(state, data):
+    """`{layer: counts}` of an unpatched model with the weights `state` over `data`, row by row, so without padding."""
+    twin = tiny_model("mixtral").eval()
+    twin.load_state_dict(state)
+    counts = {name: Counter() for name in routers(twin)}
+    for row in data:
+        with torch.no_grad(), routed(twin) as seen:
+            twin(input_ids=torch.tensor([row["input_ids"]]))
+        for name, ((_, chosen),) in seen.items():
+            counts[name].update(chosen.flatten().tolist())
+    return {name: [count[expert] for expert in range(8)] for name, count in counts.items()}
+
+
+@pytest.mark.parametrize("cls", TRAINERS)
+def test_evaluate_counts_the_evaluation_set(cls, tmp_path):
+    """Before training as after it, on the set of the trainer, on another one, and under another prefix."""
+    model, data, other = patched(), rows(7, seed=1), rows(4, shortest=2, seed=2)
+    trainer = make_trainer(model, tmp_path, cls, eval_dataset=data, max_steps=2)
+    phb.attach(trainer)
+    balancer = phb.get_balancer(model)
+    for train in (False, True):
+        if train:
+            trainer.train()
+        state = balancer.state_dict()
+        assert_figures(figures(trainer.evaluate(), "eval_moe/"), naive_loads(model.state_dict(), data))
+        assert_figures(figures(trainer.state.log_history[-1], "eval_moe/"), naive_loads(model.state_dict(), data))
+        result = trainer.evaluate(other, metric_key_prefix="held_out")
+        assert_figures(figures(result, "held_out_moe/"), naive_loads(model.state_dict(), other))
+        assert not any(key.startswith(("moe/", "eval_moe/")) for key in result)
+        assert "moe" not in " ".join(trainer.predict(trainer.eval_dataset).metrics)
+        assert_same(balancer.state_dict(), state)
+
+
+@pytest.mark.parametrize("cls", TRAINERS)
+def test_evaluation_for_metrics_of_labelled_tokens(cls, tmp_path):
+    """With `compute_metrics`, TRL forwards each batch again, without the labels that say which tokens count."""
+    model, data = patched(token_mask="labels"), rows(7, seed=1)
+    trainer = make_trainer(model, tmp_path, cls, eval_dataset=data)
+    trainer.compute_metrics = lambda prediction: {"seen": len(prediction.predictions)}
+    phb.attach(trainer)
+    result = trainer.evaluate()
+    assert result["eval_seen"] == 7
+    assert_figures(figures(result, "eval_moe/"), naive_loads(model.state_dict(), data))
+
+
+class Weights(TrainerCallback):
+    def __init__(self):
+        self.by_step = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.by_step[state.global_step] = weights(model)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_evaluation_during_training_changes_nothing(several, tmp_path):
+    """Weights, duals, prices and the logged balance of every step are bitwise those without evaluations."""
+    data = {"short": rows(5, shortest=2, longest=4, seed=1), "long": rows(6, shortest=6, seed=2)}
+    data = data if several else data["long"]
+    runs = {}
+    for evaluated in (True, False):
+        model, record = patched(bias_coef=0.05), Weights()
+        arguments = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True} if evaluated else {}
+        trainer = make_trainer(
+            model, tmp_path, callbacks=[record], eval_dataset=data if evaluated else None, **arguments
+        )
+        phb.attach(trainer)
+        trainer.train()
+        logged = [figures(entry, "moe/") for entry in trainer.state.log_history if "loss" in entry]
+        balancer = phb.get_balancer(model)
+        runs[evaluated] = record.by_step, balancer.state_dict(), balancer.prices(), logged, trainer.state.log_history
+    for with_it, without in list(zip(runs[True], runs[False]))[:3]:
+        assert_same(with_it, without)
+    assert runs[True][3] == runs[False][3]
+
+    initial = tiny_model("mixtral").state_dict()
+    for prefix, rows_of in ((f"eval_{name}_moe/", data[name]) for name in data) if several else (("eval_moe/", data),):
+        entries = {e["step"]: figures(e, prefix) for e in runs[True][4] if any(k.startswith(prefix) for k in e)}
+        assert list(entries) == [0, 1, 2, 3, 4]
+        # the selection bias is in force in an evaluation as well, so only the first one is that of the plain model
+        assert_figures(entries[0], naive_loads(initial, rows_of))
+        assert all(entry["tokens"] == entries[0]["tokens"] for entry in entries.values())
+        assert entries[4]["max_vio"] != entries[0]["max_vio"]
+
+
+def test_evaluation_uses_the_selection_bias(tmp_path):
+    """A strong bias on two experts shows in the evaluation loads."""
+    model = patched(coef=0.0, bias_coef=0.05)
+    balancer = phb.get_balancer(model)
+    state = balancer.state_dict()
+    for name in balancer.layer_names:
+        state[f"{name}.bias"][:2] = 50.0
+    balancer.load_state_dict(state)
+    trainer = make_trainer(model, tmp_path, eval_dataset=rows(3))
+    phb.attach(trainer)
+    logged = figures(trainer.evaluate(), "eval_moe/")
+    assert logged["max_vio"] == pytest.approx(3.0) and logged["dead_experts"] == 6 * len(balancer.layer_names)
