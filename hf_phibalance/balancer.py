@@ -21,7 +21,7 @@ from .config import PhiBalanceConfig
 from .duals import Duals
 from .metrics import model_metrics
 from .pricing import ChargePrices, routing_probs
-from .routers import RouterSite
+from .routers import RouterSite, find_routers
 from .tokens import OptimizerStep, Tokens, count_mask
 
 
@@ -61,8 +61,9 @@ class PhiBalancer:
         self._bad_steps = torch.zeros(())
         self._checked = False
         self._charged = torch.zeros(())
-        self._tokens: Tokens | None = None
-        self._outer: Tokens | None = None
+        self._forwarding = False
+        self._tokens: Tokens | None = None  # of the forward under way
+        self._latest: Tokens | None = None  # of the latest training forward, which its backward may run again
         self._labels: Tensor | None = None
         self._step = OptimizerStep()
 
@@ -153,7 +154,8 @@ class PhiBalancer:
         if self._step.announced and self._step.trained:
             raise RuntimeError(
                 "begin_step() was called twice without step() in between, so the prices would never move. Call "
-                "balancer.step() after optimizer.step(), or let phb.attach(trainer) do both."
+                "balancer.step() after optimizer.step(), or let phb.attach(trainer) do both. After a step that was "
+                "given up (an error, a skipped batch), call balancer.discard_step()."
             )
         count = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
         if count < 1:
@@ -190,6 +192,7 @@ class PhiBalancer:
         if self._world_size > 1:
             dist.all_reduce(sums, group=self.process_group)
         if not self._checked:
+            self.find_copies()
             self._check_first_step(sums)
         self._last.copy_(sums)
         statistics, finite = self._split(sums), torch.isfinite(sums).all()
@@ -219,7 +222,12 @@ class PhiBalancer:
     @property
     def is_idle(self) -> bool:
         """Whether the routers run outside training and evaluation, so that there is nothing to do."""
-        return self._tokens is None
+        return self._current is None
+
+    @property
+    def _current(self) -> Tokens | None:
+        # what is only written between forwards, and never read, costs torch.compile no guard and no recompilation
+        return self._tokens if self._forwarding else self._latest
 
     @property
     def is_open(self) -> bool:
@@ -242,7 +250,7 @@ class PhiBalancer:
 
     def open_forward(self, inputs: Mapping[str, Any], training: bool) -> None:
         """A forward of the backbone starts: decides who counts and who pays. `inputs` by argument name."""
-        self._outer, self._tokens = self._tokens, None
+        self._forwarding, self._tokens = True, None
         training = training and torch.is_grad_enabled()
         evaluating = self._eval_sums is not None and not training and inputs.get("past_key_values") is None
         if not (training or evaluating):
@@ -272,10 +280,9 @@ class PhiBalancer:
     def close_forward(self) -> None:
         """The forward of the backbone has ended, also by an exception."""
         if self._tokens is not None and self._tokens.trains:
-            self._tokens.in_forward = False  # kept for the recomputations that its backward may need
-        else:
-            self._tokens = self._outer
-        self._outer = None
+            self._tokens.in_forward = False
+            self._latest = self._tokens
+        self._forwarding, self._tokens = False, None
 
     def _open_implicitly(self) -> None:
         """A training forward without `begin_step`: fine for a step of one micro-batch in one process."""
@@ -319,7 +326,7 @@ class PhiBalancer:
             logits (`torch.Tensor` of shape `(T, E)`), selected (`torch.Tensor` of shape `(..., k)`),
             carrier (`torch.Tensor`): any differentiable output of the router.
         """
-        tokens = self._tokens
+        tokens = self._current
         if tokens is None:
             return carrier
         site = self.sites[index]
@@ -353,7 +360,7 @@ class PhiBalancer:
             return carrier
         if not logits.requires_grad:
             return carrier
-        self._step.paying.add(index)
+        site.charged = True
         return ChargePrices.apply(carrier, logits, price.to(logits.device), rate, site.scoring)
 
     def _replay(self, index: int, logits: Tensor, carrier: Tensor) -> Tensor:
@@ -412,7 +419,10 @@ class PhiBalancer:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """While open, forwards in eval mode are counted apart, for [`~PhiBalancer.eval_metrics`]."""
+        """
+        While open, forwards in eval mode are counted apart, for [`~PhiBalancer.eval_metrics`]. Those with a cache are
+        not, so that generation does not count (it does with `use_cache=False`).
+        """
         self._move_to_model()  # an evaluation may come before the first training step
         outer, self._eval_sums = self._eval_sums, torch.zeros_like(self._sums)
         try:
@@ -442,6 +452,7 @@ class PhiBalancer:
         Raises:
             ValueError: if a tensor is missing, of another shape, not finite, or belongs to no router of this model.
         """
+        self.find_copies()
         self._duals.load_state_dict(state)
 
     def save(self, directory: str | os.PathLike) -> Path:
@@ -456,13 +467,21 @@ class PhiBalancer:
             FileNotFoundError: if there is no such file.
             ValueError: if it is damaged or belongs to another model; the state is then as before.
         """
+        self.find_copies()
         self._duals.load(directory)
 
     # ------------------------------------------------------------------ plumbing
 
+    def find_copies(self) -> None:
+        """Looks for the routers again: PEFT's `modules_to_save` trains copies, which need the native bias as well."""
+        found = {site.name: site for site in find_routers(self.root)}
+        for site in self.sites:
+            if site.name in found:
+                site.modules, site.native_bias = found[site.name].modules, found[site.name].native_bias
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to this process or to the step under way."""
-        fleeting = {"process_group": None, "_tokens": None, "_outer": None, "_labels": None}
+        fleeting = {"process_group": None, "_forwarding": False, "_tokens": None, "_latest": None, "_labels": None}
         return {**vars(self), **fleeting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -504,14 +523,14 @@ class PhiBalancer:
                 f"begin_step() counted {float(announced):.0f} tokens, the routers saw {tokens:.0f}: the price "
                 "gradient of such a step is scaled by their ratio. Pass begin_step() the batches as the model gets them."
             )
-        if self.config.coef > 0 and not self._step.paying:
+        silent = [site.name for site in self.sites if not site.charged]
+        if self.config.coef > 0 and len(silent) == len(self.sites):
             raise ValueError(
                 f"coef={self.config.coef} but no gradient path leads from any router to a trainable parameter (frozen "
                 f"routers under LoRA?), so the price gradient does nothing. Train the routers, e.g. with "
                 f"LoraConfig(target_parameters=['{self.sites[0].name.split('.', 3)[-1]}.weight', ...]), or set coef=0 "
                 "and bias_coef > 0, which needs no gradient."
             )
-        silent = [site.name for index, site in enumerate(self.sites) if index not in self._step.paying]
         if self.config.coef > 0 and silent:
             logger.warning(
                 f"The price gradient reaches no trainable parameter from router(s) {', '.join(silent[:4])}."

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ._compat import reload_converted_weights
 from .balancer import PhiBalancer
 from .duals import STATE_NAME
 from .patching import announce_switched_off, find_patch, get_balancer, patch
@@ -111,6 +112,7 @@ class PhiBalanceCallback(TrainerCallback):
         best = state.best_model_checkpoint
         if not args.load_best_model_at_end or best is None:
             return
+        reload_converted_weights(self.balancer.root, Path(best))
         if (Path(best) / STATE_NAME).is_file():
             self.balancer.load(best)
         else:
@@ -151,6 +153,7 @@ class PhiBalanceCallback(TrainerCallback):
                 "would silently start anew. Resume from a checkpoint written while balancing, or with phb.attach(trainer) "
                 "if the checkpoint lies outside output_dir."
             )
+        reload_converted_weights(self.balancer.root, folder)
         self.balancer.load(folder)
 
 

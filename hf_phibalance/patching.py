@@ -31,6 +31,8 @@ from .selection import SelectionBias, rank_scores
 logger = logging.get_logger(__name__)
 PATCH_ATTRIBUTE = "_phi_balance_patch"
 BUILT_IN_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+# Stands for 0 where remote code computes its loss only `if alpha > 0` and then uses it in any case.
+VANISHING = 1e-300
 
 
 class MISSING:
@@ -95,7 +97,7 @@ class SelectionHook(_Hook):
         if self.before:
             groups = getattr(module, "num_group", None) or getattr(module, "n_group", None) or 1
             SelectionBias(bias, zero_is_masked=groups > 1).__enter__()
-        else:
+        elif torch.compiler.is_compiling() or SelectionBias.is_innermost():  # else a hook before ours has raised
             SelectionBias(bias).__exit__(None, None, None)  # leaves the mode entered last
 
 
@@ -108,6 +110,8 @@ class BackboneHook(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
         if self.before:
+            if not torch.compiler.is_compiling():
+                SelectionBias.leave_interrupted()
             self.balancer.open_forward(_by_name(module, args, kwargs), module.training)
         else:
             self.balancer.close_forward()
@@ -234,9 +238,9 @@ def _switch_off_built_in_loss(root: nn.Module, undo: Undo) -> bool:
         for name in BUILT_IN_COEFFICIENTS:
             if isinstance(module, PreTrainedModel) and vars(module).get(name):
                 undo.set(module, name, 0.0)
-        if type(module).__name__ in REMOTE_TRAITS and getattr(module, "alpha", None):
+        if type(module).__name__ in REMOTE_TRAITS and (getattr(module, "alpha", None) or 0.0) > VANISHING:
             was_on = True
-            undo.set(module, "alpha", 0.0)  # coefficient of the gate's own auxiliary loss
+            undo.set(module, "alpha", VANISHING)  # coefficient of the gate's own auxiliary loss
     return was_on
 
 
@@ -349,6 +353,8 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
             _carry_over(present.balancer, balancer)
             unpatch(model)
         present = _install(balancer)
+    else:
+        present.balancer.find_copies()
     for wrapper in chain:
         _keep_state_beside_weights(wrapper, present.undo)
     if config.token_mask == "labels":

@@ -138,6 +138,7 @@ class RouterSite:
     modules: list[nn.Module] = field(default_factory=list)  # several where PEFT keeps a trainable copy
     parent: nn.Module | None = None
     native_bias: list[tuple[nn.Module, str]] = field(default_factory=list)
+    charged: bool = False  # whether a price gradient has gone through it
 
     def write_native_bias(self, bias: Tensor) -> None:
         """Copies `bias (E,)` into the family's own selection bias, in place."""

@@ -26,6 +26,23 @@ class SelectionBias(TorchFunctionMode):
         self.bias = bias
         self.zero_is_masked = zero_is_masked
 
+    @staticmethod
+    def is_innermost() -> bool:
+        """Whether the mode entered last, if any, is one of ours."""
+        modes = torch.overrides._get_current_function_mode_stack()
+        return bool(modes) and isinstance(modes[-1], SelectionBias)
+
+    @staticmethod
+    def leave_interrupted() -> None:
+        """Leaves the modes that are still active because Ctrl-C ended a forward: it runs no hook of a module."""
+        modes = torch.overrides._get_current_function_mode_stack()
+        if any(isinstance(mode, SelectionBias) for mode in modes):
+            for _ in modes:
+                torch.overrides._pop_mode()
+            for mode in modes:
+                if not isinstance(mode, SelectionBias):
+                    torch.overrides._push_mode(mode)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in (torch.topk, Tensor.topk):

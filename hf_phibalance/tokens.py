@@ -31,7 +31,6 @@ class OptimizerStep:
     tokens: Tensor | None = None  # () number of tokens that count, over all micro-batches and ranks
     loss_scale: float | Tensor = 1.0  # what gradients are divided by before the optimizer sees them
     trained: bool = False  # whether a training forward has run
-    paying: set[int] = field(default_factory=set)  # routers through which a price gradient goes
     deferred: list[Tokens] = field(default_factory=list)  # forwards under reentrant checkpointing
     weights_version: int = -1  # of a trainable parameter, at the latest forward
 

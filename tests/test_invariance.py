@@ -2,8 +2,8 @@
 One optimizer step receives the declared coefficient, however it is split, wrapped, recomputed or cast.
 
 The measurement is that of `recipes/benchmarks/invariance.py`, which runs the full matrix in a couple of minutes. Here
-the matrix is complete for one rank. For two real ranks the raw loop is complete, and the trainers take a subset in
-which every pair of values of every two axes occurs.
+the matrix is complete for one rank; for two real ranks it is a subset in which every pair of values of every two axes
+occurs, and the raw loop in fp32 completely.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import importlib.util
 import itertools
 import pickle
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +77,8 @@ def test_coefficient_of_a_sigmoid_router(checkpointing):
 def test_coefficient_for_each_token_mask(trainer, token_mask):
     for accumulation, checkpointing in zip((1, 4, 8), invariance.CHECKPOINTING):
         measured(Cell(trainer, checkpointing, "fp32", accumulation, ranks=1, token_mask=token_mask))
-    gradients = {mask: invariance.reference("mixtral", mask).phi for mask in ("attention", token_mask)}
-    assert (gradients["attention"] - gradients[token_mask]).norm() > 0.1 * gradients[token_mask].norm()
+    other, declared = (invariance.reference("mixtral", mask).phi for mask in ("attention", token_mask))
+    assert (other - declared).norm() > 100 * invariance.RESIDUAL_BOUND["fp32"] * declared.norm()
 
 
 def test_micro_batches_are_unequal_in_rows_and_tokens():
@@ -91,7 +90,7 @@ def test_micro_batches_are_unequal_in_rows_and_tokens():
         assert len({batch["input_ids"].shape[1] for batch in batches}) > 1
         tokens = [int(batch["attention_mask"].sum()) for batch in batches]
         assert max(tokens) > 2 * min(tokens)
-        assert all(sum(tokens) < batch["attention_mask"].numel() * parts for batch in batches[:1])
+        assert any((batch["attention_mask"] == 0).any() for batch in batches)
 
 
 @pytest.mark.parametrize("checkpointing", invariance.CHECKPOINTING)
@@ -112,8 +111,7 @@ def test_built_in_loss_is_not_invariant(checkpointing):
 def balanced_model(coef=invariance.COEF, checkpointing="none"):
     """The model of the matrix with its prices, and the batches of 4 micro-batches."""
     model = invariance.build_model("mixtral")
-    if checkpointing != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    invariance.set_checkpointing(model, checkpointing)
     phb.patch(model, {"coef": coef})
     phb.get_balancer(model).load_state_dict(invariance.reference("mixtral").duals)
     return model, micro_batches(4)
@@ -156,6 +154,22 @@ def test_several_forwards_before_backward_are_refused_under_reentrant_checkpoint
         summed_losses(invariance.COEF, "reentrant", order)
 
 
+@pytest.mark.parametrize("options", [{"every_n_layers": 2}, {"offload": True}], ids=["every_second_layer", "offload"])
+@pytest.mark.parametrize("checkpointing", ["non-reentrant", "reentrant"])
+def test_options_of_checkpointing(checkpointing, options):
+    if checkpointing == "reentrant" and "offload" in options:
+        pytest.skip("transformers refuses the combination")
+    gradients = []
+    for coef in (invariance.COEF, 0.0):
+        model, batches = balanced_model(coef)
+        invariance.set_checkpointing(model, checkpointing, **options)
+        phb.get_balancer(model).begin_step(batches)
+        for batch in batches:
+            (model(**batch).loss / len(batches)).backward()
+        gradients.append(invariance.flat_gradient(model))
+    assert_exact(*gradients)
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "fp16"])
 def test_gradient_scaler(autocast):
     """The charge passes through the scaler that divides all gradients before the optimizer sees them."""
@@ -189,8 +203,7 @@ def trajectory(accumulation, ranks, checkpointing, config):
     """Means, prices, biases and loads after each of 4 optimizer steps that really train, as numpy arrays."""
     rank = dist.get_rank() if ranks > 1 else 0
     model = phb.patch(invariance.build_model("mixtral"), config)
-    if checkpointing != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    invariance.set_checkpointing(model, checkpointing)
     runner = DistributedDataParallel(model) if ranks > 1 else model
     balancer, optimizer = phb.get_balancer(model), torch.optim.SGD(model.parameters(), lr=0.05)
     rows, history = invariance.build_rows(), []
@@ -243,28 +256,26 @@ def test_duals_do_not_depend_on_accumulation(kind, checkpointing):
 
 
 def covering_cells():
-    """Every pair of values of every two axes, in 12 cells; the raw loop, which takes no time, completely."""
-    cells = set()
-    for (i, trainer), (j, accumulation) in itertools.product(
-        enumerate(invariance.TRAINERS), enumerate(invariance.ACCUMULATION)
-    ):
+    """12 cells in which every pair of values of every two axes occurs."""
+    cells = []
+    for i, j in itertools.product(range(3), range(4)):
         checkpointing, precision = invariance.CHECKPOINTING[(i + j) % 3], invariance.PRECISIONS[(i + j) % 2]
-        cells.add(Cell(trainer, checkpointing, precision, accumulation, ranks=2))
+        cells.append(Cell(invariance.TRAINERS[i], checkpointing, precision, invariance.ACCUMULATION[j], ranks=2))
     return cells
 
 
 def cells_of_two_ranks():
-    raw = [cell for cell in invariance.all_cells() if cell.trainer == "raw loop" and cell.ranks == 2]
-    masks = [replace(cell, token_mask=mask) for cell in raw[-2:-1] for mask in ("labels", "all")]
-    stock = [Cell("Trainer", "none", "fp32", 8, ranks=2, balancing="built-in")]
-    return [*raw, *masks, *(covering_cells() - set(raw)), *stock]
+    raw = [Cell("raw loop", *axes, ranks=2) for axes in itertools.product(invariance.CHECKPOINTING, ["fp32"], (1, 2, 4, 8))]
+    masks = [Cell("raw loop", "none", "fp32", 4, ranks=2, token_mask=mask) for mask in ("labels", "all")]
+    others = [cell for cell in covering_cells() if cell not in raw]
+    return [*raw, *masks, *others, Cell("Trainer", "none", "fp32", 8, ranks=2, balancing="built-in")]
 
 
-def sharded_gradient(coef, accumulation, checkpointing, patch_first):
+@functools.cache
+def sharded_gradient(coef, checkpointing, patch_first):
     """A raw loop over FSDP2, patched before or after sharding."""
     model = invariance.build_model("mixtral")
-    if checkpointing != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    invariance.set_checkpointing(model, checkpointing)
     if patch_first:
         phb.patch(model, {"coef": coef})
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -274,7 +285,7 @@ def sharded_gradient(coef, accumulation, checkpointing, patch_first):
         phb.patch(model, {"coef": coef})
     balancer = phb.get_balancer(model)
     balancer.load_state_dict(invariance.reference("mixtral").duals)
-    batches = micro_batches(accumulation * dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]
+    batches = micro_batches(4 * dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]
     balancer.begin_step(batches)
     for i, batch in enumerate(batches):
         model.set_requires_gradient_sync(i == len(batches) - 1)
@@ -283,15 +294,15 @@ def sharded_gradient(coef, accumulation, checkpointing, patch_first):
     return torch.cat([p.grad.full_tensor().reshape(-1).double() for p in model.parameters()])
 
 
-SHARDED = list(itertools.product((1, 4), ("none", "non-reentrant"), (True, False)))
+SHARDED = {"patched_first": ("none", True), "sharded_first": ("none", False), "recomputed": ("non-reentrant", True)}
 
 
 def sharded_residuals():
     declared = invariance.COEF * invariance.reference("mixtral").phi
-    residuals = []
-    for case in SHARDED:
-        added = sharded_gradient(invariance.COEF, *case) - sharded_gradient(0.0, *case)
-        residuals.append(float((added - declared).norm() / declared.norm()))
+    residuals = {}
+    for name, case in SHARDED.items():
+        added = sharded_gradient(invariance.COEF, *case) - sharded_gradient(0.0, "none", True)
+        residuals[name] = float((added - declared).norm() / declared.norm())
     return residuals
 
 
@@ -319,15 +330,16 @@ def two_ranks(tmp_path_factory, worker_id):
 def test_the_subset_covers_every_pair():
     axes = ("trainer", "checkpointing", "precision", "accumulation")
     for left, right in itertools.combinations(axes, 2):
-        complete = {(getattr(cell, left), getattr(cell, right)) for cell in invariance.all_cells()}
-        stock = {"built-in"}
-        assert {(getattr(c, left), getattr(c, right)) for c in covering_cells()} == complete, stock
+        complete, covered = (
+            {(getattr(cell, left), getattr(cell, right)) for cell in cells}
+            for cells in (invariance.all_cells(), covering_cells())
+        )
+        assert covered == complete
 
 
 def test_coefficient_on_two_ranks(two_ranks):
     for results in two_ranks:
-        cells = [result.cell for result in results["matrix"]]
-        assert set(cells) >= covering_cells()
+        assert {result.cell for result in results["matrix"]} >= set(covering_cells())
         assert [result for result in results["matrix"] if not result.ok] == []
 
 
@@ -339,8 +351,8 @@ def test_built_in_loss_on_two_ranks(two_ranks):
 
 def test_coefficient_under_fsdp2(two_ranks):
     for results in two_ranks:
-        assert len(results["sharded"]) == len(SHARDED)
-        assert max(results["sharded"]) < 1e-4, dict(zip(SHARDED, results["sharded"]))
+        assert results["sharded"].keys() == SHARDED.keys()
+        assert max(results["sharded"].values()) < 1e-4, results["sharded"]
 
 
 @pytest.mark.parametrize("kind", DUALS)

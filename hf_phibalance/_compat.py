@@ -1,0 +1,50 @@
+"""Shims around faults of other libraries. Each says when it can go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
+    """
+    Loads the weights that `Trainer` leaves out when it reads `checkpoint` into `root`, on resume or as the best model.
+
+    Checkpoints are written in the layout of the Hub (an expert a tensor, old names), but `Trainer` reads them without
+    converting that back: it warns about missing keys, and experts (Mixtral: routers too) keep the weights they had.
+    Can go with a transformers that has https://github.com/huggingface/transformers/pull/48822. Without effect on
+    checkpoints that need no conversion: adapters, FSDP's and DeepSpeed's own.
+    """
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    written = _written_keys(checkpoint)
+    if not written or not isinstance(root, PreTrainedModel) or PartialState().distributed_type in sharded:
+        return
+    missing = sorted(set(root.state_dict()) - written - set(root.all_tied_weights_keys))
+    if not missing:
+        return
+    with torch.random.fork_rng(devices=[]):
+        complete: Any = type(root).from_pretrained(checkpoint, dtype="auto")
+    root.load_state_dict(complete.state_dict())
+    logger.warning(f"{len(missing)} weights that Trainer found missing ({missing[0]!r}, ...) were loaded after all.")
+
+
+def _written_keys(checkpoint: Path) -> set[str]:
+    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return set(json.loads(index.read_text())["weight_map"])
+    if not (checkpoint / SAFE_WEIGHTS_NAME).is_file():
+        return set()
+    with safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt") as file:
+        return set(file.keys())

@@ -1,0 +1,169 @@
+"""What a step must not cost: reads of the device, and more than one all-reduce of statistics."""
+
+import contextlib
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import tiny_batch, tiny_model
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import make_trainer, patched
+
+import hf_phibalance as phb
+
+
+# What makes the host wait for the device: methods that Python sees, and operators that the dispatcher sees.
+READING_METHODS = ["item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"]
+READING_OPERATORS = ["_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"]
+
+CONFIGS = {
+    "gradient": {},
+    "current": {"price_from": "current"},
+    "labels": {"token_mask": "labels"},
+    "bias": {"bias_coef": 0.1, "bias_track": "load"},
+}
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.overloadpacket._qualified_op_name.split("::")[-1], func.namespace] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def counted_reads(monkeypatch):
+    """How often each reading method and operator was used inside."""
+    reads = Counter()
+    with monkeypatch.context() as patch, Operators() as operators:
+        for name in READING_METHODS:
+            original = getattr(torch.Tensor, name)
+
+            def method(self, *args, name=name, original=original, **kwargs):
+                reads[name] += 1
+                return original(self, *args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, method)
+        yield reads
+    reads.update({name: operators.seen[name, "aten"] for name in READING_OPERATORS if operators.seen[name, "aten"]})
+
+
+def step(model, batches, balancer=None):
+    model.zero_grad()
+    if balancer is not None:
+        balancer.begin_step(batches)
+    for batch in batches:
+        model(**batch).loss.backward()
+    if balancer is not None:
+        balancer.step()
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non_reentrant", "reentrant"])
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_a_step_reads_nothing_off_the_device(model_type, case, checkpointing, monkeypatch):
+    """From the second step on: not once more than the unpatched model does in its forward and backward."""
+    model = tiny_model(model_type).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    batches = [tiny_batch(model, seed=seed) for seed in range(2)]
+    step(model, batches)
+    with counted_reads(monkeypatch) as unpatched:
+        step(model, batches)
+    phb.patch(model, CONFIGS[case])
+    balancer = phb.get_balancer(model)
+    with counted_reads(monkeypatch) as first:
+        step(model, batches, balancer)
+    assert first != unpatched  # the start-up checks do read
+    with counted_reads(monkeypatch) as second:
+        step(model, batches, balancer)
+    assert second == unpatched
+    assert balancer.steps == 2 and any(price.abs().max() > 1e-3 for price in balancer.prices().values())
+
+
+def test_metrics_read_the_device_only_when_logging(monkeypatch, tmp_path):
+    """A trainer that logs at every third step reads there what the callback logs, and nothing in between."""
+    reads = {}
+    for logging_steps in (1, 3):
+        model = patched()
+        trainer = make_trainer(model, tmp_path, logging_steps=logging_steps, max_steps=6)
+        phb.attach(trainer)
+        balancer = phb.get_balancer(model)
+        calls = reads[logging_steps] = []
+        for name in ("metrics", "loads", "check_finite", "prices", "means", "biases"):
+            original = getattr(balancer, name)
+
+            def noted(*args, name=name, original=original, calls=calls, trainer=trainer):
+                calls.append((trainer.state.global_step, name))
+                return original(*args)
+
+            monkeypatch.setattr(balancer, name, noted)
+        trainer.train()
+    assert [at for at, name in reads[3] if name == "metrics"] == [3, 6]
+    assert [at for at, name in reads[1] if name == "metrics"] == [1, 2, 3, 4, 5, 6]
+    assert {at for at, _ in reads[3]} == {3, 6}
+
+
+@pytest.fixture
+def two_ranks():
+    """A process group of two ranks, of which the other one answers nothing: collectives run, and change nothing."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_one_all_reduce_a_step(case, two_ranks):
+    """All statistics of all layers in one, and the number of tokens in another; nothing else, however many layers."""
+    for layers in (2, 5):
+        model = tiny_model("mixtral", num_hidden_layers=layers).train()
+        phb.patch(model, CONFIGS[case])
+        balancer = phb.get_balancer(model)
+        batches = [tiny_batch(model, seed=seed) for seed in range(3)]
+        for _ in range(2):
+            sizes = []
+            with pytest.MonkeyPatch.context() as patch:
+                reduce = dist.all_reduce
+
+                def sized(tensor, *args, reduce=reduce, sizes=sizes, **kwargs):
+                    sizes.append(tensor.numel())
+                    return reduce(tensor, *args, **kwargs)
+
+                patch.setattr(dist, "all_reduce", sized)
+                with Operators() as operators:
+                    step(model, batches, balancer)
+            collectives = {name: count for (name, space), count in operators.seen.items() if space.startswith("c10d")}
+            assert collectives == {"allreduce_": 2}
+            assert sizes == [1, 2 * 8 * layers + 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CONFIGS)
+def test_no_synchronisation_on_a_gpu(case):
+    """`begin_step` and `step` by the word of CUDA; and an evaluation may come before the first step."""
+    model = tiny_model("mixtral").train()
+    phb.patch(model, CONFIGS[case])
+    balancer = phb.get_balancer(model)
+    model.cuda()
+    batches = [tiny_batch(model, seed=seed) for seed in range(2)]
+    with balancer.evaluation(), torch.no_grad():
+        model.eval()(**batches[0])
+        assert balancer.eval_metrics()["tokens"] == batches[0]["attention_mask"].sum()
+    model.train()
+    step(model, batches, balancer)
+    balancer.begin_step(batches)
+    for batch in batches:
+        model(**batch).loss.backward()  # may synchronise on its own account
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        balancer.step()
+        balancer.begin_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
