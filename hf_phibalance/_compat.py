@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors import safe_open
 from torch import nn
@@ -29,7 +29,7 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
     """
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     written = _written_keys(checkpoint)
-    if not written or not isinstance(root, PreTrainedModel) or PartialState().distributed_type in sharded:
+    if not written or not isinstance(root, PreTrainedModel) or AcceleratorState().distributed_type in sharded:
         return
     missing = sorted(set(root.state_dict()) - written - set(root.all_tied_weights_keys))
     if not missing:

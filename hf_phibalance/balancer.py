@@ -412,8 +412,7 @@ class PhiBalancer:
 
     def choice_bias(self, index: int) -> Tensor | None:
         """Bias `(E,)` that was in force in the selection of router `index`, wherever it is kept."""
-        site = self.sites[index]
-        return site.read_native_bias() if site.native_bias else self.selection_bias(index)
+        return self.sites[index].read_native_bias() if self.sites[index].native_bias else self.selection_bias(index)
 
     # ------------------------------------------------------------------ evaluation
 

@@ -65,9 +65,8 @@ class Duals:
         uniform = torch.cat([torch.full((size,), 1 / size) for size in self.layout.sizes])
         self.means = {statistic: uniform.clone() for statistic in config.statistics}
         self.price = torch.zeros(self.layout.total)
-        self.bias = torch.cat(
-            [s.read_native_bias().cpu().float() if s.native_bias else torch.zeros(s.num_experts) for s in sites]
-        )
+        self.bias = torch.zeros(self.layout.total)
+        self.read_native_biases()
         self.has_bias = config.bias_coef > 0
         self._potential = config.build_potential()
 
@@ -130,11 +129,12 @@ class Duals:
     @torch.no_grad()
     def read_native_biases(self) -> None:
         """Takes over native biases that others have set (other weights were loaded); ours keep their fp32 remainder."""
-        if any(site.native_bias for site in self.sites):
+        found = [site.read_native_bias() for site in self.sites]
+        if any(bias is not None for bias in found):
             native = torch.cat(
                 [
-                    site.read_native_bias().to(self.bias.device) if site.native_bias else self.bias[span]
-                    for site, span in zip(self.sites, self.layout.spans)
+                    self.bias[span] if bias is None else bias.to(self.bias.device)
+                    for bias, span in zip(found, self.layout.spans)
                 ]
             )
             self.bias.copy_(torch.where(self.bias.to(native.dtype) == native, self.bias, native))

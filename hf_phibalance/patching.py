@@ -110,6 +110,11 @@ class BackboneHook(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
         if self.before:
+            if getattr(module, "_is_replica", False):
+                raise RuntimeError(
+                    "the threads of torch.nn.DataParallel would count into the same statistics at once. Start one process "
+                    "per GPU (torchrun, DistributedDataParallel), or use one GPU."
+                )
             if not torch.compiler.is_compiling():
                 SelectionBias.leave_interrupted()
             self.balancer.open_forward(_by_name(module, args, kwargs), module.training)
@@ -381,6 +386,11 @@ def _prepare(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
                 raise ValueError(
                     f"bias_coef={config.bias_coef} is not possible for {site.kind.target.__name__}: "
                     f"{site.kind.traits.no_bias}. Set bias_coef=0 and use the price gradient (coef > 0)."
+                )
+            if site.native_bias and site.read_native_bias() is None:
+                raise ValueError(
+                    f"bias_coef={config.bias_coef} is not possible while the selection bias of {site.name!r} is "
+                    "offloaded. Set bias_coef=0, or load the model without offloading to CPU or disk."
                 )
     return PhiBalancer(root, config, sites)
 

@@ -146,9 +146,10 @@ class RouterSite:
             target = getattr(owner, name).data
             target.copy_(bias.view(target.shape))
 
-    def read_native_bias(self) -> Tensor:
-        owner, name = self.native_bias[0]
-        return getattr(owner, name).detach().reshape(-1)
+    def read_native_bias(self) -> Tensor | None:
+        """The family's own selection bias `(E,)`; `None` if it has none, or while accelerate has offloaded it."""
+        bias = getattr(*self.native_bias[0]).detach().reshape(-1) if self.native_bias else None
+        return None if bias is None or bias.is_meta else bias
 
 
 def source_scoring(router_class: type[nn.Module]) -> str:

@@ -357,6 +357,13 @@ def test_offloaded_model_counts_the_same(where, order, model_type, tmp_path):
     assert_equal(phb.get_balancer(model).state_dict(), phb.get_balancer(reference).state_dict())
 
 
+def test_bias_of_an_offloaded_model_is_refused_where_it_would_be_lost():
+    model = accelerate.cpu_offload(tiny_model("ernie4_5_moe"), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="bias_coef=0.1 is not possible while.*offloaded.*Set bias_coef=0"):
+        phb.patch(model, {"bias_coef": 0.1})
+    assert not ours(model) and not hasattr(model.config, "phi_balance")
+
+
 @pytest.fixture
 def one_rank(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
@@ -717,10 +724,7 @@ def test_an_interrupted_forward_leaves_nothing_behind(model_type, where, error, 
     for one in (model, reference):  # a bias that matters
         gradients(one, tiny_batch(one, seed=5))
         phb.get_balancer(one).step()
-    layer = (model.model if model_type == "mixtral" else model.transformer).layers[1] if model_type == "mixtral" else (
-        model.transformer.blocks[1]
-    )
-    modules = dict(layer.named_modules())
+    modules = dict((model.model.layers if model_type == "mixtral" else model.transformer.blocks)[1].named_modules())
     target = {
         "mixtral": {"gate": "mlp.gate", "experts": "mlp.experts", "self_attn": "self_attn"},
         "dbrx": {"gate": "ffn.router", "experts": "ffn.experts", "self_attn": "norm_attn_norm.attn"},
@@ -763,6 +767,7 @@ def test_modes_of_others_survive():
     with Mode() as mode:
         assert_equal(gradients(model, tiny_batch(model)), expected)
         phb.get_balancer(model).discard_step()
+        model.zero_grad()
         handle = gate.register_forward_pre_hook(refuse, prepend=True)
         with pytest.raises(ValueError, match="a hook before ours"):
             model(**tiny_batch(model))
