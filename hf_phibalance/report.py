@@ -188,13 +188,12 @@ def plot_curves(runs: list[Run], path: str | os.PathLike) -> None:
         panel.set_xlabel("optimizer step")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-        panel.set_ylim(bottom=0)
     floor = runs[-1].series("moe/noise_floor")
     if floor:
         panels[0].plot(*zip(*floor), label="noise floor", color="grey", linestyle="--", linewidth=1)
+    panels[0].set_ylim(bottom=0)
     panels[1].set_ylim(0, 1.02)
-    if runs[-1].series("loss"):
-        panels[2].set_yscale("log")
+    panels[2].set_yscale("log")
     for panel in panels:
         if panel.get_legend_handles_labels()[0]:
             panel.legend()
@@ -237,38 +236,41 @@ def model_card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     summary = run.summary
-    dataset = summary["dataset"]
-    hub_name = dataset if dataset != "toy" and not Path(dataset).exists() else None
-    shown_dataset = "generated GSM8K-format problems" if dataset == "toy" else hub_name or Path(dataset).name
+    title, dataset = Path(folder).name, summary["dataset"]
+    hub_name = None if dataset == "toy" or Path(dataset).exists() else dataset
+    dataset_text = hub_name or ("generated GSM8K-format problems" if dataset == "toy" else Path(dataset).name)
     result = EvalResult(
         task_type="text-generation",
         task_name="Math word problems",
-        dataset_type=hub_name or "generated" if dataset == "toy" else hub_name or "local",
-        dataset_name=shown_dataset,
+        dataset_type=hub_name or ("generated" if dataset == "toy" else "local"),
+        dataset_name=dataset_text,
         dataset_split="test",
         metric_type="exact_match",
-        metric_name="exact match (strict, 0-shot, greedy)",
+        metric_name="exact match (strict match, no examples, greedy)",
         metric_value=round(summary["exact_match"]["trained"], 4),
     )
     data = ModelCardData(
-        model_name=Path(folder).name,
+        model_name=title,
         base_model=summary["base_model"],
         library_name="transformers",
         pipeline_tag="text-generation",
         language="en",
-        tags=["mixture-of-experts", "phi-balancing", "hf_phibalance", summary["model_type"]],
+        tags=["mixture-of-experts", "phi-balancing", summary["model_type"]],
         datasets=[hub_name] if hub_name else None,
         eval_results=[result],
     )
     return ModelCard.from_template(
         data,
         template_path=str(template),
-        dataset_text=shown_dataset,
-        rows=summary_rows(run, baseline),
-        columns=[] if baseline is None else [baseline.name, run.name],
-        has_bias=bool(summary["balance"] and summary["balance"]["bias_coef"]),
+        title=title,
         summary=summary,
-        baseline=None if baseline is None else baseline.summary,
+        dataset_text=dataset_text,
+        columns=[run.name] if baseline is None else [baseline.name, run.name],
+        rows=summary_rows(run, baseline),
+        has_bias=bool(summary["balance"] and summary["balance"]["bias_coef"]),
+        prompt=summary["example_prompt"],
+        loads_picture=LOADS_NAME,
+        curves_picture=CURVES_NAME,
     )
 
 

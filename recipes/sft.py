@@ -140,6 +140,7 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         base_model=model_args.model_name_or_path,
         dataset=args.dataset_path,
         problems={split: len(rows) for split, rows in problems.items()},
+        example_prompt=prompt(problems["test"][0]),
         exact_match={"untrained": untrained, "trained": trained},
         seconds=round(time.monotonic() - start, 1),
     )
@@ -248,7 +249,9 @@ def make_callbacks(trainer, tokenizer, rows, args):
             if training_args.eval_strategy == "steps" and (
                 state.global_step % steps == 0 or state.global_step == state.max_steps
             ):
+                should_log = control.should_log  # which logging resets
                 trainer.log({"eval_exact_match": exact_match(model, tokenizer, rows, args)})
+                control.should_log = should_log
 
     class ShortProgressCallback(ProgressCallback):
         shown = {

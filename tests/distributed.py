@@ -15,7 +15,14 @@ def run_ranks(function, ranks, *args):
     do not. The first process that fails takes the others with it.
     """
     config = LaunchConfig(
-        1, 1, ranks, run_id="here", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1
+        1,
+        1,
+        ranks,
+        run_id="here",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
     )
     results = elastic_launch(config, _in_group)(function, *args)
     return [results[rank] for rank in range(ranks)]

@@ -392,7 +392,8 @@ def plain_gradient(cell: Cell, model_type: str) -> Tensor:
 def measure(cell: Cell, model_type: str) -> Result:
     """Projection and residual of one cell, in the present process (group)."""
     expected = reference(model_type, cell.token_mask)
-    added = optimizer_gradient(cell, model_type) - plain_gradient(dataclasses.replace(cell, balancing="none"), model_type)
+    plain = plain_gradient(dataclasses.replace(cell, balancing="none", token_mask="attention"), model_type)
+    added = optimizer_gradient(cell, model_type) - plain
     if cell.balancing == "phi":
         declared = COEF * expected.phi
     else:
@@ -434,7 +435,14 @@ def in_ranks(function: Callable, ranks: int, *args: Any) -> list[Any]:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        1, 1, ranks, run_id="here", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1
+        1,
+        1,
+        ranks,
+        run_id="here",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
     )
     results = elastic_launch(config, _in_group)(function, *args)
     return [results[rank] for rank in range(ranks)]
@@ -482,9 +490,8 @@ def environment() -> dict[str, str]:
     import transformers
     import trl
 
-    modules = (torch, transformers, trl, accelerate)
-    versions = {module.__name__: module.__version__ for module in modules}
-    return {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores"} | versions
+    machine = {"machine": f"{platform.machine()}, {os.cpu_count()} CPU cores", "python": platform.python_version()}
+    return machine | {module.__name__: module.__version__ for module in (torch, transformers, trl, accelerate)}
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -518,7 +525,7 @@ def unsuitable(model_type: str) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measures that the price gradient is invariant to how a step is run.")
-    parser.add_argument("--model_type", default="mixtral", help="model type of transformers with declared router logits")
+    parser.add_argument("--model_type", default="mixtral", help="a causal-LM model type of transformers")
     parser.add_argument("--json", metavar="FILE", help="write every cell there as well")
     args = parser.parse_args()
     if (problem := unsuitable(args.model_type)) is not None:
