@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -156,6 +157,12 @@ def _remove_hooks(root: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
                 for table in (hooks, *flags):
                     table.pop(key, None)
+
+
+def _forget_compiled_code() -> None:
+    """`torch.compile` does not look whether hooks have come or gone since: it would go on without them, or with them."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 # ---------------------------------------------------------------------- what patch changes besides
@@ -403,6 +410,7 @@ def _carry_over(old: PhiBalancer, new: PhiBalancer) -> None:
 def _install(balancer: PhiBalancer) -> Patch:
     root, present = balancer.root, Patch(balancer)
     _install_hooks(balancer, _backbone(root, balancer.sites))
+    _forget_compiled_code()
     present.undo.set(root, PATCH_ATTRIBUTE, present)
     if hasattr(root, "config"):
         present.undo.set(root.config, "phi_balance", balancer.config.to_dict())
@@ -420,6 +428,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     present = find_patch(model)
     if present is not None:
         _remove_hooks(present.balancer.root)
+        _forget_compiled_code()
         present.undo_built_in.restore()
         present.undo.restore()
     return model

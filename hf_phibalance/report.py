@@ -5,7 +5,6 @@ Needs matplotlib, jinja2 and rich (`pip install "hf_phibalance[recipes]"`), whic
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -102,14 +101,10 @@ class Run:
         missing = [name for name in (SUMMARY_NAME, HISTORY_NAME) if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}: give a results folder of recipes/sft.py")
-        return cls(
-            json.loads((folder / SUMMARY_NAME).read_text()), **json.loads((folder / HISTORY_NAME).read_text())
-        )
+        return cls(json.loads((folder / SUMMARY_NAME).read_text()), **json.loads((folder / HISTORY_NAME).read_text()))
 
 
-def write_report(
-    folder: str | os.PathLike, run: Run, baseline: Run | None, card_template: str | os.PathLike
-) -> None:
+def write_report(folder: str | os.PathLike, run: Run, baseline: Run | None, card_template: str | os.PathLike) -> None:
     """
     Writes JSON metrics, pictures and the model card of a run.
 
@@ -229,14 +224,14 @@ def _edges(steps: list[int]) -> list[float]:
 # ---------------------------------------------------------------------- words
 
 
-def model_card(
-    folder: str | os.PathLike, run: Run, baseline: Run | None, template: str | os.PathLike
-) -> Any:
+def model_card(folder: str | os.PathLike, run: Run, baseline: Run | None, template: str | os.PathLike) -> Any:
     """The model card of a run, a [`~huggingface_hub.ModelCard`]; it says only what was measured."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     summary = run.summary
-    title, dataset = Path(folder).name, summary["dataset"]
+    title, dataset, base_model = Path(folder).name, summary["dataset"], summary["base_model"]
+    if base_model is not None and Path(base_model).exists():  # a folder is no name on the Hub
+        base_model = None
     hub_name = None if dataset == "toy" or Path(dataset).exists() else dataset
     dataset_text = hub_name or ("generated GSM8K-format problems" if dataset == "toy" else Path(dataset).name)
     result = EvalResult(
@@ -251,7 +246,7 @@ def model_card(
     )
     data = ModelCardData(
         model_name=title,
-        base_model=summary["base_model"],
+        base_model=base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
         language="en",
@@ -264,6 +259,7 @@ def model_card(
         template_path=str(template),
         title=title,
         summary=summary,
+        base_name=base_model or (summary["base_model"] and Path(summary["base_model"]).name),
         dataset_text=dataset_text,
         columns=[run.name] if baseline is None else [baseline.name, run.name],
         rows=summary_rows(run, baseline),

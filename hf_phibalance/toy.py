@@ -28,7 +28,7 @@ NAMES = ("Mia", "Leo", "Emma", "Noah", "Anna", "Ben", "Zoe", "Sam", "Ruth", "Oma
 ITEMS = ("apples", "pens", "books", "cards", "shells", "coins", "stamps", "pears", "eggs", "marbles", "plums")
 PLACES = ("garden", "market", "school", "farm", "shop", "library", "park", "kitchen")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MAX_NUMBER = 60  # the largest number in any calculation
+MAX_NUMBER = 50  # the largest number in any calculation
 MAX_ADDEND = 9  # the largest smaller term of a sum, and the largest number that is taken away
 
 # In a step, `[t=a*b]` is written out as `4*6=<<4*6=24>>24` and `[$t=a*b]` as `4*6=$<<4*6=24>>24`.
@@ -164,10 +164,10 @@ def draw_problem(rng: random.Random) -> Problem:
     day, day2 = rng.sample(DAYS, 2)
     words = {"name": name, "friend": friend, "third": third, "day": day, "day2": day2}
     words |= {"items": rng.choice(ITEMS), "place": rng.choice(PLACES)}
-    lines = [
-        _CALCULATION.sub(lambda match, text=text: text, step).format(**words)
-        for step, text in zip(template.steps, calculations, strict=True)
-    ]
+    lines = []
+    for step, calculation in zip(template.steps, calculations, strict=True):
+        before, after = _CALCULATION.sub("\0", step).split("\0")
+        lines.append(before.format(**words) + calculation + after.format(**words))
     answer = "\n".join([*lines, f"#### {values['r']}"])
     return Problem(template.question.format(**words, **values), answer, (index, *numbers))
 
@@ -225,7 +225,7 @@ def make_splits(train: int, validation: int = 0, test: int = 0, seed: int = 0) -
             if problem.key not in other_keys:
                 problems.setdefault(problem.question, problem)
         if len(problems) < size:
-            raise ValueError(f"{split}={size} is more than the generator has: ask for fewer than {len(problems)}")
+            raise ValueError(f"{split}={size} is more than the generator has: ask for at most {len(problems)}")
         other_keys |= {problem.key for problem in problems.values()}
         splits[split] = [{"question": problem.question, "answer": problem.answer} for problem in problems.values()]
     return splits

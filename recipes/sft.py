@@ -25,6 +25,15 @@ from pathlib import Path
 
 CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 STOPS = ("Question:", "</s>", "<|im_end|>")
+SHOWN_IN_LOG = {
+    "loss": "loss {:.3f}",
+    "learning_rate": "lr {:.1e}",
+    "moe/max_vio": "MaxVio {:.2f}",
+    "moe/dead_experts": "dead experts {:.0f}",
+    "eval_loss": "validation: loss {:.3f}",
+    "eval_moe/max_vio": "MaxVio {:.2f}",
+    "eval_exact_match": "validation: exact match {:.1%}",
+}
 
 
 @dataclass
@@ -254,18 +263,8 @@ def make_callbacks(trainer, tokenizer, rows, args):
                 control.should_log = should_log
 
     class ShortProgressCallback(ProgressCallback):
-        shown = {
-            "loss": "loss {:.3f}",
-            "learning_rate": "lr {:.1e}",
-            "moe/max_vio": "MaxVio {:.2f}",
-            "moe/dead_experts": "dead experts {:.0f}",
-            "eval_loss": "validation: loss {:.3f}",
-            "eval_moe/max_vio": "MaxVio {:.2f}",
-            "eval_exact_match": "validation: exact match {:.1%}",
-        }
-
         def on_log(self, training_args, state, control, logs=None, **kwargs):
-            parts = [text.format(logs[key]) for key, text in self.shown.items() if key in (logs or {})]
+            parts = [text.format(logs[key]) for key, text in SHOWN_IN_LOG.items() if key in (logs or {})]
             if parts and self.training_bar is not None:
                 self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(parts))
 

@@ -310,8 +310,9 @@ def trainer_run(cell: Cell, model: nn.Module, optimizer: torch.optim.Optimizer) 
         base, arguments = SFTTrainer, SFTConfig
         more = {"processing_class": build_tokenizer(), "train_dataset": Dataset.from_list(build_rows())}
         settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "pad_to_multiple_of": length}
-        if not balanced:  # attach switches TRL's own auxiliary loss off, here it has to be said
-            settings["router_aux_loss_coef"] = 0.0
+        # TRL adds an auxiliary loss of its own to every model that can return its router logits: attach has to see to it
+        adds_loss = balanced and hasattr(model.config, "output_router_logits")
+        settings["router_aux_loss_coef"] = AUX_COEF if adds_loss else 0.0
 
     class Dealt(base):
         def get_train_dataloader(self) -> DataLoader:

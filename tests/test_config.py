@@ -1,0 +1,255 @@
+"""PhiBalanceConfig: what is accepted, what is refused and how, and the way to JSON and back."""
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+import re
+
+import pytest
+from tiny import tiny_model
+
+import hf_phibalance as phb
+from hf_phibalance import PhiBalanceConfig
+from hf_phibalance.config import CONFIG_NAME, package_version
+
+
+OTHER = PhiBalanceConfig(
+    coef=0.125,
+    bias_coef=0.002,
+    potential="tsallis",
+    potential_kwargs={"alpha": 1.5},
+    ema_rate=0.75,
+    track="load",
+    bias_track="probs",
+    price_from="current",
+    token_mask="labels",
+)
+NO_NUMBERS = [True, False, "0.1", None, [0.1], 1 + 0j, math.nan, math.inf, -math.inf]
+
+
+def test_the_defaults_are_those_of_the_contract():
+    config = PhiBalanceConfig()
+    assert (config.coef, config.bias_coef, config.potential, config.potential_kwargs) == (0.01, 0.0, "neg_entropy", {})
+    assert (config.track, config.bias_track, config.price_from) == ("probs", "load", "previous")
+    assert config.token_mask == "attention" and 0 < config.ema_rate <= 1
+    assert all(getattr(OTHER, f.name) != getattr(config, f.name) for f in dataclasses.fields(config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "mentions"),
+    [
+        *(({"coef": value}, ["`coef`", repr(value), ">= 0"]) for value in [-0.1, -1, *NO_NUMBERS]),
+        *(({"bias_coef": value}, ["`bias_coef`", repr(value), ">= 0"]) for value in [-0.1, -1, *NO_NUMBERS]),
+        *(({"ema_rate": value}, ["`ema_rate`", repr(value), "(0, 1]"]) for value in [0, 0.0, -0.3, 1.01, 2, *NO_NUMBERS]),
+        ({"potential": "shannon"}, ["`potential`", "'shannon'", "'neg_entropy'", "'softplus'"]),
+        ({"potential": None}, ["`potential`", "None", "'neg_entropy'"]),
+        ({"potential": ["l2"]}, ["`potential`", "['l2']", "'neg_entropy'"]),
+        ({"potential_kwargs": None}, ["`potential_kwargs`", "None", "{'alpha': 1.1}"]),
+        ({"potential_kwargs": [("alpha", 1.1)]}, ["`potential_kwargs`", "('alpha', 1.1)", "dict"]),
+        ({"potential_kwargs": {"alpha": 2.0}}, ["`potential_kwargs`", "'alpha'", "no parameter"]),
+        ({"potential": "tsallis", "potential_kwargs": {"beta": 2.0}}, ["`potential_kwargs`", "'beta'", "`alpha`"]),
+        ({"potential": "tsallis", "potential_kwargs": {"alpha": -1.0}}, ["alpha = -1.0", "[0, 10]"]),
+        ({"potential": "tsallis", "potential_kwargs": {"alpha": math.nan}}, ["alpha = nan", "[0, 10]"]),
+        ({"potential": "tsallis", "potential_kwargs": {1: 2.0}}, ["`potential_kwargs`", "1"]),
+        *(
+            ({name: value}, [f"`{name}`", repr(value), *map(repr, choices)])
+            for name, choices in (
+                ("track", ["probs", "load"]),
+                ("bias_track", ["probs", "load"]),
+                ("price_from", ["previous", "current"]),
+                ("token_mask", ["attention", "labels", "all"]),
+            )
+            for value in ["Probs", "", None, True, ["probs"]]
+        ),
+    ],
+    ids=str,
+)
+def test_errors_name_field_value_and_remedy(fields, mentions):
+    with pytest.raises(ValueError, match=re.escape(mentions[0])) as error:
+        PhiBalanceConfig(**fields)
+    for mention in mentions:
+        assert mention in str(error.value)
+    with pytest.raises(ValueError, match=re.escape(mentions[0])):
+        PhiBalanceConfig.from_dict(fields)
+    with pytest.raises(ValueError, match=re.escape(mentions[0])):
+        dataclasses.replace(OTHER, **{"potential_kwargs": {}, "potential": "neg_entropy"} | fields)
+
+
+@pytest.mark.parametrize("fields", [{"coef": 0}, {"coef": 3}, {"bias_coef": 1e-6}, {"ema_rate": 1}, {"ema_rate": 1e-9}])
+def test_limits_are_accepted(fields):
+    config = PhiBalanceConfig(**fields)
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize("potential", sorted(phb.POTENTIALS))
+def test_every_potential_is_accepted(potential):
+    config = PhiBalanceConfig(potential=potential)
+    assert PhiBalanceConfig.from_dict(config.to_dict()) == config
+    assert config.build_potential() == PhiBalanceConfig(potential=potential).build_potential()
+
+
+def test_frozen():
+    config = PhiBalanceConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.coef = 1.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del config.coef
+    with pytest.raises(TypeError):
+        PhiBalanceConfig(coeff=1.0)
+
+
+def test_does_not_share_what_it_was_given():
+    """A dict that is changed later changes neither the configuration nor what it was read from."""
+    given = {"alpha": 1.5}
+    config = PhiBalanceConfig(potential="tsallis", potential_kwargs=given)
+    given["alpha"] = -1.0
+    assert config.potential_kwargs == {"alpha": 1.5}
+    config.to_dict()["potential_kwargs"]["alpha"] = -1.0
+    assert config.potential_kwargs == {"alpha": 1.5}
+    values = OTHER.to_dict()
+    before = copy.deepcopy(values)
+    read = PhiBalanceConfig.from_dict(values)
+    assert values == before
+    values["potential_kwargs"]["alpha"] = -1.0
+    assert read == OTHER
+
+
+def test_equality_and_copies():
+    assert PhiBalanceConfig() == PhiBalanceConfig() != OTHER
+    assert copy.deepcopy(OTHER) == pickle.loads(pickle.dumps(OTHER)) == copy.copy(OTHER) == OTHER
+
+
+def test_derived_properties():
+    assert PhiBalanceConfig().is_on and PhiBalanceConfig(coef=0, bias_coef=0.1).is_on
+    assert not PhiBalanceConfig(coef=0).is_on
+    assert PhiBalanceConfig().statistics == OTHER.statistics == ("probs", "load")
+    assert PhiBalanceConfig(bias_track="probs").statistics == ("probs",)
+
+
+# ---------------------------------------------------------------------- to JSON and back
+
+
+@pytest.mark.parametrize("config", [PhiBalanceConfig(), OTHER], ids=["defaults", "other"])
+def test_round_trips(config, tmp_path):
+    values = config.to_dict()
+    assert values.pop("version") == package_version()
+    assert values == {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    assert PhiBalanceConfig.from_dict(config.to_dict()) == config
+    assert PhiBalanceConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    path = config.save(tmp_path / "made on" / "the way")
+    assert path == tmp_path / "made on" / "the way" / CONFIG_NAME
+    assert json.loads(path.read_text())["version"] == package_version()
+    assert PhiBalanceConfig.load(path) == PhiBalanceConfig.load(path.parent) == PhiBalanceConfig.load(str(path)) == config
+    OTHER.save(path.parent)
+    assert PhiBalanceConfig.load(path) == OTHER
+
+
+def test_missing_fields_take_their_defaults():
+    assert PhiBalanceConfig.from_dict({}) == PhiBalanceConfig()
+    assert PhiBalanceConfig.from_dict({"coef": 0.5, "version": "0.0.1"}) == PhiBalanceConfig(coef=0.5)
+
+
+def test_from_any():
+    assert PhiBalanceConfig.from_any(OTHER) is OTHER
+    assert PhiBalanceConfig.from_any(OTHER.to_dict()) == OTHER
+    assert PhiBalanceConfig.from_any(True) == PhiBalanceConfig.from_any(None) == PhiBalanceConfig()
+    for value in (False, 1, 0.5, "yes", [], PhiBalanceConfig):
+        with pytest.raises(ValueError, match=r"PhiBalanceConfig, a dict of its fields or True, got"):
+            PhiBalanceConfig.from_any(value)
+
+
+def from_the_future():
+    return {**OTHER.to_dict(), "warmup": 100, "anneal": "cosine", "version": "99.0"}
+
+
+def test_a_config_from_the_future(tmp_path):
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(from_the_future()))
+    for read in (
+        lambda: PhiBalanceConfig.from_dict(from_the_future()),
+        lambda: PhiBalanceConfig.load(tmp_path),
+        lambda: PhiBalanceConfig.from_any(from_the_future()),
+    ):
+        with pytest.raises(ValueError, match="'anneal', 'warmup'") as error:
+            read()
+        for mention in ("99.0", package_version(), "Upgrade hf_phibalance", "ema_rate"):
+            assert mention in str(error.value)
+    # what a newer version wrote in fields known today is understood
+    assert PhiBalanceConfig.from_dict({**OTHER.to_dict(), "version": "99.0"}) == OTHER
+
+
+def test_a_choice_from_the_future_says_who_wrote_it():
+    with pytest.raises(ValueError, match="`price_from`.*'next'"):
+        PhiBalanceConfig.from_dict({"price_from": "next", "version": "99.0"})
+
+
+def test_a_typing_error_in_a_dict():
+    with pytest.raises(ValueError, match="'coeff'.*Known fields: coef, bias_coef") as error:
+        PhiBalanceConfig.from_dict({"coeff": 0.1})
+    assert "None" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ('{"coef": 0.1', "not valid JSON"),
+        ("coef: 0.1", "not valid JSON"),
+        ("[1, 2]", "JSON object.*list"),
+        ("3", "JSON object.*int"),
+        ('{"coef": NaN}', "`coef`.*nan"),
+        ('{"coef": "0.1"}', "`coef`.*'0.1'"),
+        ('{"coef": true}', "`coef`.*True"),
+    ],
+)
+def test_damaged_files(content, message, tmp_path):
+    (tmp_path / CONFIG_NAME).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        PhiBalanceConfig.load(tmp_path)
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / CONFIG_NAME).write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ValueError, match=r"not valid JSON.*PhiBalanceConfig\.save"):
+        PhiBalanceConfig.load(tmp_path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / CONFIG_NAME):
+        with pytest.raises(OSError):
+            PhiBalanceConfig.load(path)
+
+
+# ---------------------------------------------------------------------- a bad configuration and a model
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"coef": -1.0},
+        {"coef": math.nan},
+        {"coef": True},
+        {"bias_coef": math.inf},
+        {"ema_rate": 0},
+        {"potential": "shannon"},
+        {"potential": "tsallis", "potential_kwargs": {"alpha": -1}},
+        {"token_mask": "none"},
+        from_the_future(),
+        False,
+        "neg_entropy",
+        0.01,
+    ],
+    ids=str,
+)
+def test_a_bad_configuration_leaves_the_model_untouched(bad):
+    model = tiny_model("mixtral", router_aux_loss_coef=0.02, output_router_logits=True)
+    attributes, config = dict(vars(model)), model.config.to_dict()
+    hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+    with pytest.raises(ValueError):
+        phb.patch(model, bad)
+    assert vars(model) == attributes and model.config.to_dict() == config
+    assert [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    with pytest.raises(ValueError, match="not φ-balanced"):
+        phb.get_balancer(model)
