@@ -92,10 +92,12 @@ class PhiBalanceConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-        if not isinstance(self.potential_kwargs, dict):
+        kwargs = self.potential_kwargs
+        if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
             raise ValueError(
                 f"`potential_kwargs` must be a dict such as {{'alpha': 1.1}}, got {self.potential_kwargs!r}."
             )
+        object.__setattr__(self, "potential_kwargs", dict(kwargs))  # the caller's may change later
         self.build_potential()
 
     def build_potential(self) -> Potential:
@@ -172,8 +174,8 @@ class PhiBalanceConfig:
         if path.is_dir():
             path = path / CONFIG_NAME
         try:
-            values = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{path} is not valid JSON ({error}); write it again with PhiBalanceConfig.save."
             ) from error

@@ -42,7 +42,10 @@ def test_the_defaults_are_those_of_the_contract():
     [
         *(({"coef": value}, ["`coef`", repr(value), ">= 0"]) for value in [-0.1, -1, *NO_NUMBERS]),
         *(({"bias_coef": value}, ["`bias_coef`", repr(value), ">= 0"]) for value in [-0.1, -1, *NO_NUMBERS]),
-        *(({"ema_rate": value}, ["`ema_rate`", repr(value), "(0, 1]"]) for value in [0, 0.0, -0.3, 1.01, 2, *NO_NUMBERS]),
+        *(
+            ({"ema_rate": value}, ["`ema_rate`", repr(value), "(0, 1]"])
+            for value in [0, 0.0, -0.3, 1.01, 2, *NO_NUMBERS]
+        ),
         ({"potential": "shannon"}, ["`potential`", "'shannon'", "'neg_entropy'", "'softplus'"]),
         ({"potential": None}, ["`potential`", "None", "'neg_entropy'"]),
         ({"potential": ["l2"]}, ["`potential`", "['l2']", "'neg_entropy'"]),
@@ -77,7 +80,9 @@ def test_errors_name_field_value_and_remedy(fields, mentions):
         dataclasses.replace(OTHER, **{"potential_kwargs": {}, "potential": "neg_entropy"} | fields)
 
 
-@pytest.mark.parametrize("fields", [{"coef": 0}, {"coef": 3}, {"bias_coef": 1e-6}, {"ema_rate": 1}, {"ema_rate": 1e-9}])
+@pytest.mark.parametrize(
+    "fields", [{"coef": 0}, {"coef": 3}, {"bias_coef": 1e-6}, {"ema_rate": 1}, {"ema_rate": 1e-9}]
+)
 def test_limits_are_accepted(fields):
     config = PhiBalanceConfig(**fields)
     assert {name: getattr(config, name) for name in fields} == fields
@@ -141,7 +146,9 @@ def test_round_trips(config, tmp_path):
     path = config.save(tmp_path / "made on" / "the way")
     assert path == tmp_path / "made on" / "the way" / CONFIG_NAME
     assert json.loads(path.read_text())["version"] == package_version()
-    assert PhiBalanceConfig.load(path) == PhiBalanceConfig.load(path.parent) == PhiBalanceConfig.load(str(path)) == config
+    assert (
+        PhiBalanceConfig.load(path) == PhiBalanceConfig.load(path.parent) == PhiBalanceConfig.load(str(path)) == config
+    )
     OTHER.save(path.parent)
     assert PhiBalanceConfig.load(path) == OTHER
 
@@ -180,12 +187,12 @@ def test_a_config_from_the_future(tmp_path):
 
 
 def test_a_choice_from_the_future_says_who_wrote_it():
-    with pytest.raises(ValueError, match="`price_from`.*'next'"):
+    with pytest.raises(ValueError, match=r"`price_from`.*'next'"):
         PhiBalanceConfig.from_dict({"price_from": "next", "version": "99.0"})
 
 
 def test_a_typing_error_in_a_dict():
-    with pytest.raises(ValueError, match="'coeff'.*Known fields: coef, bias_coef") as error:
+    with pytest.raises(ValueError, match=r"'coeff'.*Known fields: coef, bias_coef") as error:
         PhiBalanceConfig.from_dict({"coeff": 0.1})
     assert "None" not in str(error.value)
 

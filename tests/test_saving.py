@@ -90,9 +90,7 @@ def test_a_saved_model_is_the_ordinary_model_plus_a_sidecar(tmp_path):
     assert model.config.output_router_logits is False
 
     assert set(os.listdir(tmp_path / "patched")) == set(os.listdir(tmp_path / "plain")) | {STATE_NAME}
-    plain_config, config = (
-        json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "patched")
-    )
+    plain_config, config = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "patched"))
     assert config.pop("phi_balance") == phb.PhiBalanceConfig(coef=0.5).to_dict()
     assert config == plain_config
     assert config["router_aux_loss_coef"] == 0.02 and config["output_router_logits"] is True
@@ -258,9 +256,9 @@ def test_from_config():
 
 @pytest.mark.parametrize("flag", [{"coef": -1.0}, {"coeff": 1.0}, "yes", 3])
 def test_a_bad_flag_fails_before_anything_is_loaded(flag, tmp_path):
-    with pytest.raises(ValueError, match="coef|PhiBalanceConfig"):
+    with pytest.raises(ValueError, match=r"coef|PhiBalanceConfig"):
         phb.AutoModelForCausalLM.from_pretrained(tmp_path / "no such folder", phi_balance=flag)
-    with pytest.raises(ValueError, match="coef|PhiBalanceConfig"):
+    with pytest.raises(ValueError, match=r"coef|PhiBalanceConfig"):
         phb.AutoModelForCausalLM.from_config(tiny_config("mixtral"), phi_balance=flag)
 
 
@@ -376,7 +374,13 @@ def test_errors_do_not_leak_out_of_the_entry_points(enabled, tmp_path):
     assert not is_patched(auto.from_config(transformers.LlamaConfig(**DENSE)))
 
 
-DENSE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+DENSE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+}
 
 
 # ---------------------------------------------------------------------- bad sidecars
@@ -462,7 +466,10 @@ def test_damaged_values(saved, tmp_path):
         (infinite_bias, "bias.*not finite.*earlier checkpoint"),
         (lambda state: state.pop(f"{name}.mean_load"), "no .*mean_load.*(configuration beside it|fresh duals)"),
         (lambda state: state.pop(f"{name}.bias"), "no .*bias.*(configuration beside it|fresh duals)"),
-        (lambda state: state.update({"model.extra.mean_load": torch.ones(8)}), "'model.extra.mean_load'.*another model"),
+        (
+            lambda state: state.update({"model.extra.mean_load": torch.ones(8)}),
+            "'model.extra.mean_load'.*another model",
+        ),
         (lambda state: state.update({f"{name}.variance": torch.ones(8)}), "variance"),
     ):
         path = tmp_path / STATE_NAME

@@ -215,7 +215,7 @@ def test_all_frozen_below_is_refused_with_a_remedy_that_works():
     frozen = get_peft_model(patched(), lora_on(parameters=["layers.2.mlp.experts.down_proj"], modules=[])).train()
     before = phb.get_balancer(frozen).state_dict()
     gradients(frozen, tiny_batch(frozen))
-    with pytest.raises(ValueError, match="coef=2.0 but no gradient path") as error:
+    with pytest.raises(ValueError, match=r"coef=2.0 but no gradient path") as error:
         phb.get_balancer(frozen).step()
     assert_equal(phb.get_balancer(frozen).state_dict(), before)
     (suggested,) = re.findall(r"target_parameters=\['([^']+)'", str(error.value))
@@ -298,7 +298,7 @@ def instance_hooks(model):
 
 
 def dispatched(model):
-    devices = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    devices = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     devices |= {f"model.layers.{i}": "cpu" for i in range(3)}
     return accelerate.dispatch_model(model, devices, force_hooks=True)
 
@@ -359,7 +359,7 @@ def test_offloaded_model_counts_the_same(where, order, model_type, tmp_path):
 
 def test_bias_of_an_offloaded_model_is_refused_where_it_would_be_lost():
     model = accelerate.cpu_offload(tiny_model("ernie4_5_moe"), execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="bias_coef=0.1 is not possible while.*offloaded.*Set bias_coef=0"):
+    with pytest.raises(ValueError, match=r"bias_coef=0.1 is not possible while.*offloaded.*Set bias_coef=0"):
         phb.patch(model, {"bias_coef": 0.1})
     assert not ours(model) and not hasattr(model.config, "phi_balance")
 
@@ -433,7 +433,7 @@ def test_ddp_trains_the_same(wrapper, order, one_rank):
 def test_replicas_of_data_parallel_are_refused():
     model = patched()
     model.model._is_replica = True  # as torch.nn.parallel.replicate marks the copies that its threads run
-    with pytest.raises(RuntimeError, match="DataParallel.*(torchrun|DistributedDataParallel|one GPU)"):
+    with pytest.raises(RuntimeError, match=r"DataParallel.*(torchrun|DistributedDataParallel|one GPU)"):
         model(**tiny_batch(model))
 
 
@@ -653,7 +653,7 @@ def test_evaluation_counts_apart_and_generation_does_not():
                 model(**tiny_batch(model, seed=seed))
         model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False)
         assert balancer.eval_metrics()["tokens"] == 2 * batch["attention_mask"].sum()
-    with pytest.raises(RuntimeError, match="inside `with balancer.evaluation"):
+    with pytest.raises(RuntimeError, match=r"inside `with balancer.evaluation"):
         balancer.eval_metrics()
     assert balancer.metrics() == step_metrics
     assert_equal(balancer.state_dict(), before)
@@ -888,11 +888,13 @@ class MoEGate(nn.Module):
             self.alpha = config.aux_loss_alpha
 
     def forward(self, hidden_states):
-        batch, length, width = hidden_states.shape
+        _, _, width = hidden_states.shape
         logits = F.linear(hidden_states.view(-1, width), self.weight)
         scores = logits.softmax(dim=-1) if self.scoring_func == "softmax" else logits.sigmoid()
         if hasattr(self, "e_score_correction_bias"):
-            _, topk_idx = torch.topk(scores + self.e_score_correction_bias.detach(), k=self.top_k, dim=-1, sorted=False)
+            _, topk_idx = torch.topk(
+                scores + self.e_score_correction_bias.detach(), k=self.top_k, dim=-1, sorted=False
+            )
             topk_weight = scores.gather(1, topk_idx)
         else:
             topk_weight, topk_idx = torch.topk(scores, k=self.top_k, dim=-1, sorted=False)

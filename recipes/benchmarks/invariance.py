@@ -26,7 +26,7 @@ Usage:
     python recipes/benchmarks/invariance.py
     python recipes/benchmarks/invariance.py --model_type qwen3_moe --json invariance.json
 
-Takes about 3 minutes on 2 CPU cores and no network. Exits with 1 if a cell is out of bounds.
+Takes one and a half minutes on 2 CPU cores, needs no network. Exits with 1 if a cell is out of bounds.
 """
 
 from __future__ import annotations
