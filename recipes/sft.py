@@ -60,6 +60,9 @@ class Arguments:
     problem_seed: int = field(default=0, metadata={"help": "Seed of the generated problems."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer."})
     generation_batch_size: int = field(default=64, metadata={"help": "Answers generated at a time."})
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of torch; tiny models gain nothing from a second one."}
+    )
     balance: bool = field(default=True, metadata={"help": "false: train without balancing, only count the loads."})
     compare_unbalanced: bool = field(
         default=False, metadata={"help": "First run the same recipe without balancing, and show both."}
@@ -79,9 +82,13 @@ class Arguments:
 
 
 def main(args, balance, training_args, model_args):
+    import torch
+
     import hf_phibalance as phb
     from hf_phibalance import report
 
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
     if (args.model_type is None) == (model_args.model_name_or_path is None):
         raise ValueError(
             f"model_type={args.model_type!r} and model_name_or_path={model_args.model_name_or_path!r}: give one of "

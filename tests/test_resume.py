@@ -160,7 +160,9 @@ def test_checkpoint_of_an_unbalanced_run_is_refused(tmp_path):
 def test_killed_run_resumes(tmp_path):
     """SIGKILL between two micro-batches of the step after a checkpoint; the process leaves nothing behind but its files."""
     straight = run(tmp_path / "straight", "native_bias")
-    code = "import sys, test_resume; test_resume.run(sys.argv[1], 'native_bias', callbacks=[test_resume.StopAt(4, True)])"
+    code = (
+        "import sys, test_resume; test_resume.run(sys.argv[1], 'native_bias', callbacks=[test_resume.StopAt(4, True)])"
+    )
     process = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "killed")],
         cwd=Path(__file__).parent,

@@ -217,7 +217,9 @@ def test_loss_of_trl_stays_on_while_ours_is_off(tmp_path):
             phb.attach(trainer)
         assert trainer.aux_loss_enabled
         losses.append(first_loss(trainer))
-    without = make_trainer(tiny_model("qwen3_moe").train(), tmp_path, SFTTrainer, max_steps=1, router_aux_loss_coef=0.0)
+    without = make_trainer(
+        tiny_model("qwen3_moe").train(), tmp_path, SFTTrainer, max_steps=1, router_aux_loss_coef=0.0
+    )
     assert losses[0] == losses[1] > first_loss(without) + 0.1
     assert_same(weights(model), weights(plain))
 

@@ -110,7 +110,9 @@ def assert_same(left, right):
 
 
 def routers(model):
-    return {name: module for name, module in model.named_modules() if type(module).__name__.lower().endswith("topkrouter")}
+    return {
+        name: module for name, module in model.named_modules() if type(module).__name__.lower().endswith("topkrouter")
+    }
 
 
 @contextlib.contextmanager
