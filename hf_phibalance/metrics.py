@@ -153,7 +153,11 @@ def model_metrics(
     for load_E in loads.values():
         for name, value in summarise(load_E.cpu().unsqueeze(0)).items():
             columns.setdefault(name, []).append(float(value))
-    reductions: dict[str, Callable[[list[float]], float]] = {"min_relative_load": min, "max_relative_load": max, "dead_experts": sum}
+    reductions: dict[str, Callable[[list[float]], float]] = {
+        "min_relative_load": min,
+        "max_relative_load": max,
+        "dead_experts": sum,
+    }
     values = {name: reductions.get(name, statistics.fmean)(column) for name, column in columns.items()}
     values["max_vio_worst_layer"] = max(columns["max_vio"])
     floors = [noise_floor(load_E.numel(), k, tokens) for load_E, k in zip(loads.values(), top_k)]

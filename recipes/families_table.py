@@ -1,7 +1,7 @@
 """Writes the table of supported model families into README.md, between its markers.
 
-    python recipes/families_table.py          # rewrite
-    python recipes/families_table.py --check  # exit 1 if README.md is not current
+python recipes/families_table.py          # rewrite
+python recipes/families_table.py --check  # exit 1 if README.md is not current
 """
 
 import argparse
