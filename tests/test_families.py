@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from tiny import MODEL_TYPES, tiny_batch, tiny_model
+from tiny import MODEL_TYPES, set_prices, tiny_batch, tiny_model
 
 import hf_phibalance as phb
 from hf_phibalance.pricing import routing_probs
@@ -54,17 +54,6 @@ def same(left, right):
     )
 
 
-def set_prices(balancer, seed=0):
-    """Puts uneven means, and so known prices, into force and returns the prices."""
-    generator = torch.Generator().manual_seed(seed)
-    state = balancer.state_dict()
-    for name, mean in state.items():
-        if ".mean_" in name:
-            mean.copy_(torch.softmax(torch.randn(mean.shape, generator=generator), -1))
-    balancer.load_state_dict(state)
-    return balancer.prices()
-
-
 def test_every_declared_family_is_either_balanced_or_refused_with_a_reason():
     assert set(MODEL_TYPES) == set(FAMILIES)
     assert len(BALANCED) >= 60
@@ -84,7 +73,7 @@ def test_zero_strength_and_unpatch_change_nothing(model_type):
     assert same(gradients(model, batch), plain)
     phb.unpatch(model)
     phb.patch(model, {"coef": 3.0})
-    set_prices(phb.get_balancer(model))
+    set_prices(model)
     assert not same(gradients(model, batch), plain)
     phb.unpatch(model)
     assert same(gradients(model, batch), plain)
@@ -101,7 +90,7 @@ def test_gradient_is_that_of_the_definition(model_type):
     phb.patch(model, {"coef": 0.0})
     balancer = phb.get_balancer(model)
     task = gradients(model, batch)[2]
-    prices = set_prices(balancer)
+    prices = set_prices(model).prices()
     model.zero_grad()
     with recorded(balancer) as seen:
         model(**batch)
@@ -116,7 +105,7 @@ def test_gradient_is_that_of_the_definition(model_type):
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     phb.unpatch(model)
     phb.patch(model, {"coef": coef})
-    set_prices(phb.get_balancer(model))
+    set_prices(model)
     charged = gradients(model, batch)[2]
     assert any(e.abs().max() > 1e-3 for e in expected.values())
     for name, gradient in charged.items():

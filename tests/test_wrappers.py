@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import tiny_batch, tiny_model
+from tiny import set_prices, tiny_batch, tiny_model
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,18 +25,6 @@ from hf_phibalance.pricing import routing_probs
 
 
 COEF = 2.0
-
-
-def set_prices(model, seed=0):
-    """Puts uneven means, and so known prices, into force."""
-    balancer = phb.get_balancer(model)
-    generator = torch.Generator().manual_seed(seed)
-    state = balancer.state_dict()
-    for name, mean in state.items():
-        if ".mean_" in name:
-            mean.copy_(torch.softmax(torch.randn(mean.shape, generator=generator), -1))
-    balancer.load_state_dict(state)
-    return balancer
 
 
 def patched(model_type="mixtral", config=None, **overrides):

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import hf_phibalance as phb
+
 
 def _records_router_logits(model_type: str) -> bool:
     """Whether the modelling file declares the recorder; reading it avoids 60 imports."""
@@ -228,3 +230,15 @@ def tiny_batch(model: PreTrainedModel, batch: int = 2, seq: int = 8, padded: boo
         "labels": input_ids.masked_fill(attention_mask == 0, -100),
     }
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def set_prices(model: PreTrainedModel, seed: int = 0) -> phb.PhiBalancer:
+    """Puts uneven means, and so known prices, into force in a patched model; returns its balancer."""
+    balancer = phb.get_balancer(model)
+    generator = torch.Generator().manual_seed(seed)
+    state = balancer.state_dict()
+    for name, mean in state.items():
+        if ".mean_" in name:
+            mean.copy_(torch.softmax(torch.randn(mean.shape, generator=generator), -1))
+    balancer.load_state_dict(state)
+    return balancer
