@@ -15,6 +15,7 @@ from .auto import AutoModelForCausalLM, disable, enable
 from .balancer import PhiBalancer
 from .callback import PhiBalanceCallback, attach
 from .config import PhiBalanceConfig
+from .lora import lora_config
 from .patching import get_balancer, patch, unpatch
 from .potentials import POTENTIALS
 from .routers import supported_families
@@ -30,6 +31,7 @@ __all__ = [
     "disable",
     "enable",
     "get_balancer",
+    "lora_config",
     "patch",
     "supported_families",
     "unpatch",
