@@ -1,0 +1,178 @@
+# Copyright 2026 The hf_phibalance authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+HumanEval's pass@k as an `evaluate` metric: each completion is run against the checks of its problem, in a sandbox.
+
+Use the class directly, or load it by path, which works offline:
+
+```python
+import evaluate
+import hf_phibalance.evaluation
+
+metric = hf_phibalance.evaluation.HumanEvalPassAtK()
+metric = evaluate.load(f"{hf_phibalance.evaluation.__path__[0]}/humaneval_pass_at_k")
+```
+
+`evaluate` copies this file into its cache and reads its imports line by line: keep one import per line.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import evaluate
+
+from hf_phibalance.evaluation import sandbox, scoring
+
+
+FIELDS = ("prompt", "test", "entry_point")
+
+_DESCRIPTION = """Probability that one of k generated programs passes the checks of its problem, as openai/human-eval
+estimates it. Runs generated code: set `HF_ALLOW_CODE_EVAL=1` or pass `allow_code_execution=True` to allow that."""
+
+_INPUTS = """
+Args:
+    predictions (`list[list[str]]`):
+        For each problem its completions, already cut at the stop strings (`truncate(text, HUMANEVAL_STOPS)`).
+    references (`list[dict]`):
+        The problems, with the fields `prompt`, `test` and `entry_point` of HumanEval; others are ignored.
+    k (`list[int]`, *optional*, defaults to `[1]`):
+        Numbers of attempts.
+    timeout (`float`, *optional*, defaults to `3.0`):
+        Seconds for each program.
+    memory_limit (`int`, *optional*, defaults to 1 GiB):
+        Bytes of address space for each process of a program.
+    num_workers (`int`, *optional*):
+        Programs run at a time, by default as many as there are CPU cores.
+    allow_code_execution (`bool`, *optional*):
+        Permission to run the completions; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
+    progress (`Callable[[int, int], None]`, *optional*):
+        Called after each program with the numbers of programs done and in all.
+
+Returns:
+    `dict`: `pass@k` for each `k` of which every problem has that many completions, averaged over the problems; and
+    `results`, for each problem a list with one dictionary per completion: `passed`, `status` (`"passed"`, `"failed"`
+    or `"timed out"`), `reason` and `seconds`.
+
+Raises:
+    `CodeExecutionError`: If running the completions is not allowed.
+    `ValueError`: If there are no predictions, not as many as references, or `k` or a limit is not positive.
+"""
+
+_CITATION = """@article{chen2021humaneval,
+  title={Evaluating Large Language Models Trained on Code},
+  author={Mark Chen and Jerry Tworek and Heewoo Jun and Qiming Yuan and others},
+  journal={arXiv preprint arXiv:2107.03374},
+  year={2021}
+}"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
+class HumanEvalPassAtK(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("string")),
+                    "references": {name: datasets.Value("string") for name in FIELDS},
+                }
+            ),
+            reference_urls=["https://github.com/openai/human-eval"],
+        )
+
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Adds the completions of some problems, to be run by a later `compute()`."""
+        for completions in predictions:
+            _check_completions(completions)
+        references = [_fields(problem) for problem in references]
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def add(self, *, prediction=None, reference=None, **kwargs):
+        """Adds the completions of one problem, to be run by a later `compute()`."""
+        _check_completions(prediction)
+        super().add(prediction=prediction, reference=_fields(reference), **kwargs)
+
+    def compute(self, *, predictions=None, references=None, allow_code_execution=None, **kwargs):
+        """Runs the completions, also those added before. Nothing is taken in unless that is allowed."""
+        sandbox.require_opt_in(allow_code_execution)
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+    def _compute(
+        self, predictions, references, k=(1,), timeout=3.0, memory_limit=1 << 30, num_workers=None, progress=None
+    ):
+        k = [k] if isinstance(k, int) else list(k)
+        if not k or min(k) < 1:
+            raise ValueError(f"k={k}: needs at least one number of attempts, each 1 or more.")
+        if not len(predictions):
+            raise ValueError("predictions: there are none to run. Give the completions of at least one problem.")
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"num_workers={num_workers}: needs at least one worker, or none given for all cores.")
+        work = [
+            (problem, completion)
+            for completions, problem in zip(predictions, references)
+            for completion in completions
+        ]
+
+        def run(item):
+            problem, completion = item
+            return check(problem, completion, timeout, memory_limit)
+
+        verdicts = []
+        with ThreadPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool:
+            for verdict in pool.map(run, work):
+                verdicts.append(verdict.to_dict())
+                if progress is not None:
+                    progress(len(verdicts), len(work))
+        ordered = iter(verdicts)
+        results = [[next(ordered) for _ in completions] for completions in predictions]
+        counts = [(len(own), sum(verdict["passed"] for verdict in own)) for own in results]
+        scores = {
+            f"pass@{attempts}": sum(scoring.pass_at_k(*count, attempts) for count in counts) / len(counts)
+            for attempts in k
+            if all(samples >= attempts for samples, _ in counts)
+        }
+        return {**scores, "results": results}
+
+
+def check(problem: dict, completion: str, timeout: float = 3.0, memory_limit: int = 1 << 30) -> sandbox.Verdict:
+    """
+    Runs one completion against the checks of its problem. The caller has asked for permission.
+
+    Args:
+        problem (`dict`): Problem of HumanEval.
+        completion (`str`): Continuation of its prompt.
+        timeout (`float`, *optional*, defaults to `3.0`): Seconds for the program.
+        memory_limit (`int`, *optional*, defaults to 1 GiB): Bytes of address space of each of its processes.
+
+    Returns:
+        [`~hf_phibalance.evaluation.Verdict`]: Whether it passed, and why not.
+    """
+    return sandbox.run_program(
+        problem["prompt"] + completion,
+        f"{problem['test']}\ncheck({problem['entry_point']})",
+        context=problem["prompt"],
+        entry_points=[problem["entry_point"]],
+        timeout=timeout,
+        memory_limit=memory_limit,
+        allow_code_execution=True,
+    )
+
+
+def _fields(problem: dict) -> dict:
+    if missing := [name for name in FIELDS if not isinstance(problem.get(name), str)]:
+        raise ValueError(
+            f"references: the problem {problem.get('task_id', problem)!r} has no text in {', '.join(missing)}. Give "
+            "the problems of HumanEval as they are."
+        )
+    return {name: problem[name] for name in FIELDS}
+
+
+def _check_completions(completions: object) -> None:
+    if isinstance(completions, str):
+        raise ValueError(
+            f"predictions: {completions[:60]!r} is one text where a list of completions is needed. Give each problem "
+            "a list, also if it has only one completion."
+        )
