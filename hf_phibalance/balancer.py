@@ -477,6 +477,8 @@ class PhiBalancer:
         for site in self.sites:
             if site.name in found:
                 site.modules, site.native_bias = found[site.name].modules, found[site.name].native_bias
+                for owner, name in site.native_bias:  # PEFT would train them, but selections have no gradient
+                    getattr(owner, name).requires_grad_(False)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to this process or to the step under way."""

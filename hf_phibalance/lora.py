@@ -8,15 +8,19 @@ The names are found in the model, not listed by hand. Inside the stack of decode
 - *attention* are the linear layers that mix tokens: attention, and the linear-attention, state-space or convolution
   layers that stand in for it in hybrid models.
 
-Left alone are embeddings, the output head, norms, biases, the indexers of sparse attention (they select, no gradient
-passes), gates of a single output, hyper-connections, and whatever lies outside that stack (vision towers).
+Left alone are embeddings, the output head, norms, biases, convolutions, the indexers of sparse attention (they select,
+no gradient passes), gates of a single output, hash routers, hyper-connections, and whatever lies outside that stack
+(vision towers). A weight that the module around it reads, instead of calling its owner, is out of reach of an adapter,
+which would silently do nothing: it is left alone in attention (`out_proj` of Mamba), and refused in routers and experts.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -81,19 +85,15 @@ def lora_config(
     root = _unwrap(model)[-1]
     _refuse_adapted(root)
     sites = find_routers(root)
-    chosen = () if router == "router-only" else TARGETS[1:] if targets in (None, "all") else (targets,)
+    chosen: tuple[str, ...] = TARGETS[1:] if targets in (None, "all") else (str(targets),)
+    chosen = () if router == "router-only" else chosen
     parts = _parts(root, sites)
-    modules, parameters = [], []
-    for part in chosen:
-        if not any(parts[part]):
-            raise ValueError(
-                f"targets={targets or 'all'!r}: no {part} to adapt was found in {type(root).__name__}. Choose other "
-                f"targets ({', '.join(TARGETS)}), or write a peft.LoraConfig by hand."
-            )
-        modules += parts[part][0]
-        parameters += parts[part][1]
     if router in ("lora", "router-only"):
-        parameters += parts["router"][1]
+        chosen = (*chosen, "router")
+    for part in chosen:
+        _refuse_out_of_reach(root, part, *parts[part])
+    modules = [name for part in chosen for name in parts[part][0]]
+    parameters = [name for part in chosen for name in parts[part][1]]
     whole = [site.name for site in sites] if router == "full" else []
     if parameters:
         _refuse_for_parameters(kwargs, root, parameters)
@@ -140,6 +140,27 @@ def _refuse_adapted(root: nn.Module) -> None:
             )
 
 
+def _refuse_out_of_reach(root: nn.Module, part: str, modules: list[str], parameters: list[str]) -> None:
+    others = {
+        "router": "router='full' or 'frozen'",
+        "experts": "targets='attention'",
+        "attention": "targets='experts'",
+    }[part]
+    if not modules and not parameters:
+        raise ValueError(
+            f"{type(root).__name__} has no {part} that an adapter could train. Choose {others}, or write a "
+            "peft.LoraConfig by hand."
+        )
+    for name in parameters:
+        owner, _, parameter = name.rpartition(".")
+        if _is_read_from_outside(root, owner, parameter):
+            reader = type(root.get_submodule(owner.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"the {part} of {type(root).__name__} cannot be adapted: {reader} reads {name!r} without calling the "
+                f"module that owns it, so the adapter would never be applied. Choose {others}."
+            )
+
+
 def _refuse_for_parameters(kwargs: dict[str, Any], root: nn.Module, parameters: list[str]) -> None:
     for name, off in NOT_FOR_PARAMETERS.items():
         if kwargs.get(name, off) != off:
@@ -157,43 +178,56 @@ def _refuse_for_parameters(kwargs: dict[str, Any], root: nn.Module, parameters: 
 def _parts(root: nn.Module, sites: list[RouterSite]) -> dict[str, tuple[list[str], list[str]]]:
     """Linear modules and bare parameters to adapt, by full name, of `"router"`, `"experts"` and `"attention"`."""
     parts: dict[str, tuple[list[str], list[str]]] = {part: ([], []) for part in ("router", *TARGETS[1:])}
-    names = {id(module): name for name, module in root.named_modules()}
-    routers = {site.name for site in sites}
-    stacks = {match[1] for name in routers if (match := re.match(r"(.*?\.)\d+\.", name))}
-    blocks = {names[id(site.parent)] for site in sites if site.parent is not None}
-    rewritten = _rewritten_by_peft(root)
-    blocks = {
-        name for name in blocks if not re.fullmatch(r".*\.\d+", name)
-    }  # in gemma4 a router's parent is the layer
+    stack, rewritten, plain = Stack(root, sites), _rewritten_by_peft(root), _plain_forwards()
     for name, module in root.named_modules():
-        stack = next((stack for stack in stacks if name.startswith(stack)), None)
-        if stack is None and not any(_inside(name, router) for router in routers):
-            continue
-        part = _part_of(name, stack or "", routers, blocks)
-        if part is None:
+        part = stack.part_of(name)
+        if part is None or isinstance(module, nn.modules.conv._ConvNd):
             continue
         modules, parameters = parts[part]
-        is_plain = type(module).forward in _plain_forwards() and name.rpartition(".")[2] not in rewritten
-        if part != "router" and is_plain:
-            if module.out_features > 1:
+        leaf = name.rpartition(".")[2]
+        if part != "router" and type(module).forward in plain and leaf not in rewritten:
+            if module.out_features > 1 and not _is_read_from_outside(root, name, "weight"):
                 modules.append(name)
-        else:
-            parameters += [f"{name}.{parameter}" for parameter in _matrices(module, part)]
+        elif part != "attention" or isinstance(module, nn.Linear):
+            parameters += [
+                f"{name}.{parameter}"
+                for parameter in _matrices(module)
+                if part != "attention" or not _is_read_from_outside(root, name, parameter)
+            ]
     return parts
 
 
-def _part_of(name: str, stack: str, routers: Iterable[str], blocks: Iterable[str]) -> str | None:
-    """What the module `name` belongs to."""
-    if any(_inside(name, router) for router in routers):
-        return "router"
-    path = name.removeprefix(stack).split(".")[1:]  # without the index of the layer
-    if any(LEFT_ALONE.search(step) for step in path):
-        return None
-    if any(_inside(name, block) for block in blocks):
-        return "experts"
-    if any(ATTENTION.search(step) for step in path):
-        return "attention"
-    return "experts" if any(FEED_FORWARD.search(step) for step in path) else None
+class Stack:
+    """The layers of `root` that hold its routers, and what each module in them belongs to."""
+
+    def __init__(self, root: nn.Module, sites: list[RouterSite]) -> None:
+        self._classes = {name: type(module).__name__ for name, module in root.named_modules()}
+        names = {id(module): name for name, module in root.named_modules()}
+        self._routers = {site.name for site in sites}
+        self._stacks = {match[1] for name in self._routers if (match := re.match(r"(.*?\.)\d+\.", name))}
+        self._router_paths = {self._path(name) for name in self._routers}
+        blocks = {names[id(site.parent)] for site in sites if site.parent is not None}
+        self._blocks = {name for name in blocks if self._path(name)}  # in gemma4 a router's parent is the layer
+
+    def _path(self, name: str) -> tuple[str, ...]:
+        """Steps of `name` inside its layer; empty for a layer, and outside the stack."""
+        stack = next((stack for stack in self._stacks if name.startswith(stack)), None)
+        return tuple(name.removeprefix(stack).split(".")[1:]) if stack else ()
+
+    def part_of(self, name: str) -> str | None:
+        """`"router"`, `"experts"`, `"attention"`, or `None` for what is left alone."""
+        if any(_inside(name, router) for router in self._routers):
+            return "router"
+        path = self._path(name)
+        if path in self._router_paths or any(LEFT_ALONE.search(step) for step in path):
+            return None  # the first: a router by hashes in another layer
+        if any(_inside(name, block) for block in self._blocks):
+            return "experts"
+        for length, step in enumerate(path, start=1):
+            if ATTENTION.search(step):  # nemotron_h calls every kind of layer a mixer
+                mixer = self._classes[".".join(name.split(".")[: len(name.split(".")) - len(path) + length])]
+                return "experts" if "MLP" in mixer else "attention"
+        return "experts" if any(FEED_FORWARD.search(step) for step in path) else None
 
 
 def _inside(name: str, outer: str) -> bool:
@@ -223,15 +257,26 @@ def _rewritten_by_peft(root: nn.Module) -> set[str]:
     return NAMES_OF_V4 - set(probe.target_modules or ())
 
 
-def _matrices(module: nn.Module, part: str) -> Iterator[str]:
+def _matrices(module: nn.Module) -> Iterator[str]:
     """Names of the parameters of `module` itself that are one matrix, or one per expert."""
     for name, parameter in module.named_parameters(recurse=False):
-        is_matrix = parameter.ndim == 2 and not name.endswith("bias") and parameter.shape[0] > 1
-        is_linear = isinstance(module, nn.Linear)
-        if part == "attention" and not is_linear:
-            continue
-        if (parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)) or is_matrix:
+        if parameter.ndim == 3 or (parameter.ndim == 2 and parameter.shape[0] > 1 and not name.endswith("bias")):
             yield name
+
+
+def _is_read_from_outside(root: nn.Module, name: str, parameter: str) -> bool:
+    """Whether the module around `name` reads its `parameter`, more than its dtype or shape, instead of calling `name`."""
+    outer, _, leaf = name.rpartition(".")
+    pattern = rf"\bself\.{leaf}\.{parameter}\b(?!\.(dtype|device|shape|size|ndim)\b)"
+    return re.search(pattern, _source(cast(Hashable, type(root.get_submodule(outer))))) is not None
+
+
+@functools.cache
+def _source(module_class: Hashable) -> str:
+    try:
+        return inspect.getsource(cast(Any, module_class))
+    except (OSError, TypeError):  # made in a notebook or at run time
+        return ""
 
 
 def _endings(wanted: list[str], names: list[str]) -> list[str]:

@@ -242,7 +242,7 @@ def _num_experts(router: nn.Module, traits: RouterTraits) -> int:
     for name in (traits.experts or "num_experts", "n_routed_experts", "num_local_experts"):
         if isinstance(getattr(router, name, None), int):
             return getattr(router, name)
-    weights = [p for p in router.parameters() if p.ndim == 2]
+    weights = [p for name, p in router.named_parameters() if p.ndim == 2 and ".lora_" not in name]
     if len(weights) != 1:
         raise ValueError(f"{type(router).__name__}: cannot tell the number of experts; add it to routers.TRAITS.")
     return weights[0].shape[0]
