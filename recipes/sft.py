@@ -1,5 +1,5 @@
 """
-Fine-tune a Mixture-of-Experts model on GSM8K-style word problems with φ-balanced routers, and write a report.
+Fine-tune a Mixture-of-Experts model on GSM8K or MBPP with φ-balanced routers, and write a report.
 
 # A tiny model from scratch, offline, on two CPU cores
 python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml
@@ -7,24 +7,31 @@ python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml
 # Any option of the YAML file can be given on the command line
 python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml --coef 0.05 --potential log_cosh --output_dir results/cosh
 
-# GSM8K from JSON lines (a folder with train.jsonl and test.jsonl, or one file), or by its name on the Hub
-python recipes/sft.py --model_name_or_path Qwen/Qwen1.5-MoE-A2.7B --dataset_path path/to/gsm8k \
-    --learning_rate 1e-5 --num_train_epochs 1 --output_dir results/qwen
-python recipes/sft.py --model_name_or_path Qwen/Qwen1.5-MoE-A2.7B --dataset_path openai/gsm8k --output_dir results/qwen
+# A real model on several GPUs, see recipes/README.md; with --tiny, the same on the CPU with a miniature of the model
+accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml recipes/sft.py \
+    --config recipes/mixtral-8x7b/gsm8k/phibalance.yaml
+python recipes/sft.py --config recipes/mixtral-8x7b/gsm8k/phibalance.yaml --tiny
+
+# GSM8K from JSON lines (a folder with train.jsonl and test.jsonl, or one file) instead of the Hub
+python recipes/sft.py --config recipes/olmoe-1b-7b/gsm8k/none.yaml --dataset_path path/to/gsm8k
 
 The options are those of `Arguments` below, of `PhiBalanceConfig`, and of TRL's `SFTConfig` and `ModelConfig`. The
 results folder then holds the model with its duals, metrics.json, history.json, loads.png, curves.png and a model card.
 """
 
 import copy
+import functools
 import json
+import random
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import rehearsal
+
 
 CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
-STOPS = ("Question:", "</s>", "<|im_end|>")
 SHOWN_IN_LOG = {
     "loss": "loss {:.3f}",
     "learning_rate": "lr {:.1e}",
@@ -46,20 +53,57 @@ class Arguments:
     model_config: dict | str | None = field(
         default=None, metadata={"help": "Config fields of the new model, as a YAML mapping or as JSON."}
     )
+    architecture: str | None = field(
+        default=None,
+        metadata={
+            "help": "config.json with the published sizes of model_name_or_path, relative to the folder of this script: "
+            "what --tiny shrinks, and what recipes/memory.py computes from."
+        },
+    )
+    tiny: bool = field(
+        default=False,
+        metadata={
+            "help": "Rehearse the recipe offline in seconds: random weights in a miniature of the architecture, generated "
+            f"data, and {' '.join(rehearsal.OPTIONS)}"
+        },
+    )
+    tokenizer_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that a tokenizer ships with, but not that of the model."}
+    )
+    task: str = field(default="gsm8k", metadata={"help": "What is learned.", "choices": ["gsm8k", "mbpp"]})
     dataset_path: str = field(
         default="toy",
         metadata={
-            "help": "'toy' for generated problems, a folder with train.jsonl and test.jsonl, one .jsonl file, or a name "
-            "on the Hub; with the fields question and answer."
+            "help": "'toy' for generated problems; else a folder, a .jsonl file or a name on the Hub, see "
+            "hf_phibalance.data.load_rows."
         },
     )
-    dataset_config: str | None = field(default="main", metadata={"help": "Configuration of a dataset on the Hub."})
+    bad_rows: str = field(
+        default="refuse", metadata={"help": "Malformed rows of the data.", "choices": ["refuse", "skip"]}
+    )
     train_problems: int | None = field(default=None, metadata={"help": "Train on the first so many (default: all)."})
     validation_problems: int = field(default=64, metadata={"help": "Kept from training, for the curves."})
-    test_problems: int | None = field(default=256, metadata={"help": "Held-out problems for the final exact match."})
-    problem_seed: int = field(default=0, metadata={"help": "Seed of the generated problems."})
+    test_problems: int | None = field(default=256, metadata={"help": "Held-out problems for the final figures."})
+    problem_seed: int = field(default=0, metadata={"help": "Seed of the generated problems, and of splitting a file."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer."})
-    generation_batch_size: int = field(default=64, metadata={"help": "Answers generated at a time."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Answers generated at a time, by each process."})
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of one optimizer step over all processes; sets gradient_accumulation_steps from it and from "
+            "per_device_train_batch_size."
+        },
+    )
+    router_policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "How routers learn (default: full, with PEFT frozen); with PEFT see phb.lora_config.",
+            "choices": ["frozen", "lora", "full", "router-only"],
+        },
+    )
+    lora_targets: str | None = field(
+        default=None, metadata={"help": "What else LoRA adapts.", "choices": ["all", "experts", "attention"]}
+    )
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads of torch; tiny models gain nothing from a second one."}
     )
@@ -85,68 +129,102 @@ def main(args, balance, training_args, model_args):
     import torch
 
     import hf_phibalance as phb
-    from hf_phibalance import report
+    from hf_phibalance import deepseek_moe, report
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    if (args.model_type is None) == (model_args.model_name_or_path is None):
-        raise ValueError(
-            f"model_type={args.model_type!r} and model_name_or_path={model_args.model_name_or_path!r}: give one of "
-            "them, model_type for a new model or model_name_or_path for an existing one."
-        )
+    check(args, training_args, model_args)
+    deepseek_moe.register()
     start = time.monotonic()
+    is_main = training_args.process_index == 0
+    say = functools.partial(print, flush=True) if is_main else lambda text: None
     problems = load_problems(args)
     folder = Path(training_args.output_dir)
     unbalanced = phb.PhiBalanceConfig(coef=0.0, bias_coef=0.0)  # counts the loads and changes nothing
     baseline = report.Run.load(args.baseline_dir) if args.baseline_dir else None
     if args.compare_unbalanced:
-        print("Training without balancing, for comparison", flush=True)
+        say("Training without balancing, for comparison")
         baseline = train(args, unbalanced, training_args, model_args, problems, folder / "unbalanced", False)
-        baseline.save(folder / "unbalanced")
-    print("Training with φ-balanced routers" if args.balance else "Training without balancing", flush=True)
+        if is_main:
+            baseline.save(folder / "unbalanced")
+    say("Training with φ-balanced routers" if args.balance else "Training without balancing")
     run = train(args, balance if args.balance else unbalanced, training_args, model_args, problems, folder)
-    if training_args.process_index == 0:
+    if is_main:
         report.write_report(folder, run, baseline, CARD_TEMPLATE)
         report.print_summary(folder, run, baseline, time.monotonic() - start)
 
 
+def check(args, training_args, model_args):
+    """Refuses options that contradict each other or would do nothing, and settles the accumulation."""
+    if (args.model_type is None) == (model_args.model_name_or_path is None):
+        raise ValueError(
+            f"model_type={args.model_type!r} and model_name_or_path={model_args.model_name_or_path!r}: give one of "
+            "them, model_type for a new model or model_name_or_path for an existing one."
+        )
+    if args.tiny and model_args.model_name_or_path is not None and args.architecture is None:
+        raise ValueError(
+            f"--tiny does not load {model_args.model_name_or_path!r} and needs its architecture: the path of a "
+            "config.json."
+        )
+    unused = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "load_in_4bit", "load_in_8bit")
+    if given := [name for name in unused if getattr(model_args, name)]:
+        raise ValueError(
+            f"{', '.join(given)}: this recipe does not use it. router_policy and lora_targets say what LoRA adapts; "
+            "quantised training needs a script of its own."
+        )
+    if not model_args.use_peft and (args.lora_targets or args.router_policy in ("lora", "router-only")):
+        raise ValueError(
+            f"router_policy={args.router_policy!r} and lora_targets={args.lora_targets!r} need adapters: set "
+            "use_peft=true; or, to train the weights themselves, router_policy to 'full' or 'frozen', without "
+            "lora_targets."
+        )
+    if args.global_batch_size is not None:
+        at_once = training_args.per_device_train_batch_size * training_args.world_size
+        if args.global_batch_size % at_once:
+            raise ValueError(
+                f"global_batch_size={args.global_batch_size} is no multiple of {at_once}, the rows that "
+                f"{training_args.world_size} process(es) take at once with per_device_train_batch_size="
+                f"{training_args.per_device_train_batch_size}. Change one of the three."
+            )
+        training_args.gradient_accumulation_steps = args.global_batch_size // at_once
+
+
 def train(args, balance, training_args, model_args, problems, folder, save_model=True):
     """Trains one model into `folder`, and returns what was measured on the way as a `report.Run`."""
-    from datasets import Dataset
+    from exact_match import Examiner
     from transformers import ProgressCallback, set_seed
-    from trl import SFTTrainer, get_peft_config
+    from trl import SFTTrainer
 
     import hf_phibalance as phb
     from hf_phibalance import report
+    from hf_phibalance.data import to_sft_dataset
 
     start = time.monotonic()
     training_args = copy.deepcopy(training_args)
     training_args.output_dir, training_args.router_aux_loss_coef = str(folder), 0.0
     set_seed(training_args.seed)
     model, tokenizer = load_model(args, balance, training_args, model_args, problems["train"])
-    datasets = {
-        split: Dataset.from_list([{"prompt": prompt(row), "completion": f" {row['answer']}"} for row in rows])
-        for split, rows in problems.items()
-    }
+    datasets = {split: to_sft_dataset(args.task, rows, tokenizer) for split, rows in problems.items()}
     trainer = SFTTrainer(
         model=model,
         args=training_args,
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=choose_parameters(model, args, model_args),
     )
     phi_balance = phb.attach(trainer)
-    examine_callback, progress_callback = make_callbacks(trainer, tokenizer, problems["validation"], args)
-    trainer.add_callback(examine_callback)
+    examiner = Examiner(trainer, args, datasets["validation"], problems["validation"])
+    if examiner.is_able:
+        trainer.add_callback(examiner)
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(progress_callback)
+        trainer.add_callback(progress_callback())
 
-    untrained = exact_match(trainer.model, tokenizer, problems["test"], args)
+    untrained = examiner.exact_match(datasets["test"], problems["test"])
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.evaluate(datasets["test"], metric_key_prefix="test")
-    trained = exact_match(trainer.model, tokenizer, problems["test"], args)
+    trained = examiner.exact_match(datasets["test"], problems["test"])
     if save_model:
         trainer.save_model()
     return report.Run.of(
@@ -156,49 +234,37 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         base_model=model_args.model_name_or_path,
         dataset=args.dataset_path,
         problems={split: len(rows) for split, rows in problems.items()},
-        example_prompt=prompt(problems["test"][0]),
+        example_prompt=examiner.prompts(datasets["test"])[0],
         exact_match={"untrained": untrained, "trained": trained},
         seconds=round(time.monotonic() - start, 1),
     )
 
 
 def load_problems(args):
-    """Splits `train`, `validation` and `test` of `{"question", "answer"}` dictionaries."""
-    from datasets import load_dataset
-
+    """Splits `train`, `validation` and `test` of rows as `hf_phibalance.data` has them."""
     from hf_phibalance import toy
+    from hf_phibalance.data import load_rows
 
-    path = Path(args.dataset_path)
     if args.dataset_path == "toy":
-        return toy.make_splits(
-            args.train_problems or 32_000, args.validation_problems, args.test_problems or 256, args.problem_seed
-        )
-    if path.is_dir():
-        files = {split: str(path / f"{split}.jsonl") for split in ("train", "test")}
-        if missing := [file for file in files.values() if not Path(file).is_file()]:
-            raise FileNotFoundError(
-                f"dataset_path={args.dataset_path!r} lacks {', '.join(missing)}: give a folder with train.jsonl and "
-                "test.jsonl, or one .jsonl file."
-            )
-        data = load_dataset("json", data_files=files)
-    elif path.is_file():
-        data = load_dataset("json", data_files=str(path), split="train")
-        data = data.train_test_split(args.test_problems or 0.1, seed=args.problem_seed)
-    else:
-        data = load_dataset(args.dataset_path, args.dataset_config)
-    for split in ("train", "test"):
-        if missing := {"question", "answer"} - set(data[split].column_names):
-            raise ValueError(
-                f"dataset_path={args.dataset_path!r}: its {split} split has no {' and no '.join(sorted(missing))}. "
-                "Rename its columns to question and answer."
-            )
-    train = data["train"].to_list()
+        sizes = args.train_problems or 32_000, args.validation_problems, args.test_problems or 256
+        return toy.make_splits(*sizes, args.problem_seed) if args.task == "gsm8k" else rehearsal.toy_functions(*sizes)
+    options = {"bad_rows": args.bad_rows}
+    if args.task == "gsm8k" and not Path(args.dataset_path).is_file():
+        train = load_rows(args.task, args.dataset_path, "train", **options)
+        test = load_rows(args.task, args.dataset_path, "test", limit=args.test_problems, **options)
+    else:  # one file; or MBPP, of which all may be trained on, since HumanEval is what examines
+        split = "all" if args.task == "mbpp" else "train"
+        train = load_rows(args.task, args.dataset_path, split, **options)
+        random.Random(args.problem_seed).shuffle(train)
+        size = args.test_problems or max(1, len(train) // 10)
+        test, train = train[:size], train[size:]
     validation, train = train[: args.validation_problems], train[args.validation_problems :]
-    return {
-        "train": train[: args.train_problems],
-        "validation": validation,
-        "test": data["test"].to_list()[: args.test_problems],
-    }
+    if not train:
+        raise ValueError(
+            f"dataset_path={args.dataset_path!r} has too few rows for validation_problems={args.validation_problems} "
+            f"and test_problems={args.test_problems}: none is left to train on. Lower these."
+        )
+    return {"train": train[: args.train_problems], "validation": validation, "test": test}
 
 
 def load_model(args, balance, training_args, model_args, rows):
@@ -207,17 +273,23 @@ def load_model(args, balance, training_args, model_args, rows):
 
     import hf_phibalance as phb
     from hf_phibalance import toy
+    from hf_phibalance.data import to_sft_dataset
 
-    if args.model_type is not None:
-        texts = (f"{prompt(row)} {row['answer']}" for row in rows[:4000])
+    if args.model_type is not None or args.tiny:
+        texts = (f"{row['prompt']}{row['completion']}" for row in to_sft_dataset(args.task, rows[:4000]))
         tokenizer = toy.train_tokenizer(texts, max_length=training_args.max_length)
-        model = toy.build_model(args.model_type, args.model_config or {}, tokenizer)
+        if args.model_type is not None:
+            model = toy.build_model(args.model_type, args.model_config or {}, tokenizer)
+        else:
+            model = rehearsal.build_miniature(args.architecture, tokenizer)
         return phb.patch(model, balance), tokenizer
-    source = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-    }
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, padding_side="left", **source)
+    source = {"revision": model_args.model_revision}
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        padding_side="left",
+        trust_remote_code=training_args.trust_remote_code or args.tokenizer_trust_remote_code,
+        **source,
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = phb.AutoModelForCausalLM.from_pretrained(
@@ -225,49 +297,39 @@ def load_model(args, balance, training_args, model_args, rows):
         phi_balance=balance,
         dtype=model_args.dtype or "auto",
         attn_implementation=model_args.attn_implementation,
+        trust_remote_code=training_args.trust_remote_code,
         **source,
         **(training_args.model_init_kwargs or {}),
     )
     return model, tokenizer
 
 
-def prompt(row):
-    return f"Question: {row['question']}\nAnswer:"
+def choose_parameters(model, args, model_args):
+    """What learns: the configuration of the adapters, or `None` after freezing what `router_policy` says."""
+    import hf_phibalance as phb
+    from hf_phibalance.routers import find_routers
+
+    if not model_args.use_peft:
+        if args.router_policy == "frozen":
+            for site in find_routers(model):
+                for module in site.modules:
+                    module.requires_grad_(False)
+        return None
+    options = {"use_rslora": model_args.use_rslora, "use_dora": model_args.use_dora}
+    return phb.lora_config(
+        model,
+        router=args.router_policy or "frozen",
+        targets=args.lora_targets,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        **options,
+    )
 
 
-def exact_match(model, tokenizer, rows, args):
-    """Share of `rows` whose greedily generated answer is right by the strict-match rule of GSM8K, without examples."""
-    from hf_phibalance import toy
-
-    was_training = model.training
-    model.eval()
-    right = 0
-    for start in range(0, len(rows), args.generation_batch_size):
-        batch = rows[start : start + args.generation_batch_size]
-        inputs = tokenizer([prompt(row) for row in batch], padding=True, return_tensors="pt").to(model.device)
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_new_tokens, use_cache=True)
-        answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for answer, row in zip(answers, batch):
-            for stop in STOPS:
-                answer = answer.split(stop)[0]
-            right += toy.is_exact_match(answer, row["answer"])
-    model.train(was_training)
-    return right / max(len(rows), 1)
-
-
-def make_callbacks(trainer, tokenizer, rows, args):
-    """Exact match at every evaluation, logged as `eval_exact_match`; and a progress bar with one short line per log."""
-    from transformers import ProgressCallback, TrainerCallback
-
-    class ExactMatchCallback(TrainerCallback):
-        def on_step_end(self, training_args, state, control, model=None, **kwargs):
-            steps = state.eval_steps
-            if training_args.eval_strategy == "steps" and (
-                state.global_step % steps == 0 or state.global_step == state.max_steps
-            ):
-                should_log = control.should_log  # which logging resets
-                trainer.log({"eval_exact_match": exact_match(model, tokenizer, rows, args)})
-                control.should_log = should_log
+def progress_callback():
+    """A progress bar with one short line per log."""
+    from transformers import ProgressCallback
 
     class ShortProgressCallback(ProgressCallback):
         def on_log(self, training_args, state, control, logs=None, **kwargs):
@@ -275,10 +337,11 @@ def make_callbacks(trainer, tokenizer, rows, args):
             if parts and self.training_bar is not None:
                 self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(parts))
 
-    return ExactMatchCallback(), ShortProgressCallback()
+    return ShortProgressCallback()
 
 
-def make_parser():
+def parse(argv=None):
+    """The options of the command line `argv`, over those of `--config`, over the defaults."""
     from trl import ModelConfig, SFTConfig, TrlParser
 
     import hf_phibalance as phb
@@ -292,8 +355,14 @@ def make_parser():
             object.__setattr__(self, "potential_kwargs", json.loads(kwargs) if isinstance(kwargs, str) else kwargs)
             super().__post_init__()
 
-    return TrlParser((Arguments, BalanceArguments, SFTConfig, ModelConfig))
+    @dataclass
+    class ModelArguments(ModelConfig):
+        lora_dropout: float = 0.0  # adapters of parameters (experts, routers) cannot have it
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = TrlParser((Arguments, BalanceArguments, SFTConfig, ModelArguments))
+    return parser.parse_args_and_config([*(rehearsal.OPTIONS if "--tiny" in argv else ()), *argv])
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    main(*parse())

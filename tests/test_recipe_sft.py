@@ -1,12 +1,11 @@
 """`recipes/sft.py` from the command line, for a handful of steps: what it leaves behind, and the inputs it takes."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from matplotlib.image import imread
@@ -31,10 +30,9 @@ def run_recipe(*options):
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_sft", ROOT / "recipes" / "sft.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "recipes")
+        yield importlib.import_module("sft")
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +109,30 @@ def test_one_file_is_split(recipe, tmp_path):
     splits = recipe.load_problems(args)
     assert {split: len(part) for split, part in splits.items()} == {"train": 20, "validation": 4, "test": 6}
     assert len({row["question"] for part in splits.values() for row in part}) == 30
+    with pytest.raises(ValueError, match="none is left to train on"):
+        recipe.load_problems(recipe.Arguments(dataset_path=str(file), validation_problems=24, test_problems=6))
 
 
 def test_bad_input_names_the_remedy(recipe, tmp_path):
     with pytest.raises(ValueError, match="set only one of them"):
         recipe.Arguments(compare_unbalanced=True, baseline_dir="x")
-    with pytest.raises(FileNotFoundError, match=r"give a folder with train\.jsonl and test\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"holds none of train\.jsonl"):
         recipe.load_problems(recipe.Arguments(dataset_path=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=r"lacks metrics\.json and history\.json"):
         report.Run.load(tmp_path)
-    training_args, model_args = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(model_name_or_path=None)
-    with pytest.raises(ValueError, match="give one of them"):
-        recipe.main(recipe.Arguments(), None, training_args, model_args)
+    tiny = ["--model_type", "mixtral", "--output_dir", str(tmp_path)]
+    for options, message in (
+        (["--output_dir", str(tmp_path)], "give one of them"),
+        ([*tiny, "--model_name_or_path", "x"], "give one of them"),
+        (["--tiny", "--model_name_or_path", "x", "--output_dir", str(tmp_path)], "needs its architecture"),
+        ([*tiny, "--use_peft", "--lora_target_modules", "q_proj"], "lora_target_modules: this recipe does not use it"),
+        ([*tiny, "--use_peft", "--load_in_4bit"], "quantised training needs a script of its own"),
+        ([*tiny, "--router_policy", "lora"], "need adapters: set use_peft=true"),
+        ([*tiny, "--lora_targets", "experts"], "need adapters: set use_peft=true"),
+        (
+            [*tiny, "--global_batch_size", "18", "--per_device_train_batch_size", "4"],
+            "no multiple of 4, the rows that 1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe.main(*recipe.parse([*options, "--use_cpu", "true", "--bf16", "false"]))
