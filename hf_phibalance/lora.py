@@ -16,8 +16,6 @@ which would silently do nothing: it is left alone in attention (`out_proj` of Ma
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from .patching import _unwrap
-from .routers import RouterSite, find_routers
+from .routers import RouterSite, class_source, find_routers
 
 
 if TYPE_CHECKING:
@@ -267,16 +265,11 @@ def _matrices(module: nn.Module) -> Iterator[str]:
 def _is_read_from_outside(root: nn.Module, name: str, parameter: str) -> bool:
     """Whether the module around `name` reads its `parameter`, more than its dtype or shape, instead of calling `name`."""
     outer, _, leaf = name.rpartition(".")
-    pattern = rf"\bself\.{leaf}\.{parameter}\b(?!\.(dtype|device|shape|size|ndim)\b)"
-    return re.search(pattern, _source(cast(Hashable, type(root.get_submodule(outer))))) is not None
-
-
-@functools.cache
-def _source(module_class: Hashable) -> str:
     try:
-        return inspect.getsource(cast(Any, module_class))
+        source = class_source(cast(Hashable, type(root.get_submodule(outer))))
     except (OSError, TypeError):  # made in a notebook or at run time
-        return ""
+        return False
+    return re.search(rf"\bself\.{leaf}\.{parameter}\b(?!\.(dtype|device|shape|size|ndim)\b)", source) is not None
 
 
 def _endings(wanted: list[str], names: list[str]) -> list[str]:

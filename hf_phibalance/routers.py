@@ -10,12 +10,13 @@ and the scoring can be read off their source. `TRAITS` lists the classes that de
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -152,9 +153,14 @@ class RouterSite:
         return None if bias is None or bias.is_meta else bias
 
 
+@functools.cache
+def class_source(module_class: Hashable) -> str:
+    return inspect.getsource(cast(Any, module_class))
+
+
 def source_scoring(router_class: type[nn.Module]) -> str:
     """`"sigmoid"` or `"softmax"`, whichever the source of the class's forward applies."""
-    source = inspect.getsource(router_class)
+    source = class_source(cast(Hashable, router_class))
     return "sigmoid" if "sigmoid(" in source else "softmax"
 
 
