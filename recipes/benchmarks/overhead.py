@@ -5,10 +5,15 @@
 
 A step is forward, backward and, where patched, `begin_step` and `step` of the balancer; no optimizer, which would only
 dilute the differences. All methods take turns on the same model and batch, in an order that changes from round to
-round, and each is compared with the unpatched step of the same round; the table gives the median ratio and the middle
-half of the ratios. On a CPU the time is that of the process, not of the wall, since other processes come and go; on a
-GPU it is measured by events. Memory is what autograd keeps for the backward pass, counted tensor by tensor, and on a
-GPU the allocator's peak as well.
+round, and each is compared with the unpatched step of the same round.
+
+A step of the whole model varies by several per cent, which is more than any of the methods costs. What a method adds
+depends only on the number of layers, tokens and experts, so it is also measured on a model with the same routers and a
+light body, where it is not lost in the noise, and given in milliseconds and as a share of the step of the whole model.
+
+On a CPU the time is that of the process, not of the wall, since other processes come and go; on a GPU it is measured
+by events. Memory is what autograd keeps for the backward pass, counted tensor by tensor, and on a GPU the allocator's
+peak as well.
 """
 
 import argparse
@@ -17,6 +22,9 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import transformers
@@ -35,20 +43,23 @@ METHODS = {
     "gradient and bias": phb.PhiBalanceConfig(coef=0.01, bias_coef=0.001),
     "built-in aux loss": "built-in",
 }
+LIGHT_HIDDEN_SIZE, LIGHT_EXPERT_SIZE = 128, 8
 
 
-def build(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def build(
+    args: argparse.Namespace, hidden_size: int, expert_size: int
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         args.model_type,
         vocab_size=1024,
-        hidden_size=args.hidden_size,
+        hidden_size=hidden_size,
         num_hidden_layers=args.num_layers,
-        num_attention_heads=args.hidden_size // 64,
-        num_key_value_heads=args.hidden_size // 128,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 128,
         head_dim=64,
-        intermediate_size=args.expert_size,
-        moe_intermediate_size=args.expert_size,
+        intermediate_size=expert_size,
+        moe_intermediate_size=expert_size,
         num_experts=args.num_experts,
         num_local_experts=args.num_experts,
         num_experts_per_tok=args.top_k,
@@ -101,6 +112,33 @@ def kept_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor], method: o
     return sum(held.values())
 
 
+def measure(model: torch.nn.Module, batch: dict[str, torch.Tensor], rounds: int, title: str) -> dict[str, list[float]]:
+    """Seconds of a step by method, in `rounds` rounds in which all methods take turns."""
+    times: dict[str, list[float]] = {name: [] for name in METHODS}
+    order = list(METHODS)
+    for index in track(range(rounds), description=title):
+        random.Random(index).shuffle(order)
+        for name in order:
+            with patched(model, METHODS[name]):
+                times[name].append(seconds(model, batch, METHODS[name]))
+    return times
+
+
+@contextmanager
+def patched(model: torch.nn.Module, method: object) -> Iterator[None]:
+    if isinstance(method, phb.PhiBalanceConfig):
+        phb.patch(model, method)
+    try:
+        yield
+    finally:
+        phb.unpatch(model)
+
+
+def paired(times: dict[str, list[float]], name: str, compare: Callable[[float, float], float]) -> list[float]:
+    """Lower quartile, median and upper quartile of `compare(step, unpatched step of the same round)`."""
+    return statistics.quantiles([compare(*pair) for pair in zip(times[name], times["unpatched"])], n=4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_type", default="qwen3_moe")
@@ -112,54 +150,49 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--light_rounds", type=int, default=200, help="rounds of the model with a light body")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="file for the numbers of every round")
     args = parser.parse_args()
 
-    model, batch = build(args)
-    times: dict[str, list[float]] = {name: [] for name in METHODS}
+    model, batch = build(args, args.hidden_size, args.expert_size)
     memory, peak = {}, {}
-    order = list(METHODS)
-    for index in track(range(args.rounds + 2), description="interleaved rounds"):
-        random.Random(index).shuffle(order)
-        for name in order:
-            method = METHODS[name]
-            if isinstance(method, phb.PhiBalanceConfig):
-                phb.patch(model, method)
-            if index == 0:
-                memory[name] = kept_bytes(model, batch, method)
-            elif index == 1:
-                if batch["input_ids"].is_cuda:
-                    torch.cuda.reset_peak_memory_stats()
+    for name, method in METHODS.items():
+        with patched(model, method):
+            memory[name] = kept_bytes(model, batch, method)
+            if batch["input_ids"].is_cuda:
+                torch.cuda.reset_peak_memory_stats()
                 step(model, batch, method)
-                peak[name] = torch.cuda.max_memory_allocated() if batch["input_ids"].is_cuda else 0
-            else:
-                times[name].append(seconds(model, batch, method))
-            phb.unpatch(model)
+                peak[name] = torch.cuda.max_memory_allocated()
+    whole = measure(model, batch, args.rounds, "whole model")
+    del model
+    light = measure(*build(args, LIGHT_HIDDEN_SIZE, LIGHT_EXPERT_SIZE), args.light_rounds, "light body")
 
+    unpatched = statistics.median(whole["unpatched"])
     table = Table(title=f"{args.model_type}, {args.tokens} tokens, {args.num_experts} experts, top-{args.top_k}")
     for column in (
         "method",
         "step [ms]",
-        "ratio: median",
-        "middle half",
-        "kept for backward [MiB]",
-        "more [KiB/layer]",
+        "ratio, paired",
+        "adds [ms]",
+        "ratio, from what it adds",
+        "keeps [KiB/layer]",
     ):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for name, values in times.items():
-        ratios = [value / base for value, base in zip(values, times["unpatched"])]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+    for name in METHODS:
+        low, ratio, high = paired(whole, name, lambda step, base: step / base)
+        less, added, more = paired(light, name, lambda step, base: step - base)
         table.add_row(
             name,
-            f"{1e3 * statistics.median(values):.1f}",
-            f"{middle:.4f}",
-            f"{low:.4f} to {high:.4f}",
-            f"{memory[name] / 2**20:.1f}" + (f" (peak {peak[name] / 2**20:.0f})" if peak[name] else ""),
-            f"{(memory[name] - memory['unpatched']) / 2**10 / args.num_layers:.0f}",
+            f"{1e3 * statistics.median(whole[name]):.1f}",
+            f"{ratio:.4f} ({low:.4f} to {high:.4f})",
+            f"{1e3 * added:.2f} ({1e3 * less:.2f} to {1e3 * more:.2f})",
+            f"{1 + added / unpatched:.4f}",
+            f"{(memory[name] - memory['unpatched']) / 2**10 / args.num_layers:.0f}"
+            + (f" (peak {peak[name] / 2**20:.0f} MiB)" if peak else ""),
         )
-    console = Console()
+    console = Console(width=140)
     console.print(table)
     logits = args.tokens * args.num_experts * getattr(torch, args.dtype).itemsize / 2**10
     device = (
@@ -168,13 +201,12 @@ def main() -> None:
         else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     )
     console.print(
-        f"one logits tensor: {logits:.0f} KiB; {args.rounds} rounds; {device}; torch {torch.__version__}; transformers {transformers.__version__}"
+        f"medians (middle half); one logits tensor: {logits:.0f} KiB; {args.rounds} and {args.light_rounds} rounds; "
+        f"{device}; torch {torch.__version__}; transformers {transformers.__version__}"
     )
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(
-                {"arguments": vars(args), "seconds": times, "kept_bytes": memory, "peak_bytes": peak}, file, indent=1
-            )
+        figures = {"seconds": whole, "light_seconds": light, "kept_bytes": memory, "peak_bytes": peak}
+        Path(args.json).write_text(json.dumps({"arguments": vars(args), **figures}, indent=1))
 
 
 if __name__ == "__main__":
