@@ -19,6 +19,7 @@ from __future__ import annotations
 import builtins
 import collections
 import ctypes
+import fcntl
 import json
 import os
 import resource
@@ -197,6 +198,59 @@ def describe(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Audit events of changes to the file system, with the positions of the paths and of their folders' descriptors.
+FILE_EVENTS: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "open": ((0, None),),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.mkdir": ((0, 2),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((1, 3),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),),
+    "os.utime": ((0, 3),),
+    "shutil.rmtree": ((0, None),),
+}
+SIGNAL_EVENTS = ("os.kill", "os.killpg", "signal.pthread_kill")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+def forbid_harm(folder: str, replies: int) -> None:
+    """
+    Ends the program at once if it tries to signal a process or to change a file outside of `folder`, even where the
+    system would stop it and the program would carry on. This is for the verdict; it is the kernel that protects.
+    """
+    folder = os.path.realpath(folder)
+
+    def hook(event: str, args: tuple) -> None:
+        if event in SIGNAL_EVENTS:
+            give_up(f"tried to send a signal ({event})")
+        places = FILE_EVENTS.get(event)
+        if places is None or (event == "open" and not (args[2] or 0) & WRITING):
+            return
+        for at, folder_at in places:
+            path = resolve(args[at], -1 if folder_at is None or folder_at >= len(args) else args[folder_at])
+            if path is not None and path != os.devnull and os.path.commonpath((path, folder)) != folder:
+                give_up(f"tried to change a file outside of its folder ({event} {path})")
+
+    def resolve(path: Any, descriptor: Any) -> str | None:
+        try:
+            base = f"/proc/self/fd/{descriptor}" if isinstance(descriptor, int) and descriptor >= 0 else "."
+            return os.path.realpath(os.path.join(base, os.fsdecode(path)))
+        except (TypeError, ValueError, OSError):  # a descriptor, or no path
+            return None
+
+    def give_up(reason: str) -> None:
+        try:
+            send(replies, {"raised": ["", f"the program {reason}"[:MAX_REASON]], "end": True})
+        finally:
+            os._exit(1)
+
+    sys.addaudithook(hook)
+
+
 def run_program(source: str, requests: int, replies: int) -> None:
     """Executes the program, then answers calls of its functions until the judge is content."""
     module = types.ModuleType("program")
@@ -248,7 +302,7 @@ class ProgramEnded(BaseException):
 
 
 class ProgramRaised(BaseException):
-    """The program raised an exception while it was loaded."""
+    """The program raised an exception while it was loaded, or did what it must not."""
 
 
 def judge(tests: dict, requests: int, replies: int) -> dict:
@@ -294,7 +348,7 @@ def _ask(message: dict | None, requests: int, replies: int) -> dict:
             raise EOFError
     except (EOFError, OSError, ValueError, RecursionError) as error:
         raise ProgramEnded from error
-    if message is None and "raised" in reply:
+    if "raised" in reply and (message is None or "end" in reply):
         raise ProgramRaised(str(reply["raised"][1]))
     return reply
 
@@ -533,32 +587,41 @@ def main() -> None:
     requests, ask = os.pipe()
     replies, answer = os.pipe()
     report, tell = os.pipe()
+    output = os.memfd_create("output")  # of limited size, as are all files of the program
+    fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)
     judging = os.fork()
     if judging == 0:
         _in_child(_be_judge, job, ask, replies, tell)
-    namespaces, by_user_namespace = enter_namespaces()
+    namespaces, by_user_namespace = enter_namespaces() if job["namespaces"] else (False, False)
     ready, say_ready = os.pipe()
     keeping = os.fork()
     if keeping == 0:
-        _in_child(_be_keeper, job, namespaces, by_user_namespace, requests, answer, say_ready)
+        _in_child(_be_keeper, job, namespaces, by_user_namespace, requests, answer, say_ready, output)
     for descriptor in (requests, ask, replies, answer, tell, say_ready):
         os.close(descriptor)
     try:
-        missing = receive(ready)
+        missing, limited = receive(ready)
     except EOFError:
         kill_all(judging, keeping)
         sys.exit("the sandbox could not be set up")
     start = time.monotonic()
     result: dict[str, Any] = {"status": "timed out", "reason": f"no verdict within {job['timeout']:g} s"}
-    data = _read_until(report, start + job["timeout"])
+    files = None if limited else job["folder"]
+    try:
+        data = _read_until(report, start + job["timeout"], files, job["file_limit"])
+    except OverflowError as error:
+        data = None
+        result = {"status": "failed", "reason": str(error)}
     seconds = time.monotonic() - start
     if data is not None:
         try:
             result = json.loads(data)
         except ValueError:
             result = {"status": "failed", "reason": "the checks ended without a verdict (out of memory or CPU time?)"}
-    if result["status"] == "passed" and (left := what_is_left(keeping)):
+    if result["status"] == "passed" and (left := what_is_left(keeping, ready)):
         result = {"status": "failed", "reason": f"the program left {left} running"}
+    if result["status"] == "passed" and os.fstat(output).st_size >= job["file_limit"]:
+        result = {"status": "failed", "reason": f"the program printed {job['file_limit']} bytes or more"}
     if result.pop("ended", False):
         result.update(_how_it_ended(ready, job))
     kill_all(judging, keeping)
@@ -603,9 +666,10 @@ def _be_judge(job: dict, ask: int, replies: int, tell: int) -> None:
 
 
 def _be_keeper(
-    job: dict, namespaces: bool, by_user_namespace: bool, requests: int, answer: int, say_ready: int
+    job: dict, namespaces: bool, by_user_namespace: bool, requests: int, answer: int, say_ready: int, output: int
 ) -> None:
-    _only(2, requests, answer, say_ready)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what leaves the program's session stays below the keeper
+    _only(2, requests, answer, say_ready, output)
     missing = []
     user = None
     if os.geteuid() == 0 and not by_user_namespace:
@@ -621,7 +685,7 @@ def _be_keeper(
     program = os.fork()
     if program == 0:
         os.close(reading)
-        _in_child(_be_program, job, user, processes, requests, answer, writing)
+        _in_child(_be_program, job, user, processes, requests, answer, writing, output)
     os.close(writing)
     os.close(requests)
     os.close(answer)
@@ -632,25 +696,34 @@ def _be_keeper(
             missing.append("the network stays open")
         if landlock < 6 and user is None:
             missing.append("signals to other processes of the user are not stopped")
-    if not files and not landlock:
+    if not files and landlock < 3:
         missing.append("files are protected by their permissions only")
     if owner == 0:
         missing.append("the number of processes is not limited for root")
-    send(say_ready, missing)
-    status = 0
-    while True:
-        try:
-            child, ended = os.wait()
-        except ChildProcessError:
-            break
-        if child == program:
-            status = ended
-            break
+    send(say_ready, (missing, files))
+    child = 0
+    while child != program:
+        child, status = os.wait()
     send(say_ready, status)
+    send(say_ready, not _all_end())
     os._exit(0)
 
 
-def _be_program(job: dict, user: int | None, processes: int, requests: int, answer: int, writing: int) -> None:
+def _all_end() -> bool:
+    """Whether this process soon has no children left."""
+    deadline = time.monotonic() + LINGER
+    while time.monotonic() < deadline:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.005)
+        except ChildProcessError:
+            return True
+    return False
+
+
+def _be_program(
+    job: dict, user: int | None, processes: int, requests: int, answer: int, writing: int, output: int
+) -> None:
     os.setsid()
     set_limits(job, processes)
     landlock = restrict_with_landlock(job["folder"])
@@ -658,24 +731,42 @@ def _be_program(job: dict, user: int | None, processes: int, requests: int, answ
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # forgotten when the user changed
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     send(writing, landlock)
-    source = job["program"]
+    source, folder = job["program"], job["folder"]
     job.clear()
-    _only(requests, answer)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    _only(1, 2, requests, answer)
+    forbid_harm(folder, answer)
     run_program(source, requests, answer)
     os._exit(0)
 
 
-def _read_until(descriptor: int, deadline: float) -> bytes | None:
-    """All that comes until the other side closes, or `None` if that is not before the deadline."""
+def _read_until(descriptor: int, deadline: float, folder: str | None, size: int) -> bytes | None:
+    """
+    All that comes until the other side closes, or `None` if that is not before the deadline; `OverflowError` if more
+    than `size` bytes of files lie in `folder` meanwhile, where no file system of that size does it.
+    """
     data = b""
     while (rest := deadline - time.monotonic()) > 0:
-        if not select.select([descriptor], [], [], rest)[0]:
-            break
+        if folder is not None and _size(folder) > size:
+            raise OverflowError(f"the program wrote more than {size} bytes to files")
+        if not select.select([descriptor], [], [], rest if folder is None else min(rest, 0.05))[0]:
+            continue
         part = os.read(descriptor, REPORT_LIMIT)
         if not part:
             return data
         data += part
     return None
+
+
+def _size(folder: str) -> int:
+    """Bytes below a folder, at least one block for each file."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += max(os.lstat(os.path.join(root, name)).st_size, 4096)
+    return total
 
 
 def _how_it_ended(ready: int, job: dict) -> dict:
@@ -719,20 +810,28 @@ def descendants(of: int) -> list[int]:
     return [pid for pid in found - {of} if everything[pid][1] not in "ZX"]
 
 
-def what_is_left(keeping: int) -> str:
-    """Threads and processes that a program has not ended, in words; empty if it has ended all."""
+def what_is_left(keeping: int, ready: int) -> str:
+    """
+    Ends a program that has passed its checks. Threads and processes that it should have ended, in words, or nothing.
+
+    Once the program is dead, the keeper is the parent of all that it has started and left, so it knows for sure.
+    """
     deadline = time.monotonic() + LINGER
     while True:
-        alive = descendants(keeping)
+        children = [pid for pid, (parent, state) in processes().items() if parent == keeping and state not in "ZX"]
         threads = 0
-        for pid in alive:
+        for pid in children:
             with suppress(OSError):
                 threads += len(os.listdir(f"/proc/{pid}/task")) - 1
-        if len(alive) <= 1 and threads <= 0:
-            return ""
+        if len(children) <= 1 and not threads:
+            break
         if time.monotonic() > deadline:
-            return f"{len(alive) - 1} processes" if len(alive) > 1 else f"{threads} threads"
+            return f"{threads} threads" if threads else f"{len(children) - 1} processes"
         time.sleep(0.01)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    receive(ready)  # how it ended
+    return "processes" if receive(ready) else ""
 
 
 def kill_all(judging: int, keeping: int) -> None:

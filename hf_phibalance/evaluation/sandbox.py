@@ -11,9 +11,10 @@ What happens to a program (`run_program`; the other side of the pipe is `runner.
   program. The checks call the program's functions over a pipe, and only plain data (numbers, text, lists, dictionaries
   and the like, rebuilt from their values) comes back. The judge alone says "passed", after the last check. So neither
   `os._exit(0)`, nor a redefined `check`, `assert` or `__eq__`, nor a patched built-in, nor anything else that the
-  program does to its own interpreter is a pass; and what it left running is a failure.
-- **Limits** on wall-clock time, CPU time, address space, processes and threads, file size and total size of files; no
-  core files, no input, and output goes nowhere.
+  program does to its own interpreter is a pass. A program fails, whatever it answers, if it leaves threads or processes
+  running, prints more than `file_limit`, or tries to send signals or to change files outside of its folder.
+- **Limits** on wall-clock time, CPU time, address space, processes and threads, file size, total size of files and
+  output, which goes nowhere; no core files, no input.
 - **Its own world**, as far as the system has it: process, network, mount and IPC namespaces (unprivileged ones for
   an ordinary user), an empty temporary file system as the working directory, everything else read-only, an unused
   user id without capabilities if the caller is root, Landlock rules (no writing outside of the working directory, no
@@ -172,7 +173,7 @@ def run_program(
         )
     folder = tempfile.mkdtemp(prefix="hf_phibalance_")
     job = {**limits, "program": program, "folder": folder, "parent": os.getpid(), "site": _site_packages()}
-    job["has_checks"] = bool(checks)
+    job["namespaces"] = _NAMESPACES
     tests = {"checks": checks, "context": context, "entry_points": list(entry_points)}
     environment = {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -207,7 +208,7 @@ def run_program(
                 process.kill()  # and with it, by their death signals, all that it has started
                 process.communicate()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
     try:
         result = json.loads(output)
     except ValueError:
@@ -222,6 +223,18 @@ def run_program(
     return Verdict(result["status"], result["reason"], round(result["seconds"], 3))
 
 
+def _remove(folder: str) -> None:
+    """Removes a folder, also one with folders that a program has made inaccessible."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.path.exists(folder):
+        for root, folders, _ in os.walk(folder):
+            for path in (os.path.join(root, name) for name in folders):
+                if not os.path.islink(path):
+                    os.chmod(path, 0o700)
+        shutil.rmtree(folder)
+
+
+_NAMESPACES = True  # False only in tests of what is done where there are none
 _BOOTSTRAP = "import sys; sys.path[0] = sys.argv[1]; import runner; del sys.path[0], sys.argv[1:]; runner.main()"
 
 
