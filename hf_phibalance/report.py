@@ -27,6 +27,8 @@ LOADS_NAME = "loads.png"
 CURVES_NAME = "curves.png"
 EVALUATIONS = "eval-*.json"  # what recipes/evaluate.py writes
 EVAL_RESULTS_FOLDER = ".eval_results"
+# settings of an evaluation that a card says elsewhere, or that mean nothing to a reader
+UNINTERESTING = ("task", "problems", "prompts", "model", "model_name_or_path", "revision", "dataset_path")
 BASELINE_FOLDERS = ("unbalanced", "baseline")
 CARD_MARK = "<!-- hf_phibalance -->"  # tells the template's cards from others
 TAGS = ("mixture-of-experts", "phi-balancing")
@@ -422,7 +424,8 @@ def model_card(
     hub_base = base_model if base_name == base_model else None  # a folder is no name on the Hub
     dataset = summary.get("dataset")
     hub_dataset = None if dataset in (None, "toy") or Path(dataset).exists() else dataset
-    dataset_text = hub_dataset or ("generated GSM8K-format problems" if dataset == "toy" else None)
+    generated = "generated Python problems" if summary.get("task") == "mbpp" else "generated GSM8K-format problems"
+    dataset_text = hub_dataset or (generated if dataset == "toy" else None)
     if dataset_text is None and dataset:
         dataset_text = Path(dataset).name
     results = _eval_results(run, hub_dataset, dataset_text)
@@ -450,6 +453,7 @@ def model_card(
         dataset_text=dataset_text,
         columns=[run.name] if baseline is None else [baseline.name, run.name],
         rows=summary_rows(run, baseline),
+        has_exact_match=(summary.get("exact_match") or {}).get("trained") is not None,
         layer_table=layer_table(run, baseline),
         balance=balance_text(summary["balance"]) if summary.get("balance") else None,
         flag=_flag(summary.get("balance")) if library_name == "peft" else "True",
@@ -526,25 +530,44 @@ def _flag(balance: Mapping[str, Any] | None) -> str:
 
 def evaluation_text(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation as a card shows it: `name`, `rows` of metric and value, `settings` and `command`."""
-    task = str(evaluation.get("task") or Path(evaluation["file"]).stem.removeprefix("eval-"))
-    benchmark = BENCHMARKS.get(task.lower())
-    counted = _problems(evaluation)
-    name = benchmark.name if benchmark else task
+    benchmark, counted = _benchmark(evaluation), _problems(evaluation)
+    name = benchmark.name if benchmark else _task(evaluation)
     if counted is not None:
         whole = benchmark is not None and counted >= benchmark.problems
         name += f", all {counted} problems" if whole else f", {counted} problems"
-    settings = evaluation.get("settings")
-    shown = (
-        {key: value for key, value in settings.items() if isinstance(value, str | int | float) and not _is_path(value)}
-        if isinstance(settings, Mapping)
-        else {}
-    )
+    shown = {
+        key: value
+        for key, value in _settings(evaluation).items()
+        if key not in UNINTERESTING
+        and isinstance(value, str | int | float)
+        and value is not False
+        and not _is_path(value)
+    }
+    rows = [(metric, f"{value:.4f}") for metric, value in _numbers(evaluation["metrics"]).items()]
+    balance = evaluation.get("balance")
+    if isinstance(balance, Mapping) and "max_vio" in balance:
+        rows.append(("MaxVio over prompts and completions", f"{balance['max_vio']:.3f}"))
     return {
         "name": name,
-        "rows": [(metric, f"{value:.4f}") for metric, value in _numbers(evaluation["metrics"]).items()],
+        "rows": rows,
         "settings": ", ".join(f"{key} {value}" for key, value in shown.items()),
         "command": without_paths(evaluation.get("command")),
     }
+
+
+def _settings(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    settings = evaluation.get("settings")
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def _task(evaluation: Mapping[str, Any]) -> str:
+    """Name of the task, from the file's if the result does not say it."""
+    task = evaluation.get("task") or _settings(evaluation).get("task") or Path(evaluation["file"]).stem[len("eval-") :]
+    return f"generated {task} problems" if _settings(evaluation).get("dataset_path") == "toy" else str(task)
+
+
+def _benchmark(evaluation: Mapping[str, Any]) -> Benchmark | None:
+    return BENCHMARKS.get(_task(evaluation).lower())
 
 
 def eval_result_files(run: Run, date: str | None = None) -> dict[str, str]:
@@ -560,8 +583,7 @@ def eval_result_files(run: Run, date: str | None = None) -> dict[str, str]:
 
     files = {}
     for evaluation in run.evaluations:
-        task = str(evaluation.get("task", "")).lower()
-        benchmark = BENCHMARKS.get(task)
+        benchmark = _benchmark(evaluation)
         score = _numbers(evaluation["metrics"]).get(benchmark.metric) if benchmark else None
         if benchmark is None or benchmark.task_id is None or score is None:
             continue
@@ -609,8 +631,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _problems(evaluation: Mapping[str, Any]) -> int | None:
     """How many problems an evaluation had, if it says so."""
-    settings = evaluation.get("settings")
-    for source in (evaluation, settings if isinstance(settings, Mapping) else {}):
+    for source in (evaluation, _settings(evaluation)):
         for key in ("problems", "num_problems", "examples", "n"):
             value = source.get(key)
             if isinstance(value, int) and not isinstance(value, bool):
@@ -641,7 +662,7 @@ def _eval_results(run: Run, hub_dataset: str | None, dataset_text: str | None) -
         )
     for evaluation in run.evaluations:
         shown = evaluation_text(evaluation)
-        benchmark = BENCHMARKS.get(str(evaluation.get("task", "")).lower())
+        benchmark = _benchmark(evaluation)
         for metric, value in _numbers(evaluation["metrics"]).items():
             results.append(
                 EvalResult(

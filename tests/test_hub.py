@@ -348,7 +348,7 @@ def test_unreadable_evaluations(tmp_path, warned):
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
 def test_trainer_uploads_duals_and_says_how_it_balanced(cls, strategy, stub, tmp_path):
     trainer = make_trainer(
-        patched(), tmp_path / "out", cls, push_to_hub=True, hub_model_id=REPO, hub_strategy=strategy, hub_always_push=True,
+        patched(), tmp_path / "out", cls, push_to_hub=True, hub_model_id=REPO, hub_strategy=strategy,
         save_strategy="steps", save_steps=1, max_steps=2,
     )  # fmt: skip
     hub.complete_uploads(trainer, phb.attach(trainer).history)
