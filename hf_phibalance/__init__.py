@@ -16,7 +16,7 @@ from .balancer import PhiBalancer
 from .callback import PhiBalanceCallback, attach
 from .config import PhiBalanceConfig
 from .lora import lora_config
-from .patching import get_balancer, patch, unpatch
+from .patching import get_balancer, learning_report, patch, unpatch
 from .potentials import POTENTIALS
 from .routers import supported_families
 
@@ -31,6 +31,7 @@ __all__ = [
     "disable",
     "enable",
     "get_balancer",
+    "learning_report",
     "lora_config",
     "patch",
     "supported_families",

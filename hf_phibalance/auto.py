@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -26,6 +28,7 @@ class AutoModelForCausalLM:
 
     `phi_balance` may be a [`PhiBalanceConfig`], a dict of its fields, `True` (what config.json says, else the
     defaults), `False` (the ordinary model), or be left out: then a model that was saved while patched is patched again.
+    The same holds for the folder of an adapter, whose configuration is kept in `phi_balance.safetensors`.
     """
 
     @classmethod
@@ -45,7 +48,7 @@ class AutoModelForCausalLM:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if phi_balance is None:
-            phi_balance = getattr(model.config, "phi_balance", None) is not None
+            phi_balance = _was_patched(model, pretrained_model_name_or_path, kwargs)
         _patch_loaded(model, pretrained_model_name_or_path, phi_balance, kwargs)
         return loaded
 
@@ -59,30 +62,54 @@ class AutoModelForCausalLM:
         return model
 
 
+def _was_patched(model: nn.Module, source: str, kwargs: dict[str, Any]) -> bool:
+    if _is_adapter(model):
+        return _find_state(source, kwargs) is not None
+    return getattr(model.config, "phi_balance", None) is not None
+
+
+def _is_adapter(model: nn.Module) -> bool:
+    """Whether transformers has loaded an adapter on its base model: config.json is then the base model's."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs: dict[str, Any]) -> None:
     """Patches a freshly loaded model as `phi_balance` asks and gives it the state that was saved beside its weights."""
     if phi_balance is None or phi_balance is False:
         return
     saved = getattr(model.config, "phi_balance", None)
+    state = None if source is None else _find_state(source, kwargs)
+    if state is not None and _is_adapter(model):
+        saved = _config_in(state) or saved
     patch(model, saved or True if phi_balance is True else phi_balance)
-    if source is None:
-        return
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    state = cached_file(
-        source,
-        STATE_NAME,
-        **hub,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
     if state is not None:
         get_balancer(model).load(state)
-    elif saved:
+    elif saved and source is not None:
         logger.warning(
             f"{source} was saved while φ-balanced, but its {STATE_NAME} was not found: its prices and means start anew "
             "and a selection bias in it is lost. Copy the file beside the weights to keep them."
         )
+
+
+def _find_state(source: str, kwargs: dict[str, Any]) -> str | None:
+    """Path of the state beside the weights in `source`, a folder or a name on the Hub."""
+    return cached_file(
+        source,
+        STATE_NAME,
+        **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs},
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _config_in(state: str) -> dict[str, Any] | None:
+    """The configuration that wrote the file `state`; an adapter has no config.json to keep it in."""
+    try:
+        with safe_open(state, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("config", "null"))
+    except SafetensorError:
+        return None  # damaged: loading it says so
 
 
 # ---------------------------------------------------------------------- transformers' own entry points

@@ -6,6 +6,7 @@ Shapes: E experts, T tokens of a micro-batch, k experts per token.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from transformers.utils import logging
 
 from .config import PhiBalanceConfig
 from .duals import Duals
+from .learning import LINEAR, LearningReport, describe_router, gradient_norms
 from .metrics import model_metrics
 from .pricing import ChargePrices, routing_probs
 from .routers import RouterSite, find_routers
@@ -65,6 +67,10 @@ class PhiBalancer:
         self._tokens: Tokens | None = None  # of the forward under way
         self._latest: Tokens | None = None  # of the latest training forward, which its backward may run again
         self._labels: Tensor | None = None
+        self._norms: dict[int, Tensor] | None = (
+            None  # of the balancing gradient, by router; `None` until there are prices
+        )
+        self._measuring = False
         self._step = OptimizerStep()
 
     # ------------------------------------------------------------------ what users read
@@ -125,6 +131,23 @@ class PhiBalancer:
         if self.config.coef > 0:
             values["balance_loss"] = float(self._charged)
         return values
+
+    def learning_report(self) -> LearningReport:
+        """
+        Whether each router learns, and how much balancing gradient reaches what. The norms are those of the first
+        training forward that had prices, so of the second optimizer step; reads them off the device.
+        """
+        rows = [describe_router(site.name, self.root) for site in self.sites]
+        for index, norms in (self._norms or {}).items():
+            at_logits, at_weight, at_input, error = norms.tolist()
+            is_linear = error < LINEAR
+            rows[index] = dataclasses.replace(
+                rows[index],
+                at_logits=at_logits,
+                at_weight=at_weight if is_linear else None,
+                at_input=at_input if is_linear else None,
+            )
+        return LearningReport(self.config.coef, rows)
 
     def _load_metrics(self, sums: Tensor, per_layer: int) -> dict[str, float]:
         sums = sums.cpu()
@@ -276,9 +299,13 @@ class PhiBalancer:
         self._step.trained = True
         self._sums[-1] += mask.sum()
         self._tokens = Tokens(mask, self._rate(mask))
+        if not torch.compiler.is_compiling() and self._norms is None and self.config.coef > 0 and self.steps > 0:
+            self._norms, self._measuring = {}, True
 
     def close_forward(self) -> None:
         """The forward of the backbone has ended, also by an exception."""
+        if not torch.compiler.is_compiling():
+            self._measuring = False
         if self._tokens is not None and self._tokens.trains:
             self._tokens.in_forward = False
             self._latest = self._tokens
@@ -362,6 +389,21 @@ class PhiBalancer:
             return carrier
         site.charged = True
         return ChargePrices.apply(carrier, logits, price.to(logits.device), rate, site.scoring)
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether this forward is the one whose balancing gradient [`~PhiBalancer.learning_report`] shows."""
+        return not torch.compiler.is_compiling() and self._measuring
+
+    @torch.no_grad()
+    def measure(self, index: int, module: nn.Module, hidden: Tensor, logits: Tensor) -> None:
+        """Notes the norms of the balancing gradient of router `index`, called as `module(hidden, ...)`."""
+        if self._tokens is None or self._norms is None:
+            return
+        mask = self._tokens.mask.to(logits.device)
+        rate = self.config.coef * mask / mask.sum().clamp(min=1)
+        price = self._duals.price[self._spans[index]].to(logits.device)
+        self._norms[index] = gradient_norms(hidden, module, logits, price, rate, self.sites[index].scoring)
 
     def _replay(self, index: int, logits: Tensor, carrier: Tensor) -> Tensor:
         """

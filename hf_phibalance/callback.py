@@ -51,6 +51,7 @@ class PhiBalanceCallback(TrainerCallback):
         self._balancer: PhiBalancer | None = None
         self.attached = False
         self._resume_from: str | None = None
+        self._report_after: int | None = None
         self._scaler = None
 
     @property
@@ -85,6 +86,7 @@ class PhiBalanceCallback(TrainerCallback):
             self._restore(args, state)
         else:
             self.history.clear()
+        self._report_after = max(self.balancer.steps + 1, 2)  # the first step has no prices yet
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if not self.balancer.is_open:
@@ -97,6 +99,8 @@ class PhiBalanceCallback(TrainerCallback):
             self.balancer.discard_step()
         else:
             self.balancer.step()
+        if self._report_after is not None and self.balancer.steps >= self._report_after:
+            self._report_learning(state)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
@@ -109,6 +113,8 @@ class PhiBalanceCallback(TrainerCallback):
             self.balancer.save(_checkpoint_folder(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self._report_after is not None:
+            self._report_learning(state)
         best = state.best_model_checkpoint
         if not args.load_best_model_at_end or best is None:
             return
@@ -141,6 +147,14 @@ class PhiBalanceCallback(TrainerCallback):
         if not self.history or self.history[-1]["step"] != state.global_step:
             self.history.append({"step": state.global_step, "load": load})
         return {f"moe/{key}": value for key, value in self.balancer.metrics(self.per_layer).items()}
+
+    def _report_learning(self, state: TrainerState) -> None:
+        """Says once what balancing can move; aloud unless all routers learn in full, as they do without an adapter."""
+        self._report_after = None
+        if state.is_world_process_zero and self.balancer.config.coef > 0:
+            report = self.balancer.learning_report()
+            say = logger.info if all(row.how == "full" for row in report.rows) else logger.warning
+            say(str(report))
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         named = self._resume_from or args.resume_from_checkpoint

@@ -75,7 +75,8 @@ def lora_config(
 
     Raises:
         ValueError: if an option is unknown or would do nothing, if PEFT cannot do it for parameters (`lora_dropout`),
-            if the model has no router or nothing of the kind asked for, or already carries an adapter.
+            if the model has no router or nothing of the kind asked for, if a matrix is quantised that must not be, or if
+            the model already carries an adapter.
     """
     from peft import LoraConfig
 
@@ -95,6 +96,7 @@ def lora_config(
     whole = [site.name for site in sites] if router == "full" else []
     if parameters:
         _refuse_for_parameters(kwargs, root, parameters)
+    _refuse_quantised(root, [*parameters, *(parts["router"][1] if whole else [])])
     every_module = [name for name, _ in root.named_modules()]
     every_parameter = [name for name, _ in root.named_parameters()]
     saved = [*_endings(whole, every_module), *(kwargs.pop("modules_to_save", None) or [])]
@@ -168,6 +170,17 @@ def _refuse_for_parameters(kwargs: dict[str, Any], root: nn.Module, parameters: 
                 f"input. Leave {name} out, or adapt only linear layers (targets='attention' with router='frozen' or "
                 "'full')."
             )
+
+
+def _refuse_quantised(root: nn.Module, parameters: list[str]) -> None:
+    packed = [name for name in parameters if not root.get_parameter(name).is_floating_point()]
+    if packed:
+        owners = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in packed})
+        raise ValueError(
+            f"{packed[0]!r} of {type(root).__name__} is quantised ({root.get_parameter(packed[0]).dtype}), and what is "
+            "adapted as a parameter or trained whole must be a matrix of numbers. Leave these modules unquantised, with "
+            f"BitsAndBytesConfig(llm_int8_skip_modules={owners}), or choose targets='attention' and router='frozen'."
+        )
 
 
 # ---------------------------------------------------------------------- finding the parts

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from .balancer import PhiBalancer
 from .config import PhiBalanceConfig
 from .duals import STATE_NAME
+from .learning import LearningReport
 from .routers import REMOTE_TRAITS, RouterSite, find_routers
 from .selection import SelectionBias, rank_scores
 
@@ -69,6 +70,8 @@ class RouterHook(_Hook):
         if balancer.is_idle:
             return None
         logits = traits.logits(output, module, args, balancer.sites[self.index].kind.index)
+        if balancer.is_measuring and args:
+            balancer.measure(self.index, module, args[0], logits)
         chosen = self._choice(logits) if traits.selected is None else output[traits.selected]
         if traits.carrier is None:
             return balancer.observe(self.index, logits, chosen, logits)
@@ -333,7 +336,21 @@ def get_balancer(model: nn.Module) -> PhiBalancer:
     present = find_patch(model)
     if present is None:
         raise ValueError(f"{type(_unwrap(model)[-1]).__name__} is not φ-balanced; call phb.patch(model) first.")
+    for wrapper in _unwrap(model):  # those added since patching keep the state as well
+        _keep_state_beside_weights(wrapper, present.undo)
     return present.balancer
+
+
+def learning_report(model: nn.Module) -> LearningReport:
+    """
+    Whether each router of a patched model learns (in full, by LoRA, or not at all), and how much balancing gradient
+    reaches its weight and the layers below; measured in the first training forward that has prices, which is in the
+    second optimizer step. `print` it for the text that training logs once.
+
+    Raises:
+        ValueError: if the model is not patched.
+    """
+    return get_balancer(model).learning_report()
 
 
 def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None) -> nn.Module:
