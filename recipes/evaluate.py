@@ -27,9 +27,10 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 
@@ -470,6 +471,16 @@ def score(args, problems, completions):
     return metrics, [verdict for own in metrics.pop("results") for verdict in own]
 
 
+def command(args):
+    """What to type for the same evaluation."""
+    words = ["python", "recipes/evaluate.py"]
+    for option in fields(args):
+        value = getattr(args, option.name)
+        if value is not None and value != option.default and option.name != "overwrite":
+            words += [f"--{option.name}", str(value)]
+    return shlex.join(words)
+
+
 def versions():
     import platform
     from importlib.metadata import version
@@ -497,7 +508,7 @@ def main(args):
 
     names = (
         "task model_name_or_path revision dataset_path num_fewshot fewshot_seed apply_chat_template max_new_tokens "
-        "long_prompts batch_size num_samples temperature top_p seed dtype attn_implementation"
+        "long_prompts batch_size num_samples temperature top_p seed problem_seed dtype attn_implementation"
     )
     settings = {
         **{name: value for name, value in asdict(args).items() if name in names.split()},
@@ -528,6 +539,9 @@ def main(args):
     metrics, verdicts = score(args, problems, completions)
     names = problem_ids(args, problems)
     result = {
+        "task": args.task,
+        "command": command(args),
+        "date": time.strftime("%Y-%m-%d"),
         "metrics": {name: float(value) for name, value in metrics.items()},
         "problems": len(problems),
         "ended": {how: sum(one["ended"] == how for one in completions) for how in ("eos", "stop", "length")},

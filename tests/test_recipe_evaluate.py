@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,9 @@ def run(recipe, *args, **other):
 
 
 def without_times(path):
-    return {key: value for key, value in json.loads(Path(path).read_text()).items() if key != "seconds"}
+    """A result without what tells one run from another: its duration, its day, and the command with its file name."""
+    run = ("seconds", "date", "command")
+    return {key: value for key, value in json.loads(Path(path).read_text()).items() if key not in run}
 
 
 class Scripted:
@@ -334,6 +337,11 @@ def test_killed_and_resumed_is_as_uninterrupted(recipe, folder, tmp_path):
     assert without_times(tmp_path / "killed.json") == without_times(tmp_path / "whole.json")
     assert json.loads((tmp_path / "killed.json").read_text())["seconds"]["completions_from_an_earlier_run"] == 8
     assert "strict_match" in done.stdout
+    # the command in the result is the one that was typed
+    written = recipe.make_parser().parse_args_and_config(
+        shlex.split(json.loads((tmp_path / "killed.json").read_text())["command"])[2:]
+    )
+    assert written == recipe.make_parser().parse_args_and_config([str(word) for word in command])
 
 
 def test_complete_files_are_scored_again_without_the_model(recipe, folder, tmp_path, monkeypatch):
