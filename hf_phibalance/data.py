@@ -17,8 +17,8 @@ prompt, solution and tests of HumanEval) the number of its words and two hashes,
 Words are runs of letters and digits of the NFKC form in lower case, without the `<<...>>` of GSM8K. A row is dropped if
 one of its fields is such a text, or holds one of at least `MIN_EMBEDDED_WORDS` words. Paraphrases and problems with
 other numbers are not found. The file covers what it was made from, the first 1,000 of the 1,319 test problems of
-GSM8K and all of HumanEval; test problems that lie beside the training rows are checked too, so that nothing is missed
-where the whole test set is at hand. It is made by
+GSM8K and all of HumanEval. The others are added where they are at hand: from `test.jsonl` in the folder of the training
+rows or, if these come from the Hub, from there. It is made by
 
 ```
 python -m hf_phibalance.data gsm8k=path/to/gsm8k humaneval=path/to/HumanEval.jsonl.gz
@@ -586,18 +586,31 @@ def shipped_fingerprints() -> Fingerprints:
 
 
 def _guard(task: Task, source: str) -> Fingerprints:
-    """The shipped fingerprints, and those of test problems that lie in the same folder as the training rows."""
+    """The shipped fingerprints, and for GSM8K those of a whole test set that is within reach; see the module."""
     shipped = shipped_fingerprints()
-    path = Path(source)
-    files = [path / name for name in ("test.jsonl", "test.jsonl.gz") if path.is_dir() and (path / name).is_file()]
-    if task.name != "gsm8k" or not files:
+    if task.name != "gsm8k":
         return shipped
-    guard = shipped.copy()
-    for _, row in _read_lines(files[0]):
+    guard, problems = shipped.copy(), 0
+    for row in _test_rows(task, source):
         if not isinstance(row, str) and _find_problem(task, row) is None:
+            problems += 1
             for text in task.texts(row):
-                guard.add(f"test problem in {files[0].name}", text)
-    return guard
+                guard.add("gsm8k", text)
+    return guard if problems else shipped
+
+
+def _test_rows(task: Task, source: str) -> Iterator[Row | str]:
+    """Test problems in the folder of the training rows or, for rows from the Hub, those of the benchmark there."""
+    if _is_hub(source):
+        try:
+            yield from (row for _, row in _read_hub(task, task.hub_name, "test"))
+        except ValueError as error:
+            logger.warning(f"Training rows are checked by the shipped fingerprints only: {error}")
+        return
+    for name in ("test.jsonl", "test.jsonl.gz"):
+        if (file := Path(source) / name).is_file():
+            yield from (row for _, row in _read_lines(file))
+            return
 
 
 def drop_contaminated(rows: Iterable[Row], task: str) -> tuple[list[Row], list[Row]]:

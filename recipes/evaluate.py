@@ -196,6 +196,8 @@ def load_tokenizer(args):
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of {name} has no pad_token and no eos_token: give it one of them.")
     return tokenizer
 
 

@@ -114,19 +114,24 @@ def test_hub_names_go_to_datasets(monkeypatch):
     import datasets
 
     asked = []
+    test_problem = {"question": "How many are four and five of them?", "answer": "#### 9"}
 
     def load_dataset(name, config, split):
         asked.append((name, config, split))
-        rows = [GSM8K, GSM8K | {"answer": "5"}] if "gsm8k" in name else [MBPP]
+        if split == "test":
+            return datasets.Dataset.from_list([test_problem])
+        rows = [GSM8K, GSM8K | {"answer": "5"}, test_problem] if "gsm8k" in name else [MBPP]
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"1 of 2 rows.*\n  row 1: its answer has no '#### <number>'"):
+    with pytest.raises(ValueError, match=r"1 of 3 rows.*\n  row 1: its answer has no '#### <number>'"):
         data.load_rows("gsm8k", "openai/gsm8k")
     assert data.load_rows("gsm8k", "someone/gsm8k-like:plain", bad_rows="skip") == [GSM8K]
     assert data.load_rows("mbpp", "google-research-datasets/mbpp", "all") == [MBPP]
     assert asked == [
+        ("openai/gsm8k", "main", "test"),  # so that none of it is trained on
         ("openai/gsm8k", "main", "train"),
+        ("openai/gsm8k", "main", "test"),
         ("someone/gsm8k-like", "plain", "train"),
         ("google-research-datasets/mbpp", "full", "prompt+test+validation+train"),
     ]
@@ -373,7 +378,7 @@ def test_test_problems_beside_the_training_rows(tmp_path, fingerprints, warned):
     write(tmp_path / "test.jsonl", [*rows["test"], "broken"])
     write(tmp_path / "train.jsonl", [rows["train"][0], rows["test"][1], *rows["train"][1:]])
     assert data.load_rows("gsm8k", str(tmp_path)) == rows["train"]
-    assert "line 2 (test problem in test.jsonl)" in warned.lines[0]
+    assert "line 2 (gsm8k)" in warned.lines[0]
     assert data.load_rows("gsm8k", str(tmp_path / "train.jsonl"))[1] == rows["test"][1]  # nothing lies beside it
 
 
