@@ -4,9 +4,11 @@ import re
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from test_wrappers import remote_model
 from tiny import MODEL_TYPES, set_prices, tiny_batch, tiny_model
-from transformers import Trainer, TrainingArguments
+from training import make_trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import hf_phibalance as phb
 from hf_phibalance.pricing import routing_probs
@@ -222,3 +224,222 @@ def test_trainer_reports_once(policy, warned, tmp_path):
     assert len(messages) == (0 if policy == "whole model" else 1)
     assert not any("not measured" in message for message in messages)
     assert "e-" in str(phb.learning_report(model)) and "not measured" not in str(phb.learning_report(model))
+
+
+# ---------------------------------------------------------------------- options
+
+
+def test_defaults_are_those_of_the_paper():
+    config = phb.lora_config(tiny_model("mixtral"))
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == (8, 32, 0.0, "CAUSAL_LM")
+    assert config.target_modules == {f"self_attn.{x}_proj" for x in "qkvo"} and config.modules_to_save is None
+    assert sorted(config.target_parameters) == ["experts.down_proj", "experts.gate_up_proj"]
+    config = phb.lora_config(tiny_model("mixtral"), "full", "attention", r=4, lora_alpha=8, lora_dropout=0.1)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.1)
+    assert config.modules_to_save == ["mlp.gate"] and config.target_parameters is None
+    config = phb.lora_config(tiny_model("mixtral"), "full", "attention", modules_to_save=["embed_tokens"])
+    assert config.modules_to_save == ["mlp.gate", "embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"router": "lora", "lora_dropout": 0.1}, r"lora_dropout=0.1 is not possible for parameters.*'attention'"),
+        ({"use_dora": True}, r"use_dora=True is not possible for parameters"),
+        ({"router": "router-only", "targets": "all"}, r"targets='all' would do nothing"),
+        ({"router": "Lora"}, r"`router` must be one of frozen, lora, full, router-only, got 'Lora'"),
+        ({"targets": "mlp"}, r"`targets` must be one of all, experts, attention, got 'mlp'"),
+        ({"target_modules": ["q_proj"]}, r"target_modules: lora_config finds the names itself"),
+    ],
+)
+def test_what_would_do_nothing_or_fail_later_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        phb.lora_config(tiny_model("mixtral"), **options)
+
+
+@pytest.mark.parametrize(
+    "model_type, options, message",
+    [
+        ("dbrx", {"targets": "experts"}, r"experts of DbrxForCausalLM cannot be adapted: DbrxExperts reads"),
+        ("longcat_flash", {"router": "lora"}, r"router of LongcatFlash.*LongcatFlashTopkRouter reads.*router='full'"),
+        ("doge", {}, r"DogeForCausalLM cannot be φ-balanced"),
+    ],
+)
+def test_out_of_reach_is_refused_by_name(model_type, options, message):
+    with pytest.raises(ValueError, match=message):
+        phb.lora_config(tiny_model(model_type), **options)
+
+
+def test_a_model_with_an_adapter_is_refused():
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM already carries an adapter \(at 'model.layers.0"):
+        phb.lora_config(adapted(tiny_model("mixtral"), targets="experts"))
+
+
+@pytest.mark.parametrize("policy", ["lora", "full", "router-only"])
+def test_gate_of_remote_code(policy):
+    """`MoEGate` with a list of linear experts in the layer itself, and no attention."""
+    model = remote_model("moonlight")
+    with pytest.raises(ValueError, match="RemoteForCausalLM has no attention that an adapter could train"):
+        phb.lora_config(model, router="lora")
+    targets = None if policy == "router-only" else "experts"
+    model = adapted(model, router=policy, targets=targets, task_type=None)  # it cannot generate
+    names = learning(model)
+    experts = {f"lora model.layers.{i}.experts.{j}" for i in range(2) for j in range(8)}
+    routers = {f"{'' if policy == 'full' else 'lora '}model.layers.{i}.gate" for i in range(2)}
+    routers = {f"{name}.weight" for name in routers} if policy == "full" else routers
+    assert names == routers | (set() if policy == "router-only" else experts)
+    assert_all_learn(model)
+
+
+# ---------------------------------------------------------------------- adapters on disk, merged, several
+
+
+def trained_adapter(base, policy, steps=2, **config):
+    """A patched model from the folder `base` whose adapter and duals have moved."""
+    model = phb.AutoModelForCausalLM.from_pretrained(base, phi_balance={"coef": COEF, "ema_rate": 0.5, **config})
+    model = get_peft_model(model, phb.lora_config(model, **policy)).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+    for seed in range(steps):
+        model(**tiny_batch(model, seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        phb.get_balancer(model).step()
+    return model.eval()
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(**tiny_batch(model)).logits
+
+
+def assert_same_duals(left, right):
+    left, right = phb.get_balancer(left).state_dict(), phb.get_balancer(right).state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("policy", ["lora", "full", "router-only"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])
+def test_adapter_comes_back_with_its_duals(model_type, policy, tmp_path):
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    model = trained_adapter(tmp_path / "base", POLICIES[policy], bias_coef=0.1)
+    expected = logits_of(model)
+    assert not torch.equal(expected, logits_of(tiny_model(model_type)))
+    model.save_pretrained(tmp_path / "adapter")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == before
+    for flag in ({}, {"phi_balance": True}, {"phi_balance": {"coef": 0.0, "bias_coef": 0.1}}):
+        loaded = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", **flag)
+        if "phi_balance" not in flag or flag["phi_balance"] is True:
+            assert phb.get_balancer(loaded).config == phb.get_balancer(model).config
+            assert_same_duals(loaded, model)
+        assert torch.equal(logits_of(loaded), expected)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = phb.patch(PeftModel.from_pretrained(plain, tmp_path / "adapter"), phb.get_balancer(model).config)
+    phb.get_balancer(loaded).load(tmp_path / "adapter")
+    assert_same_duals(loaded, model)
+    assert torch.equal(logits_of(loaded), expected)
+    ordinary = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", phi_balance=False)
+    with pytest.raises(ValueError, match="is not φ-balanced"):
+        phb.get_balancer(ordinary)
+
+    merged = model.merge_and_unload()  # an ordinary checkpoint with duals
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_same_duals(loaded, merged)
+    assert torch.equal(logits_of(loaded), logits_of(merged))
+
+
+def test_adapter_of_a_model_that_was_never_patched(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, phb.lora_config(model)).save_pretrained(tmp_path / "adapter")
+    plain = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is not φ-balanced"):
+        phb.get_balancer(plain)
+    flagged = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", phi_balance=True)
+    assert phb.get_balancer(flagged).steps == 0
+
+
+def test_one_balancer_for_several_adapters(tmp_path):
+    """A second adapter joins, learns and is saved; the first is as before; unpatching leaves both."""
+    tiny_model("mixtral").save_pretrained(tmp_path / "base")
+    model = trained_adapter(tmp_path / "base", {"router": "lora"})
+    first, balancer = logits_of(model), phb.get_balancer(model)
+    plain = tiny_model("mixtral")
+    model.add_adapter("second", phb.lora_config(plain, router="lora"))
+    model.set_adapter("second")
+    torch.testing.assert_close(logits_of(model), logits_of(plain))
+    model.train()(**tiny_batch(model)).loss.backward()
+    balancer.step()
+    assert phb.get_balancer(model) is balancer and balancer.steps == 3
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert grads and all(".second." in name for name in grads)
+    assert any(grad.any() for name, grad in grads.items() if ".gate." in name)
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model), first)
+    phb.unpatch(model)
+    assert torch.equal(logits_of(model), first)
+    phb.patch(model, {"coef": COEF}).save_pretrained(tmp_path / "adapters")
+    loaded = PeftModel.from_pretrained(tiny_model("mixtral"), tmp_path / "adapters")
+    assert torch.equal(logits_of(loaded), first)
+
+
+@pytest.mark.parametrize("policy", ["lora", "full"])
+def test_resumed_run_of_an_adapter_equals_the_uninterrupted_one(policy, tmp_path):
+    def run(folder, resume=None, **arguments):
+        model = phb.patch(tiny_model("deepseek_v3"), {"coef": COEF, "bias_coef": 0.1})
+        torch.manual_seed(0)
+        model = get_peft_model(model, phb.lora_config(model, **POLICIES[policy]))
+        trainer = make_trainer(model, tmp_path / folder, optim="adamw_torch", save_strategy="steps", **arguments)
+        phb.attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    whole = run("whole", save_steps=2)
+    resumed = run("resumed", resume=str(tmp_path / "whole" / "checkpoint-2"), save_steps=2)
+    assert_same_duals(resumed, whole)
+    left, right = (dict(model.named_parameters()) for model in (resumed, whole))
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert phb.get_balancer(whole).steps == 4
+
+
+# ---------------------------------------------------------------------- quantised base models
+
+
+def quantised(model_type, folder, **config):
+    """The tiny model of `folder` with its linear layers in 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    tiny_model(model_type).save_pretrained(folder)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **config)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+@pytest.mark.parametrize("policy", ["lora", "full", "frozen", "router-only"])
+def test_qlora(policy, tmp_path):
+    """bitsandbytes packs linear layers only: experts and router of a Mixtral are parameters, and stay as they are."""
+    model = quantised("mixtral", tmp_path / "base")
+    packed = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    assert packed == {f"model.layers.{i}.self_attn.{x}_proj.weight" for i in range(3) for x in "qkvo"}
+    model = adapted(prepare_model_for_kbit_training(model), **POLICIES[policy])
+    assert not any(p.dtype == torch.uint8 for p in model.parameters() if p.requires_grad)
+    for _ in range(2):
+        assert_all_learn(model)
+        model.zero_grad()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(quantised("mixtral", tmp_path / "base"), tmp_path / "adapter")
+    phb.patch(loaded, {"coef": COEF})
+    phb.get_balancer(loaded).load(tmp_path / "adapter")
+    assert_same_duals(loaded, model)
+    torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=1e-3, atol=1e-3)
+
+
+def test_packed_matrices_are_refused_with_a_remedy_that_works(tmp_path):
+    """The shared experts of DeepSeek are adapted as parameters, the router of afmoe is a linear layer."""
+    for model_type, options in (("deepseek_v3", {"targets": "experts"}), ("afmoe", {"router": "full"})):
+        model = quantised(model_type, tmp_path / model_type)
+        with pytest.raises(ValueError, match=r"is quantised \(torch.uint8\).*llm_int8_skip_modules") as error:
+            phb.lora_config(model, **options)
+        skipped = re.findall(r"'(\w+)'", str(error.value).partition("llm_int8_skip_modules=")[2].partition("]")[0])
+        model = quantised(model_type, tmp_path / model_type, llm_int8_skip_modules=skipped)
+        assert_all_learn(adapted(prepare_model_for_kbit_training(model), **options))
