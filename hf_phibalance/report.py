@@ -278,9 +278,11 @@ def find_template() -> Path:
     source = Path(__file__).parent.parent / "model_cards" / "template.md"
     if source.is_file():
         return source
-    for file in importlib.metadata.files("hf_phibalance") or ():
-        if file.parts[-2:] == ("hf_phibalance", "template.md"):
-            return Path(str(file.locate()))
+    beside = Path(__file__).parent.parent / "share" / "hf_phibalance" / "template.md"  # as pip --target has it
+    recorded = [Path(str(file.locate())) for file in importlib.metadata.files("hf_phibalance") or ()]
+    for path in (beside, *recorded):
+        if path.parts[-2:] == ("hf_phibalance", "template.md") and path.is_file():
+            return path
     raise FileNotFoundError(f"there is no model card template at {source}: install hf_phibalance again, or pass one.")
 
 
@@ -452,7 +454,8 @@ def model_card(
         base_name=base_name,
         dataset_text=dataset_text,
         columns=[run.name] if baseline is None else [baseline.name, run.name],
-        rows=summary_rows(run, baseline),
+        rows=[row for row in summary_rows(run, baseline) if row[0] != "seconds"],  # of a machine that nobody knows
+        command=without_paths(summary.get("command")),
         has_exact_match=(summary.get("exact_match") or {}).get("trained") is not None,
         layer_table=layer_table(run, baseline),
         balance=balance_text(summary["balance"]) if summary.get("balance") else None,

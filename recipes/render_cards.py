@@ -20,6 +20,7 @@ from pathlib import Path
 
 
 TARGET = Path(__file__).parent.parent / "model_cards"
+RECIPES = Path(__file__).parent / "tiny-cpu"
 LARGEST_PICTURE = 60_000  # bytes; a card of a tiny model should not outweigh the code
 
 
@@ -33,6 +34,7 @@ def main(args):
             baseline = report.Run.load(unbalanced)
         if "before" not in run.summary and (untrained / report.SUMMARY_NAME).is_file():
             run.note_before(before_training(report.Run.load(untrained), run, untrained))
+        run.summary.setdefault("command", recipe_command(folder, run))
         title = f"{args.prefix}{folder.name}"
         target = args.target / title
         target.mkdir(parents=True, exist_ok=True)
@@ -56,6 +58,19 @@ def before_training(untrained, run, folder):
             "the same recipe with --max_steps 1 --learning_rate 0, or remove it."
         )
     return next(entry for entry in reversed(untrained.log_history) if "test_moe/max_vio" in entry)
+
+
+def recipe_command(folder, run):
+    """The command of a run that is exactly a recipe's, for results that do not say it themselves; else `None`."""
+    import yaml
+
+    for path in sorted(RECIPES.glob("*.yaml")):
+        recipe = yaml.safe_load(path.read_text())
+        balance = run.summary["balance"] or {}
+        found = (folder.as_posix(), run.summary["steps"], run.summary["seed"], balance.get("coef"))
+        if found == tuple(recipe.get(key) for key in ("output_dir", "max_steps", "seed", "coef")):
+            return f"python recipes/sft.py --config recipes/{RECIPES.name}/{path.name}"
+    return None
 
 
 def shrink(path):

@@ -1,10 +1,10 @@
 """Uploads: the folder of a dry run, what a stub of the Hub receives, failures and retries, cards, and `Trainer`."""
 
-import contextlib
+import importlib.metadata
 import json
-import logging
 import socket
 import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -391,12 +391,20 @@ def test_trainer_keeps_a_report(stub, run_folder, tmp_path):
 
 def test_installed_template(monkeypatch, tmp_path):
     assert report.find_template().parts[-2:] == ("model_cards", "template.md")
+    beside = tmp_path / "share" / "hf_phibalance" / "template.md"
     monkeypatch.setattr(report, "__file__", str(tmp_path / "hf_phibalance" / "report.py"))
-    with contextlib.suppress(FileNotFoundError):
-        assert report.find_template().parts[-2:] == ("hf_phibalance", "template.md")
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
+    with pytest.raises(FileNotFoundError, match="install hf_phibalance again"):
+        report.find_template()
+    recorded = importlib.metadata.PackagePath("..", "share", "hf_phibalance", "template.md")
+    recorded.dist = SimpleNamespace(locate_file=lambda path: tmp_path / "lib" / path)
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [recorded])
+    (tmp_path / "lib").mkdir()
+    beside.parent.mkdir(parents=True)
+    beside.write_text("")
+    assert report.find_template().samefile(beside)
 
 
 def test_whoami_of_the_stub(stub):
     """The stub is reached by the library's own calls, not only by ours."""
     assert HfApi(token=TOKEN).whoami()["name"] == "me"
-    assert logging.getLogger("huggingface_hub")
