@@ -21,7 +21,6 @@ from huggingface_hub import HfApi, ModelCard, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -93,7 +92,7 @@ def push_to_hub(
     """
     validate_repo_id(repo_id)
     get_balancer(model)
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # a DTensor
         raise ValueError(
             "the model is sharded over ranks, so this process holds only a part of it. Save it with trainer.save_model(), "
             "load the folder in one process and push that."

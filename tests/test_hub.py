@@ -1,9 +1,11 @@
 """Uploads: the folder of a dry run, what a stub of the Hub receives, failures and retries, cards, and `Trainer`."""
 
 import importlib.metadata
+import importlib.util
 import json
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -331,6 +333,45 @@ def test_licence_is_inherited_never_invented(stub, run_folder, trained, tmp_path
     assert hub.base_licence("lab/bare", online=True) == {}
     assert hub.base_licence("lab/unknown", online=True) == {} and warned.about("lab/unknown could not be looked up")
     assert hub.base_licence(str(tmp_path)) == {}
+
+
+def test_result_of_the_evaluation_recipe():
+    """Its task is among the settings; generated problems are not the benchmark, whatever their number."""
+    settings = {"task": "gsm8k", "dataset_path": "openai/gsm8k", "num_fewshot": 5, "prompts": "ab12", "revision": None}
+    result = {"file": "eval-x.json", "metrics": {"strict_match": 0.5}, "problems": 1319, "settings": settings}
+    result["balance"] = {"max_vio": 0.25}
+    shown = report.evaluation_text(result)
+    assert (shown["name"], shown["settings"]) == ("GSM8K, all 1319 problems", "num_fewshot 5")
+    assert shown["rows"] == [("strict_match", "0.5000"), ("MaxVio over prompts and completions", "0.250")]
+    assert list(report.eval_result_files(report.Run({}, [], [], [result]))) == ["x.yaml"]
+    result["settings"] = {**settings, "dataset_path": "toy"}
+    assert report.evaluation_text(result)["name"] == "generated gsm8k problems, 1319 problems"
+    assert report.eval_result_files(report.Run({}, [], [], [result])) == {}
+
+
+def test_cards_are_rendered_by_a_command(run_folder, tmp_path):
+    script = Path(__file__).parent.parent / "recipes" / "render_cards.py"
+    spec = importlib.util.spec_from_file_location("render_cards", script)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    recipe.main(recipe.make_parser().parse_args([str(run_folder), "--target", str(tmp_path), "--prefix", "a-"]))
+    folder = tmp_path / "a-tiny"
+    assert sorted(contents(folder)) == ["README.md", "curves.png", "loads.png"]
+    assert all((folder / name).stat().st_size < 60_000 for name in ("curves.png", "loads.png"))
+    assert ModelCard.load(folder / "README.md").data.eval_results
+    run = report.Run.load(run_folder)
+    with pytest.raises(ValueError, match="is no untrained twin"):  # it has learnt
+        recipe.before_training(run, run, run_folder)
+
+
+def test_committed_cards_are_valid(stub):
+    cards = sorted((Path(__file__).parent.parent / "model_cards").glob("*/README.md"))
+    assert [path.parent.name for path in cards] == ["tiny-deepseek-v3", "tiny-mixtral", "tiny-qwen3-moe"]
+    for path in cards:
+        card = ModelCard.load(path)
+        card.validate()
+        assert card.data.eval_results and "held-out data, before | held-out data, after" in card.text
+        assert all((path.parent / name).is_file() for name in ("loads.png", "curves.png"))
 
 
 def test_unreadable_evaluations(tmp_path, warned):
