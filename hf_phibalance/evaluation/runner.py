@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 import types
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -436,24 +437,48 @@ def enter_namespaces() -> tuple[bool, bool]:
         `tuple[bool, bool]`: Whether there are any, and whether they needed a user namespace.
     """
     flags = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
-    try:
+    with suppress(OSError):
         _system(_libc.unshare, flags)  # for root
         return True, False
-    except OSError:
-        pass
-    user, group = os.geteuid(), os.getegid()
-    try:
+
+    def enter() -> None:
+        user, group = os.geteuid(), os.getegid()
         _system(_libc.unshare, flags | CLONE_NEWUSER)
-    except OSError:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+
+    trial = os.fork()  # there is no way back from a namespace that then may not be used
+    if trial == 0:
+        try:
+            enter()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(trial, 0)[1] != 0:
         return False, False
-    for name, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"{user} {user} 1"),
-        ("gid_map", f"{group} {group} 1"),
-    ):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
+    enter()
     return True, True
+
+
+def other_user() -> int | None:
+    """A user id for a program that root runs, one without files and other processes if there is such a one."""
+    needed = 1 << 6 | 1 << 7  # CAP_SETGID, CAP_SETUID
+    with open("/proc/self/status") as file:
+        held = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff"))
+    if os.geteuid() != 0 or held & needed != needed:
+        return None
+    for user in ((1 << 30) + int.from_bytes(os.urandom(3), "big"), 65534):
+        if _mapped(user, "uid_map") and _mapped(user, "gid_map"):
+            return user
+    return None
+
+
+def _mapped(number: int, name: str) -> bool:
+    """Whether a user or group id exists in the user namespace of this process."""
+    with open(f"/proc/self/{name}") as file:
+        ranges = [[int(part) for part in line.split()] for line in file]
+    return any(first <= number < first + count for first, _, count in ranges)
 
 
 def mount_own_files(folder: str, size: int, user: int, group: int) -> bool:
@@ -577,7 +602,6 @@ def main() -> None:
     if os.getppid() != job["parent"]:
         os._exit(1)  # the caller has died before it could take this process along
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    _prctl(PR_SET_DUMPABLE, 0)  # so that nobody with the same user id looks inside or traces
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)
     sys.path += job["site"]
@@ -593,6 +617,7 @@ def main() -> None:
     if judging == 0:
         _in_child(_be_judge, job, ask, replies, tell)
     namespaces, by_user_namespace = enter_namespaces() if job["namespaces"] else (False, False)
+    _prctl(PR_SET_DUMPABLE, 0)  # so that nobody with the same user id looks inside or traces
     ready, say_ready = os.pipe()
     keeping = os.fork()
     if keeping == 0:
@@ -600,15 +625,23 @@ def main() -> None:
     for descriptor in (requests, ask, replies, answer, tell, say_ready):
         os.close(descriptor)
     try:
-        missing, limited = receive(ready)
+        missing, files_limited, processes_limited = receive(ready)
     except EOFError:
         kill_all(judging, keeping)
         sys.exit("the sandbox could not be set up")
     start = time.monotonic()
     result: dict[str, Any] = {"status": "timed out", "reason": f"no verdict within {job['timeout']:g} s"}
-    files = None if limited else job["folder"]
+
+    def excess() -> str:
+        if not files_limited and _size(job["folder"]) > job["file_limit"]:
+            return f"the program wrote more than {job['file_limit']} bytes to files"
+        if not processes_limited and len(descendants(keeping)) > job["max_processes"]:
+            return f"the program started more than {job['max_processes']} processes"
+        return ""
+
+    watch = None if files_limited and processes_limited else excess
     try:
-        data = _read_until(report, start + job["timeout"], files, job["file_limit"])
+        data = _read_until(report, start + job["timeout"], watch)
     except OverflowError as error:
         data = None
         result = {"status": "failed", "reason": str(error)}
@@ -655,6 +688,7 @@ def _only(*descriptors: int) -> None:
 
 
 def _be_judge(job: dict, ask: int, replies: int, tell: int) -> None:
+    _prctl(PR_SET_DUMPABLE, 0)
     tests = receive(0)
     _only(ask, replies, tell)
     os.setsid()
@@ -671,16 +705,14 @@ def _be_keeper(
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what leaves the program's session stays below the keeper
     _only(2, requests, answer, say_ready, output)
     missing = []
-    user = None
-    if os.geteuid() == 0 and not by_user_namespace:
-        user = (1 << 30) + int.from_bytes(os.urandom(3), "big")  # one that has no files and no other processes
+    user = None if by_user_namespace else other_user()
     owner = os.geteuid() if user is None else user
     files = namespaces and mount_own_files(job["folder"], job["file_limit"], owner, owner)
     if not files and user is not None:
         os.chown(job["folder"], user, user)
     processes = job["max_processes"] + (EXTRA_TASKS if by_user_namespace else 0)
-    if user is None and not namespaces:
-        processes += tasks_of(owner)
+    if not by_user_namespace:
+        processes += tasks_of(owner)  # which share the limit
     reading, writing = os.pipe()
     program = os.fork()
     if program == 0:
@@ -699,8 +731,8 @@ def _be_keeper(
     if not files and landlock < 3:
         missing.append("files are protected by their permissions only")
     if owner == 0:
-        missing.append("the number of processes is not limited for root")
-    send(say_ready, (missing, files))
+        missing.append("the system does not limit the number of processes for root, it is only watched")
+    send(say_ready, (missing, files, owner != 0))
     child = 0
     while child != program:
         child, status = os.wait()
@@ -741,16 +773,16 @@ def _be_program(
     os._exit(0)
 
 
-def _read_until(descriptor: int, deadline: float, folder: str | None, size: int) -> bytes | None:
+def _read_until(descriptor: int, deadline: float, watch: Callable[[], str] | None) -> bytes | None:
     """
-    All that comes until the other side closes, or `None` if that is not before the deadline; `OverflowError` if more
-    than `size` bytes of files lie in `folder` meanwhile, where no file system of that size does it.
+    All that comes until the other side closes, or `None` if that is not before the deadline. `watch` looks after what
+    the system does not limit; `OverflowError` with what it says.
     """
     data = b""
     while (rest := deadline - time.monotonic()) > 0:
-        if folder is not None and _size(folder) > size:
-            raise OverflowError(f"the program wrote more than {size} bytes to files")
-        if not select.select([descriptor], [], [], rest if folder is None else min(rest, 0.05))[0]:
+        if watch is not None and (excess := watch()):
+            raise OverflowError(excess)
+        if not select.select([descriptor], [], [], rest if watch is None else min(rest, 0.05))[0]:
             continue
         part = os.read(descriptor, REPORT_LIMIT)
         if not part:
