@@ -53,6 +53,9 @@ class Arguments:
     model_config: dict | str | None = field(
         default=None, metadata={"help": "Config fields of the new model, as a YAML mapping or as JSON."}
     )
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Tokens of the tokenizer that is trained for a new model (default: 640)."}
+    )
     architecture: str | None = field(
         default=None,
         metadata={
@@ -161,6 +164,11 @@ def check(args, training_args, model_args):
             f"model_type={args.model_type!r} and model_name_or_path={model_args.model_name_or_path!r}: give one of "
             "them, model_type for a new model or model_name_or_path for an existing one."
         )
+    if args.vocab_size is not None and args.model_type is None:
+        raise ValueError(
+            f"vocab_size={args.vocab_size} is for a new model (model_type); {model_args.model_name_or_path!r} brings "
+            "its tokenizer."
+        )
     if args.tiny and model_args.model_name_or_path is not None and args.architecture is None:
         raise ValueError(
             f"--tiny does not load {model_args.model_name_or_path!r} and needs its architecture: the path of a "
@@ -172,11 +180,10 @@ def check(args, training_args, model_args):
             f"{', '.join(given)}: this recipe does not use it. router_policy and lora_targets say what LoRA adapts; "
             "quantised training needs a script of its own."
         )
-    if not model_args.use_peft and (args.lora_targets or args.router_policy in ("lora", "router-only")):
+    if not model_args.use_peft and args.router_policy in ("lora", "router-only"):
         raise ValueError(
-            f"router_policy={args.router_policy!r} and lora_targets={args.lora_targets!r} need adapters: set "
-            "use_peft=true; or, to train the weights themselves, router_policy to 'full' or 'frozen', without "
-            "lora_targets."
+            f"router_policy={args.router_policy!r} needs adapters: set use_peft=true; or, to train the weights "
+            "themselves, router_policy to 'full' or 'frozen'."
         )
     if args.global_batch_size is not None:
         at_once = training_args.per_device_train_batch_size * training_args.world_size
@@ -277,7 +284,7 @@ def load_model(args, balance, training_args, model_args, rows):
 
     if args.model_type is not None or args.tiny:
         texts = (f"{row['prompt']}{row['completion']}" for row in to_sft_dataset(args.task, rows[:4000]))
-        tokenizer = toy.train_tokenizer(texts, max_length=training_args.max_length)
+        tokenizer = toy.train_tokenizer(texts, args.vocab_size or 640, training_args.max_length)
         if args.model_type is not None:
             model = toy.build_model(args.model_type, args.model_config or {}, tokenizer)
         else:

@@ -127,8 +127,7 @@ def test_bad_input_names_the_remedy(recipe, tmp_path):
         (["--tiny", "--model_name_or_path", "x", "--output_dir", str(tmp_path)], "needs its architecture"),
         ([*tiny, "--use_peft", "--lora_target_modules", "q_proj"], "lora_target_modules: this recipe does not use it"),
         ([*tiny, "--use_peft", "--load_in_4bit"], "quantised training needs a script of its own"),
-        ([*tiny, "--router_policy", "lora"], "need adapters: set use_peft=true"),
-        ([*tiny, "--lora_targets", "experts"], "need adapters: set use_peft=true"),
+        ([*tiny, "--router_policy", "lora"], "needs adapters: set use_peft=true"),
         (
             [*tiny, "--global_batch_size", "18", "--per_device_train_batch_size", "4"],
             "no multiple of 4, the rows that 1",
