@@ -478,7 +478,7 @@ def command(args):
     words = ["python", "recipes/evaluate.py"]
     for option in fields(args):
         value = getattr(args, option.name)
-        if value is not None and value != option.default and option.name != "overwrite":
+        if option.name == "task" or (value not in (None, option.default) and option.name != "overwrite"):
             words += [f"--{option.name}", str(value)]
     return shlex.join(words)
 

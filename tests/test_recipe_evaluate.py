@@ -1,9 +1,11 @@
 """`recipes/evaluate.py`: what it generates, scores and writes, and that an interruption changes nothing."""
 
+import importlib.machinery
 import importlib.util
 import json
 import os
 import random
+import runpy
 import shlex
 import subprocess
 import sys
@@ -196,6 +198,25 @@ def test_shots_are_those_of_the_harness(recipe, folder, tmp_path):
         assert prompt == "\n\n".join([*examples, f"Question: {problem['question']}\nAnswer:"])
 
 
+def test_completions_are_those_of_the_harness(recipe, folder):
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    args = recipe.Arguments(**options(folder, max_new_tokens=20))
+    tokenizer = recipe.load_tokenizer(args)
+    model = recipe.load_model(args, tokenizer)
+    texts = recipe.make_prompts(args, *recipe.load_problems(args), tokenizer)
+    stops = ["th", "o", "\n"]
+    wanted = {"until": stops, "max_gen_toks": 20, "do_sample": False}
+    requests = [Instance("generate_until", {}, (text, dict(wanted)), 0) for text in texts]
+    theirs = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).generate_until(requests, True)
+    ours = []
+    for text in texts:
+        ours += recipe.generate(args, model, tokenizer, [tokenizer(text)["input_ids"]], 0, stops)
+    assert [text for text, _, _ in ours] == theirs
+    assert "stop" in {ended for _, _, ended in ours} and len(set(theirs)) > 1
+
+
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="needs the GSM8K data")
 def test_real_problems_have_five_shots(recipe, folder):
     args = recipe.Arguments(**options(folder, dataset_path=str(GSM8K), num_fewshot=None, limit=2))
@@ -315,7 +336,7 @@ recipe.main(recipe.Arguments(**json.loads(sys.argv[2])))
 """
 
 
-def test_killed_and_resumed_is_as_uninterrupted(recipe, folder, tmp_path):
+def test_killed_and_resumed_is_as_uninterrupted(recipe, folder, tmp_path, monkeypatch, capsys):
     sampled = {"temperature": 1.0, "top_p": 0.9, "limit": 14}  # each batch has its seed, so this holds for samples too
     whole = run(recipe, folder, output_path=str(tmp_path / "whole.json"), **sampled)
     assert len({one["completion"] for one in whole["completions"]}) == 14
@@ -328,15 +349,16 @@ def test_killed_and_resumed_is_as_uninterrupted(recipe, folder, tmp_path):
     lines = (tmp_path / "killed.completions.jsonl").read_text()
     assert lines.count("\n") == 3 and not lines.endswith("\n")
 
-    # by command line, which also shows that the script does not stand in for the library of its name
+    # as the command line does it, where Python looks for modules beside the script first
     command = [word for name, value in own.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *command], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert str(SCRIPT.parent) not in sys.path
+    assert Path(importlib.machinery.PathFinder.find_spec("evaluate").origin) != SCRIPT  # but the library
     assert without_times(tmp_path / "killed.json") == without_times(tmp_path / "whole.json")
     assert json.loads((tmp_path / "killed.json").read_text())["seconds"]["completions_from_an_earlier_run"] == 8
-    assert "strict_match" in done.stdout
+    assert "strict_match" in capsys.readouterr().out
     # the command in the result is the one that was typed
     written = recipe.make_parser().parse_args_and_config(
         shlex.split(json.loads((tmp_path / "killed.json").read_text())["command"])[2:]
