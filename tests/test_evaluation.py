@@ -5,9 +5,9 @@ import itertools
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -206,8 +206,7 @@ def test_gsm8k_scores_are_those_of_lm_evaluation_harness(gsm8k, tmp_path, monkey
     assert 0.1 < ours["strict_match"] < ours["flexible_extract"] < 0.9
 
 
-def test_the_models_of_the_readme_score_as_they_did():
-    """The rule that the small recipe uses is the same as strict match."""
+def test_the_rule_of_the_small_recipe_is_strict_match():
     from hf_phibalance import toy
 
     rows, completions = completions_of_gsm8k()
@@ -265,7 +264,7 @@ def test_humaneval_verdicts_and_pass_at_k(humaneval, monkeypatch):
 def test_all_canonical_solutions_of_humaneval_pass_in_time(humaneval):
     problems = humaneval_problems()
     done = []
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = humaneval.compute(
         predictions=[[problem["canonical_solution"]] for problem in problems],
         references=problems,
@@ -281,7 +280,8 @@ def test_all_canonical_solutions_of_humaneval_pass_in_time(humaneval):
     assert len(problems) == 164 and not failed
     assert result["pass@1"] == 1.0
     assert done == [(i + 1, 164) for i in range(164)]
-    assert time.monotonic() - start < 60
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # what a busy machine does not change
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
 
 
 def test_wrong_solutions_of_humaneval_fail(humaneval):

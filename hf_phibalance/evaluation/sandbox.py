@@ -24,17 +24,21 @@ What happens to a program (`run_program`; the other side of the pipe is `runner.
 
 This is not a security sandbox. Not covered:
 
-- *Reading.* The program can read every file that the caller can read. (Without the network it can hardly send it.)
+- *Reading.* The program can read every file that all users, or an ordinary caller, can read. (Without the network it
+  can hardly send it.)
 - *The kernel.* A program that exploits a bug of the kernel or of the interpreter is not stopped, and no system call is
   filtered. Unix sockets that lie in the file system (of a container daemon, say) can be connected to if the caller can.
-- *Memory and CPU are limited per process*: all its processes together may use `max_processes` times as much.
-- *Without process namespaces and without Landlock* (other systems than Linux, or an old one) a program of an ordinary
-  user can send signals to that user's other processes and write to that user's files, and UDP stays open without
-  network namespaces; the limits on processes then count all of the user's processes, and root is not limited unless
-  the user id can be changed.
+- *Memory and CPU time are limited per process*: all its processes together may use `max_processes` times as much.
+- *Without namespaces*, Landlock still stops writing elsewhere, TCP (from Linux 6.7 on) and signals to others (from 6.12
+  on), but UDP and shared memory stay open, other processes can be seen, and files are only counted every 50 ms.
+- *Without namespaces and without Landlock*, a program of an ordinary user can send signals to that user's processes and
+  change that user's files; one of root runs as another user, which can still write where all users can.
+- *Where the user id cannot be changed*, the processes of root are only counted every 50 ms, not limited.
 - *A program that holds its own checks* (`run_program` without `checks`) is believed when it ends normally: a program
   that wants to can claim that. Give checks that matter as `checks`.
-- *The checks are trusted*: they run as the caller, within the limits on time and memory only.
+- *The checks are trusted*: they run as the caller, within the limits on time and memory only. A program that answers
+  right passes, whatever else it has tried that is not named above. The checks see copies of what it returns, so they
+  cannot ask whether two values are the same object, and functions and other objects without a value do not cross.
 """
 
 from __future__ import annotations
