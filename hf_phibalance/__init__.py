@@ -15,6 +15,7 @@ from .auto import AutoModelForCausalLM, disable, enable
 from .balancer import PhiBalancer
 from .callback import PhiBalanceCallback, attach
 from .config import PhiBalanceConfig
+from .hub import push_to_hub
 from .lora import lora_config
 from .patching import get_balancer, learning_report, patch, unpatch
 from .potentials import POTENTIALS
@@ -34,6 +35,7 @@ __all__ = [
     "learning_report",
     "lora_config",
     "patch",
+    "push_to_hub",
     "supported_families",
     "unpatch",
 ]

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ._compat import reload_converted_weights
 from .balancer import PhiBalancer
 from .duals import STATE_NAME
+from .hub import complete_uploads
 from .patching import announce_switched_off, find_patch, get_balancer, patch
 
 
@@ -251,6 +252,7 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
     }
     for name, wrapper in wrappers.items():
         setattr(trainer, name, wrapper)
+    complete_uploads(trainer, callback.history)
     return callback
 
 

@@ -23,6 +23,7 @@ import copy
 import functools
 import json
 import random
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -228,6 +229,7 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress_callback())
 
+    before = trainer.evaluate(datasets["test"], metric_key_prefix="untrained")
     untrained = examiner.exact_match(datasets["test"], problems["test"])
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.evaluate(datasets["test"], metric_key_prefix="test")
@@ -238,6 +240,9 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         trainer,
         balance,
         phi_balance.history,
+        before=before,
+        task=args.task,
+        command=shlex.join(["python", *sys.argv]),
         base_model=model_args.model_name_or_path,
         dataset=args.dataset_path,
         problems={split: len(rows) for split, rows in problems.items()},
