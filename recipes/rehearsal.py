@@ -10,7 +10,7 @@ from pathlib import Path
 
 # What --tiny stands for. The command line may override each of them, the YAML file does not.
 OPTIONS = [
-    *("--dataset_path", "toy", "--train_problems", "32", "--validation_problems", "4", "--test_problems", "4"),
+    *("--dataset_path", "toy", "--train_problems", "16", "--validation_problems", "4", "--test_problems", "4"),
     *("--max_steps", "2", "--global_batch_size", "4", "--per_device_train_batch_size", "2", "--logging_steps", "1"),
     *("--max_new_tokens", "4", "--dtype", "float32", "--bf16", "false", "--use_cpu", "true"),
 ]

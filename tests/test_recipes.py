@@ -1,8 +1,13 @@
 """Every recipe for a real model, rehearsed: the same class at tiny size for two steps; their launchers, memory, README."""
 
+import gc
 import importlib
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hf_phibalance as phb
@@ -28,8 +33,10 @@ VARIANTS = ("frozen-router", "none", "phibalance")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """One thread, scripts importable, no pictures (they take longer than the training)."""
+    """One thread, scripts importable, and without what takes longer than the training: pictures, collecting garbage."""
     threads = torch.get_num_threads()
+    gc.collect()
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(RECIPES)
         for name in ("plot_loads", "plot_curves"):
@@ -37,6 +44,7 @@ def quick():
         torch.set_num_threads(1)
         yield
     torch.set_num_threads(threads)
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -259,8 +267,6 @@ def test_architectures_have_the_published_size(memory):
     for model, billions in PUBLISHED.items():
         fields = json.loads((RECIPES / model / "config.json").read_text())
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        from transformers import AutoModelForCausalLM
-
         with torch.device("meta"):
             total = memory.count(AutoModelForCausalLM.from_config(config))
         assert round(total / 1e9, 1) == billions, model
@@ -300,3 +306,53 @@ def test_sharding_divides_the_state(memory):
     assert memory.state_bytes(size, full=True) == 16_000
     assert memory.state_bytes(size, full=True, processes=4) == 4000 + 200
     assert memory.activation_bytes(size, rows=3, length=5) == 15 * (2 * 8 * 2 + 32 * 10)
+
+
+# ---------------------------------------------------------------------- README
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command.replace("recipes/", "")[-60:])
+def test_command_of_the_readme(command, rehearse, tmp_path):
+    words = shlex.split(command)
+    if "cpu_2_processes" in command:  # really started; what the other launchers do is in test_launch.py
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        started = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            *words[1:],
+            "--output_dir",
+            str(tmp_path / "two"),
+        ]
+        started[3:4] = ["launch", "--main_process_port", "0"]
+        done = subprocess.run(started, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("Training with φ-balanced routers") == 1
+        assert (tmp_path / "two" / "metrics.json").is_file() and "rng_state_1.pth" in {
+            path.name for path in (tmp_path / "two").glob("checkpoint-*/*")
+        }
+        return
+    if words[:2] == ["accelerate", "launch"]:
+        args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words[2:]))
+        words = ["python", args.training_script, *args.training_script_args]
+    assert words[:2] == ["python", "recipes/sft.py"]
+    trainer, before, _ = rehearse(*(word for word in words[2:] if word != "--tiny"))
+    assert trainer.state.global_step == 2 and moved(trainer, before)
+
+
+def test_every_folder_and_launcher_is_in_the_readme():
+    text = README.read_text()
+    for name in [*MODELS, *VARIANTS, *(path.stem for path in (RECIPES / "accelerate_configs").glob("*.yaml"))]:
+        assert f"`{name}`" in text or f"{name}.yaml" in text, name
+
+
+@pytest.mark.parametrize("model", ["olmoe-1b-7b", "deepseek-moe-16b"])
+def test_memory_table_of_the_readme(model, memory):
+    written = re.search(r"<!-- memory -->\n(.*)\n<!-- /memory -->", README.read_text(), re.DOTALL)[1].splitlines()
+    table = memory.table([model], processes=6, rows=3, length=1024).splitlines()
+    assert table[:2] == written[:2] and table[2] in written and len(written) == 2 + len(MODELS)
