@@ -307,19 +307,3 @@ def build_model(model_type: str, fields: dict[str, Any], tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id,
     )
     return AutoModelForCausalLM.from_config(config, **{key: fields[key] for key in own if key in fields})
-
-
-def strict_match(text: str) -> str:
-    """The answer in `text` by the strict-match rule of GSM8K (first `#### number`), `"[invalid]"` if there is none."""
-    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    return _normalise(match[1]) if match else "[invalid]"
-
-
-def is_exact_match(generated: str, gold: str) -> bool:
-    """Whether a generated answer gives the same final number as the gold answer, by the strict-match rule."""
-    return strict_match(generated) == _normalise(gold)
-
-
-def _normalise(text: str) -> str:
-    text = re.sub(r"(?s).*#### ", "", text.replace(",", "").replace("$", ""))
-    return re.sub(r"\.$", "", text).lower()

@@ -3,10 +3,7 @@
 import torch
 from transformers import TrainerCallback
 
-from hf_phibalance import toy
-
-
-STOPS = ("Question:", "</s>", "<|im_end|>")
+from hf_phibalance.evaluation import GSM8K_STOPS, extract_strict, normalise_answer, truncate
 
 
 class Examiner(TrainerCallback):
@@ -60,9 +57,8 @@ class Examiner(TrainerCallback):
             )
             answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for answer, row in zip(answers, batch):
-                for stop in STOPS:
-                    answer = answer.split(stop)[0]
-                right += toy.is_exact_match(answer, row["answer"])
+                number = normalise_answer(extract_strict(truncate(answer, GSM8K_STOPS)))
+                right += number == normalise_answer(row["answer"])
         model.train(was_training)
         return self.trainer.accelerator.reduce(right).item() / max(len(rows), 1)
 

@@ -41,7 +41,6 @@ def test_calculations_are_right_and_chain_to_the_answer(splits):
             results.append(result)
         assert len(results) == row["answer"].count("<<") in (2, 3)
         assert row["answer"].splitlines()[-1] == f"#### {results[-1]}"
-        assert toy.strict_match(row["answer"]) == results[-1]
 
 
 def test_numbers_come_from_the_question_or_an_earlier_step(splits):
@@ -98,30 +97,6 @@ def test_tokenizer_keeps_text_and_splits_digits(tokenizer, texts, tmp_path):
         assert all(len(token) == 1 for token in reader.tokenize(texts[0]) if re.search(r"\d", token))
         assert (reader.eos_token, reader.pad_token, reader.padding_side) == ("</s>", "<pad>", "left")
         assert reader(f"64{reader.eos_token}").input_ids[-1] == reader.eos_token_id
-
-
-@pytest.mark.parametrize(
-    ("text", "gold", "right"),
-    [
-        ("#### 18", "9*2=<<9*2=18>>18\n#### 18", True),
-        ("#### 18.", "#### 18", True),
-        ("#### 18 dollars", "#### 18", True),
-        ("#### 18\n#### 19", "#### 18", True),
-        ("#### 1,000.", "#### 1,000", True),
-        ("#### 1000", "#### 1,000", True),
-        ("#### -3", "#### -3", True),
-        ("#### 1000.0", "#### 1,000", False),
-        ("#### 19\n#### 18", "#### 18", False),
-        ("#### $18", "#### 18", False),
-        ("####18", "#### 18", False),
-        ("The answer is 18.", "#### 18", False),
-        (r"\boxed{18}", "#### 18", False),
-        ("18 apples", "#### 18", False),
-        ("", "#### 18", False),
-    ],
-)
-def test_strict_match(text, gold, right):
-    assert toy.is_exact_match(text, gold) is right
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
