@@ -229,7 +229,8 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress_callback())
 
-    before = trainer.evaluate(datasets["test"], metric_key_prefix="untrained")
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # sharding for evaluation spoils the training
+    before = None if is_sharded else trainer.evaluate(datasets["test"], metric_key_prefix="untrained")
     untrained = examiner.exact_match(datasets["test"], problems["test"])
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.evaluate(datasets["test"], metric_key_prefix="test")
