@@ -229,8 +229,10 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress_callback())
 
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # sharding for evaluation spoils the training
-    before = None if is_sharded else trainer.evaluate(datasets["test"], metric_key_prefix="untrained")
+    # several processes: a trainer that has evaluated before does not wrap its model for training any more, and each
+    # process would train by its own gradients
+    is_alone = training_args.world_size == 1
+    before = trainer.evaluate(datasets["test"], metric_key_prefix="untrained") if is_alone else None
     untrained = examiner.exact_match(datasets["test"], problems["test"])
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.evaluate(datasets["test"], metric_key_prefix="test")
