@@ -104,7 +104,7 @@ def table(models, processes, rows, length):
     """The figures of `models` as a Markdown table, memory in GiB per GPU."""
     lines = [
         "| model | parameters | active | LoRA | LoRA: `single_gpu`, `ddp` | "
-        f"LoRA: `fsdp2`, `zero3` on {processes} | full: `single_gpu`, `ddp` | full: `fsdp2`, `zero3` on {processes} | "
+        f"LoRA: `fsdp2` on {processes} | full: `single_gpu`, `ddp` | full: `fsdp2`, `zero3` on {processes} | "
         f"activations, {rows} × {length:,} tokens |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]

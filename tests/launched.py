@@ -18,6 +18,10 @@ from accelerate.utils import DistributedType
 def pretend_accelerator():
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda self, cpu, sagemaker, backend=None: ("gloo", DistributedType.MULTI_GPU)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.comm.torch
+
+        deepspeed.comm.torch.build_shm_op = lambda: None  # kernels for the CPU, which take minutes to compile
 
 
 if __name__ == "__main__":

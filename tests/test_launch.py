@@ -8,6 +8,7 @@ step of training moves them a hundred times as far.
 
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import set_seed
 
+import hf_phibalance as phb
 from hf_phibalance import report
 
 
@@ -25,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
 STEPS = 3
 TRAINING = [
-    *("--tiny", "--max_steps", STEPS, "--save_strategy", "steps", "--save_steps", 1, "--eval_strategy", "no"),
+    *("--max_steps", STEPS, "--save_strategy", "steps", "--save_steps", 1, "--eval_strategy", "no"),
     *("--learning_rate", 0.5, "--adam_epsilon", 1.0, "--lr_scheduler_type", "constant"),  # smooth in the gradient
     *("--coef", 2.0, "--ema_rate", 0.7),
     *("--validation_problems", 4, "--test_problems", 4),
@@ -53,12 +56,10 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
 )
 KINDS = ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
-
-
-def options(recipe, folder, *more):
-    """The options of a run, as the command line has them."""
-    path = ROOT / RECIPES[recipe][1]
-    return [*map(str, ["--config", path, *RECIPES[recipe][2:], *TRAINING, "--output_dir", folder, *more])]
+CASES = [
+    *itertools.product(("ddp", "fsdp2"), RECIPES),
+    pytest.param("zero3", "full", marks=needs_deepspeed),  # phb.lora_config does not see through ZeRO-3's partitions
+]
 
 
 def launch(kind, *runs):
@@ -85,7 +86,30 @@ def recipe():
 
 
 @pytest.fixture(scope="module")
-def one_process(recipe, tmp_path_factory):
+def options(recipe, tmp_path_factory):
+    """The options of a run, as the command line has them: those of `--tiny`, but with a miniature that is loaded."""
+    import rehearsal
+
+    start = tmp_path_factory.mktemp("start")
+    for name, (_, path, *_) in RECIPES.items():
+        args, balance, training_args, model_args = recipe.parse(["--config", str(ROOT / path), "--tiny"])
+        set_seed(0)
+        model, tokenizer = recipe.load_model(
+            args, balance, training_args, model_args, recipe.load_problems(args)["train"]
+        )
+        phb.unpatch(model).save_pretrained(start / name)
+        tokenizer.save_pretrained(start / name)
+
+    def make(name, folder, *more):
+        _, path, *changes = RECIPES[name]
+        given = ["--config", ROOT / path, *changes, *rehearsal.OPTIONS, *TRAINING]
+        return [*map(str, [*given, "--model_name_or_path", start / name, "--output_dir", folder, *more])]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one_process(recipe, options, tmp_path_factory):
     """Results of each recipe in this process."""
     folders = {name: tmp_path_factory.mktemp("one") / name for name in RECIPES}
     for name, folder in folders.items():
@@ -94,15 +118,16 @@ def one_process(recipe, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
+def launched(options, tmp_path_factory):
     """What two processes left of `kind`: each recipe, and each resumed after its first step; made once."""
     made = {}
 
     def make(kind):
         if kind not in made:
             root = tmp_path_factory.mktemp(kind)
-            runs = [options(name, root / name) for name in RECIPES]
-            for name in RECIPES:
+            names = RECIPES if kind != "zero3" else ["full"]
+            runs = [options(name, root / name) for name in names]
+            for name in names:
                 again = root / f"{name}-resumed"
                 runs.append(options(name, again, "--resume_from_checkpoint", root / name / "checkpoint-1"))
             made[kind] = root, launch(kind, *runs)
@@ -151,15 +176,13 @@ def test_reference_moves(one_process, name):
     assert abs(losses(folder)[1] - losses(folder)[STEPS]) > 100 * LOSS_BOUND
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, name", CASES)
 def test_two_processes_train_as_one(kind, name, launched, one_process):
     root, _ = launched(kind)
     assert_same_training(root / name, one_process[name])
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, name", CASES)
 def test_resumes_in_two_processes(kind, name, launched, one_process):
     root, _ = launched(kind)
     assert not (root / f"{name}-resumed" / "checkpoint-1").exists()
@@ -167,7 +190,7 @@ def test_resumes_in_two_processes(kind, name, launched, one_process):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_one_process_resumes_what_two_began(name, launched, one_process, recipe, tmp_path):
+def test_one_process_resumes_what_two_began(name, launched, one_process, recipe, options, tmp_path):
     root, _ = launched("ddp")
     recipe.main(*recipe.parse(options(name, tmp_path, "--resume_from_checkpoint", root / name / "checkpoint-1")))
     assert_same_training(tmp_path, one_process[name], first_step=2)
@@ -176,9 +199,10 @@ def test_one_process_resumes_what_two_began(name, launched, one_process, recipe,
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_and_words_come_from_the_main_process(kind, launched):
     root, out = launched(kind)
-    assert out.count("Training with φ-balanced routers") == out.count("MaxVio over all held-out problems") == 4
-    assert out.count("No exact match, since the weights are sharded") == (0 if kind == "ddp" else 4)
-    for name in RECIPES:
+    names = [name for name in RECIPES if (root / name).exists()]
+    assert out.count("Training with φ-balanced routers") == out.count("Results in ") == 2 * len(names)
+    assert out.count("No exact match, since the weights are sharded") == (0 if kind == "ddp" else 2 * len(names))
+    for name in names:
         summary = json.loads((root / name / "metrics.json").read_text())
         trained = summary["exact_match"]["trained"]
         assert trained is None if kind != "ddp" else 0 <= trained <= 1
