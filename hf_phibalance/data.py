@@ -431,6 +431,11 @@ def to_sft_dataset(task: str, rows: Iterable[Row], tokenizer: Any = None) -> Dat
     """
     Rows as a dataset with the columns `prompt` and `completion`, of which TRL trains the completion only.
 
+    A tokenizer may merge the end of a prompt with the start of its completion (in GPT-2's way of splitting, a line break
+    with the indentation after it). TRL would then train on another context than the one that generation starts from. So
+    with such a tokenizer the rows come tokenized as well, prompt and completion on their own, as `input_ids` and
+    `completion_mask`.
+
     Args:
         task (`str`): one of `TASKS`.
         rows (`Iterable[dict]`): what `load_rows` returned.
@@ -466,7 +471,23 @@ def to_sft_dataset(task: str, rows: Iterable[Row], tokenizer: Any = None) -> Dat
                 ]
             )
         logger.warning(f"The chat template changes the completions of {task}: plain text is trained on instead.")
-    return Dataset.from_list([{"prompt": prompt, "completion": text} for prompt, text in pairs])
+    texts = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
+    if tokenizer is not None and any(_merges(tokenizer, *pair) for pair in pairs[:8]):
+        return Dataset.from_list([{**row, **_tokens(tokenizer, *pair)} for row, pair in zip(texts, pairs)])
+    return Dataset.from_list(texts)
+
+
+def _merges(tokenizer: Any, prompt: str, text: str) -> bool:
+    """Whether the tokens of a prompt change when its completion follows."""
+    alone = tokenizer(prompt)["input_ids"]
+    return tokenizer(prompt + text)["input_ids"][: len(alone)] != alone
+
+
+def _tokens(tokenizer: Any, prompt: str, text: str) -> dict[str, list[int]]:
+    """What TRL makes of a row, but for where the completion starts."""
+    before = tokenizer(prompt)["input_ids"]
+    after = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return {"input_ids": before + after, "completion_mask": [0] * len(before) + [1] * len(after)}
 
 
 def _survives(tokenizer: Any, prompt: str, text: str) -> bool:

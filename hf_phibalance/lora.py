@@ -271,7 +271,8 @@ def _rewritten_by_peft(root: nn.Module) -> set[str]:
 def _matrices(module: nn.Module) -> Iterator[str]:
     """Names of the parameters of `module` itself that are one matrix, or one per expert."""
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim == 3 or (parameter.ndim == 2 and parameter.shape[0] > 1 and not name.endswith("bias")):
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty one between forwards
+        if len(shape) == 3 or (len(shape) == 2 and shape[0] > 1 and not name.endswith("bias")):
             yield name
 
 

@@ -106,7 +106,7 @@ class Run:
         tenth = max(1, len(max_vio) // 10)
         run.summary = {
             "model_type": trainer.model.config.model_type,
-            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),  # ZeRO-3 or not
             "steps": trainer.state.global_step,
             "seed": trainer.args.seed,
             "balance": balance.to_dict() if balance.is_on else None,

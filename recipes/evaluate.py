@@ -204,23 +204,14 @@ def load_tokenizer(args):
 def load_model(args, tokenizer):
     """The model in eval mode, patched if it was saved so, with nothing of its own in how it generates."""
     import torch
-    from safetensors import safe_open
     from transformers import GenerationConfig
-    from transformers.utils import cached_file
 
     import hf_phibalance as phb
-    from hf_phibalance.duals import STATE_NAME
+    from hf_phibalance import deepseek_moe
 
-    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    balance = None
-    adapter = cached_file(args.model_name_or_path, "adapter_config.json", revision=args.revision, **missing)
-    state = cached_file(args.model_name_or_path, STATE_NAME, revision=args.revision, **missing)
-    if adapter is not None and state is not None:  # its config.json is that of the base model, which says nothing
-        with safe_open(state, framework="pt") as file:
-            balance = json.loads(file.metadata()["config"])
+    deepseek_moe.register()
     model = phb.AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,
-        phi_balance=balance,
         dtype=args.dtype,
         device_map=args.device_map,
         attn_implementation=args.attn_implementation,

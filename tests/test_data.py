@@ -287,6 +287,9 @@ class ChatTokenizer:
     def __init__(self, content):
         self.chat_template = "<{role}>" + content
 
+    def __call__(self, text):
+        return {"input_ids": list(text.encode())}
+
     def apply_chat_template(self, messages, tokenize):
         strip = "strip" in self.chat_template
         return "".join(f"<{m['role']}>{m['content'].strip() if strip else m['content']}" for m in messages)
@@ -315,14 +318,20 @@ def test_datasets_for_trl(warned):
 def test_trl_trains_the_completion_only(tmp_path):
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = toy.train_tokenizer([GSM8K["question"], GSM8K["answer"]])
+    code = data.TASKS["mbpp"].prompt(MBPP) + data.TASKS["mbpp"].completion(MBPP)
+    tokenizer = toy.train_tokenizer([GSM8K["question"], GSM8K["answer"], *[code] * 50])
+    alone = tokenizer(data.TASKS["mbpp"].prompt(MBPP))["input_ids"]
+    assert tokenizer(code)["input_ids"][: len(alone)] != alone  # merges the line break and the indentation
     fields = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = toy.build_model("llama", fields | {"num_key_value_heads": 2}, tokenizer)
     args = SFTConfig(str(tmp_path), report_to="none", bf16=False, use_cpu=True, max_length=None)
     for task, row in (("gsm8k", GSM8K), ("mbpp", MBPP)):
-        trainer = SFTTrainer(model, args, train_dataset=data.to_sft_dataset(task, [row]), processing_class=tokenizer)
+        dataset = data.to_sft_dataset(task, [row], tokenizer)
+        trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
         batch = next(iter(trainer.get_train_dataloader()))
         trained = batch["input_ids"][batch["labels"] != -100]
+        prompt = tokenizer(data.TASKS[task].prompt(row))["input_ids"]
+        assert batch["input_ids"][0, : len(prompt)].tolist() == prompt  # what generation will start from
         assert tokenizer.decode(trained) == data.TASKS[task].completion(row) + tokenizer.eos_token
         assert tokenizer.decode(batch["input_ids"][batch["labels"] == -100]) == data.TASKS[task].prompt(row)
 
