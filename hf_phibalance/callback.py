@@ -221,6 +221,7 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
     @functools.wraps(get_batch_samples)
     def counted_batch_samples(*args, **kwargs):
         batches, items = get_batch_samples(*args, **kwargs)
+        _refuse_ranks_apart(trainer)
         balancer = current()
         if batches and balancer is not None:
             balancer.begin_step(_model_inputs(batches), loss_scale=callback.loss_scale)
@@ -290,6 +291,17 @@ def _metrics_for(
     if "loss" in logs and trainer.is_world_process_zero():
         return callback.training_metrics(trainer.state)
     return {}
+
+
+def _refuse_ranks_apart(trainer: Trainer) -> None:
+    """A `Trainer` that has evaluated before it trains leaves the model out of `DistributedDataParallel`."""
+    kind = trainer.accelerator.distributed_type
+    if kind.value.startswith("MULTI_") and trainer.model_wrapped is trainer.model:
+        raise RuntimeError(
+            f"{trainer.args.world_size} processes train without exchanging gradients, since trainer.evaluate() ran before "
+            "trainer.train() (transformers then skips DistributedDataParallel). Evaluate with another Trainer, or after "
+            "training."
+        )
 
 
 def _refuse_unknown_scaling(trainer: Trainer, process_group: dist.ProcessGroup | None) -> None:

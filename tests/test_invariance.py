@@ -14,6 +14,7 @@ import itertools
 import os
 import pickle
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from filelock import FileLock
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from training import make_trainer, patched, rows
 
 import hf_phibalance as phb
 
@@ -305,9 +307,22 @@ def sharded_residuals():
     return residuals
 
 
+def refusal_after_evaluation():
+    """What is said when a `Trainer` evaluates before it trains, and so would train each rank on its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(patched(coef=0.1), folder, eval_dataset=rows(4), max_steps=1)
+        phb.attach(trainer)
+        trainer.evaluate()
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            return str(error)
+
+
 def on_each_rank():
     invariance.prepare_process()
     return {
+        "refusal": refusal_after_evaluation(),
         "matrix": [invariance.measure(cell, "mixtral") for cell in cells_of_two_ranks()],
         "sharded": sharded_residuals(),
         "duals": {kind: trajectory(2, 2, "none", config) for kind, config in DUALS.items()},
@@ -346,6 +361,11 @@ def test_built_in_loss_on_two_ranks(two_ranks):
     (stock,) = [result for result in two_ranks[0]["matrix"] if result.cell.balancing == "built-in"]
     assert stock.cell.accumulation * stock.cell.ranks == 16
     assert stock.ratio == pytest.approx(16, rel=0.1)
+
+
+def test_ranks_that_would_train_apart_are_refused(two_ranks):
+    for results in two_ranks:
+        assert "2 processes train without exchanging gradients" in results["refusal"]
 
 
 def test_coefficient_under_fsdp2(two_ranks):
