@@ -62,7 +62,7 @@ class PhiBalancer:
         self._eval_sums: Tensor | None = None
         self._bad_steps = torch.zeros(())
         self._checked = False
-        self._charged = torch.zeros(())
+        self._charged_price = torch.zeros(self._duals.layout.total)  # the prices of the last step
         self._forwarding = False
         self._tokens: Tokens | None = None  # of the forward under way
         self._latest: Tokens | None = None  # of the latest training forward, which its backward may run again
@@ -129,7 +129,7 @@ class PhiBalancer:
         if self.has_bias:
             values["bias_range"] = max(float(bias.max() - bias.min()) for bias in self.biases().values())
         if self.config.coef > 0:
-            values["balance_loss"] = float(self._charged)
+            values["balance_loss"] = float(self._duals.charged(self._split(self._last)["probs"], self._charged_price))
         return values
 
     def learning_report(self) -> LearningReport:
@@ -221,7 +221,7 @@ class PhiBalancer:
         statistics, finite = self._split(sums), torch.isfinite(sums).all()
         self._bad_steps += ~finite
         if self.config.coef > 0:
-            self._charged = self._duals.charged(statistics["probs"])
+            self._charged_price.copy_(self._duals.price)
         self._duals.update(statistics, finite)
         sums.zero_()
         self._step = OptimizerStep()
@@ -441,10 +441,11 @@ class PhiBalancer:
 
     @torch.no_grad()
     def _add(self, index: int, probs_E: Tensor | None, load_E: Tensor) -> None:
-        sums = self._split(self._sums if self._eval_sums is None else self._eval_sums)
-        sums["load"][self._spans[index]] += load_E.to(sums["load"].device)
+        sums = self._sums if self._eval_sums is None else self._eval_sums
+        span, total = self._spans[index], self._duals.layout.total  # one operation each: this runs for every router
+        sums[total + span.start : total + span.stop].add_(load_E.to(sums.device))
         if probs_E is not None:
-            sums["probs"][self._spans[index]] += probs_E.to(sums["probs"].device)
+            sums[span].add_(probs_E.to(sums.device))
 
     def selection_bias(self, index: int) -> Tensor | None:
         """Bias `(E,)` that the selection of router `index` has to add, `None` if it has none or adds it itself."""
@@ -544,7 +545,7 @@ class PhiBalancer:
         device = next((p.device for p in self.root.parameters() if p.device.type != "meta"), self._sums.device)
         if device != self._sums.device:
             self._duals.to(device)
-            for name in ("_sums", "_last", "_bad_steps"):
+            for name in ("_sums", "_last", "_bad_steps", "_charged_price"):
                 setattr(self, name, getattr(self, name).to(device))
         return device
 

@@ -117,13 +117,13 @@ class Duals:
         return centred_price(self._potential, (1 - rate) * mean + rate * sums_E / sums_E.sum().clamp(min=1e-30))
 
     @torch.no_grad()
-    def charged(self, probs: Tensor) -> Tensor:
-        """coef · Σ_layers ⟨q, mean p⟩ for `probs` summed over tokens, flat: the value of the balancing term, `()`."""
+    def charged(self, probs: Tensor, price: Tensor) -> Tensor:
+        """coef · Σ_layers ⟨price, mean p⟩ for `probs` summed over tokens, both flat: the value of the balancing term."""
         value = torch.zeros((), device=probs.device)
         for span, shape in self.layout.runs():
             probs_LE = probs[span].view(shape)
             share_LE = probs_LE / probs_LE.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-            value = value + (share_LE * self.price[span].view(shape)).sum()
+            value = value + (share_LE * price[span].view(shape)).sum()
         return self.config.coef * value
 
     @torch.no_grad()

@@ -58,9 +58,9 @@ def price_gradient(logits: Tensor, price: Tensor, scoring: str) -> Tensor:
     probs = routing_probs(logits, scoring)
     price = price.to(probs.dtype)
     paid = (probs * price).sum(dim=-1, keepdim=True)  # (T, 1); not a matmul, which autocast would round
-    gradient = probs * (price - paid)
+    gradient = (price - paid).mul_(probs)  # in place, so that it stays in the cache
     if scoring != "softmax":
-        gradient = gradient * SCORINGS[scoring].dlog(logits.to(probs.dtype))
+        gradient.mul_(SCORINGS[scoring].dlog(logits.to(probs.dtype)))
     return gradient
 
 
@@ -84,5 +84,5 @@ class ChargePrices(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_carrier: Tensor):
         (logits,) = ctx.saved_tensors
-        charge = price_gradient(logits, ctx.price, ctx.scoring) * ctx.rate.unsqueeze(-1)
+        charge = price_gradient(logits, ctx.price, ctx.scoring).mul_(ctx.rate.unsqueeze(-1))
         return grad_carrier, charge.to(logits.dtype), None, None, None

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import hf_phibalance as phb
 from hf_phibalance import report
 from hf_phibalance.routers import find_routers
+from hf_phibalance.toy import make_splits
 
 
 ROOT = Path(__file__).parents[1]
@@ -319,6 +320,10 @@ def commands():
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command.replace("recipes/", "")[-60:])
 def test_command_of_the_readme(command, rehearse, tmp_path):
     words = shlex.split(command)
+    if "path/to/gsm8k" in words:
+        for split, rows in make_splits(16, 4, 4).items():
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words[words.index("path/to/gsm8k")] = str(tmp_path)
     if "cpu_2_processes" in command:  # really started; what the other launchers do is in test_launch.py
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         started = [
