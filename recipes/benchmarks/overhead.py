@@ -83,7 +83,8 @@ def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], method: object)
 
 
 def seconds(model: torch.nn.Module, batch: dict[str, torch.Tensor], method: object) -> float:
-    step(model, batch, method)  # the first step after patching also checks the set-up, once
+    for _ in range(2):  # the first step after patching checks the set-up, the second what the prices reach, both once
+        step(model, batch, method)
     if batch["input_ids"].is_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
