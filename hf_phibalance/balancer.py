@@ -67,9 +67,7 @@ class PhiBalancer:
         self._tokens: Tokens | None = None  # of the forward under way
         self._latest: Tokens | None = None  # of the latest training forward, which its backward may run again
         self._labels: Tensor | None = None
-        self._norms: dict[int, Tensor] | None = (
-            None  # of the balancing gradient, by router; `None` until there are prices
-        )
+        self._norms: dict[int, Tensor] | None = None  # of the balancing gradient, once there are prices
         self._measuring = False
         self._step = OptimizerStep()
 

@@ -221,7 +221,8 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
     @functools.wraps(get_batch_samples)
     def counted_batch_samples(*args, **kwargs):
         batches, items = get_batch_samples(*args, **kwargs)
-        _refuse_ranks_apart(trainer)
+        if process_group is None:  # else ranks may share a model that nothing wraps
+            _refuse_ranks_apart(trainer)
         balancer = current()
         if batches and balancer is not None:
             balancer.begin_step(_model_inputs(batches), loss_scale=callback.loss_scale)
@@ -296,7 +297,7 @@ def _metrics_for(
 def _refuse_ranks_apart(trainer: Trainer) -> None:
     """A `Trainer` that has evaluated before it trains leaves the model out of `DistributedDataParallel`."""
     kind = trainer.accelerator.distributed_type
-    if kind.value.startswith("MULTI_") and trainer.model_wrapped is trainer.model:
+    if trainer.args.world_size > 1 and kind.value.startswith("MULTI_") and trainer.model_wrapped is trainer.model:
         raise RuntimeError(
             f"{trainer.args.world_size} processes train without exchanging gradients, since trainer.evaluate() ran before "
             "trainer.train() (transformers then skips DistributedDataParallel). Evaluate with another Trainer, or after "
