@@ -1,0 +1,240 @@
+# Copyright 2026 The hf_phibalance authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the comparison: what it depends on, its training loop, and what is read off it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from measures import balance_figures, changed_share, count_by_window, recorded_choices, steps_to_recover, thin
+from models import build_model
+from streams import DOMAINS, Corpus, batches, switch_step
+from torch import Tensor
+
+import hf_phibalance as phb
+from hf_phibalance import metrics
+
+
+CURVE_POINTS = 50
+CHURN_PROBES = 8
+CHURN_WINDOWS = 8  # of each domain
+SETTLED = 0.75  # the last quarter of the steps is what "in training" means
+# Fields of PhiBalanceConfig whose defaults a result depends on although nobody wrote them down. Later ones enter a key
+# only where a plan sets them, so that a new field does not make all earlier results look unfinished.
+RESOLVED = (
+    "method",
+    "coef",
+    "bias_coef",
+    "potential",
+    "potential_kwargs",
+    "ema_rate",
+    "track",
+    "bias_track",
+    "price_from",
+    "token_mask",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Everything a result depends on.
+
+    Args:
+        model (`str`): A key of `models.MODELS`.
+        stream (`str`): One of `streams.STREAMS`.
+        seed (`int`): Seed of the weights and of the order of the data.
+        method (`dict`): Arguments of `PhiBalanceConfig`.
+        steps (`int`, *optional*, defaults to `500`): Optimizer steps.
+        rows (`int`, *optional*, defaults to `9`): Windows of a step.
+        window (`int`, *optional*, defaults to `64`): Tokens of a window.
+        learning_rate (`float`, *optional*, defaults to `0.003`): Peak; 5% warm-up, then a cosine to a tenth.
+        weight_decay (`float`, *optional*, defaults to `0.1`): Of matrices only.
+        model_fields (`dict`, *optional*): Fields of the model's config that differ from `models.MODELS`.
+        vocab_size, validation_windows (`int`, *optional*, default to `1024` and `192`): Of the text, see `streams`.
+        corpus (`str`): Fingerprint of the text.
+    """
+
+    model: str
+    stream: str
+    seed: int
+    method: dict[str, Any]
+    steps: int = 500
+    rows: int = 9
+    window: int = 64
+    learning_rate: float = 0.003
+    weight_decay: float = 0.1
+    model_fields: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int = 1024
+    validation_windows: int = 192
+    corpus: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of it as plain JSON values, with what `PhiBalanceConfig` adds to `method`."""
+        resolved = self.config.to_dict()
+        method = {name: resolved[name] for name in resolved if name in RESOLVED or name in self.method}
+        return {**dataclasses.asdict(self), "method": method}
+
+    @property
+    def key(self) -> str:
+        """Digest of the settings but for the text: what a result is found by."""
+        settings = {name: value for name, value in self.settings.items() if name != "corpus"}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def config(self) -> phb.PhiBalanceConfig:
+        return phb.PhiBalanceConfig(**self.method)
+
+
+class Diverged(Exception):
+    """The loss is no longer a number."""
+
+
+def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
+    """
+    Trains one model and examines it.
+
+    Args:
+        run (`Run`): What to train.
+        corpus (`Corpus`): Its text.
+        tell (`Callable`, *optional*): Called with the number of finished steps.
+
+    Returns:
+        `dict`: one line of the results file: `key`, `settings`, `metrics`, `curve`, `experts` (share of the assignments
+        by layer, domain and expert) and `environment`. Of a run that diverged, `metrics` has only the step.
+    """
+    model = build_model(run.model, corpus.vocab_size, run.seed, **run.model_fields)
+    phb.patch(model, run.config)
+    balancer = phb.get_balancer(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.95))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, run.steps))
+    settled = int(SETTLED * run.steps)
+    probes = {settled + (run.steps - settled) * i // CHURN_PROBES for i in range(CHURN_PROBES)}
+    probe = torch.cat([corpus.validation[domain][:CHURN_WINDOWS] for domain in DOMAINS])
+    record = {"key": run.key, "settings": run.settings, "environment": environment()}
+    losses: list[float] = []
+    max_vios: list[float] = []
+    seconds: list[float] = []
+    churn: list[float] = []
+    start = time.perf_counter()
+    try:
+        for step, ids in enumerate(batches(corpus, run.stream, run.steps, run.rows, run.seed)):
+            began = time.process_time()
+            balancer.begin_step([{"input_ids": ids}])
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            paused = time.process_time()
+            before = choose(model, balancer, probe) if step in probes else None
+            resumed = time.process_time()
+            balancer.step()
+            seconds.append(time.process_time() - resumed + paused - began)
+            if before is not None:
+                churn.append(changed_share(before, choose(model, balancer, probe)))
+            losses.append(float(loss.detach()))
+            max_vios.append(float(metrics.max_vio(torch.stack(list(balancer.loads().values()))).mean()))
+            if not math.isfinite(losses[-1]):
+                raise Diverged
+            tell(step + 1)
+        figures, experts = examine(model, balancer, corpus, run.rows)
+        if not math.isfinite(figures["loss"]):
+            raise Diverged
+    except Diverged:
+        return {**record, "metrics": {"diverged_at": len(losses)}, "curve": {}, "experts": []}
+    figures |= {
+        "train_loss": statistics.fmean(losses[settled:]),
+        "max_vio_train_batch": statistics.fmean(max_vios[settled:]),
+        "churn": statistics.fmean(churn),
+        "step_ms": 1e3 * statistics.median(seconds),
+        "run_seconds": time.perf_counter() - start,
+    }
+    if run.stream == "shift":
+        switch = switch_step(run.steps)
+        soon = max(1, run.steps // 10)
+        figures |= {
+            "recovery_steps": steps_to_recover(max_vios, switch),
+            "max_vio_after_shift": statistics.fmean(max_vios[switch : switch + soon]),
+            "loss_recovery_steps": steps_to_recover(losses, switch),
+            "loss_after_shift": statistics.fmean(losses[switch : switch + soon]),
+        }
+    curve = {"loss": _rounded(thin(losses, CURVE_POINTS)), "max_vio": _rounded(thin(max_vios, CURVE_POINTS))}
+    return {**record, "metrics": figures, "curve": curve, "experts": experts}
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, the rest without; frozen parameters in neither."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in learned if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def lr_factor(step: int, steps: int) -> float:
+    """Linear warm-up over 5% of the steps, then a cosine down to a tenth."""
+    warm_up = max(1, steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@torch.no_grad()
+def choose(model: torch.nn.Module, balancer: phb.PhiBalancer, ids: Tensor) -> list[Tensor]:
+    """The experts `(T, k)` that each layer chooses for `ids`, in eval mode."""
+    model.eval()
+    with recorded_choices(balancer) as chosen:
+        model.base_model(input_ids=ids)
+    model.train()
+    return chosen
+
+
+@torch.no_grad()
+def examine(
+    model: torch.nn.Module, balancer: phb.PhiBalancer, corpus: Corpus, rows: int, batch: int = 16
+) -> tuple[dict[str, float], list]:
+    """Loss by domain and balance over all held-out windows, and the shares of the experts `(L, D, E)`."""
+    model.eval()
+    losses, counts = {}, []
+    num_experts = balancer.sites[0].num_experts
+    for domain in DOMAINS:
+        sums, by_window = [], []
+        for ids in corpus.validation[domain].split(batch):
+            with recorded_choices(balancer) as chosen:
+                loss = model(input_ids=ids, labels=ids).loss
+            sums.append(float(loss) * len(ids))
+            by_window.append(count_by_window(chosen, len(ids), num_experts))
+        losses[domain] = math.fsum(sums) / len(corpus.validation[domain])
+        counts.append(torch.cat(by_window))
+    model.train()
+    counts_DWLE = torch.stack(counts)
+    figures = {"loss": statistics.fmean(losses.values()), **{f"loss_{name}": loss for name, loss in losses.items()}}
+    figures |= balance_figures(counts_DWLE, rows)
+    by_domain_DLE = counts_DWLE.sum(1)
+    shares_LDE = (by_domain_DLE / by_domain_DLE.sum(-1, keepdim=True)).transpose(0, 1)
+    return figures, [[_rounded(shares) for shares in layer] for layer in shares_LDE.tolist()]
+
+
+def environment() -> dict[str, Any]:
+    """Versions that figures may depend on."""
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+
+
+def _rounded(values: Sequence[float], digits: int = 5) -> list[float]:
+    return [round(value, digits) for value in values]

@@ -1,0 +1,287 @@
+# Copyright 2026 The hf_phibalance authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and pictures of finished runs: means and spreads over seeds, and differences to a baseline paired by seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plans import Method, Plan
+from streams import DOMAINS
+
+from results import Results
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a run: its heading, how it is printed, whether its difference to the baseline is shown as well."""
+
+    name: str
+    heading: str
+    form: str = ".3f"
+    paired: bool = False
+
+
+COLUMNS = (
+    Column("loss", "validation loss", paired=True),
+    *(Column(f"loss_{domain}", domain) for domain in DOMAINS),
+    Column("max_vio_global", "MaxVio global", paired=True),
+    Column("max_vio_worst_layer", "worst layer", ".2f"),
+    Column("max_vio_train_batch", "MaxVio batch, training", ".2f"),
+    Column("max_vio_mixed_batch", "batch, held out, mixed", ".2f"),
+    Column("max_vio_domain_batch", "batch, held out, one domain", ".2f"),
+    Column("gini", "Gini"),
+    Column("dead_experts", "dead experts", ".1f"),
+    Column("churn", "churn", ".2%"),
+    Column("domain_information", "domain information, bits"),
+    Column("step_ms", "step, ms", ".0f"),
+)
+SHIFT_COLUMNS = (
+    Column("recovery_steps", "MaxVio: steps to recover", ".0f"),
+    Column("max_vio_after_shift", "MaxVio batch after the shift", ".2f"),
+    Column("loss_recovery_steps", "loss: steps to recover", ".0f"),
+    Column("loss_after_shift", "loss after the shift"),
+)
+# Two-sided 95% quantiles of Student's t by degrees of freedom, for up to ten seeds; a normal distribution beyond.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def mean_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (divided by n - 1; `nan` for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float, bool]:
+    """
+    Mean and sample standard deviation of `values[seed] - baseline[seed]` over the seeds that both have, and whether the
+    mean is further from 0 than a two-sided t-test at 5% allows for (never with a single seed).
+
+    Raises:
+        ValueError: if they have no seed in common.
+    """
+    differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
+    if not differences:
+        raise ValueError("the two have no seed in common, there is nothing to pair.")
+    mean, spread = mean_spread(differences)
+    count = len(differences)
+    if count < 2:
+        return mean, spread, False
+    quantile = T95[count - 2] if count - 2 < len(T95) else 1.96
+    return mean, spread, abs(mean) > quantile * spread / math.sqrt(count)
+
+
+# ---------------------------------------------------------------------- what there is
+
+
+def figures_of(plan: Plan, results: Results, method: Method, model: str, stream: str) -> dict[int, dict[str, float]]:
+    """The figures of the finished runs by seed; empty for one that diverged."""
+    found = {}
+    for seed in plan.seeds:
+        record = results.get(plan.run(method, model, stream, seed))
+        if record is not None:
+            found[seed] = {} if "diverged_at" in record["metrics"] else record["metrics"]
+    return found
+
+
+def records_of(plan: Plan, results: Results, method: Method, model: str, stream: str) -> list[dict[str, Any]]:
+    """The finished runs that did not diverge."""
+    records = [results.get(plan.run(method, model, stream, seed)) for seed in plan.seeds]
+    return [record for record in records if record is not None and "diverged_at" not in record["metrics"]]
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
+    """`<output>/<plan>.md`, if any run of the plan is finished."""
+    sections = []
+    for model in plan.models:
+        for stream in plan.streams:
+            rows = {m.label: figures_of(plan, results, m, model, stream) for m in plan.methods}
+            if any(rows.values()):
+                sections.append(f"## {model}, {stream}\n\n{table(plan, rows, stream == 'shift')}\n")
+                best = best_of_families(plan, rows)
+                if best:
+                    sections.append(best)
+    if not sections:
+        return []
+    tokens = plan.rows * plan.window
+    note = (
+        f"{plan.steps} steps of {tokens} tokens. Mean ± standard deviation over the seeds "
+        f"({', '.join(map(str, plan.seeds))}; fewer where n says so). Δ: difference to `{plan.baseline}`, paired by seed; * "
+        "where a paired t-test at 5% tells it from 0."
+    )
+    path = output / f"{plan.name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# {plan.question or plan.name}\n\n{note}\n\n" + "\n".join(sections), encoding="utf-8")
+    return [path]
+
+
+def table(plan: Plan, rows: Mapping[str, Mapping[int, Mapping[str, float]]], shift: bool) -> str:
+    """One markdown table: a row for each method, in the order of the plan."""
+    columns = [*COLUMNS, *(SHIFT_COLUMNS if shift else ())]
+    headings = ["method", "n"]
+    for column in columns:
+        headings += [column.heading, "Δ"] if column.paired else [column.heading]
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    for label, by_seed in rows.items():
+        if not by_seed:
+            continue
+        fine = {seed: figures for seed, figures in by_seed.items() if figures}
+        diverged = len(by_seed) - len(fine)
+        cells = [label, f"{len(fine)}" + (f", {diverged} diverged" if diverged else "")]
+        for column in columns:
+            values = {seed: figures[column.name] for seed, figures in fine.items()}
+            cells.append(cell(column, list(values.values())))
+            if column.paired:
+                cells.append(delta(column, label, values, rows.get(plan.baseline, {}), plan.baseline))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(column: Column, values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean, spread = mean_spread(values)
+    return f"{mean:{column.form}}" if math.isnan(spread) else f"{mean:{column.form}} ± {spread:{column.form}}"
+
+
+def delta(column: Column, label: str, values: Mapping[int, float], baseline: Mapping, name: str) -> str:
+    base = {seed: figures[column.name] for seed, figures in baseline.items() if figures}
+    if label == name or not set(values) & set(base):
+        return "" if label == name else "–"
+    mean, spread, told = paired_difference(values, base)
+    text = f"{mean:+{column.form}}" if math.isnan(spread) else f"{mean:+{column.form}} ± {spread:{column.form}}"
+    return text + " *" * told
+
+
+def best_of_families(plan: Plan, rows: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
+    """For each family of several settings the one with the least mean loss and the one with the least mean MaxVio."""
+    families: dict[str, list[str]] = {}
+    for method in plan.methods:
+        families.setdefault(method.family, []).append(method.label)
+    lines = []
+    for family, labels in families.items():
+        if len(labels) < 2:
+            continue
+        said = []
+        for name, heading in (("loss", "loss"), ("max_vio_global", "MaxVio global")):
+            means = {}
+            for label in labels:
+                values = [figures[name] for figures in rows.get(label, {}).values() if figures]
+                if values:
+                    means[label] = statistics.fmean(values)
+            if means:
+                best = min(means, key=means.__getitem__)
+                said.append(f"{heading} {means[best]:.3f} with `{best}`")
+        if said:
+            lines.append(f"- Best of the {len(labels)} settings of *{family}*: " + "; ".join(said) + ".")
+    return "\n".join([*lines, ""]) if lines else ""
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
+    """For each model: loss against MaxVio, the curves over the steps, and which domain goes to which experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    written = []
+    for model in plan.models:
+        found = {
+            stream: {
+                m.label: records for m in plan.methods if (records := records_of(plan, results, m, model, stream))
+            }
+            for stream in plan.streams
+        }
+        found = {stream: by_label for stream, by_label in found.items() if by_label}
+        if not found:
+            continue
+        drawings: dict[str, Callable] = {"frontier": draw_frontier, "curves": draw_curves, "experts": draw_experts}
+        for name, draw in drawings.items():
+            path = output / f"{plan.name}-{model}-{name}.png"
+            figure = draw(plan, found)
+            figure.suptitle(f"{plan.question or plan.name} ({model})")
+            figure.savefig(path, dpi=110, bbox_inches="tight")
+            written.append(path)
+            matplotlib.pyplot.close(figure)
+    return written
+
+
+def colour(plan: Plan, label: str) -> Any:
+    import matplotlib
+
+    labels = [method.label for method in plan.methods]
+    palette = matplotlib.colormaps["tab10" if len(labels) <= 10 else "tab20"]
+    return palette(labels.index(label) % palette.N)
+
+
+def draw_frontier(plan: Plan, found: Mapping[str, Mapping[str, list[dict]]]):
+    """Validation loss against MaxVio_global, a cross of standard deviations for each method; a panel for each stream."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 4.2), squeeze=False)
+    for axis, (stream, by_label) in zip(axes[0], found.items()):
+        for label, records in by_label.items():
+            x, dx = mean_spread([record["metrics"]["max_vio_global"] for record in records])
+            y, dy = mean_spread([record["metrics"]["loss"] for record in records])
+            bars = {} if math.isnan(dx) else {"xerr": dx, "yerr": dy}
+            axis.errorbar([x], [y], **bars, fmt="o", capsize=2, color=colour(plan, label), label=label)
+        axis.set(xscale="log", title=stream, xlabel="MaxVio over all held-out text")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("validation loss")
+    _legend(figure, axes[0][0])
+    figure.tight_layout()
+    return figure
+
+
+def draw_curves(plan: Plan, found: Mapping[str, Mapping[str, list[dict]]]):
+    """Training loss and MaxVio of the batch over the steps, means over the seeds."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, len(found), figsize=(4.6 * len(found), 6.4), squeeze=False, sharex=True)
+    for column, (stream, by_label) in enumerate(found.items()):
+        for row, (name, heading) in enumerate((("loss", "training loss"), ("max_vio", "MaxVio of the batch"))):
+            axis = axes[row][column]
+            for label, records in by_label.items():
+                points = min(len(record["curve"][name]) for record in records)
+                mean = [statistics.fmean(record["curve"][name][i] for record in records) for i in range(points)]
+                steps = [(i + 0.5) * plan.steps / points for i in range(points)]
+                axis.plot(steps, mean, color=colour(plan, label), label=label, linewidth=1.2)
+            axis.grid(alpha=0.3)
+            axis.set_title(stream if row == 0 else "")
+            if row == 1:
+                axis.set(yscale="log", xlabel="step")
+            if column == 0:
+                axis.set_ylabel(heading)
+    _legend(figure, axes[0][0])
+    figure.tight_layout()
+    return figure
+
+
+def draw_experts(plan: Plan, found: Mapping[str, Mapping[str, list[dict]]]):
+    """Relative load of the experts by domain (1 is the fair share) in the last layer, of the first seed."""
+    from matplotlib import pyplot as plt
+
+    stream, by_label = next(iter(found.items()))
+    figure, axes = plt.subplots(len(by_label), 1, figsize=(8, 0.9 * len(by_label) + 0.8), squeeze=False)
+    for axis, (label, records) in zip(axes[:, 0], by_label.items()):
+        shares = records[0]["experts"][-1]
+        relative = [[share * len(row) for share in row] for row in shares]
+        image = axis.imshow(relative, aspect="auto", cmap="viridis", vmin=0, vmax=3)
+        axis.set_yticks(range(len(DOMAINS)), DOMAINS, fontsize=7)
+        axis.set_xticks([])
+        axis.set_title(f"{label}, {stream}", fontsize=8, loc="left", pad=2)
+    figure.colorbar(image, ax=list(axes[:, 0]), label="load / fair share")
+    return figure
+
+
+def _legend(figure, axis) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 0.95), fontsize=8)
