@@ -69,15 +69,20 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--max_tokens", type=int, default=1 << 16, help="tokens of text per domain, 0 for all (default: %(default)s)"
     )
-    inspect.add_argument("--seq_len", type=int, help="longest sequence (default: 512, or less if the model takes less)")
+    inspect.add_argument(
+        "--seq_len", type=int, help="longest sequence (default: 512, or less if the model takes less)"
+    )
     inspect.add_argument("--batch_size", type=int, default=8, help="sequences of a forward (default: %(default)s)")
-    inspect.add_argument("--top", type=int, default=5, help="specialised experts shown per domain (default: %(default)s)")
+    inspect.add_argument(
+        "--top", type=int, default=5, help="specialised experts shown per domain (default: %(default)s)"
+    )
     inspect.add_argument("--json", metavar="FILE", help="write every figure there; - for the standard output")
     inspect.add_argument("--html", metavar="FILE", help="write a report there, a single file with its pictures")
     loading = inspect.add_argument_group("loading the model")
     loading.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s, the checkpoint's)")
     loading.add_argument(
-        "--device_map", help="as in from_pretrained, e.g. auto, cpu or cuda:0 (default: auto where there is an accelerator)"
+        "--device_map",
+        help="as in from_pretrained, e.g. auto, cpu or cuda:0 (default: auto where there is an accelerator)",
     )
     loading.add_argument("--revision", help="branch, tag or commit on the Hub")
     loading.add_argument("--tokenizer", help="folder or Hub name of the tokenizer (default: the model's)")

@@ -1,8 +1,9 @@
 """Looking into the routers of a MoE model: where the tokens of some domains of text go, without training or patching.
 
 Forward hooks count, on the device and for one batch at a time, which experts each router chose and how sure it was.
-What is kept is one count per layer, domain and expert, however much is read. The figures are pure functions of it.
-Shapes: L layers, D domains, E experts, T tokens, k experts per token.
+What is kept is two counts per layer, domain and expert, however much is read: those of every other sequence, and those
+of the rest, so that the noise of the text itself can be told. The figures are pure functions of these counts.
+Shapes: H = 2 halves, D domains, E experts, T tokens, k experts per token; B sequences of a batch, S long.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DEFAULT_MAX_TOKENS = 1 << 16
 DEFAULT_SEQ_LEN = 512
 FIGURES = ("max_vio", "gini", "cv", "normalised_entropy")
 CONFIDENCE = ("top1_probability", "chosen_probability", "entropy_bits")  # means over tokens
-FEWER_IS_NOISE = 3.0  # standard errors by which an expert's share in a domain has to differ
+MIN_STANDARD_ERRORS = 3.0  # by which the share of an expert in a domain has to differ from that in the others
 
 
 # ---------------------------------------------------------------------- figures
@@ -59,30 +60,52 @@ def chance_figures(num_experts: int, top_k: int, tokens: float) -> dict[str, flo
     }
 
 
-def balance_figures(counts_E: Tensor, top_k: int) -> dict[str, Any]:
+def design_effect(halves_HE: Tensor, top_k: int) -> float:
     """
-    How evenly `counts_E` are spread.
+    How many tokens of a text are worth one that was drawn on its own, at least 1.
+
+    Tokens of a sequence resemble each other, so that counts vary more than those of independent tokens. By how much is
+    measured between two halves of the sequences: what the half tells about the expert, over what it would tell if
+    tokens were independent ([`mutual_information_bias`]). What whole sequences have in common does not show.
 
     Args:
-        counts_E (`torch.Tensor` of shape `(E,)`): How often each expert was chosen.
+        halves_HE (`torch.Tensor` of shape `(2, E)`): How often each expert was chosen in each half.
+        top_k (`int`): Experts per token.
+    """
+    independent = mutual_information_bias(halves_HE, top_k)
+    return max(1.0, float(mutual_information(halves_HE)) / independent) if independent > 0 else 1.0
+
+
+def balance_figures(halves_HE: Tensor, top_k: int) -> dict[str, Any]:
+    """
+    How evenly experts are chosen.
+
+    Args:
+        halves_HE (`torch.Tensor` of shape `(2, E)`): How often each expert was chosen in each half of the sequences.
         top_k (`int`): Experts per token.
 
     Returns:
         `dict`: the figures of [`metrics.summarise`]; `dead`, the experts under a twentieth of the fair share; `chance`,
-        the [`chance_figures`]; and `noise`, by figure whether it is no further from balance than those. Dead experts
-        are noise where so few tokens were counted that chance may leave an expert without any.
+        the [`chance_figures`] of as many tokens; `design_effect`, and `chance_in_text`, those of so many times fewer
+        tokens; and `noise`, by figure whether it is no further from balance than the latter. Dead experts are noise
+        where so few tokens were counted that chance may leave an expert without any.
     """
+    counts_E = halves_HE.sum(0)
     experts = counts_E.numel()
     figures: dict[str, Any] = {name: float(value) for name, value in summarise(counts_E.double()[None]).items()}
     relative_E = relative_load(counts_E.double())
     figures["dead"] = (relative_E < DEAD_THRESHOLD).nonzero().flatten().tolist()
     figures["dead_experts"] = len(figures["dead"])
-    figures["chance"] = chance_figures(experts, top_k, int(counts_E.sum()) / top_k)
+    tokens = int(counts_E.sum()) / top_k
+    figures["design_effect"] = design_effect(halves_HE, top_k)
+    figures["chance"] = chance_figures(experts, top_k, tokens)
+    figures["chance_in_text"] = chance_figures(experts, top_k, tokens / figures["design_effect"])
     sign = {"normalised_entropy": -1}  # of what is more uneven where it is larger
     figures["noise"] = {
-        name: sign.get(name, 1) * figures[name] <= sign.get(name, 1) * figures["chance"][name] for name in FIGURES
+        name: sign.get(name, 1) * figures[name] <= sign.get(name, 1) * figures["chance_in_text"][name]
+        for name in FIGURES
     }
-    figures["noise"]["dead_experts"] = figures["chance"]["max_vio"] >= 1.0 - DEAD_THRESHOLD
+    figures["noise"]["dead_experts"] = figures["chance_in_text"]["max_vio"] >= 1.0 - DEAD_THRESHOLD
     return figures
 
 
@@ -110,7 +133,7 @@ def mutual_information_bias(counts_DE: Tensor, top_k: int) -> float:
     to second order the estimate is `Σ_de (O_de - T_d π_e)² / (T_d π_e) / (2 T k ln 2)`, π_e being the probability that
     a token has expert e among its k; each square is `T_d π_e (1 - π_e)` on average, less its share `T_d / T` as
     π_e is fitted, and `Σ_e (1 - π_e) = E - k` whatever π is. Only experts and domains that occur count. Tokens are taken as
-    independent; those of one text are not, so the bias of real texts is larger.
+    independent; for those of real texts see [`specialisation_figures`].
 
     Args:
         counts_DE (`torch.Tensor` of shape `(D, E)`): How often each expert was chosen in each domain.
@@ -121,23 +144,39 @@ def mutual_information_bias(counts_DE: Tensor, top_k: int) -> float:
     return max(domains - 1, 0) * max(experts - top_k, 0) / (2 * max(assignments, 1) * math.log(2))
 
 
-def specialisation_figures(counts_DE: Tensor, top_k: int) -> dict[str, Any]:
+def specialisation_figures(halves_HDE: Tensor, top_k: int) -> dict[str, Any]:
     """
     How much the domains differ in the experts they use.
 
+    The bias is measured where that is larger than [`mutual_information_bias`]: each domain's two halves differ by
+    chance only, and by as much as the tokens within a sequence depend on each other. With `I_d`, what the half tells
+    about the expert in domain d, the bias is `Σ_d (1 - T_d / T) (T_d / T) I_d`, by the derivation given there.
+
+    Args:
+        halves_HDE (`torch.Tensor` of shape `(2, D, E)`):
+            How often each expert was chosen in each domain, for two halves of the sequences.
+        top_k (`int`): Experts per token.
+
     Returns:
-        `dict`: in bits `plug_in`, its `bias`, `mutual_information` (the difference, at least 0) and `max_bits`, the
-        entropy of the domains, which it cannot exceed; and `noise`, whether chance explains it (within two standard
-        deviations of a χ² variable of `(D - 1) (E - 1)` degrees of freedom, to which the plug-in is proportional).
+        `dict`: in bits `plug_in`, its `bias` and `bias_if_independent`, `mutual_information` (plug-in less bias, at least 0)
+        and `max_bits`, the entropy of the domains, which it cannot exceed; and `noise`, whether chance explains it
+        (two standard deviations of a χ² variable of `(D - 1) (E - 1)` degrees of freedom, to which the plug-in is
+        proportional by chance).
     """
-    plug_in, bias = float(mutual_information(counts_DE)), mutual_information_bias(counts_DE, top_k)
-    shares_D = counts_DE.double().sum(1) / counts_DE.sum().clamp(min=1)
+    counts_DE = halves_HDE.sum(0)
+    plug_in, independent = float(mutual_information(counts_DE)), mutual_information_bias(counts_DE, top_k)
+    shares_D = (counts_DE.double().sum(1) / counts_DE.sum().clamp(min=1)).tolist()
+    measured = sum(
+        (1.0 - share) * share * float(mutual_information(halves_HDE[:, index])) for index, share in enumerate(shares_D)
+    )
+    bias = max(measured, independent)
     freedom = max((len(counts_DE) - 1) * (counts_DE.shape[1] - 1), 1)
     return {
         "mutual_information": max(plug_in - bias, 0.0),
         "plug_in": plug_in,
         "bias": bias,
-        "max_bits": float(torch.special.entr(shares_D).sum()) / math.log(2),
+        "bias_if_independent": independent,
+        "max_bits": -sum(share * math.log2(share) for share in shares_D if share > 0),
         "noise": plug_in <= bias * (1.0 + 2.0 * math.sqrt(2.0 / freedom)),
     }
 
@@ -161,19 +200,25 @@ class Layer:
         name (`str`): Its name, as in `model.named_modules()`.
         top_k (`int`): Experts per token.
         scoring (`str`): How its logits become probabilities.
-        counts (`torch.Tensor` of shape `(D, E)`): How often each expert was chosen in each domain, whole numbers.
+        halves (`torch.Tensor` of shape `(2, D, E)`):
+            How often each expert was chosen in each domain, whole numbers, for every other sequence and for the rest.
         confidence (`torch.Tensor` of shape `(D, 3)`): Sums over tokens of what `CONFIDENCE` names.
     """
 
     name: str
     top_k: int
     scoring: str
-    counts: Tensor
+    halves: Tensor
     confidence: Tensor
 
     @property
+    def counts(self) -> Tensor:
+        """How often each expert was chosen in each domain, `(D, E)`."""
+        return self.halves.sum(0)
+
+    @property
     def experts(self) -> int:
-        return self.counts.shape[1]
+        return self.halves.shape[-1]
 
     def tokens(self) -> Tensor:
         """Tokens of each domain, `(D,)`."""
@@ -203,9 +248,13 @@ class Inspection:
         """Names of what figures are given for: all texts, then each domain if there are several."""
         return ["overall", *(self.domains if len(self.domains) > 1 else [])]
 
+    def halves(self, layer: Layer, scope: str) -> Tensor:
+        """Counts `(2, E)` of a layer in one of `scopes`, for the two halves of the sequences."""
+        return layer.halves.sum(1) if scope == "overall" else layer.halves[:, list(self.domains).index(scope)]
+
     def counts(self, layer: Layer, scope: str) -> Tensor:
         """Counts `(E,)` of a layer in one of `scopes`."""
-        return layer.counts.sum(0) if scope == "overall" else layer.counts[list(self.domains).index(scope)]
+        return self.halves(layer, scope).sum(0)
 
     def confidence(self, layer: Layer, scope: str) -> dict[str, float]:
         """Means over the tokens of one of `scopes`, by the names of `CONFIDENCE`."""
@@ -218,7 +267,7 @@ class Inspection:
         The experts that `domain` uses most beyond what the other domains do.
 
         They are ranked by what they contribute to the mutual information of their layer; a share that differs from
-        that of the other domains by fewer than three standard errors is left out.
+        that of the other domains by fewer than three standard errors ([`design_effect`] included) is left out.
 
         Args:
             domain (`str`): Name of a domain.
@@ -237,10 +286,11 @@ class Inspection:
             share_E = counts_DE[index] / here
             other_E = (counts_DE.sum(0) - counts_DE[index]) / elsewhere
             pooled_E = counts_DE.sum(0) / tokens_D.sum()
-            error_E = (pooled_E * (1 - pooled_E) * (1 / here + 1 / elsewhere)).clamp(min=1e-300).sqrt()
+            worth = design_effect(layer.halves[:, index], layer.top_k)
+            error_E = (worth * pooled_E * (1 - pooled_E) * (1 / here + 1 / elsewhere)).clamp(min=1e-300).sqrt()
             lift_E = lift(counts_DE)[index]
             bits_E = counts_DE[index] / counts_DE.sum() * lift_E.clamp(min=1e-300).log2()
-            for expert in ((share_E - other_E) / error_E > FEWER_IS_NOISE).nonzero().flatten().tolist():
+            for expert in ((share_E - other_E) / error_E > MIN_STANDARD_ERRORS).nonzero().flatten().tolist():
                 found.append(
                     {
                         "layer": layer.name,
@@ -257,7 +307,7 @@ class Inspection:
         """All figures of a layer, by name of the scope."""
         return {
             scope: {
-                **balance_figures(self.counts(layer, scope), layer.top_k),
+                **balance_figures(self.halves(layer, scope), layer.top_k),
                 **self.confidence(layer, scope),
             }
             for scope in self.scopes()
@@ -265,16 +315,15 @@ class Inspection:
 
     def summary(self, scope: str) -> dict[str, float]:
         """Means over the layers of the figures of one of `scopes`, the worst MaxVio and the number of dead experts."""
-        columns = [balance_figures(self.counts(layer, scope), layer.top_k) for layer in self.layers]
+        columns = [balance_figures(self.halves(layer, scope), layer.top_k) for layer in self.layers]
         confidences = [self.confidence(layer, scope) for layer in self.layers]
         mean = {name: sum(column[name] for column in columns) / len(columns) for name in FIGURES}
         return {
-            "tokens": sum(
-                read["tokens"] for name, read in self.domains.items() if scope in ("overall", name)
-            ),
+            "tokens": sum(read["tokens"] for name, read in self.domains.items() if scope in ("overall", name)),
             **mean,
             "max_vio_worst_layer": max(column["max_vio"] for column in columns),
             "noise_floor": sum(column["chance"]["max_vio"] for column in columns) / len(columns),
+            "noise_floor_in_text": sum(column["chance_in_text"]["max_vio"] for column in columns) / len(columns),
             "dead_experts": sum(column["dead_experts"] for column in columns),
             **{name: sum(c[name] for c in confidences) / len(confidences) for name in CONFIDENCE},
         }
@@ -300,7 +349,7 @@ class Inspection:
                     "scoring": layer.scoring,
                     "counts": {scope: self.counts(layer, scope).tolist() for scope in self.scopes()},
                     "figures": self.layer_figures(layer),
-                    "specialisation": specialisation_figures(layer.counts, layer.top_k) if several else None,
+                    "specialisation": specialisation_figures(layer.halves, layer.top_k) if several else None,
                 }
                 for layer in self.layers
             ],
@@ -340,7 +389,8 @@ class RouterCensus:
         self._counts: list[Tensor | None] = [None] * len(self.sites)
         self._confidence: list[Tensor | None] = [None] * len(self.sites)
         self._top_k = [site.top_k for site in self.sites]
-        self._mask: Tensor | None = None
+        self._mask: Tensor | None = None  # (T,) of the forward under way
+        self._half = torch.zeros(0)  # (T,)
         self._domain = 0
 
     @contextmanager
@@ -358,9 +408,13 @@ class RouterCensus:
                 handle.remove()
 
     @contextmanager
-    def counting(self, domain: int, mask_BS: Tensor) -> Iterator[None]:
-        """While open, a forward of tokens of which `mask_BS (B, S)` count belongs to domain number `domain`."""
-        self._domain, self._mask = domain, mask_BS.reshape(-1).bool()
+    def counting(self, domain: int, mask_BS: Tensor, half_B: Tensor) -> Iterator[None]:
+        """
+        While open, a forward of tokens of which `mask_BS (B, S)` count belongs to domain number `domain`; `half_B (B,)`
+        says by 0 or 1 to which half each sequence belongs.
+        """
+        self._domain, self._mask = domain, mask_BS.reshape(-1)
+        self._half = half_B.unsqueeze(-1).expand_as(mask_BS).reshape(-1)
         try:
             yield
         finally:
@@ -393,13 +447,14 @@ class RouterCensus:
         chosen_Tk = selected.reshape(mask_T.numel(), -1)
         if self._counts[index] is None:
             exact = torch.float32 if logits.device.type == "mps" else torch.float64
-            self._counts[index] = logits.new_zeros(self.domains, site.num_experts, dtype=torch.int64)
+            self._counts[index] = logits.new_zeros(2, self.domains, site.num_experts, dtype=torch.int64)
             self._confidence[index] = logits.new_zeros(self.domains, len(CONFIDENCE), dtype=exact)
             self._top_k[index] = chosen_Tk.shape[-1]
         counts, confidence = cast(Tensor, self._counts[index]), cast(Tensor, self._confidence[index])
-        counts[self._domain].scatter_add_(
-            0, chosen_Tk.reshape(-1), mask_T.unsqueeze(-1).expand_as(chosen_Tk).reshape(-1).long()
-        )
+        cell_Tk = chosen_Tk + (site.num_experts * self._half.to(logits.device)).unsqueeze(-1)
+        added = torch.zeros(2 * site.num_experts, dtype=torch.int64, device=logits.device)
+        added.scatter_add_(0, cell_Tk.reshape(-1), mask_T.long().unsqueeze(-1).expand_as(cell_Tk).reshape(-1))
+        counts[:, self._domain] += added.view(2, -1)
         probs_TE = routing_probs(logits, site.scoring)
         figures_3T = torch.stack(
             [
@@ -475,7 +530,7 @@ def inspect_model(
     seq_len = seq_len or min(DEFAULT_SEQ_LEN, limit)
     if seq_len > limit and hasattr(config, "max_position_embeddings"):
         raise ValueError(f"`seq_len` is {seq_len}, but the model takes at most {limit} tokens: choose no more.")
-    embedding = cast(nn.Module, census.backbone.get_input_embeddings())
+    embedding = cast(Any, census.backbone).get_input_embeddings()
     device = next((p.device for p in embedding.parameters() if p.device.type != "meta"), torch.device("cpu"))
     vocabulary = getattr(embedding, "num_embeddings", None) or config.vocab_size
     read: dict[str, dict[str, Any]] = {}
@@ -483,6 +538,7 @@ def inspect_model(
     with census.attached(), _evaluating(census.root):
         for index, domain in enumerate(domains):
             stream = TextStream(domain, tokenizer, seq_len, max_tokens)
+            done = 0  # sequences
             for sequences in stream.batches(batch_size):
                 highest = max(map(max, sequences))
                 if highest >= vocabulary:
@@ -495,7 +551,9 @@ def inspect_model(
                 position_S = torch.arange(ids_BS.shape[1])
                 attended_BS = position_S < lengths_B1
                 counted_BS = attended_BS & (position_S >= len(stream.prefix))
-                with census.counting(index, counted_BS.to(device)):
+                half_B = (torch.arange(done, done + len(sequences)) % 2).to(device)
+                done += len(sequences)
+                with census.counting(index, counted_BS.to(device), half_B):
                     census.backbone(
                         input_ids=ids_BS.to(device), attention_mask=attended_BS.long().to(device), use_cache=False
                     )
@@ -563,5 +621,7 @@ def _describe(census: RouterCensus, layers: list[Layer]) -> dict[str, Any]:
         "routers": len(layers),
         "experts": sorted({layer.experts for layer in layers}),
         "top_k": sorted({layer.top_k for layer in layers}),
-        "selection_bias": "phi_balance.safetensors" if balancer is not None and balancer.has_bias and not native else own,
+        "selection_bias": "phi_balance.safetensors"
+        if balancer is not None and balancer.has_bias and not native
+        else own,
     }

@@ -21,7 +21,9 @@ from .report import _short, versions, without_paths
 
 TEMPLATE = Path(__file__).with_name("inspection.html.jinja")
 STEPS = 8  # colours on each side of the neutral one
-RANGE = 2.0  # powers of two from the neutral colour to the last one
+LOAD_RANGE = 2.0  # powers of two from the neutral colour to the last one, for loads
+LIFT_RANGE = 1.0  # and for preferences of a domain
+NUMBERED = 16  # so many experts have their values written into the cells
 FEWEST = 5.0  # a cell of a domain is shown only if so many tokens were to be expected in it
 OPEN_LAYERS = 8  # domain-by-expert pictures that are not folded away
 HEADINGS = {
@@ -30,11 +32,11 @@ HEADINGS = {
     "cv": "CV",
     "normalised_entropy": "entropy",
     "dead_experts": "dead",
-    "top1_probability": "top-1 p",
-    "chosen_probability": "chosen p",
-    "entropy_bits": "H(p) bits",
+    "top1_probability": "top-1",
+    "chosen_probability": "chosen",
+    "entropy_bits": "H(p)",
 }
-CONFIDENCE_HEADINGS = ("top1_probability", "chosen_probability", "entropy_bits")
+IN_TERMINAL = [name for name in HEADINGS if name != "chosen_probability"]  # as many as fit into 80 columns
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
@@ -70,41 +72,45 @@ def print_inspection(inspection: Inspection, console: Any, top: int = 5) -> None
         console ([`rich.console.Console`]): Where to.
         top (`int`, *optional*, defaults to `5`): Specialists of each domain.
     """
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     def cell(text: str, noise: bool = False) -> Text:
         return Text(text, style="dim" if noise else "")
 
+    def make_table(heading: str, *columns: str) -> Table:
+        table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        return table
+
     labels = layer_labels([layer.name for layer in inspection.layers])
     several = len(inspection.scopes()) > 1
     model = inspection.model
     console.print(Text(title(model), style="bold"))
     console.print(Text(describe(model)), highlight=False)
-    table = Table(title="Means over layers")
-    table.add_column("texts")
-    for heading in ("tokens", *HEADINGS.values(), "noise floor"):
-        table.add_column(heading, justify="right")
+    headings = [HEADINGS[name] for name in IN_TERMINAL]
+    table = make_table("Means over layers", "texts", "tokens", *headings, "noise")
     for scope in inspection.scopes():
         summary = inspection.summary(scope)
         table.add_row(
             Text(scope if several else next(iter(inspection.domains))),
             f"{summary['tokens']:,}",
-            *(cell(f"{summary[n]}" if n == "dead_experts" else f"{summary[n]:.3f}") for n in HEADINGS),
-            f"{summary['noise_floor']:.3f}",
+            *(cell(f"{summary[n]}" if n == "dead_experts" else f"{summary[n]:.3f}") for n in IN_TERMINAL),
+            f"{summary['noise_floor_in_text']:.3f}",
         )
     console.print(table)
 
-    table = Table(title="Layers, all texts" if several else "Layers")
-    table.add_column("layer")
-    for heading in ("E", "k", *HEADINGS.values(), *(["I(domain; expert) bits"] if several else [])):
-        table.add_column(heading, justify="right")
+    table = make_table(
+        "Layers, all texts" if several else "Layers", "layer", *headings, "noise", *(["I"] if several else [])
+    )
     for label, layer in zip(labels, inspection.layers):
         figures = inspection.layer_figures(layer)["overall"]
-        row = [Text(label), str(layer.experts), str(layer.top_k)]
-        row += [cell(*figure_text(figures, name)) for name in HEADINGS]
+        row = [Text(label), *(cell(*figure_text(figures, name)) for name in IN_TERMINAL)]
+        row.append(cell(f"{figures['chance_in_text']['max_vio']:.3f}"))
         if several:
-            row.append(cell(*information_text(specialisation_figures(layer.counts, layer.top_k))))
+            row.append(cell(*information_text(specialisation_figures(layer.halves, layer.top_k))))
         table.add_row(*row)
     console.print(table)
 
@@ -115,11 +121,10 @@ def print_inspection(inspection: Inspection, console: Any, top: int = 5) -> None
         console.print(Text(f"{label:>{width}} ") + strip, soft_wrap=False)
 
     if several:
-        table = Table(title="Experts that a domain uses most beyond what the others do")
-        for heading in ("domain", "layer", "expert"):
-            table.add_column(heading)
-        for heading in ("tokens choosing it", "in other domains", "lift"):
-            table.add_column(heading, justify="right")
+        table = make_table(
+            "Experts that a domain uses most beyond what the others do",
+            *("domain", "layer", "expert", "tokens choosing it", "in other domains", "lift"),
+        )
         by_name = dict(zip([layer.name for layer in inspection.layers], labels))
         for domain in inspection.domains:
             entries = inspection.specialists(domain, top)
@@ -135,7 +140,12 @@ def print_inspection(inspection: Inspection, console: Any, top: int = 5) -> None
             if not entries:
                 table.add_row(Text(domain), "none", "", "", "", "", style="dim")
         console.print(table)
-    console.print("≈ no further from balance, or no larger, than chance explains", style="dim", highlight=False)
+    console.print(
+        "≈ no further from balance, or no larger, than chance explains; noise: MaxVio that chance alone gives"
+        + ("; I: mutual information of domain and expert, bits" if several else ""),
+        style="dim",
+        highlight=False,
+    )
     for note in inspection.notes:
         console.print(Text(f"Note: {note}"), style="yellow")
 
@@ -188,9 +198,9 @@ def colour_steps(dark: bool) -> dict[int, str]:
     return colours
 
 
-def colour_step(value: float) -> int:
-    """Step of the colours for a load relative to what is fair: powers of two, `2**RANGE` being the last."""
-    return -STEPS if value <= 0 else round(max(-1.0, min(1.0, math.log2(value) / RANGE)) * STEPS)
+def colour_step(value: float, reach: float = LOAD_RANGE) -> int:
+    """Step of the colours for a value relative to what is fair: powers of two, `2**reach` being the last."""
+    return -STEPS if value <= 0 else round(max(-1.0, min(1.0, math.log2(value) / reach)) * STEPS)
 
 
 def _class(step: int) -> str:
@@ -201,6 +211,7 @@ def heat_svg(
     rows: Sequence[Sequence[float | None]],
     labels: Sequence[str],
     what: str,
+    reach: float = LOAD_RANGE,
     cross_dead: bool = False,
     caption: str = "",
 ) -> str:
@@ -212,18 +223,25 @@ def heat_svg(
             of unequal length.
         labels (`Sequence[str]`): Names of the rows.
         what (`str`): What the values are, for the text under the pointer.
+        reach (`float`, *optional*, defaults to `2.0`): Powers of two from the neutral colour to the last one.
         cross_dead (`bool`, *optional*, defaults to `False`): Whether dead experts are crossed out.
         caption (`str`, *optional*): Description for those who cannot see it.
     """
     columns = max(map(len, rows))
-    width, height = max(5.0, min(22.0, 880 / columns)), 16 if len(rows) > 3 else 20
+    numbered = columns <= NUMBERED
+    width, height = 38.0 if numbered else max(5.0, min(22.0, 880 / columns)), 22 if numbered else 16
     left = 12 + 6.6 * max(map(len, labels))
     cells: dict[str, list[str]] = {}
-    crosses = []
+    crosses, numbers = [], []
     for y, row in enumerate(rows):
         for x, value in enumerate(row):
-            name = "blank" if value is None else _class(colour_step(value))
-            cells.setdefault(name, []).append(f"M{x} {y}h1v1h-1z")
+            step = 0 if value is None else colour_step(value, reach)
+            cells.setdefault("blank" if value is None else _class(step), []).append(f"M{x} {y}h1v1h-1z")
+            if numbered and value is not None:
+                place = f'x="{left + (x + 0.5) * width:.1f}" y="{(y + 0.5) * height + 4:.1f}"'
+                numbers.append(
+                    f'<text {place} class="mid {"on" if abs(step) > STEPS / 2 else "in"}">{value:.2f}</text>'
+                )
             if cross_dead and value is not None and value < DEAD_THRESHOLD:
                 crosses.append(f"M{x + 0.25:g} {y + 0.2:g}l.5 .6m0-.6l-.5 .6")
     every = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if step * width >= 24)
@@ -242,18 +260,18 @@ def heat_svg(
     parts += [f'<path class="{name}" d="{"".join(d)}"/>' for name, d in sorted(cells.items())]
     if crosses:
         parts.append(f'<path class="cross" d="{"".join(crosses)}"/>')
-    return "".join([*parts, "</g></svg>"])
+    return "".join([*parts, "</g>", *numbers, "</svg>"])
 
 
-def legend_svg() -> str:
-    """The colours of the heat maps with their values."""
-    parts = ['<svg class="legend" viewBox="0 0 250 30" style="width:250px" role="img" aria-label="colour scale">']
+def legend_svg(least: str, less: str, more: str, most: str) -> str:
+    """The colours of the heat maps with the values of the ends and of half the way there."""
+    parts = ['<svg class="legend" viewBox="0 0 270 30" style="width:270px" role="img" aria-label="colour scale">']
     width = 230 / (2 * STEPS + 1)
     for step in range(-STEPS, STEPS + 1):
-        x = 10 + (step + STEPS) * width
+        x = 20 + (step + STEPS) * width
         parts.append(f'<rect class="{_class(step)}" x="{x:.1f}" y="0" width="{width + 0.3:.1f}" height="12"/>')
-    for text, place in (("≤ ¼×", -STEPS), ("½×", -STEPS / 2), ("1×", 0), ("2×", STEPS / 2), ("≥ 4×", STEPS)):
-        parts.append(f'<text class="mid" x="{10 + (place + STEPS + 0.5) * width:.1f}" y="26">{text}</text>')
+    for text, place in ((least, -STEPS), (less, -STEPS / 2), ("1×", 0), (more, STEPS / 2), (most, STEPS)):
+        parts.append(f'<text class="mid" x="{20 + (place + STEPS + 0.5) * width:.1f}" y="26">{text}</text>')
     return "".join([*parts, "</svg>"])
 
 
@@ -284,7 +302,9 @@ def lines_svg(
     ]
     for tick in ticks:
         y = place(0, tick)[1]
-        parts.append(f'<path class="grid" d="M{left} {y}h{width}"/><text x="{left - 7}" y="{y + 4}" class="end">{tick:g}</text>')
+        parts.append(
+            f'<path class="grid" d="M{left} {y}h{width}"/><text x="{left - 7}" y="{y + 4}" class="end">{tick:g}</text>'
+        )
     every = max(1, math.ceil(count * 44 / width))
     for index in range(0, count, every):
         text = labels[index].removeprefix("layer ") if every > 1 or count > 12 else labels[index]
@@ -339,7 +359,7 @@ def html_report(inspection: Inspection, top: int = 10, command: Any = None) -> s
     several = len(scopes) > 1
     figures = [inspection.layer_figures(layer) for layer in layers]
     summaries = {scope: inspection.summary(scope) for scope in scopes}
-    information = [specialisation_figures(layer.counts, layer.top_k) for layer in layers] if several else []
+    information = [specialisation_figures(layer.halves, layer.top_k) for layer in layers] if several else []
     most = sorted(range(len(information)), key=lambda i: -information[i]["mutual_information"])[:OPEN_LAYERS]
 
     def loads(scope: str) -> str:
@@ -349,7 +369,9 @@ def html_report(inspection: Inspection, top: int = 10, command: Any = None) -> s
     def over_layers(name: str, what: str, floor: bool = False) -> str:
         series = {scope: [figure[scope][name] for figure in figures] for scope in scopes}
         if floor:
-            series["noise floor"] = [figure[scopes[-1]]["chance"][name] for figure in figures]
+            series["noise floor"] = [
+                max(figure[scope]["chance_in_text"][name] for scope in scopes) for figure in figures
+            ]
         return lines_svg(series, labels, what, "noise floor")
 
     def table(scope: str) -> list[dict[str, Any]]:
@@ -362,7 +384,8 @@ def html_report(inspection: Inspection, top: int = 10, command: Any = None) -> s
                 "cells": [figure_text(figure[scope], name) for name in HEADINGS],
                 "dead": figure[scope]["dead"],
                 "extremes": (figure[scope]["min_relative_load"], figure[scope]["max_relative_load"]),
-                "floor": figure[scope]["chance"]["max_vio"],
+                "floor": figure[scope]["chance_in_text"]["max_vio"],
+                "effect": figure[scope]["design_effect"],
             }
             for label, layer, figure in zip(labels, layers, figures)
         ]
@@ -406,7 +429,8 @@ def html_report(inspection: Inspection, top: int = 10, command: Any = None) -> s
         rest=[index for index in range(len(layers)) if index not in most],
         specialists={name: inspection.specialists(name, top) for name in inspection.domains} if several else {},
         pictures=pictures,
-        legend=legend_svg(),
+        legend_loads=legend_svg("≤ ¼×", "½×", "2×", "≥ 4×"),
+        legend_lift=legend_svg("≤ ½×", "0.71×", "1.41×", "≥ 2×"),
         colours={"light": colour_steps(dark=False), "dark": colour_steps(dark=True)},
         offset=STEPS,
         command=without_paths(command),
@@ -422,4 +446,5 @@ def domain_heat(inspection: Inspection, index: int, label: str) -> str:
         [value if expected >= FEWEST else None for value, expected in zip(row, expected_row)]
         for row, expected_row in zip(lift(counts_DE).tolist(), expected_DE.tolist())
     ]
-    return heat_svg(rows, list(inspection.domains), "× its share over all texts", caption=f"preferences, {label}")
+    names = list(inspection.domains)
+    return heat_svg(rows, names, "× its share over all texts", reach=LIFT_RANGE, caption=f"preferences, {label}")

@@ -68,8 +68,8 @@ def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Doma
         name, equals, field = entry.partition("=")
         if equals and name not in own:
             raise ValueError(f"`--field` {entry!r} is for no domain of `--texts`, which are: {', '.join(own)}.")
-        for domain in [name] if equals else own:
-            own[domain].append(field if equals else name)
+        for owner in [name] if equals else own:
+            own[owner].append(field if equals else name)
     domains = [Domain(name, tuple(files), tuple(own[name])) for name, files in found.items()]
     for domain in domains:
         _check(domain)
@@ -81,9 +81,13 @@ def _files(pattern: str, text: str) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in TEXT_SUFFIXES)
         if not files:
-            raise ValueError(f"`--texts` {text!r}: no file in that folder ends in {', '.join(TEXT_SUFFIXES)} (or .gz).")
+            raise ValueError(
+                f"`--texts` {text!r}: no file in that folder ends in {', '.join(TEXT_SUFFIXES)} (or .gz)."
+            )
         return files
-    files = [path] if path.is_file() else sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+    files = (
+        [path] if path.is_file() else sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+    )
     if not files:
         raise ValueError(f"`--texts` {text!r}: there is no such file or folder, and nothing matches it as a glob.")
     return files
