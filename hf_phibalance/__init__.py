@@ -17,12 +17,14 @@ from .callback import PhiBalanceCallback, attach
 from .config import PhiBalanceConfig
 from .hub import push_to_hub
 from .lora import lora_config
+from .methods import METHODS
 from .patching import get_balancer, learning_report, patch, unpatch
 from .potentials import POTENTIALS
 from .routers import supported_families
 
 
 __all__ = [
+    "METHODS",
     "POTENTIALS",
     "AutoModelForCausalLM",
     "PhiBalanceCallback",

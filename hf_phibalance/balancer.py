@@ -6,6 +6,7 @@ Shapes: E experts, T tokens of a micro-batch, k experts per token.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +23,15 @@ from .config import PhiBalanceConfig
 from .duals import Duals
 from .learning import LINEAR, LearningReport, describe_router, gradient_norms
 from .metrics import model_metrics
-from .pricing import ChargePrices, routing_probs
+from .pricing import SCORINGS, ChargePrices, routing_probs, sequence_price
+from .quantile import BINS, margin_histogram
 from .routers import RouterSite, find_routers
+from .tally import Tally, add_load, add_probs
 from .tokens import OptimizerStep, Tokens, count_mask
 
 
 logger = logging.get_logger(__name__)
+LOGIT_WIDTH = 16.0  # span that is resolved of scores that are no probabilities, by quantile balancing
 
 
 class PhiBalancer:
@@ -56,10 +60,10 @@ class PhiBalancer:
         self.process_group: dist.ProcessGroup | None = None
         self._duals = Duals(config, self.sites)
         self._spans = self._duals.layout.spans
-        # sums over tokens of probs and load, and the tokens: one buffer, so one all-reduce
-        self._sums = torch.zeros(2 * self._duals.layout.total + 1)
-        self._last = torch.zeros_like(self._sums)  # those of the last step, over all ranks
-        self._eval_sums: Tensor | None = None
+        sizes = self._duals.layout.sizes
+        self._tally = Tally(sizes, BINS if config.rules.bias_rule == "quantile" else 0)
+        self._last = Tally(sizes)  # of the last step, over all ranks
+        self._eval_tally: Tally | None = None
         self._bad_steps = torch.zeros(())
         self._checked = False
         self._charged_price = torch.zeros(self._duals.layout.total)  # the prices of the last step
@@ -67,6 +71,7 @@ class PhiBalancer:
         self._tokens: Tokens | None = None  # of the forward under way
         self._latest: Tokens | None = None  # of the latest training forward, which its backward may run again
         self._labels: Tensor | None = None
+        self._before_forward: Tensor | None = None  # the tally when the forward under way began, where needed
         self._norms: dict[int, Tensor] | None = None  # of the balancing gradient, once there are prices
         self._measuring = False
         self._step = OptimizerStep()
@@ -113,7 +118,7 @@ class PhiBalancer:
 
     def loads(self) -> dict[str, Tensor]:
         """Top-k assignments per expert in the last step, over all ranks, by layer name, each `(E,)` fp32."""
-        return self._duals.layout.by_layer(self._split(self._last)["load"])
+        return self._duals.layout.by_layer(self._last.load)
 
     def metrics(self, per_layer: int = 16) -> dict[str, float]:
         """
@@ -127,8 +132,14 @@ class PhiBalancer:
         if self.has_bias:
             values["bias_range"] = max(float(bias.max() - bias.min()) for bias in self.biases().values())
         if self.config.coef > 0:
-            values["balance_loss"] = float(self._duals.charged(self._split(self._last)["probs"], self._charged_price))
+            values["balance_loss"] = float(self._balance_loss())
         return values
+
+    def _balance_loss(self) -> Tensor:
+        """Value of the price gradient's term in the last step."""
+        if self.config.price_from == "previous":
+            return self._duals.charged(self._last.probs, self._charged_price)
+        return self._last.paid / self._last.tokens.clamp(min=1)
 
     def learning_report(self) -> LearningReport:
         """
@@ -147,10 +158,9 @@ class PhiBalancer:
             )
         return LearningReport(self.config.coef, rows)
 
-    def _load_metrics(self, sums: Tensor, per_layer: int) -> dict[str, float]:
-        sums = sums.cpu()
-        loads = self._duals.layout.by_layer(self._split(sums)["load"])
-        tokens = float(sums[-1])
+    def _load_metrics(self, tally: Tally, per_layer: int) -> dict[str, float]:
+        loads = self._duals.layout.by_layer(tally.load.cpu())
+        tokens = float(tally.tokens)
         values = model_metrics(loads, [site.top_k for site in self.sites], max(tokens, 1.0), per_layer)
         return {**values, "tokens": tokens}
 
@@ -209,24 +219,24 @@ class PhiBalancer:
         """
         if not self._step.trained:
             raise RuntimeError("step() was called before any training forward of the patched model.")
-        sums = self._sums
+        tally = self._tally
         if self._world_size > 1:
-            dist.all_reduce(sums, group=self.process_group)
+            dist.all_reduce(tally.flat, group=self.process_group)
         if not self._checked:
             self.find_copies()
-            self._check_first_step(sums)
-        self._last.copy_(sums)
-        statistics, finite = self._split(sums), torch.isfinite(sums).all()
+            self._check_first_step(tally)
+        self._last.flat.copy_(tally.flat[: len(self._last.flat)])
+        finite = torch.isfinite(tally.flat).all()
         self._bad_steps += ~finite
         if self.config.coef > 0:
             self._charged_price.copy_(self._duals.price)
-        self._duals.update(statistics, finite)
-        sums.zero_()
+        self._duals.update(tally, finite)
+        tally.flat.zero_()
         self._step = OptimizerStep()
 
     def discard_step(self) -> None:
         """Forgets what has been counted since the last step: of a skipped optimizer step, or of an interrupted run."""
-        self._sums.zero_()
+        self._tally.flat.zero_()
         self._step = OptimizerStep()
 
     def check_finite(self) -> None:
@@ -258,7 +268,7 @@ class PhiBalancer:
     @property
     def is_evaluating(self) -> bool:
         """Whether an [`~PhiBalancer.evaluation`] is open."""
-        return self._eval_sums is not None
+        return self._eval_tally is not None
 
     @contextmanager
     def labels_of(self, labels: Tensor | None) -> Iterator[None]:
@@ -273,7 +283,7 @@ class PhiBalancer:
         """A forward of the backbone starts: decides who counts and who pays. `inputs` by argument name."""
         self._forwarding, self._tokens = True, None
         training = training and torch.is_grad_enabled()
-        evaluating = self._eval_sums is not None and not training and inputs.get("past_key_values") is None
+        evaluating = self._eval_tally is not None and not training and inputs.get("past_key_values") is None
         if not (training or evaluating):
             return
         if self.config.token_mask == "labels":
@@ -288,15 +298,23 @@ class PhiBalancer:
                 "model, or set another token_mask in PhiBalanceConfig."
             )
         mask = mask_BS.reshape(-1).to(self._move_to_model(), torch.float32)
-        if evaluating and self._eval_sums is not None:
-            self._eval_sums[-1] += mask.sum()
+        if evaluating and self._eval_tally is not None:
+            self._eval_tally.tokens.add_(mask.sum())
             self._tokens = Tokens(mask, mask, trains=False)
             return
         if not self._step.announced:
             self._open_implicitly()
         self._step.trained = True
-        self._sums[-1] += mask.sum()
-        self._tokens = Tokens(mask, self._rate(mask))
+        self._tally.tokens.add_(mask.sum())
+        self._tokens = Tokens(mask, self._rate(mask), len(mask_BS))
+        if self.config.rules.pooled:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"method={self.config.method!r} prices a layer by those after it, which torch.compile cannot "
+                    "follow. Train without it, or use method='switch'."
+                )
+            self._tokens.toll = torch.zeros_like(self._duals.toll)
+            self._before_forward = self._tally.flat.clone()
         if not torch.compiler.is_compiling() and self._norms is None and self.config.coef > 0 and self.steps > 0:
             self._norms, self._measuring = {}, True
 
@@ -305,9 +323,19 @@ class PhiBalancer:
         if not torch.compiler.is_compiling():
             self._measuring = False
         if self._tokens is not None and self._tokens.trains:
+            if self._tokens.toll is not None:
+                self._set_pooled_toll(self._tokens.toll)
             self._tokens.in_forward = False
             self._latest = self._tokens
         self._forwarding, self._tokens = False, None
+
+    @torch.no_grad()
+    def _set_pooled_toll(self, toll: Tensor) -> None:
+        """Fills in what the forward that has just ended charges, before its backward."""
+        now = copy.copy(self._tally)
+        now.flat = now.flat.clone() if self._before_forward is None else now.flat - self._before_forward
+        toll.copy_(self._duals.pooled_toll(now.load))
+        self._tally.paid.add_((now.probs * toll).sum())
 
     def _open_implicitly(self) -> None:
         """A training forward without `begin_step`: fine for a step of one micro-batch in one process."""
@@ -327,7 +355,7 @@ class PhiBalancer:
                 )
         if self._step.trained:
             self.discard_step()  # nothing came of the earlier forward
-        if self._world_size > 1 and self.config.coef > 0:
+        if self._world_size > 1 and self.config.charges:
             raise RuntimeError(
                 f"{self._world_size} data-parallel ranks need balancer.begin_step(micro_batches) on every rank before "
                 "the first forward of an optimizer step; phb.attach(trainer) does that inside a Trainer."
@@ -335,12 +363,12 @@ class PhiBalancer:
         self._step.weights_version = -1 if probe is None else probe._version
 
     def _rate(self, mask: Tensor) -> Tensor:
-        """Coefficient of ⟨q, p_t⟩ for each token, so that the optimizer receives coef/N whatever happens in between."""
+        """Weight of each token, so that the optimizer receives 1/N of its gradient whatever happens in between."""
         if self._step.tokens is not None:
             # gradients are averaged over the ranks afterwards
-            per_token = self.config.coef * self._world_size / self._step.tokens.clamp(min=1)
+            per_token = self._world_size / self._step.tokens.clamp(min=1)
         else:
-            per_token = self.config.coef / (self._step.micro_batches * mask.sum().clamp(min=1))
+            per_token = 1 / (self._step.micro_batches * mask.sum().clamp(min=1))
         return mask * (per_token * self._step.loss_scale)
 
     def observe(self, index: int, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
@@ -365,17 +393,10 @@ class PhiBalancer:
                 f"patch expect {(tokens.mask.numel(), site.num_experts)}; this model routes something else than its "
                 "(batch x sequence) tokens. Patching after changing the number of experts may help."
             )
-        mask, rate = tokens.mask.to(logits.device), tokens.rate.to(logits.device)
-        pays = self.config.coef > 0 and tokens.trains
-        from_current = pays and self.config.price_from == "current"
-        price = self._duals.price[self._spans[index]]
-        if tokens.in_forward or from_current:
-            probs_E, load_E = self._statistics(site, logits, selected, mask)
-            if tokens.in_forward:
-                self._add(index, probs_E, load_E)
-            if from_current:
-                tracked_E = probs_E if self.config.track == "probs" and probs_E is not None else load_E
-                price = self._duals.current_price(index, tracked_E)
+        pays = self.config.charges and tokens.trains
+        probs = self._probs(site, logits) if pays or (tokens.trains and "probs" in self._duals.means) else None
+        if tokens.in_forward:
+            self._count(index, logits, probs, selected, tokens)
         if not pays:
             return carrier
         if not torch.is_grad_enabled():
@@ -386,7 +407,76 @@ class PhiBalancer:
         if not logits.requires_grad:
             return carrier
         site.charged = True
-        return ChargePrices.apply(carrier, logits, price.to(logits.device), rate, site.scoring)
+        price = self._toll(index, probs, selected, tokens).to(logits.device)
+        if self.config.sequence_coef > 0:
+            mask_BS = tokens.mask.to(logits.device).view(tokens.batch_size, -1)
+            with torch.no_grad():
+                price = price + self.config.sequence_coef * sequence_price(logits, site.scoring, site.top_k, mask_BS)
+        return self._charge(site, carrier, logits, probs, price, tokens.rate.to(logits.device))
+
+    def _charge(
+        self, site: RouterSite, carrier: Tensor, logits: Tensor, probs: Tensor | None, price: Tensor, rate: Tensor
+    ) -> Tensor:
+        return ChargePrices.apply(carrier, logits, probs, price, rate, site.scoring, self.config.z_loss_coef)
+
+    @torch.no_grad()
+    def _probs(self, site: RouterSite, logits: Tensor) -> Tensor:
+        return routing_probs(logits, site.scoring)
+
+    @torch.no_grad()
+    def _toll(self, index: int, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> Tensor:
+        """coef · q, `(E,)`, that router `index` charges the tokens at hand."""
+        if tokens.toll is not None:
+            return tokens.toll[self._spans[index]]
+        if self.config.price_from == "previous" or self.config.coef == 0:
+            return self._duals.toll[self._spans[index]]
+        now = Tally([self.sites[index].num_experts])
+        now.flat = now.flat.to(selected.device)
+        self._add(now, 0, probs, selected, tokens)
+        tracked_E = getattr(now, self.config.track)
+        if self.config.price_from == "global":
+            own = self._tally.probs_of if self.config.track == "probs" else self._tally.load_of
+            tracked_E = own(index).to(tracked_E.device, copy=True)
+            if self._world_size > 1:
+                dist.all_reduce(tracked_E, group=self.process_group)
+        toll = self._duals.current_toll(index, tracked_E)
+        self._tally.paid.add_((now.probs * toll).sum().to(self._tally.flat.device))
+        return toll
+
+    @torch.no_grad()
+    def _count(self, index: int, logits: Tensor, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> None:
+        tally = self._tally if tokens.trains else self._eval_tally
+        assert tally is not None
+        self._add(tally, index, probs, selected, tokens)
+        site = self.sites[index]
+        if site.native_bias and tokens.trains:
+            self.observe_scores(index, SCORINGS[site.scoring].score(logits.float()))
+
+    @staticmethod
+    def _add(tally: Tally, index: int, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> None:
+        chosen = selected.reshape(-1)
+        add_load(tally.load_of(index), chosen, tokens.weights(chosen).to(chosen.device))
+        if probs is not None:
+            add_probs(tally.probs_of(index), probs, tokens.mask.to(probs.device))
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the method wants to see the scores that the routers rank."""
+        return self._tally.bins > 0
+
+    @torch.no_grad()
+    def observe_scores(self, index: int, scores: Tensor) -> None:
+        """Notes what router `index` ranks, `scores (T, E)` without the bias, where the method needs it."""
+        tokens = self._current
+        if not self.needs_scores or tokens is None or not (tokens.in_forward and tokens.trains):
+            return
+        site, scores = self.sites[index], scores.detach().reshape(tokens.mask.numel(), -1).float()
+        if site.score_width is None:  # once, so the one read of the device does not matter
+            site.score_width = 1.0 if bool(((scores >= 0) & (scores <= 1)).all()) else LOGIT_WIDTH
+        bias_E = self._duals.bias[self._spans[index]].to(scores.device)
+        mask = tokens.mask.to(scores.device)
+        histogram = margin_histogram(scores, bias_E, site.top_k, mask, site.score_width)
+        self._tally.margins_of(index).add_(histogram.to(self._tally.flat.device))
 
     @property
     def is_measuring(self) -> bool:
@@ -399,8 +489,8 @@ class PhiBalancer:
         if self._tokens is None or self._norms is None:
             return
         mask = self._tokens.mask.to(logits.device)
-        rate = self.config.coef * mask / mask.sum().clamp(min=1)
-        price = self._duals.price[self._spans[index]].to(logits.device)
+        rate = mask / mask.sum().clamp(min=1)
+        price = self._duals.toll[self._spans[index]].to(logits.device)
         self._norms[index] = gradient_norms(hidden, module, logits, price, rate, self.sites[index].scoring)
 
     def _replay(self, index: int, logits: Tensor, carrier: Tensor) -> Tensor:
@@ -408,11 +498,11 @@ class PhiBalancer:
         A router runs again under non-reentrant checkpointing, which wants the same tensors saved and nothing else: its
         first run pays. Other forwards may have come in between, so the tokens at hand need not be this router's.
         """
-        if self.config.coef == 0 or not torch.is_grad_enabled() or not logits.requires_grad:
+        if not self.config.charges or not torch.is_grad_enabled() or not logits.requires_grad:
             return carrier
-        price = self._duals.price[self._spans[index]].to(logits.device)
-        nothing = logits.new_zeros(len(logits))
-        return ChargePrices.apply(carrier, logits, price, nothing, self.sites[index].scoring)
+        site = self.sites[index]
+        price = self._duals.toll[self._spans[index]].to(logits.device)
+        return self._charge(site, carrier, logits, self._probs(site, logits), price, logits.new_zeros(len(logits)))
 
     def _check_recomputed(self, tokens: Tokens) -> None:
         """Reentrant checkpointing recomputes the latest forward; refuses to guess if an earlier one is still due."""
@@ -423,27 +513,6 @@ class PhiBalancer:
                 "cannot tell whose tokens it recomputes. Use gradient_checkpointing_kwargs={'use_reentrant': False}, "
                 "or run backward after each forward."
             )
-
-    @torch.no_grad()
-    def _statistics(
-        self, site: RouterSite, logits: Tensor, selected: Tensor, mask: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
-        """Sums over the counted tokens of p, `(E,)` (`None` where nothing needs it), and of the top-k assignments."""
-        probs_E = None
-        if self._eval_sums is None and ("probs" in self._duals.means or self.config.coef > 0):
-            probs_E = (routing_probs(logits, site.scoring) * mask.unsqueeze(-1)).sum(dim=0).float()
-        chosen = selected.reshape(mask.numel(), -1)  # (T, k)
-        weight = mask.unsqueeze(-1).expand_as(chosen).reshape(-1)
-        load_E = torch.zeros(site.num_experts, device=logits.device).scatter_add_(0, chosen.reshape(-1), weight)
-        return probs_E, load_E
-
-    @torch.no_grad()
-    def _add(self, index: int, probs_E: Tensor | None, load_E: Tensor) -> None:
-        sums = self._sums if self._eval_sums is None else self._eval_sums
-        span, total = self._spans[index], self._duals.layout.total  # one operation each: this runs for every router
-        sums[total + span.start : total + span.stop].add_(load_E.to(sums.device))
-        if probs_E is not None:
-            sums[span].add_(probs_E.to(sums.device))
 
     def selection_bias(self, index: int) -> Tensor | None:
         """Bias `(E,)` that the selection of router `index` has to add, `None` if it has none or adds it itself."""
@@ -464,20 +533,22 @@ class PhiBalancer:
         not, so that generation does not count (it does with `use_cache=False`).
         """
         self._move_to_model()  # an evaluation may come before the first training step
-        outer, self._eval_sums = self._eval_sums, torch.zeros_like(self._sums)
+        outer, self._eval_tally = self._eval_tally, Tally(self._duals.layout.sizes)
+        self._eval_tally.flat = torch.zeros_like(self._last.flat)
         try:
             yield
         finally:
-            self._eval_sums = outer
+            self._eval_tally = outer
 
     def eval_metrics(self, per_layer: int = 16) -> dict[str, float]:
         """Balance over everything forwarded inside the open [`~PhiBalancer.evaluation`], over all ranks."""
-        if self._eval_sums is None:
+        if self._eval_tally is None:
             raise RuntimeError("eval_metrics() is to be called inside `with balancer.evaluation():`.")
-        sums = self._eval_sums.clone()
+        tally = copy.copy(self._eval_tally)
+        tally.flat = self._eval_tally.flat.clone()
         if self._world_size > 1:
-            dist.all_reduce(sums, group=self.process_group)
-        return self._load_metrics(sums, per_layer) if float(sums[-1]) else {}
+            dist.all_reduce(tally.flat, group=self.process_group)
+        return self._load_metrics(tally, per_layer) if float(tally.tokens) else {}
 
     # ------------------------------------------------------------------ state
 
@@ -534,22 +605,20 @@ class PhiBalancer:
     def _world_size(self) -> int:
         return dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
 
-    def _split(self, sums: Tensor) -> dict[str, Tensor]:
-        size = self._duals.layout.total
-        return {"probs": sums[:size], "load": sums[size : 2 * size]}
-
     def _move_to_model(self) -> torch.device:
         """Moves the state to the device of the model, if that has changed."""
-        device = next((p.device for p in self.root.parameters() if p.device.type != "meta"), self._sums.device)
-        if device != self._sums.device:
+        present = self._tally.flat.device
+        device = next((p.device for p in self.root.parameters() if p.device.type != "meta"), present)
+        if device != present:
             self._duals.to(device)
-            for name in ("_sums", "_last", "_bad_steps", "_charged_price"):
-                setattr(self, name, getattr(self, name).to(device))
+            for tally in (self._tally, self._last):
+                tally.flat = tally.flat.to(device)
+            self._bad_steps, self._charged_price = self._bad_steps.to(device), self._charged_price.to(device)
         return device
 
-    def _check_first_step(self, sums: Tensor) -> None:
+    def _check_first_step(self, tally: Tally) -> None:
         """Refuses set-ups in which balancing would silently do nothing; reads the device, once."""
-        load, tokens = self._split(sums)["load"], float(sums[-1])
+        load, tokens = tally.load, float(tally.tokens)
         if not tokens:
             return
         uncalled = [site.name for site, span in zip(self.sites, self._spans) if not float(load[span].sum())]

@@ -6,18 +6,20 @@ import dataclasses
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .methods import METHODS, PHI_DEFAULTS, Method
 from .potentials import Potential, get_potential
 
 
 CONFIG_NAME = "phi_balance.json"
 STATISTICS = ("probs", "load")
-PRICE_TIMES = ("previous", "current")
+PRICE_TIMES = ("previous", "current", "global")
 TOKEN_MASKS = ("attention", "labels", "all")
+METHODS_OWN: Any = type("MethodsOwn", (), {"__repr__": lambda self: "the method's own"})()  # of a field left out
 
 
 def package_version() -> str:
@@ -31,16 +33,18 @@ def package_version() -> str:
 @dataclass(frozen=True)
 class PhiBalanceConfig:
     r"""
-    Configuration of φ-balancing (arXiv 2605.15403).
+    Configuration of φ-balancing (arXiv 2605.15403), or of a method that it is compared with.
 
     Args:
         coef (`float`, *optional*, defaults to `0.01`):
             Strength of the price gradient: one optimizer step receives exactly the gradient of
-            `coef * sum_layers mean_tokens <q, p>`, whatever the split into micro-batches and ranks. `0` switches it off.
+            `coef * sum_layers mean_tokens <q, p>`, whatever the split into micro-batches and ranks. `0` switches it
+            off. For `"switch"` and `"global_batch"` (0.01) and `"pooled"` (0.001) the coefficient of their loss.
         bias_coef (`float`, *optional*, defaults to `0.0`):
             Step size of the dual-ascent selection bias `b <- b - bias_coef * q`, added to the scores that the router
             ranks (probabilities, sigmoid affinities, or logits where the family ranks logits) for the *selection*
-            only. `0` switches it off. Both levers may be on.
+            only. `0` switches it off. Both levers may be on. For `"loss_free"` (0.001) the step of the sign; for
+            `"quantile"` (1.0, in (0, 1]) the fraction by which the bias moves to the new one.
         potential (`str`, *optional*, defaults to `"neg_entropy"`):
             Strictly convex potential φ, a key of `POTENTIALS`.
         potential_kwargs (`dict`, *optional*, defaults to `{}`):
@@ -54,27 +58,48 @@ class PhiBalanceConfig:
             Statistic behind the bias's price, same choices.
         price_from (`str`, *optional*, defaults to `"previous"`):
             `"previous"` prices a step with the state that the previous one left, which makes the gradient invariant
-            to every split. `"current"` mixes the statistic of the micro-batch at hand in first, as Algorithm 1 does;
-            the price then depends on the micro-batch (and rank), so the invariance is lost.
+            to every split. `"current"` mixes the statistic of the micro-batch at hand in first, as Algorithm 1 does,
+            and `"global"` that of the step so far, over its micro-batches and all ranks, at the cost of an all-reduce
+            per router; the price then depends on the split, so the invariance is lost.
         token_mask (`str`, *optional*, defaults to `"attention"`):
             Tokens that count and pay: `"attention"` (attention_mask != 0), `"labels"` (labels != -100) or `"all"`.
+        method (`str`, *optional*, defaults to `"phi"`):
+            A key of `METHODS`. The baselines fix most of the fields above, whose defaults are given for `"phi"`; a
+            value that a method does not read is refused.
+        z_loss_coef (`float`, *optional*, defaults to `0.0`):
+            Adds the router z-loss `z_loss_coef * sum_layers mean_tokens logsumexp(z)^2` (arXiv 2202.08906, Eq. 5), to
+            any method.
+        sequence_coef (`float`, *optional*, defaults to `0.0`):
+            Adds the complementary sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, Eqs. 17-20), to any method:
+            `sequence_coef * sum_layers sum_e E f_e P_e` of each sequence, f its shares of the top-k of the unbiased
+            scores, P its mean probabilities; a mean over sequences weighted by their tokens, so that it is as
+            invariant to the split as the price gradient, as long as a sequence is in one micro-batch.
 
     Raises:
-        ValueError: if a field is out of range; the message names the field, the value and the remedy.
+        ValueError: if a field is out of range, or has no meaning for the method; the message names the field, the
+            value and the remedy.
     """
 
-    coef: float = 0.01
-    bias_coef: float = 0.0
-    potential: str = "neg_entropy"
-    potential_kwargs: dict[str, Any] = field(default_factory=dict)
-    ema_rate: float = 0.3
-    track: str = "probs"
-    bias_track: str = "load"
-    price_from: str = "previous"
+    coef: float = METHODS_OWN
+    bias_coef: float = METHODS_OWN
+    potential: str = METHODS_OWN
+    potential_kwargs: dict[str, Any] = METHODS_OWN
+    ema_rate: float = METHODS_OWN
+    track: str = METHODS_OWN
+    bias_track: str = METHODS_OWN
+    price_from: str = METHODS_OWN
     token_mask: str = "attention"
+    method: str = "phi"
+    z_loss_coef: float = 0.0
+    sequence_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("coef", "bias_coef"):
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}.")
+        for name in PHI_DEFAULTS:
+            if getattr(self, name) is METHODS_OWN:
+                object.__setattr__(self, name, self.rules.default(name))
+        for name in ("coef", "bias_coef", "z_loss_coef", "sequence_coef"):
             value = getattr(self, name)
             if not _is_number(value) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"`{name}` must be a finite number >= 0 (0 switches it off), got {value!r}.")
@@ -99,6 +124,27 @@ class PhiBalanceConfig:
             )
         object.__setattr__(self, "potential_kwargs", dict(kwargs))  # the caller's may change later
         self.build_potential()
+        self._refuse_unread()
+
+    def _refuse_unread(self) -> None:
+        for name in PHI_DEFAULTS:
+            value, own = getattr(self, name), self.rules.default(name)
+            if name not in self.rules.free and value != own:
+                free = ", ".join(f"`{field}`" for field in PHI_DEFAULTS if field in self.rules.free) or "none of them"
+                raise ValueError(
+                    f"`{name}` is {value!r}, but method={self.method!r} does not read it (it stands for {own!r}). "
+                    f"Leave it out; of the fields that φ-balancing reads, {self.method!r} reads {free}."
+                )
+        if self.rules.bias_rule == "quantile" and not 0 < self.bias_coef <= 1:
+            raise ValueError(
+                f"`bias_coef` must lie in (0, 1] for method={self.method!r}, got {self.bias_coef!r}: it is the "
+                "fraction by which the bias moves to the new one, 1 keeps no memory."
+            )
+
+    @property
+    def rules(self) -> Method:
+        """What `method` stands for."""
+        return METHODS[self.method]
 
     def build_potential(self) -> Potential:
         """The potential that `potential` and `potential_kwargs` name."""
@@ -106,8 +152,13 @@ class PhiBalanceConfig:
 
     @property
     def is_on(self) -> bool:
-        """Whether either lever acts on the model; with both strengths 0 the routers are only counted."""
-        return self.coef > 0 or self.bias_coef > 0
+        """Whether anything acts on the routers; with all strengths 0 they are only counted."""
+        return self.charges or self.bias_coef > 0
+
+    @property
+    def charges(self) -> bool:
+        """Whether routers receive a gradient."""
+        return self.coef > 0 or self.z_loss_coef > 0 or self.sequence_coef > 0
 
     @property
     def statistics(self) -> tuple[str, ...]:

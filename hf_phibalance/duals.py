@@ -19,7 +19,9 @@ from torch import Tensor
 
 from .config import STATISTICS, PhiBalanceConfig, package_version
 from .potentials import centred_price
+from .quantile import quantile_bias
 from .routers import RouterSite
+from .tally import Tally
 
 
 STATE_NAME = "phi_balance.safetensors"
@@ -65,6 +67,7 @@ class Duals:
         uniform = torch.cat([torch.full((size,), 1 / size) for size in self.layout.sizes])
         self.means = {statistic: uniform.clone() for statistic in config.statistics}
         self.price = torch.zeros(self.layout.total)
+        self.toll = torch.zeros(self.layout.total)  # coef · price, what a token is charged
         self.bias = torch.zeros(self.layout.total)
         self.read_native_biases()
         self.has_bias = config.bias_coef > 0
@@ -72,49 +75,84 @@ class Duals:
 
     def to(self, device: torch.device) -> None:
         self.means = {statistic: mean.to(device) for statistic, mean in self.means.items()}
-        self.price, self.bias = self.price.to(device), self.bias.to(device)
+        self.price, self.toll, self.bias = self.price.to(device), self.toll.to(device), self.bias.to(device)
 
     # ------------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def update(self, sums: Mapping[str, Tensor], finite: Tensor) -> None:
+    def update(self, tally: Tally, finite: Tensor) -> None:
         """
-        m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b <- b - bias_coef · q (arXiv 2605.15403, Algorithm 1).
+        m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b by the rule of the method, for φ b <- b - bias_coef · q
+        (arXiv 2605.15403, Algorithm 1).
 
         Args:
-            sums (`Mapping[str, torch.Tensor]`): sums over the step's tokens by statistic, flat; s is their share.
+            tally (`Tally`): sums over the step's tokens, of which s is the share.
             finite (`torch.Tensor` of shape `()`): whether they can be used; else nothing moves.
         """
         for statistic, mean in self.means.items():
-            self._fold(mean, sums[statistic], finite)
-        self.price.copy_(self._priced(self.means[self.config.track]))
+            self._fold(mean, getattr(tally, statistic), finite)
+        self._set_price()
         if self.config.bias_coef > 0:
             self.read_native_biases()
-            self.bias -= self.config.bias_coef * self._priced(self.means[self.config.bias_track]) * finite
+            self.bias += torch.where(finite, self._bias_step(tally), 0.0)
             self._write_native_biases()
         self.steps += 1
 
     def _fold(self, mean: Tensor, sums: Tensor, finite: Tensor) -> None:
         """A router that saw no token keeps its mean."""
-        rate = self.config.ema_rate
         for span, shape in self.layout.runs():
             sums_LE, mean_LE = sums[span].view(shape), mean[span].view(shape)
             total_L1 = sums_LE.sum(dim=-1, keepdim=True)
-            moved_LE = (1 - rate) * mean_LE + rate * (sums_LE / total_L1)
-            mean_LE.copy_(torch.where((total_L1 > 0) & finite, moved_LE, mean_LE))
+            share_LE = torch.where((total_L1 > 0) & finite, sums_LE / total_L1, mean_LE)
+            mean_LE.lerp_(share_LE, self.config.ema_rate)
+
+    def _set_price(self) -> None:
+        self.price.copy_(self._priced(self.means[self.config.track]))
+        torch.mul(self.price, self.config.coef, out=self.toll)
 
     def _priced(self, mean: Tensor) -> Tensor:
-        price = torch.empty_like(mean)
+        parts = [centred_price(self._potential, mean[span].view(shape)).view(-1) for span, shape in self.layout.runs()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _bias_step(self, tally: Tally) -> Tensor:
+        """What the step adds to the biases."""
+        rate, rule = self.config.bias_coef, self.config.rules.bias_rule
+        if rule == "dual":
+            return -rate * self._priced(self.means[self.config.bias_track])
+        step = torch.empty_like(self.bias)
         for span, shape in self.layout.runs():
-            price[span] = centred_price(self._potential, mean[span].view(shape)).reshape(-1)
-        return price
+            load_LE = tally.load[span].view(shape)
+            if rule == "sign":  # arXiv 2408.15664, Algorithm 1
+                step[span] = rate * (load_LE.mean(dim=-1, keepdim=True) - load_LE).sign().view(-1)
+            else:
+                bias_LE = self.bias[span].view(shape)
+                top_k_L1 = self._by_expert([site.top_k for site in self.sites])[span].view(shape)[:, :1]
+                width_L1 = self._by_expert([site.score_width or 1.0 for site in self.sites])[span].view(shape)[:, :1]
+                target_LE = quantile_bias(tally.margins[span].view(*shape, -1), top_k_L1, bias_LE, width_L1)
+                step[span] = rate * (target_LE - bias_LE).view(-1)
+        return step
+
+    def _by_expert(self, values: Sequence[float]) -> Tensor:
+        """One value per router, repeated for its experts, flat."""
+        return self.bias.new_tensor([value for value, size in zip(values, self.layout.sizes) for _ in range(size)])
 
     @torch.no_grad()
-    def current_price(self, index: int, sums_E: Tensor) -> Tensor:
-        """Price `(E,)` of router `index` with the statistic of the batch at hand mixed in, as Algorithm 1 takes it."""
+    def current_toll(self, index: int, sums_E: Tensor) -> Tensor:
+        """What router `index` charges, `(E,)`, with the statistic of the step under way mixed in (Algorithm 1)."""
         rate = self.config.ema_rate
         mean = self.means[self.config.track][self.layout.spans[index]].to(sums_E.device)
-        return centred_price(self._potential, (1 - rate) * mean + rate * sums_E / sums_E.sum().clamp(min=1e-30))
+        mixed = mean.lerp(sums_E / sums_E.sum().clamp(min=1e-30), rate)
+        return self.config.coef * centred_price(self._potential, mixed)
+
+    @torch.no_grad()
+    def pooled_toll(self, load: Tensor) -> Tensor:
+        """
+        What every router charges, flat, where all share the price of their pooled tokens, as in transformers'
+        `load_balancing_loss_func`: its f sums to k instead of 1, and it is a mean over the L layers instead of a sum.
+        """
+        pooled_E = load.view(len(self.sites), -1).sum(dim=0)
+        price_E = centred_price(self._potential, pooled_E / pooled_E.sum().clamp(min=1e-30))
+        return (self.config.coef * self.sites[0].top_k / len(self.sites) * price_E).repeat(len(self.sites))
 
     @torch.no_grad()
     def charged(self, probs: Tensor, price: Tensor) -> Tensor:
@@ -167,7 +205,7 @@ class Duals:
             self.has_bias = True
             self._write_native_biases()
         self.steps = int(state.get("steps", 0))
-        self.price.copy_(self._priced(self.means[self.config.track]))
+        self._set_price()
 
     def _check(self, state: Mapping[str, Tensor], kinds: Sequence[str]) -> None:
         """Raises a `ValueError` if `state` does not fit these routers, before anything is changed."""

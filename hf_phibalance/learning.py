@@ -63,7 +63,7 @@ def gradient_norms(
         rate (`torch.Tensor` of shape `(T,)`): as for `ChargePrices`.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        return _gradient_norms(hidden, router, logits, price_gradient(logits, price, scoring) * rate.unsqueeze(-1))
+        return _gradient_norms(hidden, router, logits, price_gradient(logits, price, rate, scoring))
 
 
 def _gradient_norms(hidden: Tensor, router: nn.Module, logits: Tensor, gradient_TE: Tensor) -> Tensor:

@@ -99,10 +99,18 @@ class SelectionHook(_Hook):
         if bias is None:
             return
         if self.before:
-            groups = getattr(module, "num_group", None) or getattr(module, "n_group", None) or 1
-            SelectionBias(bias, zero_is_masked=groups > 1).__enter__()
-        elif torch.compiler.is_compiling() or SelectionBias.is_innermost():  # else a hook before ours has raised
+            SelectionBias(bias, zero_is_masked=_groups(module) > 1).__enter__()
+        elif torch.compiler.is_compiling():
             SelectionBias(bias).__exit__(None, None, None)  # leaves the mode entered last
+        elif (mode := SelectionBias.innermost()) is not None:  # else a hook before ours has raised
+            mode.__exit__(None, None, None)
+            if mode.scores is not None:
+                self.balancer.observe_scores(self.index, mode.scores)
+
+
+def _groups(router: nn.Module) -> int:
+    """Groups of experts to which a router first limits its choice; 1 if it does not."""
+    return getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1
 
 
 class BackboneHook(_Hook):
@@ -238,6 +246,7 @@ class Patch:
     balancer: PhiBalancer
     undo: Undo = field(default_factory=Undo)
     undo_built_in: Undo = field(default_factory=Undo)  # the auxiliary loss that is off meanwhile
+    frozen: list[nn.Parameter] = field(default_factory=list)  # of the routers, to be trained again afterwards
 
 
 def _switch_off_built_in_loss(root: nn.Module, undo: Undo) -> bool:
@@ -404,19 +413,42 @@ def announce_switched_off() -> None:
 def _prepare(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     sites = find_routers(root)
     _refuse_bypassed(root, sites)
-    if config.bias_coef > 0:
-        for site in sites:
-            if site.kind.traits.no_bias:
-                raise ValueError(
-                    f"bias_coef={config.bias_coef} is not possible for {site.kind.target.__name__}: "
-                    f"{site.kind.traits.no_bias}. Set bias_coef=0 and use the price gradient (coef > 0)."
-                )
-            if site.native_bias and site.read_native_bias() is None:
-                raise ValueError(
-                    f"bias_coef={config.bias_coef} is not possible while the selection bias of {site.name!r} is "
-                    "offloaded. Set bias_coef=0, or load the model without offloading to CPU or disk."
-                )
+    for site in sites:
+        if config.bias_coef > 0:
+            _refuse_unbiasable(site, config)
+        if config.z_loss_coef > 0 and site.scoring == "probs":
+            raise ValueError(
+                f"z_loss_coef={config.z_loss_coef} is not possible for {site.kind.target.__name__}: it returns "
+                "probabilities, and the z-loss is one of logits. Set z_loss_coef=0."
+            )
+    if config.rules.pooled and len({(site.num_experts, site.top_k) for site in sites}) > 1:
+        raise ValueError(
+            f"method={config.method!r} pools the layers of a model, but those of {type(root).__name__} have different "
+            "numbers of experts. Use method='switch'."
+        )
     return PhiBalancer(root, config, sites)
+
+
+def _refuse_unbiasable(site: RouterSite, config: PhiBalanceConfig) -> None:
+    if site.kind.traits.no_bias:
+        raise ValueError(
+            f"bias_coef={config.bias_coef} is not possible for {site.kind.target.__name__}: "
+            f"{site.kind.traits.no_bias}. Set bias_coef=0 and use the price gradient (coef > 0)."
+        )
+    if site.native_bias and site.read_native_bias() is None:
+        raise ValueError(
+            f"bias_coef={config.bias_coef} is not possible while the selection bias of {site.name!r} is "
+            "offloaded. Set bias_coef=0, or load the model without offloading to CPU or disk."
+        )
+    owners = [*site.modules, site.parent]
+    if config.rules.bias_rule == "quantile" and (
+        site.top_k >= site.num_experts or any(_groups(owner) > 1 for owner in owners if owner is not None)
+    ):
+        raise ValueError(
+            f"method={config.method!r} is not possible for {site.name!r}, which chooses {site.top_k} of "
+            f"{site.num_experts} experts, within groups: a fair share is then no quantile of the scores. Use "
+            "method='phi' or 'loss_free'."
+        )
 
 
 def _carry_over(old: PhiBalancer, new: PhiBalancer) -> None:
@@ -426,6 +458,11 @@ def _carry_over(old: PhiBalancer, new: PhiBalancer) -> None:
 
 def _install(balancer: PhiBalancer) -> Patch:
     root, present = balancer.root, Patch(balancer)
+    if balancer.config.rules.freezes:
+        parameters = [p for site in balancer.sites for module in site.modules for p in module.parameters()]
+        present.frozen = [p for p in parameters if p.requires_grad]
+        for parameter in present.frozen:
+            parameter.requires_grad_(False)
     _install_hooks(balancer, _backbone(root, balancer.sites))
     _forget_compiled_code()
     present.undo.set(root, PATCH_ATTRIBUTE, present)
@@ -448,4 +485,6 @@ def unpatch(model: nn.Module) -> nn.Module:
         _forget_compiled_code()
         present.undo_built_in.restore()
         present.undo.restore()
+        for parameter in present.frozen:
+            parameter.requires_grad_(True)
     return model

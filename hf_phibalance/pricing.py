@@ -43,46 +43,92 @@ def routing_probs(logits: Tensor, scoring: str) -> Tensor:
     return scores if scoring == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
 
 
-def price_gradient(logits: Tensor, price: Tensor, scoring: str) -> Tensor:
+def price_gradient(
+    logits: Tensor, price: Tensor, rate: Tensor, scoring: str, z_loss: float = 0.0, probs: Tensor | None = None
+) -> Tensor:
     """
-    Closed form of ∂⟨price, p⟩/∂logits for every token.
+    Closed form of the gradient, with respect to the logits, of Σ_t rate_t (⟨price, p_t⟩ + z_loss · logsumexp(z_t)²).
 
     Args:
         logits (`torch.Tensor` of shape `(T, E)`): what the router returned.
-        price (`torch.Tensor` of shape `(E,)`): the dual q, a constant.
+        price (`torch.Tensor` of shape `(E,)` or `(B, E)`):
+            The dual q, a constant: one for all tokens, or one for each of the B sequences in which the tokens come.
+        rate (`torch.Tensor` of shape `(T,)`): weight of each token.
         scoring (`str`): a key of `SCORINGS`.
+        z_loss (`float`, *optional*, defaults to `0.0`): strength of the router z-loss (arXiv 2202.08906, Eq. 5).
+        probs (`torch.Tensor` of shape `(T, E)`, *optional*): `routing_probs(logits, scoring)`, where known.
 
     Returns:
         `torch.Tensor` of shape `(T, E)`, in at least fp32.
     """
-    probs = routing_probs(logits, scoring)
-    price = price.to(probs.dtype)
-    paid = (probs * price).sum(dim=-1, keepdim=True)  # (T, 1); not a matmul, which autocast would round
-    gradient = (price - paid).mul_(probs)  # in place, so that it stays in the cache
+    probs = routing_probs(logits, scoring) if probs is None else probs
+    price = price.to(probs.dtype).view(-1, 1, probs.shape[-1])  # (1 or B, 1, E)
+    slope = (rate.to(probs.dtype).view(len(price), -1, 1) * price).view_as(probs)
+    gradient = softmax_backward(slope, probs)
     if scoring != "softmax":
         gradient.mul_(SCORINGS[scoring].dlog(logits.to(probs.dtype)))
+    if z_loss:
+        z = logits.to(probs.dtype)
+        lse = z.logsumexp(dim=-1, keepdim=True)  # (T, 1)
+        gradient.addcmul_((z - lse).exp_(), lse.mul_(rate.unsqueeze(-1)), value=2 * z_loss)
     return gradient
+
+
+def softmax_backward(slope: Tensor, probs: Tensor) -> Tensor:
+    """p ⊙ (g − ⟨g, p⟩) for g = `slope (T, E)` and p = `probs (T, E)`, in the one pass of torch's own kernel."""
+    return torch.ops.aten._softmax_backward_data(slope, probs, -1, probs.dtype)
 
 
 class ChargePrices(torch.autograd.Function):
     """
-    Identity on `carrier` whose backward adds `rate_T · ∂⟨price, p⟩/∂logits` to the gradient of `logits`.
+    Identity on `carrier` whose backward adds [`price_gradient`] to the gradient of `logits`.
 
     The carrier is any output of the router through which the task gradient flows back (the top-k weights), so the
     charge reaches the router whatever the trainer does with the loss, and is paid once per backward.
 
     `price` and `rate` are kept as attributes and not as saved tensors: under non-reentrant checkpointing saved tensors
-    are recomputed, and must not come from a state that has moved on meanwhile.
+    are recomputed, and must not come from a state that has moved on meanwhile. What is saved is as large as the logits.
     """
 
     @staticmethod
-    def forward(ctx, carrier: Tensor, logits: Tensor, price: Tensor, rate: Tensor, scoring: str) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.price, ctx.rate, ctx.scoring = price, rate, scoring
+    def forward(
+        ctx,
+        carrier: Tensor,
+        logits: Tensor,
+        probs: Tensor | None,
+        price: Tensor,
+        rate: Tensor,
+        scoring: str,
+        z_loss: float,
+    ) -> Tensor:
+        ctx.saves_probs = probs is not None and probs.dtype == logits.dtype and scoring == "softmax" and not z_loss
+        ctx.save_for_backward(probs if ctx.saves_probs else logits)
+        ctx.price, ctx.rate, ctx.scoring, ctx.z_loss = price, rate, scoring, z_loss
+        ctx.dtype = logits.dtype
         return carrier.view_as(carrier)
 
     @staticmethod
     def backward(ctx, grad_carrier: Tensor):
-        (logits,) = ctx.saved_tensors
-        charge = price_gradient(logits, ctx.price, ctx.scoring).mul_(ctx.rate.unsqueeze(-1))
-        return grad_carrier, charge.to(logits.dtype), None, None, None
+        (saved,) = ctx.saved_tensors
+        probs = saved if ctx.saves_probs else None
+        charge = price_gradient(saved, ctx.price, ctx.rate, ctx.scoring, ctx.z_loss, probs)
+        return grad_carrier, charge.to(ctx.dtype), None, None, None, None, None
+
+
+def sequence_price(logits: Tensor, scoring: str, top_k: int, mask_BS: Tensor) -> Tensor:
+    """
+    Relative load of each expert within each sequence, `(B, E)`: the price of DeepSeek-V3's complementary sequence-wise
+    loss (arXiv 2412.19437, Eqs. 17-20), with the load that the unbiased scores would choose.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B·S, E)`): what the router returned.
+        scoring (`str`): a key of `SCORINGS`.
+        top_k (`int`): experts per token.
+        mask_BS (`torch.Tensor` of shape `(B, S)`): 1 for the tokens that count.
+    """
+    batch, experts = len(mask_BS), logits.shape[-1]
+    scores = routing_probs(logits, scoring)
+    chosen = torch.ops.aten.topk(scores, top_k)[1].view(batch, -1)  # (B, S·k); the operator: no selection bias
+    weight = mask_BS.to(scores.dtype).unsqueeze(-1).expand(-1, -1, top_k).reshape(batch, -1)
+    load_BE = scores.new_zeros(batch, experts).scatter_add_(1, chosen, weight)
+    return load_BE * (experts / load_BE.sum(-1, keepdim=True).clamp(min=1))

@@ -140,6 +140,7 @@ class RouterSite:
     parent: nn.Module | None = None
     native_bias: list[tuple[nn.Module, str]] = field(default_factory=list)
     charged: bool = False  # whether a price gradient has gone through it
+    score_width: float | None = None  # the span of the scores that it ranks, once seen and where something needs it
 
     def write_native_bias(self, bias: Tensor) -> None:
         """Copies `bias (E,)` into the family's own selection bias, in place."""

@@ -25,12 +25,13 @@ class SelectionBias(TorchFunctionMode):
         super().__init__()
         self.bias = bias
         self.zero_is_masked = zero_is_masked
+        self.scores: Tensor | None = None  # what was ranked last, without the bias
 
     @staticmethod
-    def is_innermost() -> bool:
-        """Whether the mode entered last, if any, is one of ours."""
+    def innermost() -> SelectionBias | None:
+        """The mode entered last, if it is one of ours."""
         modes = torch.overrides._get_current_function_mode_stack()
-        return bool(modes) and isinstance(modes[-1], SelectionBias)
+        return modes[-1] if modes and isinstance(modes[-1], SelectionBias) else None
 
     @staticmethod
     def leave_interrupted() -> None:
@@ -49,6 +50,7 @@ class SelectionBias(TorchFunctionMode):
             scores = args[0] if args else kwargs["input"]
             if scores.shape[-1] == self.bias.numel():
                 kwargs = {name: value for name, value in kwargs.items() if name != "input"}
+                self.scores = scores
                 ranked = rank_scores(scores, self.bias, self.zero_is_masked)
                 indices = func(ranked, *args[1:], **kwargs).indices
                 return torch.return_types.topk((scores.gather(-1, indices), indices))

@@ -15,11 +15,21 @@ class Tokens:
     """The T = batch x sequence tokens of one forward."""
 
     mask: Tensor  # (T,) 1.0 for the tokens that count
-    rate: Tensor  # (T,) coefficient of ⟨q, p_t⟩ in the gradient of the optimizer step
+    rate: Tensor  # (T,) weight of each token in the optimizer step: 1/N, whatever happens to its gradient until then
+    batch_size: int = 1
+    toll: Tensor | None = None  # flat; what all routers charge, where that is known only after the forward
     trains: bool = True  # False for a forward of an evaluation, which counts apart and never pays
     in_forward: bool = True  # False during a recomputation, which pays but is not counted again
     deferred: bool = False  # its routers ran without autograd, reentrant checkpointing will run them again
     recomputing: bool = False  # and has begun to
+    _weights: dict[int, Tensor] = field(default_factory=dict)
+
+    def weights(self, chosen: Tensor) -> Tensor:
+        """`mask` of each entry of `chosen (T·k,)`, the experts of one token after those of another."""
+        top_k = len(chosen) // len(self.mask)
+        if top_k not in self._weights:
+            self._weights[top_k] = self.mask.unsqueeze(-1).expand(-1, top_k).reshape(-1)
+        return self._weights[top_k]
 
 
 @dataclass

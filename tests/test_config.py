@@ -25,6 +25,8 @@ OTHER = PhiBalanceConfig(
     bias_track="probs",
     price_from="current",
     token_mask="labels",
+    z_loss_coef=0.001,
+    sequence_coef=0.0001,
 )
 NO_NUMBERS = [True, False, "0.1", None, [0.1], 1 + 0j, math.nan, math.inf, -math.inf]
 
@@ -34,14 +36,19 @@ def test_the_defaults_are_those_of_the_contract():
     assert (config.coef, config.bias_coef, config.potential, config.potential_kwargs) == (0.01, 0.0, "neg_entropy", {})
     assert (config.track, config.bias_track, config.price_from) == ("probs", "load", "previous")
     assert config.token_mask == "attention" and 0 < config.ema_rate <= 1
-    assert all(getattr(OTHER, f.name) != getattr(config, f.name) for f in dataclasses.fields(config))
+    names = [f.name for f in dataclasses.fields(config) if f.name != "method"]
+    assert all(getattr(OTHER, name) != getattr(config, name) for name in names)
 
 
 @pytest.mark.parametrize(
     ("fields", "mentions"),
     [
         *(({"coef": value}, ["`coef`", repr(value), ">= 0"]) for value in [-0.1, -1, *NO_NUMBERS]),
-        *(({"bias_coef": value}, ["`bias_coef`", repr(value), ">= 0"]) for value in [-0.1, -1, *NO_NUMBERS]),
+        *(
+            ({name: value}, [f"`{name}`", repr(value), ">= 0"])
+            for name in ("bias_coef", "z_loss_coef", "sequence_coef")
+            for value in [-0.1, -1, *NO_NUMBERS]
+        ),
         *(
             ({"ema_rate": value}, ["`ema_rate`", repr(value), "(0, 1]"])
             for value in [0, 0.0, -0.3, 1.01, 2, *NO_NUMBERS]
@@ -61,7 +68,7 @@ def test_the_defaults_are_those_of_the_contract():
             for name, choices in (
                 ("track", ["probs", "load"]),
                 ("bias_track", ["probs", "load"]),
-                ("price_from", ["previous", "current"]),
+                ("price_from", ["previous", "current", "global"]),
                 ("token_mask", ["attention", "labels", "all"]),
             )
             for value in ["Probs", "", None, True, ["probs"]]
