@@ -250,9 +250,9 @@ def difference(left, right):
     return {name: left[name] - right[name] if name in right else left[name] for name in left}
 
 
-def assert_gradient(actual, expected, tolerance=1e-4):
-    """Of the routers, and of everything below them: the relative residual is that of float32."""
-    for part in (True, False):
+def assert_gradient(actual, expected, tolerance=1e-4, parts=(True, False)):
+    """Of the routers (True), and of everything below them (False): the relative residual is that of float32."""
+    for part in parts:
         names = [name for name in expected if bool(ROUTER.search(name)) is part]
         assert names
         zeros = {name: torch.zeros_like(expected[name]) for name in names}
@@ -274,6 +274,8 @@ def added_gradient(model, config, batches, prepare=None, announce=None):
     return difference(step_gradient(model, batches, announce), plain)
 
 
+EXTRAS = {"z_loss_coef": z_loss, "sequence_coef": sequence_loss}
+EXTRA_COEF = {"z_loss_coef": 0.1, "sequence_coef": 2.0}
 LOSSES = {"switch": switch_loss, "pooled": pooled_loss, "global_batch": global_batch_loss}
 
 
@@ -349,6 +351,72 @@ def test_the_built_in_loss_does_not_come_on_top():
     phb.patch(model, {"method": "pooled", "coef": COEF})
     added = difference(step_gradient(model, [batch]), plain)
     assert_gradient(added, loss_gradient(build("mixtral"), [batch], [(COEF, pooled_loss)]))
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("method", LOSSES)
+def test_the_logged_loss_is_the_value_of_the_formula(method, checkpointing):
+    """Less its value at balance, which charges nothing."""
+    model = build("mixtral", checkpointing)
+    batches = micro_batches(model)
+    phb.patch(model, {"method": method, "coef": COEF})
+    step_gradient(model, batches)
+    with torch.no_grad():
+        routed = [forward(build("mixtral"), batch)[1] for batch in batches]
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+    values = [float(LOSSES[method](routed[: j + 1])) for j in range(len(batches))]
+    at_balance = 2 if method == "pooled" else len(routed[0])
+    expected = COEF * (sum(n * value for n, value in zip(tokens, values)) / sum(tokens) - at_balance)
+    assert phb.get_balancer(model).metrics()["balance_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("method", LOSSES)
+def test_all_losses_together_through_a_gradient_scaler(method, checkpointing):
+    model, scale = build("deepseek_v3", checkpointing), 1024.0
+    batches = micro_batches(model)
+    plain = step_gradient(model, batches)
+    phb.patch(model, {"method": method, "coef": COEF, **EXTRA_COEF})
+    model.zero_grad()
+    phb.get_balancer(model).begin_step(batches, loss_scale=scale)
+    for batch in batches:
+        (scale * model(**batch).loss / len(batches)).backward()
+    phb.get_balancer(model).step()
+    added = difference({name: grad / scale for name, grad in collect(model).items()}, plain)
+    losses = [(COEF, LOSSES[method]), *((EXTRA_COEF[extra], EXTRAS[extra]) for extra in EXTRAS)]
+    assert_gradient(added, loss_gradient(build("deepseek_v3"), batches, losses))
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_several_forwards_before_one_backward(method):
+    """Each micro-batch pays what it was told in its own forward."""
+    model = build("mixtral")
+    batches = micro_batches(model)
+    plain = step_gradient(model, batches)
+    phb.patch(model, {"method": method, "coef": COEF})
+    model.zero_grad()
+    phb.get_balancer(model).begin_step(batches)
+    (sum(model(**batch).loss for batch in batches) / len(batches)).backward()
+    added = difference(collect(model), plain)
+    assert_gradient(added, loss_gradient(build("mixtral"), batches, [(COEF, LOSSES[method])]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_in_bfloat16(method):
+    """Gradients are those of the formula on the same model, up to its precision."""
+    if method == "frozen":
+        pytest.skip("has no gradient of its own")
+    model = build("mixtral", dtype=torch.bfloat16)
+    batches = micro_batches(model)
+    phb.patch(model, {"method": method})
+    plain = step_gradient(model, batches)
+    phb.unpatch(model)
+    strong = {"coef": 20.0} if method in LOSSES else {}
+    phb.patch(model, {"method": method, **strong, "z_loss_coef": 1.0, "sequence_coef": 20.0})
+    added = difference(step_gradient(model, batches), plain)
+    losses = [(20.0, LOSSES[method])] if method in LOSSES else []
+    reference = build("mixtral", dtype=torch.bfloat16)
+    assert_gradient(added, loss_gradient(reference, batches, [*losses, (1.0, z_loss), (20.0, sequence_loss)]), 0.03)
 
 
 def test_global_batch_of_one_micro_batch_is_switch():
@@ -619,9 +687,10 @@ def test_quantile_is_that_of_the_sorted_margins(model_type):
             assert bias.abs().max() > 0.02
 
 
-def test_quantile_of_logits():
-    """gpt_oss ranks logits, which have no bound: the quantile is that of the logits, up to 1 % of their range."""
-    model, naive = build("gpt_oss"), build("gpt_oss")
+@pytest.mark.parametrize("model_type", ["gpt_oss", "kolibri1"])
+def test_quantile_of_logits(model_type):
+    """These rank logits, which have no bound: the quantile is that of the logits, up to 1 % of their range."""
+    model, naive = build(model_type), build(model_type)
     phb.patch(model, {"method": "quantile"})
     batch = many_tokens(model)
     step_gradient(model, [batch])
@@ -631,12 +700,30 @@ def test_quantile_of_logits():
         logits = seen[name].logits[seen[name].mask.flatten()].double()
         bounds = quantile_bounds(logits, torch.zeros(8, dtype=torch.float64), 2)
         assert_quantile(bias.double(), bounds, 0.01 * float(logits.max() - logits.min()))
-        assert bias.abs().max() > 0.5
+        assert bias.abs().max() > 0.3
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss"])
+# one for each way in which the ranked scores are found
+RANKING = (
+    "mixtral",  # softmax
+    "gpt_oss",  # logits
+    "flint",  # sigmoid
+    "deepseek_v3",  # sigmoid, native bias
+    "ernie4_5_moe",  # softmax, native bias
+    "deepseek_v4",  # square root of softplus, native bias
+    "kolibri1",  # logits, native bias
+    "longcat_flash",  # with identity experts
+    "dbrx",  # in the parent
+    "jetmoe",
+    "llama4_text",
+    "gemma4_text",
+    "cohere2_moe",
+)
+
+
+@pytest.mark.parametrize("model_type", RANKING)
 def test_quantile_makes_the_loads_of_the_same_batch_fair(model_type):
-    """The first layer sees the same tokens again: half the violation after one step, a quarter after four."""
+    """The first router sees the same tokens again; the iteration has all but settled after four steps."""
     model = ungrouped(model_type)
     batch = many_tokens(model)
     phb.patch(model, {"method": "quantile"})
@@ -647,9 +734,9 @@ def test_quantile_makes_the_loads_of_the_same_batch_fair(model_type):
         step_gradient(model, [batch])
         load = balancer.loads()[first]
         violations.append(float(load.max() / load.mean()) - 1)
-    assert violations[0] > 0.4
-    assert violations[1] < 0.5 * violations[0], violations
-    assert violations[4] < 0.25 * violations[0], violations
+    assert violations[0] > 0.25
+    assert violations[1] < 0.75 * violations[0], violations
+    assert violations[4] < 0.3 * violations[0], violations
 
 
 def test_quantile_bias_coef_is_the_fraction_moved():
@@ -691,7 +778,7 @@ def test_quantile_counts_no_padding():
         torch.testing.assert_close(biases[1][name], bias, rtol=0, atol=2e-5)
 
 
-def parts(batch, sizes):
+def dealt(batch, sizes):
     """`batch` row by row in several micro-batches, all of its width."""
     start = 0
     for size in sizes:
@@ -705,7 +792,7 @@ def test_biases_do_not_depend_on_the_split(method):
     for sizes in ((16,), (8, 8), (1, 5, 7, 3)):
         model = build("mixtral")
         phb.patch(model, {"method": method})
-        step_gradient(model, list(parts(many_tokens(model), sizes)))
+        step_gradient(model, list(dealt(many_tokens(model), sizes)))
         biases.append(phb.get_balancer(model).biases())
     for other in biases[1:]:
         for name, bias in biases[0].items():
@@ -794,9 +881,6 @@ def test_none_only_counts(model_type):
 
 # ---------------------------------------------------------------------- extra losses
 
-EXTRAS = {"z_loss_coef": z_loss, "sequence_coef": sequence_loss}
-EXTRA_COEF = {"z_loss_coef": 0.1, "sequence_coef": 2.0}
-
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -816,40 +900,30 @@ def test_extra_losses_do_not_depend_on_the_split(extra, checkpointing):
     for sizes in ((6,), (3, 1, 2), (1,) * 6):
         model = build("mixtral", checkpointing)
         config = {"coef": 0.0, extra: EXTRA_COEF[extra]}
-        assert_gradient(added_gradient(model, config, list(parts(whole, sizes))), expected)
+        assert_gradient(added_gradient(model, config, list(dealt(whole, sizes))), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_extra_losses_come_on_top_of_any_method(method):
     model = build_for({"method": method}, "deepseek_v3")
     batches = micro_batches(model)
-    phb.patch(model, {"method": method})
-    if method == "phi":
-        set_prices(model)
-    own = step_gradient(model, batches)
-    phb.unpatch(model)
-    start_with(model, torch.zeros(8))
-    phb.patch(model, {"method": method, **EXTRA_COEF})
-    if method == "phi":
-        set_prices(model)
-    both = step_gradient(model, batches)
-    losses = [(EXTRA_COEF[extra], EXTRAS[extra]) for extra in EXTRAS]
+    strength = {"coef": COEF} if method in ("phi", *LOSSES) else {}
+    gradients = []
+    for extras in ({}, EXTRA_COEF):
+        phb.patch(model, {"method": method, **strength, **extras})
+        if method == "phi":
+            set_prices(model)
+        gradients.append(step_gradient(model, batches))
+        phb.unpatch(model)
+        start_with(model, torch.zeros(8))
+    added = difference(*reversed(gradients))
     reference = build_for({"method": method}, "deepseek_v3")
     if method == "frozen":
+        assert not set(router_parameters(model)) & set(gradients[1])
         for p in router_parameters(reference).values():
             p.requires_grad_(False)
-    expected = loss_gradient(reference, batches, losses)
-    if method == "frozen":
-        names = list(expected)
-        assert not set(router_parameters(model)) & (set(both) | set(names))
-        left, right = (
-            torch.cat([grads[name].double().flatten() for name in names])
-            for grads in (difference(both, own), expected)
-        )
-        assert right.norm() > 1e-2
-        assert (left - right).norm() <= 1e-4 * right.norm()
-    else:
-        assert_gradient(difference(both, own), expected)
+    expected = loss_gradient(reference, batches, [(EXTRA_COEF[extra], EXTRAS[extra]) for extra in EXTRAS])
+    assert_gradient(added, expected, parts=(False,) if method == "frozen" else (True, False))
 
 
 def test_sequence_loss_takes_the_unbiased_choice():
@@ -873,6 +947,19 @@ def test_sequence_loss_takes_the_unbiased_choice():
         assert all(load[:2].sum() == load.sum() for load in balancer.loads().values())
         phb.unpatch(model)
     assert_gradient(difference(gradients[1], gradients[0]), loss_gradient(naive, batches, [(2.0, sequence_loss)]))
+
+
+@pytest.mark.parametrize(
+    "config", [{"method": "switch"}, *({"method": "none", name: 0.1} for name in EXTRAS)], ids=str
+)
+def test_a_loss_that_reaches_nothing_is_refused(config):
+    model = build("mixtral")
+    for name, p in model.named_parameters():
+        p.requires_grad_(name == "lm_head.weight")
+    phb.patch(model, config)
+    name = next((name for name in EXTRAS if name in config), "coef")
+    with pytest.raises(ValueError, match=f"{name}=.*no gradient path leads from any router"):
+        step_gradient(model, micro_batches(model))
 
 
 @pytest.mark.parametrize("name", EXTRAS)
@@ -1044,10 +1131,11 @@ def test_another_method_goes_on_from_the_bias_in_force(model_type):
     for name, bias in phb.get_balancer(model).biases().items():
         assert 0 < (bias - biases[name]).abs().max() < 0.0011
     moved = phb.get_balancer(model).biases()
-    phb.patch(model, {"method": "switch"})
-    assert_same(phb.get_balancer(model).biases(), moved)
-    step_gradient(model, batches)
-    assert_same(phb.get_balancer(model).biases(), moved)
+    for config in ({"method": "switch"}, {"method": "none"}, {"method": "global_batch"}, {"coef": 0.1}):
+        phb.patch(model, config)
+        assert_same(phb.get_balancer(model).biases(), moved)
+        step_gradient(model, batches)
+        assert_same(phb.get_balancer(model).biases(), moved)
 
 
 @pytest.mark.parametrize("method", ["switch", "pooled", "global_batch"])
@@ -1118,6 +1206,18 @@ def test_resumed_training_is_bitwise_the_same(model_type, run, tmp_path):
         assert_same(dict(resumed.state_dict()), dict(straight.state_dict()))
         assert_same(phb.get_balancer(resumed).state_dict(), phb.get_balancer(straight).state_dict())
         assert phb.get_balancer(resumed).steps == 4
+
+
+@pytest.mark.parametrize("method", ["pooled", "quantile", "frozen"])
+def test_a_saved_model_comes_back_with_its_method(method, tmp_path):
+    model = phb.patch(build("mixtral"), {"method": method, **EXTRA_COEF})
+    batches = micro_batches(model)
+    step_gradient(model, batches)
+    model.save_pretrained(tmp_path)
+    loaded = phb.AutoModelForCausalLM.from_pretrained(tmp_path, phi_balance=True).train()
+    assert phb.get_balancer(loaded).config == phb.get_balancer(model).config
+    assert_same(phb.get_balancer(loaded).state_dict(), phb.get_balancer(model).state_dict())
+    assert_same(step_gradient(loaded, batches), step_gradient(model, batches))
 
 
 # ---------------------------------------------------------------------- inside a Trainer
