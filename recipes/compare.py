@@ -56,6 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
                 f"--plans: {args.plans_file} has no plan {unknown[0]!r}, but {', '.join(p.name for p in plans)}."
             )
         plans = [plan for plan in plans if plan.name in args.plans]
+    for plan in plans:
+        for name in ("models", "streams", "seeds"):
+            wanted = getattr(args, name)
+            setattr(plan, name, [value for value in getattr(plan, name) if not wanted or value in wanted])
     results = Results(output / "results.jsonl")
     if not (args.tables or args.pictures):
         plans = with_corpora(plans, args.data, output)
@@ -79,6 +83,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans_file", type=Path, help="YAML file of plans")
     parser.add_argument("--plans", nargs="+", metavar="NAME", help="only these plans of the file")
+    parser.add_argument("--models", nargs="+", help="of these plans, only what has these models")
+    parser.add_argument("--streams", nargs="+", help="... these streams")
+    parser.add_argument("--seeds", nargs="+", type=int, help="... these seeds")
     parser.add_argument(
         "--data",
         help="folder with gsm8k/train.jsonl and wikitext2/, or 'built-in' (default: the file's `data`, else 'built-in')",

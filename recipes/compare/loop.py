@@ -29,20 +29,12 @@ CURVE_POINTS = 50
 CHURN_PROBES = 8
 CHURN_WINDOWS = 8  # of each domain
 SETTLED = 0.75  # the last quarter of the steps is what "in training" means
-# Fields of PhiBalanceConfig whose defaults a result depends on although nobody wrote them down. Later ones enter a key
-# only where a plan sets them, so that a new field does not make all earlier results look unfinished.
-RESOLVED = (
-    "method",
-    "coef",
-    "bias_coef",
-    "potential",
-    "potential_kwargs",
-    "ema_rate",
-    "track",
-    "bias_track",
-    "price_from",
-    "token_mask",
-)
+# Fields of PhiBalanceConfig that a result depends on although nobody wrote them down: those that any method reads, and
+# those that φ reads. Others enter a key only where a plan sets them, so that neither a new field nor a new default that a
+# run does not read makes earlier results look unfinished.
+READ_BY_ALL = ("method", "coef", "bias_coef", "token_mask")
+READ_BY_PHI = ("potential", "potential_kwargs", "ema_rate")
+READ_WITH = {"coef": ("track", "price_from"), "bias_coef": ("bias_track",)}  # only where that strength is not 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +50,8 @@ class Run:
         steps (`int`, *optional*, defaults to `500`): Optimizer steps.
         rows (`int`, *optional*, defaults to `9`): Windows of a step.
         window (`int`, *optional*, defaults to `64`): Tokens of a window.
+        micro_batches (`int`, *optional*, defaults to `1`): Parts that a step is trained in. Rows are in the order of
+            their domains, so with as many parts as domains each part of a mixed step holds one domain.
         learning_rate (`float`, *optional*, defaults to `0.003`): Peak; 5% warm-up, then a cosine to a tenth.
         weight_decay (`float`, *optional*, defaults to `0.1`): Of matrices only.
         model_fields (`dict`, *optional*): Fields of the model's config that differ from `models.MODELS`.
@@ -72,6 +66,7 @@ class Run:
     steps: int = 500
     rows: int = 9
     window: int = 64
+    micro_batches: int = 1
     learning_rate: float = 0.003
     weight_decay: float = 0.1
     model_fields: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +78,10 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """All of it as plain JSON values, with what `PhiBalanceConfig` adds to `method`."""
         resolved = self.config.to_dict()
-        method = {name: resolved[name] for name in resolved if name in RESOLVED or name in self.method}
+        read = {*READ_BY_ALL, *self.method}
+        if resolved["method"] == "phi":
+            read |= {*READ_BY_PHI, *(name for lever, names in READ_WITH.items() if resolved[lever] for name in names)}
+        method = {name: resolved[name] for name in sorted(read)}
         return {**dataclasses.asdict(self), "method": method}
 
     @property
@@ -131,9 +129,13 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
     try:
         for step, ids in enumerate(batches(corpus, run.stream, run.steps, run.rows, run.seed)):
             began = time.process_time()
-            balancer.begin_step([{"input_ids": ids}])
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
+            parts = ids.tensor_split(run.micro_batches)
+            balancer.begin_step([{"input_ids": part} for part in parts])
+            total = 0.0
+            for part in parts:
+                loss = model(input_ids=part, labels=part).loss * (len(part) / len(ids))
+                loss.backward()
+                total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
@@ -145,7 +147,7 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
             seconds.append(time.process_time() - resumed + paused - began)
             if before is not None:
                 churn.append(changed_share(before, choose(model, balancer, probe)))
-            losses.append(float(loss.detach()))
+            losses.append(total)
             max_vios.append(float(metrics.max_vio(torch.stack(list(balancer.loads().values()))).mean()))
             if not math.isfinite(losses[-1]):
                 raise Diverged
@@ -171,7 +173,10 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
             "loss_recovery_steps": steps_to_recover(losses, switch),
             "loss_after_shift": statistics.fmean(losses[switch : switch + soon]),
         }
-    curve = {"loss": _rounded(thin(losses, CURVE_POINTS)), "max_vio": _rounded(thin(max_vios, CURVE_POINTS))}
+    curve = {
+        name: _rounded(thin(values, CURVE_POINTS, len(DOMAINS)))
+        for name, values in (("loss", losses), ("max_vio", max_vios))
+    }
     return {**record, "metrics": figures, "curve": curve, "experts": experts}
 
 

@@ -7,7 +7,6 @@ Shapes: L layers, E experts, k experts per token, D domains, W windows of S toke
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -139,8 +138,16 @@ def steps_to_recover(values: Sequence[float], switch: int, within: float = 1.25,
     return len(after)
 
 
-def thin(values: Sequence[float], points: int) -> list[float]:
-    """At most `points` means of consecutive stretches of `values`."""
-    count = min(points, len(values))
-    edges = [round(i * len(values) / count) for i in range(count + 1)] if count else []
-    return [math.fsum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+def thin(values: Sequence[float], points: int, multiple: int = 1) -> list[float]:
+    """
+    At most `points` means of consecutive stretches of `values`, equally long (but for the last, which may be shorter).
+
+    Args:
+        values (`Sequence[float]`): A figure of every step.
+        points (`int`): Most values to return.
+        multiple (`int`, *optional*, defaults to `1`): Of which the length of a stretch is one; the domains of a blocked
+            stream take turns, so stretches of whole turns hold equally much of each.
+    """
+    stretch = math.ceil(len(values) / points / multiple) * multiple
+    pieces = [values[start : start + stretch] for start in range(0, len(values), max(1, stretch))]
+    return [math.fsum(piece) / len(piece) for piece in pieces]

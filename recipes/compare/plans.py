@@ -56,7 +56,7 @@ class Plan:
         question (`str`, *optional*): Heading of its table.
         baseline (`str`, *optional*): Label of the method that the others are compared with; the first unless said.
         models, streams, seeds (`list`): Keys of `models.MODELS`, of `streams.STREAMS`, numbers.
-        steps, rows, window, learning_rate, weight_decay, model_fields: See `loop.Run`.
+        steps, rows, window, micro_batches, learning_rate, weight_decay, model_fields: See `loop.Run`.
         vocab_size (`int`, *optional*, defaults to `1024`): Tokens of the tokenizer.
         validation_windows (`int`, *optional*, defaults to `192`): Held-out windows of each domain.
         data (`str`, *optional*, defaults to `"built-in"`): See `streams.read_documents`; `--data` goes before it.
@@ -72,6 +72,7 @@ class Plan:
     steps: int = 500
     rows: int = 9
     window: int = 64
+    micro_batches: int = 1
     learning_rate: float = 0.003
     weight_decay: float = 0.1
     model_fields: dict[str, Any] = field(default_factory=dict)
@@ -92,8 +93,11 @@ class Plan:
             for value in values:
                 if value not in known:
                     raise ValueError(f"plan {self.name!r}: `{name}` has {value!r}; choose from {', '.join(known)}.")
-        if min(self.steps, self.window, self.rows, len(self.seeds)) < 1:
-            raise ValueError(f"plan {self.name!r}: `steps`, `rows`, `window` and `seeds` must be at least 1.")
+        if min(self.steps, self.window, len(self.seeds)) < 1 or not 1 <= self.micro_batches <= self.rows:
+            raise ValueError(
+                f"plan {self.name!r}: `steps`, `window` and the number of `seeds` must be at least 1, `micro_batches` from 1 "
+                f"to `rows`, got {self.steps}, {self.window}, {len(self.seeds)}, {self.micro_batches} and {self.rows}."
+            )
         for method in self.methods:
             try:
                 self.run(method, self.models[0], self.streams[0], self.seeds[0]).config  # noqa: B018, it validates

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loop import CURVE_POINTS
 from plans import Method, Plan
 from streams import DOMAINS
 
@@ -207,7 +208,7 @@ def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
         for name, draw in drawings.items():
             path = output / f"{plan.name}-{model}-{name}.png"
             figure = draw(plan, found)
-            figure.suptitle(f"{plan.question or plan.name} ({model})")
+            figure.suptitle(f"{plan.question or plan.name} ({model})", y=1.03)
             figure.savefig(path, dpi=110, bbox_inches="tight")
             written.append(path)
             matplotlib.pyplot.close(figure)
@@ -252,7 +253,8 @@ def draw_curves(plan: Plan, found: Mapping[str, Mapping[str, list[dict]]]):
             for label, records in by_label.items():
                 points = min(len(record["curve"][name]) for record in records)
                 mean = [statistics.fmean(record["curve"][name][i] for record in records) for i in range(points)]
-                steps = [(i + 0.5) * plan.steps / points for i in range(points)]
+                stretch = math.ceil(plan.steps / CURVE_POINTS / len(DOMAINS)) * len(DOMAINS)
+                steps = [min((i + 0.5) * stretch, plan.steps) for i in range(points)]
                 axis.plot(steps, mean, color=colour(plan, label), label=label, linewidth=1.2)
             axis.grid(alpha=0.3)
             axis.set_title(stream if row == 0 else "")
@@ -266,20 +268,27 @@ def draw_curves(plan: Plan, found: Mapping[str, Mapping[str, list[dict]]]):
 
 
 def draw_experts(plan: Plan, found: Mapping[str, Mapping[str, list[dict]]]):
-    """Relative load of the experts by domain (1 is the fair share) in the last layer, of the first seed."""
+    """Relative load of the experts by domain (1 is the fair share) in the last layer, of the first seed and stream."""
     from matplotlib import pyplot as plt
 
     stream, by_label = next(iter(found.items()))
     figure, axes = plt.subplots(len(by_label), 1, figsize=(8, 0.9 * len(by_label) + 0.8), squeeze=False)
     for axis, (label, records) in zip(axes[:, 0], by_label.items()):
         shares = records[0]["experts"][-1]
-        relative = [[share * len(row) for share in row] for row in shares]
+        order = sorted(range(len(shares[0])), key=lambda e: favourite(shares, e))
+        relative = [[row[e] * len(row) for e in order] for row in shares]
         image = axis.imshow(relative, aspect="auto", cmap="viridis", vmin=0, vmax=3)
         axis.set_yticks(range(len(DOMAINS)), DOMAINS, fontsize=7)
         axis.set_xticks([])
         axis.set_title(f"{label}, {stream}", fontsize=8, loc="left", pad=2)
     figure.colorbar(image, ax=list(axes[:, 0]), label="load / fair share")
     return figure
+
+
+def favourite(shares: Sequence[Sequence[float]], expert: int) -> tuple[int, float]:
+    """Sorts experts by the domain that uses them most, the busiest first."""
+    column = [row[expert] for row in shares]
+    return column.index(max(column)), -max(column)
 
 
 def _legend(figure, axis) -> None:
