@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -571,7 +572,7 @@ def inspect_model(
     layers = census.layers()
     empty = [name for name, entry in read.items() if not entry["tokens"]]
     if empty:
-        raise ValueError(f"there is no text in domain {', '.join(empty)}: its files are empty.")
+        raise ValueError(f"there is no text in domain {', '.join(empty)}. {' '.join(notes)}")
     if not layers:
         raise ValueError(
             f"none of the {len(census.sites)} routers was called, e.g. {census.sites[0].name!r}: something bypasses them "
@@ -602,7 +603,7 @@ def _remarks(stream: TextStream) -> list[str]:
         notes.append(f"{stream.skipped_rows} rows of {stream.domain.name} had no text in the field and were skipped.")
     if stream.undecodable:
         notes.append(
-            f"{len(stream.undecodable)} files of {stream.domain.name} are not all UTF-8, e.g. {stream.undecodable[0]}; "
+            f"{len(stream.undecodable)} files of {stream.domain.name} are not all UTF-8, e.g. {Path(stream.undecodable[0]).name}; "
             "what could not be read was replaced."
         )
     return notes

@@ -338,14 +338,14 @@ def nice_ticks(highest: float, count: int = 4) -> list[float]:
 # ---------------------------------------------------------------------- the page
 
 
-def html_report(inspection: Inspection, top: int = 10, command: Any = None) -> str:
+def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | None = None) -> str:
     """
     The page of an inspection.
 
     Args:
         inspection (`Inspection`): What was found.
         top (`int`, *optional*, defaults to `10`): Specialists of each domain.
-        command (`str` or `Sequence[str]`, *optional*): The command line behind it.
+        command (`Sequence[str]`, *optional*): The command line behind it.
 
     Returns:
         `str`: HTML that refers to nothing outside itself.
@@ -433,9 +433,15 @@ def html_report(inspection: Inspection, top: int = 10, command: Any = None) -> s
         legend_lift=legend_svg("≤ ½×", "0.71×", "1.41×", "≥ 2×"),
         colours={"light": colour_steps(dark=False), "dark": colour_steps(dark=True)},
         offset=STEPS,
-        command=without_paths(command),
+        command=command and without_paths([_without_folder(word) for word in command]),
         versions={name: versions()[name] for name in ("hf_phibalance", "torch", "transformers") if name in versions()},
     )
+
+
+def _without_folder(word: str) -> str:
+    """`name=/a/b` as `name=b`: where files lie on one machine helps nobody else."""
+    name, equals, path = word.partition("=")
+    return f"{name}={Path(path).name}" if equals and Path(path).is_absolute() else word
 
 
 def domain_heat(inspection: Inspection, index: int, label: str) -> str:

@@ -26,8 +26,7 @@ class Domain:
         name (`str`): What it is called.
         files (`tuple[Path, ...]`): Its files, in the order they are read.
         fields (`tuple[str, ...]`, *optional*):
-            Fields of a row of `.jsonl` that make up its text, joined by line ends; the only one with text, or `"text"`,
-            if none is given.
+            Fields of a row of `.jsonl` that make up its text, joined by line ends; without any, the row is the text.
     """
 
     name: str
@@ -48,7 +47,9 @@ def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Doma
         texts (`Sequence[str]`):
             `name=path` or `path`, whose stem is then the name. A path is a file, a glob (`**` descends), or a folder,
             of which all files with a suffix of `TEXT_SUFFIXES` are taken. A name may come several times.
-        fields (`Sequence[str]`, *optional*): `field` for every domain, or `name=field` for one of them.
+        fields (`Sequence[str]`, *optional*):
+            `field` for every domain, or `name=field` for one of them; the only one that holds text in the first row, or
+            `"text"`, if none is given.
 
     Raises:
         ValueError: if a path leads to no readable text, or a field belongs to no domain.
@@ -70,10 +71,9 @@ def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Doma
             raise ValueError(f"`--field` {entry!r} is for no domain of `--texts`, which are: {', '.join(own)}.")
         for owner in [name] if equals else own:
             own[owner].append(field if equals else name)
-    domains = [Domain(name, tuple(files), tuple(own[name])) for name, files in found.items()]
-    for domain in domains:
-        _check(domain)
-    return domains
+    return [
+        Domain(name, tuple(files), _checked_fields(list(files), tuple(own[name]))) for name, files in found.items()
+    ]
 
 
 def _files(pattern: str, text: str) -> list[Path]:
@@ -98,17 +98,26 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
-def _check(domain: Domain) -> None:
-    """Refuses what reading would only find out after the model has run for long."""
-    for path in domain.files:
+def _checked_fields(files: Sequence[Path], fields: tuple[str, ...]) -> tuple[str, ...]:
+    """`fields`, or else what the first row says; refuses what reading would find out after the model has run for long."""
+    for path in files:
         is_rows = _suffix(path) == ".jsonl"
         if _suffix(path) in TEXT_SUFFIXES and not is_rows:
             continue
         with path.open("rb") as raw:
-            if is_rows:
-                next(_rows(path, raw, domain.fields, strict=True), None)
-            elif b"\0" in _binary(path, raw).read(1024):
-                raise ValueError(f"{path} is no text, it holds zero bytes: leave it out of `--texts`.")
+            if not is_rows:
+                if b"\0" in _binary(path, raw).read(1024):
+                    raise ValueError(f"{path} is no text, it holds zero bytes: leave it out of `--texts`.")
+                continue
+            line = next((line for line in _text_of(path, raw) if line.strip()), None)
+        if line is not None:
+            try:
+                row = json.loads(line)
+                fields = fields or _only_field(row)
+                _row_text(row, fields)
+            except ValueError as error:
+                raise ValueError(f"{path}, first row: {error}") from error
+    return fields
 
 
 class TextStream:
@@ -164,11 +173,12 @@ class TextStream:
                 held += self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
                 self.documents += is_new and bool(held)
                 is_new = is_new and not held
-                while len(held) >= self.room:
-                    yield self._cut(held[: self.room])
-                    held = held[self.room :]
+                whole = len(held) - len(held) % self.room
+                for start in range(0, whole, self.room):
+                    yield self._cut(held[start : start + self.room])
                     if self.tokens == self.max_tokens:
                         return
+                held = held[whole:]
             if held:
                 yield self._cut(held)
                 if self.tokens == self.max_tokens:
@@ -237,31 +247,42 @@ def _pieces(path: Path, raw: BinaryIO) -> Iterator[str]:
     text.detach()
 
 
-def _rows(path: Path, raw: BinaryIO, fields: Sequence[str], strict: bool = False) -> Iterator[str | None]:
-    """The text of every row; `None` for a row that has none, or with `strict` a `ValueError`."""
+def _rows(path: Path, raw: BinaryIO, fields: Sequence[str]) -> Iterator[str | None]:
+    """The text of every row; `None` for a row that has none."""
     lines = _text_of(path, raw)
-    for number, line in enumerate(lines, start=1):
+    for line in lines:
         if line.strip():
             try:
                 yield _row_text(json.loads(line), fields)
-            except ValueError as error:
-                if strict:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
+            except ValueError:
                 yield None
     lines.detach()
+
+
+def _texts_in(row: Any) -> list[str]:
+    """Names of the fields of a row that hold text."""
+    if not isinstance(row, Mapping):
+        raise ValueError("the row is no JSON object.")
+    return [name for name, value in row.items() if isinstance(value, str)]
+
+
+def _only_field(row: Any) -> tuple[str, ...]:
+    """The field that is the text of a row, if there is no doubt; none if the row itself is the text."""
+    if isinstance(row, str):
+        return ()
+    texts = _texts_in(row)
+    if "text" in texts:
+        return ("text",)
+    if len(texts) != 1:
+        raise ValueError(f"say by `--field` which field is the text; there is some in {', '.join(texts) or 'none'}.")
+    return (texts[0],)
 
 
 def _row_text(row: Any, fields: Sequence[str]) -> str:
     if isinstance(row, str) and not fields:
         return row
-    if not isinstance(row, Mapping):
-        raise ValueError("the row is no JSON object.")
-    texts = [name for name, value in row.items() if isinstance(value, str)]
-    if not fields:
-        fields = ["text"] if "text" in texts else texts
-        if len(fields) != 1:
-            raise ValueError(f"say which field is the text by `--field`; it has {', '.join(texts) or 'none'}.")
+    texts = _texts_in(row)
     missing = [name for name in fields if name not in texts]
     if missing:
-        raise ValueError(f"no text in `--field` {missing[0]!r}; there is some in {', '.join(texts) or 'none'}.")
+        raise ValueError(f"no text in field {missing[0]!r}; there is some in {', '.join(texts) or 'none'}.")
     return "\n".join(row[name] for name in fields)
