@@ -23,10 +23,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 
@@ -68,7 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished ({results.path})")
         if args.list:
             for run in todo:
-                console.print(f"{run.key}  {run.model} {run.stream} seed {run.seed}  {run.method}", highlight=False)
+                console.print(
+                    f"{run.key}  {run.model} {run.stream} seed {run.seed}  {run.method}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
             return 0
         failed = execute(todo, results, output, args.workers, console)
         if failed:
@@ -140,7 +145,8 @@ def execute(runs, results: Results, output: Path, workers: int, console) -> int:
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("steps", total=total)
         while waiting:
-            with ProcessPoolExecutor(workers, context, initialize, (steps_done,)) as pool:
+            pool = ProcessPoolExecutor(min(workers, len(waiting)), context, initialize, (steps_done,))
+            try:
                 futures = {pool.submit(work, index, run, str(output)): index for index, run in waiting.items()}
                 broken = False
                 while futures and not broken:
@@ -160,18 +166,21 @@ def execute(runs, results: Results, output: Path, workers: int, console) -> int:
                             continue
                         waiting.pop(index)
                         results.add(record)
-                        console.print(f"{describe(runs[index])}  {summary(record)}", highlight=False)
+                        console.print(f"{describe(runs[index])}  {summary(record)}", highlight=False, soft_wrap=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what still waits must not start after Ctrl-C
+                raise
+            pool.shutdown()
             if broken:
                 begun = [index for index in waiting if steps_done[index]]
                 if not begun:
                     raise RuntimeError("the workers die before their first step; try one run with --workers 1.")
                 for index in begun:
-                    if steps_done[index]:
-                        steps_done[index], attempts[index] = 0, attempts[index] + 1
-                        if attempts[index] == ATTEMPTS:
-                            waiting.pop(index)
-                            failed += 1
-                            console.print(f"[red]{describe(runs[index])}: its worker was killed {ATTEMPTS} times")
+                    steps_done[index], attempts[index] = 0, attempts[index] + 1
+                    if attempts[index] == ATTEMPTS:
+                        waiting.pop(index)
+                        failed += 1
+                        console.print(f"[red]{describe(runs[index])}: its worker was killed {ATTEMPTS} times")
                 console.print(f"[yellow]A worker was killed (out of memory?); {len(waiting)} runs go on.")
     return failed
 
@@ -193,9 +202,16 @@ def initialize(steps_done) -> None:
     global _steps_done
     _steps_done = steps_done
     os.environ["OMP_NUM_THREADS"] = "1"
+    threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
+
+
+def end_with_parent() -> None:
+    """A worker whose command was killed must not go on alone."""
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
 
 
 def work(index: int, run, output: str) -> dict:
@@ -224,7 +240,7 @@ def render(plans: list[Plan], results: Results, output: Path, console, tables: b
         if pictures or both:
             written += write_pictures(plan, results, output)
         for path in written:
-            console.print(f"wrote {path}", highlight=False)
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
