@@ -565,6 +565,7 @@ def inspect_model(
                 "sequences": stream.sequences,
                 "documents": stream.documents,
                 "files": len(domain.files),
+                "files_read": stream.files,
             }
             notes += _remarks(stream)
     if stream.prefix:

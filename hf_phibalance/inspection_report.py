@@ -118,7 +118,9 @@ def print_inspection(inspection: Inspection, console: Any, top: int = 5) -> None
     width = max(map(len, labels))
     for label, layer in zip(labels, inspection.layers):
         strip = load_strip(relative_load(inspection.counts(layer, "overall").double()).tolist())
-        console.print(Text(f"{label:>{width}} ") + strip, soft_wrap=False)
+        room = max(console.width - width - 1, 8)
+        for start in range(0, len(strip), room):
+            console.print(Text(f"{'' if start else label:<{width}} ") + strip[start : start + room])
 
     if several:
         table = make_table(

@@ -7,7 +7,8 @@ import gzip
 import io
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -46,7 +47,7 @@ def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Doma
     Args:
         texts (`Sequence[str]`):
             `name=path` or `path`, whose stem is then the name. A path is a file, a glob (`**` descends), or a folder,
-            of which all files with a suffix of `TEXT_SUFFIXES` are taken. A name may come several times.
+            of which all files with a suffix of `TEXT_SUFFIXES` are taken; several files are mixed, always alike. A name may come several times.
         fields (`Sequence[str]`, *optional*):
             `field` for every domain, or `name=field` for one of them; the only one that holds text in the first row, or
             `"text"`, if none is given.
@@ -77,20 +78,27 @@ def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Doma
 
 
 def _files(pattern: str, text: str) -> list[Path]:
+    """Files of a path, in an order that is always the same, but mixed: the first of many are to be a fair sample."""
     path = Path(pattern)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in TEXT_SUFFIXES)
+        files = _mixed(p for p in path.rglob("*") if p.is_file() and _suffix(p) in TEXT_SUFFIXES)
         if not files:
             raise ValueError(
                 f"`--texts` {text!r}: no file in that folder ends in {', '.join(TEXT_SUFFIXES)} (or .gz)."
             )
         return files
     files = (
-        [path] if path.is_file() else sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+        [path] if path.is_file() else _mixed(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
     )
     if not files:
         raise ValueError(f"`--texts` {text!r}: there is no such file or folder, and nothing matches it as a glob.")
     return files
+
+
+def _mixed(paths: Iterable[Path]) -> list[Path]:
+    ordered = sorted(paths)
+    random.Random(0).shuffle(ordered)
+    return ordered
 
 
 def _suffix(path: Path) -> str:
@@ -146,6 +154,7 @@ class TextStream:
                 f"`seq_len` is {seq_len}: the tokenizer puts {len(self.prefix)} special token(s) first, so choose at "
                 f"least {len(self.prefix) + 1}."
             )
+        self.files = 0
         self.documents = 0
         self.sequences = 0
         self.tokens = 0
@@ -194,6 +203,7 @@ class TextStream:
     def _documents(self) -> Iterator[Iterator[str]]:
         """Every document in pieces: a row of `.jsonl`, or a whole file of another kind."""
         for path in self.domain.files:
+            self.files += 1
             with path.open("rb") as self._raw:
                 if _suffix(path) == ".jsonl":
                     for text in _rows(path, self._raw, self.domain.fields):

@@ -416,10 +416,13 @@ def test_paths_of_every_kind(tmp_path):
         file.write('"w4 w5"\n')
 
     def names(*texts):
-        return {d.name: [str(p.relative_to(tmp_path)) for p in d.files] for d in parse_domains(texts)}
+        found = {d.name: [str(p.relative_to(tmp_path)) for p in d.files] for d in parse_domains(texts)}
+        again = {d.name: [str(p.relative_to(tmp_path)) for p in d.files] for d in parse_domains(texts)}
+        assert again == found
+        return {name: sorted(files) for name, files in found.items()}
 
     assert names(f"code={tmp_path}/src") == {"code": ["src/a.md", "src/b.py", "src/deep/c.txt"]}
-    assert names(f"x={tmp_path}/src/*.py", f"x={tmp_path}/notes.rst") == {"x": ["src/b.py", "notes.rst"]}
+    assert names(f"x={tmp_path}/src/*.py", f"x={tmp_path}/notes.rst") == {"x": ["notes.rst", "src/b.py"]}
     assert names(f"x={tmp_path}/**/*.txt", f"{tmp_path}/rows.jsonl.gz") == {
         "x": ["src/deep/c.txt"],
         "rows": ["rows.jsonl.gz"],
@@ -434,7 +437,7 @@ def test_bad_rows_and_letters_are_skipped_and_told(tmp_path, texts):
     (tmp_path / "latin.txt").write_bytes(b"w3 caf\xe9 w4")
     domains = parse_domains([f"a={tmp_path}/rows.jsonl", f"b={tmp_path}/latin.txt"])
     found = inspect_model(tiny_model("mixtral"), make_tokenizer(), domains)
-    assert found.domains["a"] == {"tokens": 3, "sequences": 2, "documents": 2, "files": 1}
+    assert found.domains["a"] == {"tokens": 3, "sequences": 2, "documents": 2, "files": 1, "files_read": 1}
     assert found.domains["b"]["tokens"] == 3
     assert any("2 rows of a" in note for note in found.notes) and any("latin.txt" in note for note in found.notes)
 
