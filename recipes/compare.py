@@ -239,6 +239,8 @@ def render(plans: list[Plan], results: Results, output: Path, console, tables: b
             written += write_tables(plan, results, output)
         if pictures or both:
             written += write_pictures(plan, results, output)
+        if not written:
+            console.print(f"no run of plan {plan.name!r} is finished in {results.path}", soft_wrap=True)
         for path in written:
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 

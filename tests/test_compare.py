@@ -338,7 +338,7 @@ def test_figures_of_a_run(house, corpus):
     assert figures["max_vio_global"] == pytest.approx((shares.mean(1).max(-1) * 8 - 1).mean(), abs=1e-3)
     assert 0 <= figures["recovery_steps"] <= 12 and figures["step_ms"] > 0
     again = house["loop"].train(small_run(house, stream="shift", steps=24), corpus)
-    timing = {"step_ms", "run_seconds"}
+    timing = {"step_ms", "run_seconds", "cpu_seconds"}
     assert {n: v for n, v in again["metrics"].items() if n not in timing} == pytest.approx(
         {n: v for n, v in figures.items() if n not in timing}
     )
@@ -464,7 +464,7 @@ def test_table_of_made_up_results(house, tmp_path):
     losses = {"none": [4.0, 4.2, 4.1], "φ 0.1": [3.9, 4.11, 4.02], "φ 0.2": [3.8, None, 4.3]}
     for run, (seed, label) in zip(plan.runs(), itertools.product(range(3), losses)):
         loss = losses[label][seed]
-        figures = {column.name: 0.5 for column in tables.COLUMNS} | {"loss": loss}
+        figures = {column.name: 0.5 for column in (*tables.COLUMNS, *tables.MORE_COLUMNS)} | {"loss": loss}
         figures = {"diverged_at": 7} if loss is None else figures
         results.add({"key": run.key, "settings": run.settings, "metrics": figures, "curve": {}, "experts": []})
     (path,) = tables.write_tables(plan, results, tmp_path)

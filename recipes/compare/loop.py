@@ -125,7 +125,7 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
     max_vios: list[float] = []
     seconds: list[float] = []
     churn: list[float] = []
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     try:
         for step, ids in enumerate(batches(corpus, run.stream, run.steps, run.rows, run.seed)):
             began = time.process_time()
@@ -163,6 +163,7 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
         "churn": statistics.fmean(churn),
         "step_ms": 1e3 * statistics.median(seconds),
         "run_seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu_start,
     }
     if run.stream == "shift":
         switch = switch_step(run.steps)

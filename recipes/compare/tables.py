@@ -18,6 +18,9 @@ from streams import DOMAINS
 from results import Results
 
 
+Rows = Mapping[str, Mapping[int, Mapping[str, float]]]  # figures by label and seed; no figures of a run that diverged
+
+
 @dataclass(frozen=True)
 class Column:
     """A figure of a run: its heading, how it is printed, whether its difference to the baseline is shown as well."""
@@ -30,24 +33,27 @@ class Column:
 
 COLUMNS = (
     Column("loss", "validation loss", paired=True),
-    *(Column(f"loss_{domain}", domain) for domain in DOMAINS),
     Column("max_vio_global", "MaxVio global", paired=True),
-    Column("max_vio_worst_layer", "worst layer", ".2f"),
-    Column("max_vio_train_batch", "MaxVio batch, training", ".2f"),
-    Column("max_vio_mixed_batch", "batch, held out, mixed", ".2f"),
-    Column("max_vio_domain_batch", "batch, held out, one domain", ".2f"),
+    Column("max_vio_train_batch", "MaxVio batch", ".2f"),
     Column("gini", "Gini"),
     Column("dead_experts", "dead experts", ".1f"),
     Column("churn", "churn", ".2%"),
     Column("domain_information", "domain information, bits"),
-    Column("step_ms", "step, ms", ".0f"),
 )
 SHIFT_COLUMNS = (
-    Column("recovery_steps", "MaxVio: steps to recover", ".0f"),
+    Column("recovery_steps", "steps to recover", ".0f"),
     Column("max_vio_after_shift", "MaxVio batch after the shift", ".2f"),
-    Column("loss_recovery_steps", "loss: steps to recover", ".0f"),
     Column("loss_after_shift", "loss after the shift"),
 )
+# Folded away below the table.
+MORE_COLUMNS = (
+    *(Column(f"loss_{domain}", f"loss, {domain}") for domain in DOMAINS),
+    Column("max_vio_worst_layer", "MaxVio global, worst layer", ".2f"),
+    Column("max_vio_mixed_batch", "held-out batch of all domains", ".2f"),
+    Column("max_vio_domain_batch", "held-out batch of one domain", ".2f"),
+    Column("step_ms", "step, CPU ms", ".0f"),
+)
+MORE_SHIFT_COLUMNS = (Column("loss_recovery_steps", "loss: steps to recover", ".0f"),)
 # Two-sided 95% quantiles of Student's t by degrees of freedom, for up to ten seeds; a normal distribution beyond.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -100,32 +106,66 @@ def records_of(plan: Plan, results: Results, method: Method, model: str, stream:
 
 def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
     """`<output>/<plan>.md`, if any run of the plan is finished."""
-    sections = []
+    found: dict[tuple[str, str], Rows] = {}
     for model in plan.models:
         for stream in plan.streams:
             rows = {m.label: figures_of(plan, results, m, model, stream) for m in plan.methods}
             if any(rows.values()):
-                sections.append(f"## {model}, {stream}\n\n{table(plan, rows, stream == 'shift')}\n")
-                best = best_of_families(plan, rows)
-                if best:
-                    sections.append(best)
-    if not sections:
+                found[model, stream] = rows
+    if not found:
         return []
-    tokens = plan.rows * plan.window
-    note = (
-        f"{plan.steps} steps of {tokens} tokens. Mean ± standard deviation over the seeds "
-        f"({', '.join(map(str, plan.seeds))}; fewer where n says so). Δ: difference to `{plan.baseline}`, paired by seed; * "
-        "where a paired t-test at 5% tells it from 0."
-    )
+    parts = [f"# {plan.question or plan.name}", note(plan)]
+    if len(found) > 1:
+        parts += ["## Overview", OVERVIEW_NOTE, overview(plan, found)]
+    for (model, stream), rows in found.items():
+        shift = stream == "shift"
+        parts += [f"## {model}, {stream}", table(plan, rows, [*COLUMNS, *SHIFT_COLUMNS * shift])]
+        if best := best_of_families(plan, rows):
+            parts.append(best)
+        more = table(plan, rows, [*MORE_COLUMNS, *MORE_SHIFT_COLUMNS * shift])
+        parts.append(f"<details><summary>More figures</summary>\n\n{more}\n\n</details>")
     path = output / f"{plan.name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# {plan.question or plan.name}\n\n{note}\n\n" + "\n".join(sections), encoding="utf-8")
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [path]
 
 
-def table(plan: Plan, rows: Mapping[str, Mapping[int, Mapping[str, float]]], shift: bool) -> str:
-    """One markdown table: a row for each method, in the order of the plan."""
-    columns = [*COLUMNS, *(SHIFT_COLUMNS if shift else ())]
+OVERVIEW_NOTE = "Validation loss (difference to the baseline) / MaxVio over all held-out text; means over the seeds."
+
+
+def note(plan: Plan) -> str:
+    seeds = f"seeds {', '.join(map(str, plan.seeds))}; n is how many are finished"
+    parts = f", each in {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
+    return (
+        f"{plan.steps} steps of {plan.rows} x {plan.window} tokens{parts}. Mean ± standard deviation over the seeds "
+        f"({seeds}). Δ: difference to `{plan.baseline}`, paired by seed; * where a paired t-test at 5% tells it from 0."
+    )
+
+
+def overview(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> str:
+    """One markdown table over all models and streams, a row for each method."""
+    lines = ["| method | " + " | ".join(f"{model}, {stream}" for model, stream in found) + " |"]
+    lines.append("|---|" + "---:|" * len(found))
+    for method in plan.methods:
+        cells = []
+        for rows in found.values():
+            fine = {seed: figures for seed, figures in rows[method.label].items() if figures}
+            if not fine:
+                cells.append("diverged" if rows[method.label] else "–")
+                continue
+            losses = {seed: figures["loss"] for seed, figures in fine.items()}
+            base = {seed: figures["loss"] for seed, figures in rows[plan.baseline].items() if figures}
+            text = f"{statistics.fmean(losses.values()):.3f}"
+            if method.label != plan.baseline and set(losses) & set(base):
+                mean, _, told = paired_difference(losses, base)
+                text += f" ({mean:+.3f}{' *' * told})"
+            cells.append(f"{text} / {statistics.fmean(f['max_vio_global'] for f in fine.values()):.3f}")
+        lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table(plan: Plan, rows: Rows, columns: Sequence[Column]) -> str:
+    """One markdown table: a row for each method that has a finished run, in the order of the plan."""
     headings = ["method", "n"]
     for column in columns:
         headings += [column.heading, "Δ"] if column.paired else [column.heading]
@@ -140,7 +180,7 @@ def table(plan: Plan, rows: Mapping[str, Mapping[int, Mapping[str, float]]], shi
             values = {seed: figures[column.name] for seed, figures in fine.items()}
             cells.append(cell(column, list(values.values())))
             if column.paired:
-                cells.append(delta(column, label, values, rows.get(plan.baseline, {}), plan.baseline))
+                cells.append(delta(column, label, values, rows[plan.baseline], plan.baseline))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -161,7 +201,7 @@ def delta(column: Column, label: str, values: Mapping[int, float], baseline: Map
     return text + " *" * told
 
 
-def best_of_families(plan: Plan, rows: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
+def best_of_families(plan: Plan, rows: Rows) -> str:
     """For each family of several settings the one with the least mean loss and the one with the least mean MaxVio."""
     families: dict[str, list[str]] = {}
     for method in plan.methods:
@@ -182,7 +222,7 @@ def best_of_families(plan: Plan, rows: Mapping[str, Mapping[int, Mapping[str, fl
                 said.append(f"{heading} {means[best]:.3f} with `{best}`")
         if said:
             lines.append(f"- Best of the {len(labels)} settings of *{family}*: " + "; ".join(said) + ".")
-    return "\n".join([*lines, ""]) if lines else ""
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------- pictures
