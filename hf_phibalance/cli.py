@@ -113,6 +113,7 @@ def _inspect(args: argparse.Namespace, command: list[str]) -> None:
 
     from .inspection import inspect_model
     from .inspection_report import html_report, print_inspection
+    from .report import versions
 
     console, bar_console = Console(stderr=args.json == "-"), Console(stderr=True)
     with bar_console.status(f"Loading {args.model}"):
@@ -132,7 +133,8 @@ def _inspect(args: argparse.Namespace, command: list[str]) -> None:
         inspection.notes.append("What phi_balance.safetensors may hold was left out (--ignore_phi_balance).")
     print_inspection(inspection, console, args.top)
     if args.json:
-        text = json.dumps(inspection.to_dict(args.top), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        written = {**inspection.to_dict(args.top), "versions": versions()}
+        text = json.dumps(written, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
         if args.json == "-":
             sys.stdout.write(text)
         else:

@@ -521,6 +521,7 @@ def test_command(tmp_path, saved, texts, capsys):
     written = json.loads(Path(f"{out}.json").read_text())
     expected = inspect_model(tiny_model("qwen3_moe"), make_tokenizer(), domains_of(texts), seq_len=12)
     expected.model["name"] = saved
+    assert "transformers" in written.pop("versions")
     assert written == json.loads(json.dumps(expected.to_dict(top=5)))
     assert written["layers"][0]["counts"]["low"] == expected.layers[0].counts[0].tolist()
     page = Path(f"{out}.html").read_text()
