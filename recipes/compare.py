@@ -135,7 +135,8 @@ def execute(runs, results: Results, output: Path, workers: int, console) -> int:
 
     if not runs:
         return 0
-    context = get_context("spawn")
+    context = get_context("forkserver")  # forks before any thread has started, and imports once for all workers
+    context.set_forkserver_preload(["hf_phibalance"])
     steps_done = RawArray("l", len(runs))  # each entry has one writer, so that a killed worker leaves no lock behind
     waiting = dict(enumerate(runs))
     attempts = dict.fromkeys(waiting, 0)
