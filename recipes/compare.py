@@ -75,7 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
                     soft_wrap=True,
                 )
             return 0
-        failed = execute(todo, results, output, args.workers, console)
+        try:
+            failed = execute(todo, results, output, args.workers, console)
+        except KeyboardInterrupt:
+            console.print("Interrupted. What is finished is kept; the same command goes on with the rest.")
+            return 130
         if failed:
             console.print(f"[red]{failed} runs failed; the same command tries them again.")
     else:

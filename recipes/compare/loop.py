@@ -171,7 +171,7 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
         figures |= {
             "recovery_steps": steps_to_recover(max_vios, switch),
             "max_vio_after_shift": statistics.fmean(max_vios[switch : switch + soon]),
-            "loss_recovery_steps": steps_to_recover(losses, switch),
+            "steps_to_old_loss": steps_to_recover(losses, switch, within=1.0),
             "loss_after_shift": statistics.fmean(losses[switch : switch + soon]),
         }
     curve = {

@@ -53,7 +53,7 @@ MORE_COLUMNS = (
     Column("max_vio_domain_batch", "held-out batch of one domain", ".2f"),
     Column("step_ms", "step, CPU ms", ".0f"),
 )
-MORE_SHIFT_COLUMNS = (Column("loss_recovery_steps", "loss: steps to recover", ".0f"),)
+MORE_SHIFT_COLUMNS = (Column("steps_to_old_loss", "steps to the loss before the shift", ".0f"),)
 # Two-sided 95% quantiles of Student's t by degrees of freedom, for up to ten seeds; a normal distribution beyond.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -177,7 +177,7 @@ def table(plan: Plan, rows: Rows, columns: Sequence[Column]) -> str:
         diverged = len(by_seed) - len(fine)
         cells = [label, f"{len(fine)}" + (f", {diverged} diverged" if diverged else "")]
         for column in columns:
-            values = {seed: figures[column.name] for seed, figures in fine.items()}
+            values = {seed: figures[column.name] for seed, figures in fine.items() if column.name in figures}
             cells.append(cell(column, list(values.values())))
             if column.paired:
                 cells.append(delta(column, label, values, rows[plan.baseline], plan.baseline))
@@ -193,7 +193,7 @@ def cell(column: Column, values: Sequence[float]) -> str:
 
 
 def delta(column: Column, label: str, values: Mapping[int, float], baseline: Mapping, name: str) -> str:
-    base = {seed: figures[column.name] for seed, figures in baseline.items() if figures}
+    base = {seed: figures[column.name] for seed, figures in baseline.items() if column.name in figures}
     if label == name or not set(values) & set(base):
         return "" if label == name else "–"
     mean, spread, told = paired_difference(values, base)
