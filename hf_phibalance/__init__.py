@@ -11,16 +11,22 @@ trainer.train()
 ```
 """
 
-from .auto import AutoModelForCausalLM, disable, enable
-from .balancer import PhiBalancer
-from .callback import PhiBalanceCallback, attach
-from .config import PhiBalanceConfig
-from .hub import push_to_hub
-from .lora import lora_config
-from .methods import METHODS
-from .patching import get_balancer, learning_report, patch, unpatch
-from .potentials import POTENTIALS
-from .routers import supported_families
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .auto import AutoModelForCausalLM, disable, enable
+    from .balancer import PhiBalancer
+    from .callback import PhiBalanceCallback, attach
+    from .config import PhiBalanceConfig
+    from .hub import push_to_hub
+    from .lora import lora_config
+    from .methods import METHODS
+    from .patching import get_balancer, learning_report, patch, unpatch
+    from .potentials import POTENTIALS
+    from .routers import supported_families
 
 
 __all__ = [
@@ -41,3 +47,36 @@ __all__ = [
     "supported_families",
     "unpatch",
 ]
+# Where they are; imported when first asked for, so that `phibalance --help` need not wait for torch and transformers.
+_MODULES = {
+    "METHODS": "methods",
+    "POTENTIALS": "potentials",
+    "AutoModelForCausalLM": "auto",
+    "PhiBalanceCallback": "callback",
+    "PhiBalanceConfig": "config",
+    "PhiBalancer": "balancer",
+    "attach": "callback",
+    "disable": "auto",
+    "enable": "auto",
+    "get_balancer": "patching",
+    "learning_report": "patching",
+    "lora_config": "lora",
+    "patch": "patching",
+    "push_to_hub": "hub",
+    "supported_families": "routers",
+    "unpatch": "patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

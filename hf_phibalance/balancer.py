@@ -408,16 +408,24 @@ class PhiBalancer:
             return carrier
         site.charged = True
         price = self._toll(index, probs, selected, tokens).to(logits.device)
-        if self.config.sequence_coef > 0:
-            mask_BS = tokens.mask.to(logits.device).view(tokens.batch_size, -1)
-            with torch.no_grad():
-                price = price + self.config.sequence_coef * sequence_price(logits, site.scoring, site.top_k, mask_BS)
-        return self._charge(site, carrier, logits, probs, price, tokens.rate.to(logits.device))
+        return self._charge(site, carrier, logits, probs, price, tokens.rate.to(logits.device), tokens)
 
     def _charge(
-        self, site: RouterSite, carrier: Tensor, logits: Tensor, probs: Tensor | None, price: Tensor, rate: Tensor
+        self,
+        site: RouterSite,
+        carrier: Tensor,
+        logits: Tensor,
+        probs: Tensor | None,
+        price: Tensor,
+        rate: Tensor,
+        tokens: Tokens | None = None,
     ) -> Tensor:
-        return ChargePrices.apply(carrier, logits, probs, price, rate, site.scoring, self.config.z_loss_coef)
+        sequence = None
+        if tokens is not None and self.config.sequence_coef > 0:
+            mask_BS = tokens.mask.to(logits.device).view(tokens.batch_size, -1)
+            with torch.no_grad():
+                sequence = sequence_price(logits, site.scoring, site.top_k, mask_BS) * self.config.sequence_coef
+        return ChargePrices.apply(carrier, logits, probs, price, sequence, rate, site.scoring, self.config.z_loss_coef)
 
     @torch.no_grad()
     def _probs(self, site: RouterSite, logits: Tensor) -> Tensor:
@@ -450,7 +458,8 @@ class PhiBalancer:
         self._add(tally, index, probs, selected, tokens)
         site = self.sites[index]
         if site.native_bias and tokens.trains:
-            self.observe_scores(index, SCORINGS[site.scoring].score(logits.float()))
+            ranks_logits = site.kind.traits.biases == "logits"
+            self.observe_scores(index, logits if ranks_logits else SCORINGS[site.scoring].score(logits.float()))
 
     @staticmethod
     def _add(tally: Tally, index: int, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> None:
@@ -566,6 +575,10 @@ class PhiBalancer:
         self.find_copies()
         self._duals.load_state_dict(state)
 
+    def take_over(self, other: PhiBalancer) -> None:
+        """Goes on from the duals of `other`, a balancer of the same routers, as far as this method keeps them."""
+        self._duals.take_over(other._duals)
+
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes `phi_balance.safetensors` into `directory` (made if missing) and returns its path."""
         return self._duals.save(directory)
@@ -628,6 +641,14 @@ class PhiBalancer:
                 f"{', '.join(uncalled[:4])}. Something bypasses them (a fused kernel, `use_kernels=True`, layers that "
                 "this model does not run). Switch that off, or unpatch the model."
             )
+        trained = [
+            site.name for site in self.sites for m in site.modules if any(p.requires_grad for p in m.parameters())
+        ]
+        if self.config.rules.freezes and trained:
+            raise ValueError(
+                f"method={self.config.method!r}, but router(s) {', '.join(trained[:4])} are trained: something has made "
+                "them trainable since the patch. Patch after adding an adapter, or leave the routers out of it."
+            )
         announced = self._step.tokens
         if announced is not None and float(announced) != tokens:
             logger.warning(
@@ -635,14 +656,16 @@ class PhiBalancer:
                 "gradient of such a step is scaled by their ratio. Pass begin_step() the batches as the model gets them."
             )
         silent = [site.name for site in self.sites if not site.charged]
-        if self.config.coef > 0 and len(silent) == len(self.sites):
+        strengths = {name: getattr(self.config, name) for name in ("coef", "z_loss_coef", "sequence_coef")}
+        given = ", ".join(f"{name}={value}" for name, value in strengths.items() if value > 0)
+        if self.config.charges and len(silent) == len(self.sites):
             raise ValueError(
-                f"coef={self.config.coef} but no gradient path leads from any router to a trainable parameter (frozen "
+                f"{given} but no gradient path leads from any router to a trainable parameter (frozen "
                 f"routers under LoRA?), so the price gradient does nothing. Train the routers, e.g. with "
                 f"LoraConfig(target_parameters=['{self.sites[0].name.split('.', 3)[-1]}.weight', ...]), or set coef=0 "
                 "and bias_coef > 0, which needs no gradient."
             )
-        if self.config.coef > 0 and silent:
+        if self.config.charges and silent:
             logger.warning(
                 f"The price gradient reaches no trainable parameter from router(s) {', '.join(silent[:4])}."
             )

@@ -207,6 +207,18 @@ class Duals:
         self.steps = int(state.get("steps", 0))
         self._set_price()
 
+    def take_over(self, other: Duals) -> None:
+        """The biases of `other`, the means that both keep, and what follows from them."""
+        self.to(other.bias.device)
+        for statistic in self.means.keys() & other.means.keys():
+            self.means[statistic].copy_(other.means[statistic])
+        if other.has_bias:
+            other.read_native_biases()
+            self.bias.copy_(other.bias)
+            self.has_bias = True
+        self.steps = other.steps if self.means.keys() <= other.means.keys() else 0
+        self._set_price()
+
     def _check(self, state: Mapping[str, Tensor], kinds: Sequence[str]) -> None:
         """Raises a `ValueError` if `state` does not fit these routers, before anything is changed."""
         for key in state:

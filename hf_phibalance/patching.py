@@ -441,19 +441,19 @@ def _refuse_unbiasable(site: RouterSite, config: PhiBalanceConfig) -> None:
             "offloaded. Set bias_coef=0, or load the model without offloading to CPU or disk."
         )
     owners = [*site.modules, site.parent]
-    if config.rules.bias_rule == "quantile" and (
-        site.top_k >= site.num_experts or any(_groups(owner) > 1 for owner in owners if owner is not None)
-    ):
-        raise ValueError(
-            f"method={config.method!r} is not possible for {site.name!r}, which chooses {site.top_k} of "
-            f"{site.num_experts} experts, within groups: a fair share is then no quantile of the scores. Use "
-            "method='phi' or 'loss_free'."
-        )
+    if config.rules.bias_rule == "quantile":
+        in_groups = any(_groups(owner) > 1 for owner in owners if owner is not None)
+        if in_groups or site.top_k >= site.num_experts:
+            why = "within groups" if in_groups else "all of them"
+            raise ValueError(
+                f"method={config.method!r} is not possible for {site.name!r}, which chooses {site.top_k} of "
+                f"{site.num_experts} experts, {why}: a fair share is then no quantile of the scores. Use method='phi' "
+                "or 'loss_free'."
+            )
 
 
 def _carry_over(old: PhiBalancer, new: PhiBalancer) -> None:
-    if set(new.config.statistics) <= set(old.config.statistics):
-        new.load_state_dict(old.state_dict())
+    new.take_over(old)
 
 
 def _install(balancer: PhiBalancer) -> Patch:

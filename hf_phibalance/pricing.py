@@ -81,7 +81,8 @@ def softmax_backward(slope: Tensor, probs: Tensor) -> Tensor:
 
 class ChargePrices(torch.autograd.Function):
     """
-    Identity on `carrier` whose backward adds [`price_gradient`] to the gradient of `logits`.
+    Identity on `carrier` whose backward adds [`price_gradient`] of `price (E,)` and, where there is one, of
+    `sequence_price (B, E)`, to the gradient of `logits`.
 
     The carrier is any output of the router through which the task gradient flows back (the top-k weights), so the
     charge reaches the router whatever the trainer does with the loss, and is paid once per backward.
@@ -97,13 +98,15 @@ class ChargePrices(torch.autograd.Function):
         logits: Tensor,
         probs: Tensor | None,
         price: Tensor,
+        sequence_price: Tensor | None,
         rate: Tensor,
         scoring: str,
         z_loss: float,
     ) -> Tensor:
         ctx.saves_probs = probs is not None and probs.dtype == logits.dtype and scoring == "softmax" and not z_loss
         ctx.save_for_backward(probs if ctx.saves_probs else logits)
-        ctx.price, ctx.rate, ctx.scoring, ctx.z_loss = price, rate, scoring, z_loss
+        ctx.price, ctx.sequence_price = price, sequence_price
+        ctx.rate, ctx.scoring, ctx.z_loss = rate, scoring, z_loss
         ctx.dtype = logits.dtype
         return carrier.view_as(carrier)
 
@@ -111,8 +114,10 @@ class ChargePrices(torch.autograd.Function):
     def backward(ctx, grad_carrier: Tensor):
         (saved,) = ctx.saved_tensors
         probs = saved if ctx.saves_probs else None
-        charge = price_gradient(saved, ctx.price, ctx.rate, ctx.scoring, ctx.z_loss, probs)
-        return grad_carrier, charge.to(ctx.dtype), None, None, None, None, None
+        # added here and not before: a price may be known only when the forward of all layers has ended
+        price = ctx.price if ctx.sequence_price is None else ctx.price + ctx.sequence_price
+        charge = price_gradient(saved, price, ctx.rate, ctx.scoring, ctx.z_loss, probs)
+        return grad_carrier, charge.to(ctx.dtype), None, None, None, None, None, None
 
 
 def sequence_price(logits: Tensor, scoring: str, top_k: int, mask_BS: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class RouterTraits:
             Position of the chosen experts; `None` if they are not returned, then the top-k of the scores is taken.
         ranks (`str`, *optional*, defaults to `"logits"`):
             What the top-k of a router that does not return its choice ranks: `"logits"` or `"probs"`.
+        biases (`str`, *optional*, defaults to `"scores"`):
+            What the family's own selection bias is added to: `"scores"` or `"logits"`.
         selects_in_parent (`bool`, *optional*, defaults to `False`):
             Whether the selecting top-k happens in the forward of the parent module.
         experts (`str`, *optional*): attribute holding the width of the logits, where it is not the usual one.
@@ -69,6 +71,7 @@ class RouterTraits:
     carrier: int | None = 1
     selected: int | None = 2
     ranks: str = "logits"
+    biases: str = "scores"
     selects_in_parent: bool = False
     experts: str | None = None
     logits: Callable[..., Tensor] = _recorded_logits
@@ -101,6 +104,7 @@ TRAITS: dict[str, RouterTraits] = {
     "JetMoeTopKGating": RouterTraits(carrier=2, selected=None),
     "DeepseekV4TopKRouter": RouterTraits(scoring=_score_activation),
     "Inkling2TopKRouter": RouterTraits(scoring=_score_activation),
+    "Kolibri1TopKRouter": RouterTraits(biases="logits"),
     "Llama4Router": RouterTraits(carrier=0, selected=None),
     "LongcatFlashTopkRouter": RouterTraits(experts="n_routed_experts"),  # its identity experts are routed to as well
     "PhimoeTopKRouter": RouterTraits(no_bias="sparsemixer samples the experts, there is no top-k to bias"),
