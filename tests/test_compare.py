@@ -396,6 +396,11 @@ def test_keys(house):
         key(method={"coef": 0.02}, model="qwen3_moe"),
     ]
     assert len({base, *different}) == len(different) + 1
+    run = small_run(house, method={"coef": 0.02})
+    first = {
+        name: value for name, value in run.settings.items() if name != "micro_batches"
+    }  # of before there were any
+    assert house["loop"].key_of(first) == run.key != small_run(house, method={"coef": 0.02}, micro_batches=2).key
 
 
 # ---------------------------------------------------------------------- plans and results

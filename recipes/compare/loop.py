@@ -35,6 +35,8 @@ SETTLED = 0.75  # the last quarter of the steps is what "in training" means
 READ_BY_ALL = ("method", "coef", "bias_coef", "token_mask")
 READ_BY_PHI = ("potential", "potential_kwargs", "ema_rate")
 READ_WITH = {"coef": ("track", "price_from"), "bias_coef": ("bias_track",)}  # only where that strength is not 0
+# Fields of `Run` that the first results do not have, and what they were then.
+LATER = {"micro_batches": 1}
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,18 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Digest of the settings but for the text: what a result is found by."""
-        settings = {name: value for name, value in self.settings.items() if name != "corpus"}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        """What a result is found by, see [`key_of`]."""
+        return key_of(self.settings)
 
     @property
     def config(self) -> phb.PhiBalanceConfig:
         return phb.PhiBalanceConfig(**self.method)
+
+
+def key_of(settings: dict[str, Any]) -> str:
+    """Digest of `Run.settings` but for the text, and for later fields at the value that results without them had."""
+    told = {name: value for name, value in settings.items() if name != "corpus" and LATER.get(name) != value}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Diverged(Exception):

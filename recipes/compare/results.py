@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loop import key_of
+
 
 class Results:
     """
@@ -33,7 +35,7 @@ class Results:
                     continue
                 try:
                     self._keep(json.loads(line))
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
                     warnings.warn(f"{self.path}, line {number} is no result; its run is done again.", stacklevel=2)
 
     def __contains__(self, run: Any) -> bool:
@@ -65,7 +67,7 @@ class Results:
         self._keep(record)
 
     def _keep(self, record: Mapping[str, Any]) -> None:
-        key, corpus, _ = record["key"], record["settings"]["corpus"], record["metrics"]
+        key, corpus, _ = key_of(record["settings"]), record["settings"]["corpus"], record["metrics"]
         by_corpus = self._records.setdefault(key, {})
         by_corpus.pop(corpus, None)  # the latest comes last
         by_corpus[corpus] = dict(record)
