@@ -1,6 +1,11 @@
-"""Shared by all test files: what was warned about."""
+"""Shared by all test files: one thread per process, and what was warned about."""
 
 import logging
+import os
+
+
+# Tests run beside each other, and start processes of their own: their threads would wait for each other, not work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
 
 import pytest
 import transformers
