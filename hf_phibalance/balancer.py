@@ -457,7 +457,7 @@ class PhiBalancer:
         assert tally is not None
         self._add(tally, index, probs, selected, tokens)
         site = self.sites[index]
-        if site.native_bias and tokens.trains:
+        if self.needs_scores and site.native_bias:
             ranks_logits = site.kind.traits.biases == "logits"
             self.observe_scores(index, logits if ranks_logits else SCORINGS[site.scoring].score(logits.float()))
 
