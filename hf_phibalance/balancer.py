@@ -394,9 +394,12 @@ class PhiBalancer:
                 "(batch x sequence) tokens. Patching after changing the number of experts may help."
             )
         pays = self.config.charges and tokens.trains
-        probs = self._probs(site, logits) if pays or (tokens.trains and "probs" in self._duals.means) else None
-        if tokens.in_forward:
-            self._count(index, logits, probs, selected, tokens)
+        probs = None
+        with torch.no_grad():
+            if pays or (tokens.trains and "probs" in self.config.statistics):
+                probs = routing_probs(logits, site.scoring)
+            if tokens.in_forward:
+                self._count(index, logits, probs, selected, tokens)
         if not pays:
             return carrier
         if not torch.is_grad_enabled():
@@ -427,17 +430,17 @@ class PhiBalancer:
                 sequence = sequence_price(logits, site.scoring, site.top_k, mask_BS) * self.config.sequence_coef
         return ChargePrices.apply(carrier, logits, probs, price, sequence, rate, site.scoring, self.config.z_loss_coef)
 
-    @torch.no_grad()
-    def _probs(self, site: RouterSite, logits: Tensor) -> Tensor:
-        return routing_probs(logits, site.scoring)
-
-    @torch.no_grad()
     def _toll(self, index: int, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> Tensor:
         """coef · q, `(E,)`, that router `index` charges the tokens at hand."""
         if tokens.toll is not None:
             return tokens.toll[self._spans[index]]
         if self.config.price_from == "previous" or self.config.coef == 0:
             return self._duals.toll[self._spans[index]]
+        with torch.no_grad():
+            return self._toll_now(index, probs, selected, tokens)
+
+    def _toll_now(self, index: int, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> Tensor:
+        """The same where the price is not that of the previous step; notes what is paid."""
         now = Tally([self.sites[index].num_experts])
         now.flat = now.flat.to(selected.device)
         self._add(now, 0, probs, selected, tokens)
@@ -451,7 +454,6 @@ class PhiBalancer:
         self._tally.paid.add_((now.probs * toll).sum().to(self._tally.flat.device))
         return toll
 
-    @torch.no_grad()
     def _count(self, index: int, logits: Tensor, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> None:
         tally = self._tally if tokens.trains else self._eval_tally
         assert tally is not None
@@ -511,7 +513,9 @@ class PhiBalancer:
             return carrier
         site = self.sites[index]
         price = self._duals.toll[self._spans[index]].to(logits.device)
-        return self._charge(site, carrier, logits, self._probs(site, logits), price, logits.new_zeros(len(logits)))
+        with torch.no_grad():
+            probs = routing_probs(logits, site.scoring)
+        return self._charge(site, carrier, logits, probs, price, logits.new_zeros(len(logits)))
 
     def _check_recomputed(self, tokens: Tokens) -> None:
         """Reentrant checkpointing recomputes the latest forward; refuses to guess if an earlier one is still due."""

@@ -65,7 +65,7 @@ class Duals:
         self.layout = Layout(sites)
         self.steps = 0
         uniform = torch.cat([torch.full((size,), 1 / size) for size in self.layout.sizes])
-        self.means = {statistic: uniform.clone() for statistic in config.statistics}
+        self._means = uniform.repeat(len(config.statistics), 1)  # (S, sum of experts)
         self.price = torch.zeros(self.layout.total)
         self.toll = torch.zeros(self.layout.total)  # coef · price, what a token is charged
         self.bias = torch.zeros(self.layout.total)
@@ -73,8 +73,13 @@ class Duals:
         self.has_bias = config.bias_coef > 0
         self._potential = config.build_potential()
 
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """The EMA of each statistic that is kept, flat."""
+        return dict(zip(self.config.statistics, self._means))
+
     def to(self, device: torch.device) -> None:
-        self.means = {statistic: mean.to(device) for statistic, mean in self.means.items()}
+        self._means = self._means.to(device)
         self.price, self.toll, self.bias = self.price.to(device), self.toll.to(device), self.bias.to(device)
 
     # ------------------------------------------------------------------ one step
@@ -89,8 +94,7 @@ class Duals:
             tally (`Tally`): sums over the step's tokens, of which s is the share.
             finite (`torch.Tensor` of shape `()`): whether they can be used; else nothing moves.
         """
-        for statistic, mean in self.means.items():
-            self._fold(mean, getattr(tally, statistic), finite)
+        self._fold(tally.by_statistic(self.config.statistics), finite)
         self._set_price()
         if self.config.bias_coef > 0:
             self.read_native_biases()
@@ -98,13 +102,13 @@ class Duals:
             self._write_native_biases()
         self.steps += 1
 
-    def _fold(self, mean: Tensor, sums: Tensor, finite: Tensor) -> None:
-        """A router that saw no token keeps its mean."""
+    def _fold(self, sums: Tensor, finite: Tensor) -> None:
+        """Mixes `sums (S, sum of experts)` into the means; a router that saw no token keeps its mean."""
         for span, shape in self.layout.runs():
-            sums_LE, mean_LE = sums[span].view(shape), mean[span].view(shape)
-            total_L1 = sums_LE.sum(dim=-1, keepdim=True)
-            share_LE = torch.where((total_L1 > 0) & finite, sums_LE / total_L1, mean_LE)
-            mean_LE.lerp_(share_LE, self.config.ema_rate)
+            sums_SLE, mean_SLE = sums[:, span].unflatten(1, shape), self._means[:, span].unflatten(1, shape)
+            total_SL1 = sums_SLE.sum(dim=-1, keepdim=True)
+            share_SLE = torch.where((total_SL1 > 0) & finite, sums_SLE / total_SL1, mean_SLE)
+            mean_SLE.lerp_(share_SLE, self.config.ema_rate)
 
     def _set_price(self) -> None:
         self.price.copy_(self._priced(self.means[self.config.track]))

@@ -39,6 +39,11 @@ class Tally:
         """Top-k assignments, router after router, `(sum of sizes,)`."""
         return self.flat[self.total : 2 * self.total]
 
+    def by_statistic(self, statistics: Sequence[str]) -> Tensor:
+        """`probs` and `load`, or one of them, as rows, `(S, sum of sizes)`."""
+        both = self.flat[: 2 * self.total].view(2, self.total)
+        return both if len(statistics) == 2 else both[:1] if statistics[0] == "probs" else both[1:]
+
     @property
     def tokens(self) -> Tensor:
         """Tokens that counted, `()`."""
