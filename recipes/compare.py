@@ -36,8 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "compare"))
 
 from plans import Plan, load_plans  # noqa: E402, lies in the folder of that name
-
-from results import Results  # noqa: E402
+from records import Results  # noqa: E402
 
 
 ATTEMPTS = 3  # a run whose worker was killed is tried so often

@@ -13,9 +13,8 @@ from typing import Any
 
 from loop import CURVE_POINTS
 from plans import Method, Plan
+from records import Results
 from streams import DOMAINS
-
-from results import Results
 
 
 Rows = Mapping[str, Mapping[int, Mapping[str, float]]]  # figures by label and seed; no figures of a run that diverged
