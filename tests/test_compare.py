@@ -22,7 +22,7 @@ import hf_phibalance as phb
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 DATA = ROOT.parent / "shared" / "data"
-MODULES = ("compare", "loop", "measures", "models", "plans", "results", "streams", "tables")
+MODULES = ("compare", "loop", "measures", "models", "plans", "records", "streams", "tables")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -450,16 +450,16 @@ def test_results_survive_a_cut_line(house, tmp_path):
     path = tmp_path / "results.jsonl"
     runs = [small_run(house, seed=seed) for seed in range(3)]
     records = [{"key": run.key, "settings": run.settings, "metrics": {"loss": run.seed}} for run in runs]
-    results = house["results"].Results(path)
+    results = house["records"].Results(path)
     results.add(records[0])
     results.add(records[1])
     path.write_bytes(path.read_bytes()[:-40])  # killed while writing
     with pytest.warns(UserWarning, match="line 2 is no result"):
-        results = house["results"].Results(path)
+        results = house["records"].Results(path)
     assert runs[0] in results and runs[1] not in results and len(results) == 1
     results.add(records[2])
     with pytest.warns(UserWarning, match="line 2 is no result"):
-        results = house["results"].Results(path)
+        results = house["records"].Results(path)
     assert [run in results for run in runs] == [True, False, True]
     other = small_run(house, seed=0, corpus="other text")
     assert other not in results and results.get(small_run(house, seed=0, corpus="")) == records[0]
@@ -474,7 +474,7 @@ def test_table_of_made_up_results(house, tmp_path):
         for method in plans.expand(entry)
     ]
     plan = plans.Plan("made-up", methods, baseline="none", streams=["mixed"])
-    results = house["results"].Results(tmp_path / "results.jsonl")
+    results = house["records"].Results(tmp_path / "results.jsonl")
     losses = {"none": [4.0, 4.2, 4.1], "φ 0.1": [3.9, 4.11, 4.02], "φ 0.2": [3.8, None, 4.3]}
     for run, (seed, label) in zip(plan.runs(), itertools.product(range(3), losses)):
         loss = losses[label][seed]
