@@ -392,6 +392,6 @@ def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = No
 
 def _extend_card(path: Path, run: report.Run) -> None:
     card = ModelCard.load(path, ignore_metadata_errors=True)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *report.TAGS]))
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *report.tags(run.summary["balance"])]))
     card.text = f"{card.text.rstrip()}\n\n{report.balance_section(run)}"
     card.save(path)

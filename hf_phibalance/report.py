@@ -18,6 +18,7 @@ from typing import Any
 from transformers.utils import logging
 
 from .config import PhiBalanceConfig
+from .methods import METHODS
 
 
 logger = logging.get_logger(__name__)
@@ -31,7 +32,7 @@ EVAL_RESULTS_FOLDER = ".eval_results"
 UNINTERESTING = ("task", "problems", "prompts", "model", "model_name_or_path", "revision", "dataset_path")
 BASELINE_FOLDERS = ("unbalanced", "baseline")
 CARD_MARK = "<!-- hf_phibalance -->"  # tells the template's cards from others
-TAGS = ("mixture-of-experts", "phi-balancing")
+TAGS = ("mixture-of-experts", "phi-balancing")  # the last one only of what was φ-balanced
 MAX_LAYERS_SHOWN = 8
 PACKAGES_SHOWN = ("hf_phibalance", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -169,7 +170,10 @@ class Run:
     @property
     def name(self) -> str:
         """What the run is called in pictures and tables."""
-        return "φ-balanced" if self.summary["balance"] else "unbalanced"
+        balance = self.summary["balance"]
+        if not balance:
+            return "unbalanced"
+        return "φ-balanced" if _method(balance) == "phi" else _method(balance)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `metrics.json` (the summary) and `history.json` (log and loads) into `folder`."""
@@ -342,7 +346,13 @@ def plot_curves(runs: list[Run], path: str | os.PathLike, dpi: int = 130) -> Non
             points = run.series(key)
             if points:
                 marker = "o" if len(points) < 30 else None
-                panel.plot(*zip(*points), label=run.name, color=_COLOURS[run.name], marker=marker, markersize=4)
+                panel.plot(
+                    *zip(*points),
+                    label=run.name,
+                    color=_COLOURS.get(run.name, "tab:blue"),
+                    marker=marker,
+                    markersize=4,
+                )
         panel.set_title(title)
         panel.set_xlabel("optimizer step")
         panel.set_ylabel(label)
@@ -437,7 +447,7 @@ def model_card(
         library_name=library_name,
         pipeline_tag="text-generation",
         language="en" if dataset else None,
-        tags=[*TAGS, summary["model_type"]],
+        tags=[*tags(summary.get("balance")), summary["model_type"]],
         datasets=[hub_dataset] if hub_dataset else None,
         eval_results=results or None,
         license=licence.get("license"),
@@ -459,6 +469,7 @@ def model_card(
         has_exact_match=(summary.get("exact_match") or {}).get("trained") is not None,
         layer_table=layer_table(run, baseline),
         balance=balance_text(summary["balance"]) if summary.get("balance") else None,
+        routers=routers_text(summary["balance"]) if summary.get("balance") else None,
         flag=_flag(summary.get("balance")) if library_name == "peft" else "True",
         mark=CARD_MARK,
         evaluations=[evaluation_text(evaluation) for evaluation in run.evaluations],
@@ -499,9 +510,7 @@ def balance_section(run: Run) -> str:
     lines = [
         BALANCE_HEADING,
         "",
-        "The routers of this model were trained with φ-balancing ([arXiv 2605.15403](https://arxiv.org/abs/2605.15403)): "
-        + balance_text(balance)
-        + "."
+        f"This model was trained with {routers_text(balance)}: {balance_text(balance)}."
         if balance
         else "The loads of the routers were counted; nothing was balanced.",
         "MaxVio is (greatest load of an expert − mean load) / mean load: 0 is balance.",
@@ -513,6 +522,22 @@ def balance_section(run: Run) -> str:
 
 
 BALANCE_HEADING = "## Expert balance"
+
+
+def _method(balance: Mapping[str, Any]) -> str:
+    return balance.get("method", "phi")  # runs of earlier versions knew no other
+
+
+def tags(balance: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The Hub's tags of a model with this `PhiBalanceConfig`."""
+    return TAGS if not balance or _method(balance) == "phi" else TAGS[:-1]
+
+
+def routers_text(balance: Mapping[str, Any]) -> str:
+    """How the routers of a model were balanced, and where that is published, as Markdown."""
+    if _method(balance) == "phi":
+        return "φ-balanced routers ([arXiv 2605.15403](https://arxiv.org/abs/2605.15403))"
+    return f"routers balanced by the method `{_method(balance)}` ({METHODS[_method(balance)].source})"
 
 
 def balance_text(balance: Mapping[str, Any]) -> str:

@@ -305,6 +305,18 @@ def test_card_without_a_run_claims_nothing(trained, tmp_path):
     assert "license" not in card.data.to_dict() and "datasets" not in card.data.to_dict()
 
 
+def test_a_card_names_the_method(tmp_path):
+    model = patched()
+    phb.patch(model, {"method": "loss_free"})
+    folder = hub.push_to_hub(model, REPO, dry_run=tmp_path / "dry")
+    card = ModelCard.load(folder / "README.md")
+    text = " ".join(card.text.split("## Use")[0].split())
+    assert "routers balanced by the method `loss_free` (arXiv 2408.15664" in text and "φ-balanced" not in text
+    assert "phi-balancing" not in card.data.tags
+    run, _ = hub._load_run(model, None)
+    assert run.name == "loss_free" and "φ-balanc" not in report.balance_section(run)
+
+
 def test_own_card_is_taken_as_it_is(trained, tmp_path):
     card = ModelCard("---\nlicense: mit\n---\n\n# Mine\n")
     folder = hub.push_to_hub(trained, REPO, card=card, dry_run=tmp_path / "dry")
