@@ -665,8 +665,8 @@ class PhiBalancer:
         if self.config.charges and len(silent) == len(self.sites):
             raise ValueError(
                 f"{given} but no gradient path leads from any router to a trainable parameter (frozen "
-                f"routers under LoRA?), so the price gradient does nothing. Train the routers, e.g. with "
-                f"LoraConfig(target_parameters=['{self.sites[0].name.split('.', 3)[-1]}.weight', ...]), or set coef=0 "
+                f"routers under LoRA?), so this does nothing. Train the routers, e.g. with "
+                f"LoraConfig(target_parameters=['{self.sites[0].name.split('.', 3)[-1]}.weight', ...]), or set it to 0 "
                 "and bias_coef > 0, which needs no gradient."
             )
         if self.config.charges and silent:

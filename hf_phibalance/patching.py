@@ -388,7 +388,7 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
     if present is None or present.balancer.config != config:
         balancer = _prepare(chain[-1], config)
         if present is not None:
-            _carry_over(present.balancer, balancer)
+            balancer.take_over(present.balancer)
             unpatch(model)
         present = _install(balancer)
     else:
@@ -450,10 +450,6 @@ def _refuse_unbiasable(site: RouterSite, config: PhiBalanceConfig) -> None:
                 f"{site.num_experts} experts, {why}: a fair share is then no quantile of the scores. Use method='phi' "
                 "or 'loss_free'."
             )
-
-
-def _carry_over(old: PhiBalancer, new: PhiBalancer) -> None:
-    new.take_over(old)
 
 
 def _install(balancer: PhiBalancer) -> Patch:

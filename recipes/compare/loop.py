@@ -35,20 +35,14 @@ SETTLED = 0.75  # the last quarter of the steps is what "in training" means
 READ_BY_ALL = ("method", "coef", "bias_coef", "token_mask")
 READ_BY_PHI = ("potential", "potential_kwargs", "ema_rate")
 READ_WITH = {"coef": ("track", "price_from"), "bias_coef": ("bias_track",)}  # only where that strength is not 0
-# Fields of `Run` that the first results do not have, and what they were then.
-LATER = {"micro_batches": 1}
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(kw_only=True)
+class Training:
     """
-    Everything a result depends on.
+    How a model is trained, whatever the method.
 
     Args:
-        model (`str`): A key of `models.MODELS`.
-        stream (`str`): One of `streams.STREAMS`.
-        seed (`int`): Seed of the weights and of the order of the data.
-        method (`dict`): Arguments of `PhiBalanceConfig`.
         steps (`int`, *optional*, defaults to `500`): Optimizer steps.
         rows (`int`, *optional*, defaults to `9`): Windows of a step.
         window (`int`, *optional*, defaults to `64`): Tokens of a window.
@@ -57,14 +51,11 @@ class Run:
         learning_rate (`float`, *optional*, defaults to `0.003`): Peak; 5% warm-up, then a cosine to a tenth.
         weight_decay (`float`, *optional*, defaults to `0.1`): Of matrices only.
         model_fields (`dict`, *optional*): Fields of the model's config that differ from `models.MODELS`.
-        vocab_size, validation_windows (`int`, *optional*, default to `1024` and `192`): Of the text, see `streams`.
-        corpus (`str`): Fingerprint of the text.
+        vocab_size (`int`, *optional*, defaults to `1024`): Tokens of the tokenizer.
+        validation_windows (`int`, *optional*, defaults to `192`): Held-out windows of each domain.
+        corpus (`str`): Fingerprint of the text, see `streams`.
     """
 
-    model: str
-    stream: str
-    seed: int
-    method: dict[str, Any]
     steps: int = 500
     rows: int = 9
     window: int = 64
@@ -75,6 +66,24 @@ class Run:
     vocab_size: int = 1024
     validation_windows: int = 192
     corpus: str = ""
+
+
+@dataclass(kw_only=True)
+class Run(Training):
+    """
+    Everything a result depends on.
+
+    Args:
+        model (`str`): A key of `models.MODELS`.
+        stream (`str`): One of `streams.STREAMS`.
+        seed (`int`): Seed of the weights and of the order of the data.
+        method (`dict`): Arguments of `PhiBalanceConfig`.
+    """
+
+    model: str
+    stream: str
+    seed: int
+    method: dict[str, Any]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -97,8 +106,8 @@ class Run:
 
 
 def key_of(settings: dict[str, Any]) -> str:
-    """Digest of `Run.settings` but for the text, and for later fields at the value that results without them had."""
-    told = {name: value for name, value in settings.items() if name != "corpus" and LATER.get(name) != value}
+    """Digest of `Run.settings` but for the text."""
+    told = {name: value for name, value in settings.items() if name != "corpus"}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loop import Run
+from loop import Run, Training
 from models import MODELS
 from streams import BUILT_IN, STREAMS
 
@@ -45,10 +45,10 @@ class Method:
     arguments: dict[str, Any]
 
 
-@dataclass
-class Plan:
+@dataclass(kw_only=True)
+class Plan(Training):
     """
-    One question and the runs that answer it.
+    One question and the runs that answer it; all fields of `loop.Training`, and
 
     Args:
         name (`str`): Its key in the file; also the name of its tables and pictures.
@@ -56,9 +56,6 @@ class Plan:
         question (`str`, *optional*): Heading of its table.
         baseline (`str`, *optional*): Label of the method that the others are compared with; the first unless said.
         models, streams, seeds (`list`): Keys of `models.MODELS`, of `streams.STREAMS`, numbers.
-        steps, rows, window, micro_batches, learning_rate, weight_decay, model_fields: See `loop.Run`.
-        vocab_size (`int`, *optional*, defaults to `1024`): Tokens of the tokenizer.
-        validation_windows (`int`, *optional*, defaults to `192`): Held-out windows of each domain.
         data (`str`, *optional*, defaults to `"built-in"`): See `streams.read_documents`; `--data` goes before it.
     """
 
@@ -69,17 +66,7 @@ class Plan:
     models: list[str] = field(default_factory=lambda: ["mixtral"])
     streams: list[str] = field(default_factory=lambda: list(STREAMS))
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    steps: int = 500
-    rows: int = 9
-    window: int = 64
-    micro_batches: int = 1
-    learning_rate: float = 0.003
-    weight_decay: float = 0.1
-    model_fields: dict[str, Any] = field(default_factory=dict)
-    vocab_size: int = 1024
-    validation_windows: int = 192
     data: str = BUILT_IN
-    corpus: str = ""
 
     def __post_init__(self) -> None:
         labels = [method.label for method in self.methods]
@@ -105,8 +92,7 @@ class Plan:
                 raise ValueError(f"plan {self.name!r}, method {method.label!r}: {error}") from error
 
     def run(self, method: Method, model: str, stream: str, seed: int) -> Run:
-        shared = {f.name for f in dataclasses.fields(Run)} - {"model", "stream", "seed", "method"}
-        fields = {name: getattr(self, name) for name in shared}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Training)}
         return Run(model=model, stream=stream, seed=seed, method=method.arguments, **fields)
 
     def runs(self) -> Iterator[Run]:
