@@ -242,7 +242,9 @@ def test_values_cross_unchanged():
     ]  # fmt: skip
     for value in values:
         again = runner.decode(json.loads(json.dumps(runner.encode(value))))
-        assert again == value and type(again) is type(value) and repr(again) == repr(value)
+        assert again == value and type(again) is type(value)
+        # -0.0 == 0.0 and True == 1, so what is printed must agree too; a set prints its members in any order.
+        assert isinstance(value, (set, frozenset)) or repr(again) == repr(value)
     assert math.isnan(runner.decode(json.loads(json.dumps(runner.encode(math.nan)))))
     for lazy in (iter([1, 2]), (x for x in [1, 2]), map(int, "12"), {1: 0, 2: 0}.keys()):
         assert list(runner.decode(runner.encode(lazy))) == [1, 2]
