@@ -23,14 +23,16 @@ from .config import PhiBalanceConfig
 from .duals import Duals
 from .learning import LINEAR, LearningReport, describe_router, gradient_norms
 from .metrics import model_metrics
-from .pricing import SCORINGS, ChargePrices, routing_probs, sequence_price
+from .pricing import SCORINGS, ChargePrices, ChargeProbs, routing_probs, sequence_price
 from .quantile import BINS, margin_histogram
+from .router_mode import Softmax
 from .routers import RouterSite, find_routers
 from .tally import Tally, add_load, add_probs
 from .tokens import OptimizerStep, Tokens, count_mask
 
 
 logger = logging.get_logger(__name__)
+CACHES = ("cache", "past_key_values")  # the argument in which a model takes its cache
 LOGIT_WIDTH = 16.0  # span that is resolved of scores that are no probabilities, by quantile balancing
 
 
@@ -74,6 +76,7 @@ class PhiBalancer:
         self._before_forward: Tensor | None = None  # the tally when the forward under way began, where needed
         self._norms: dict[int, Tensor] | None = None  # of the balancing gradient, once there are prices
         self._measuring = False
+        self.softmax: Softmax | None = None  # noted in the router that is about to be observed
         self._step = OptimizerStep()
 
     # ------------------------------------------------------------------ what users read
@@ -283,7 +286,8 @@ class PhiBalancer:
         """A forward of the backbone starts: decides who counts and who pays. `inputs` by argument name."""
         self._forwarding, self._tokens = True, None
         training = training and torch.is_grad_enabled()
-        evaluating = self._eval_tally is not None and not training and inputs.get("past_key_values") is None
+        cached = any(inputs.get(name) is not None for name in CACHES)
+        evaluating = self._eval_tally is not None and not training and not cached
         if not (training or evaluating):
             return
         if self.config.token_mask == "labels":
@@ -379,13 +383,13 @@ class PhiBalancer:
             logits (`torch.Tensor` of shape `(T, E)`), selected (`torch.Tensor` of shape `(..., k)`),
             carrier (`torch.Tensor`): any differentiable output of the router.
         """
-        tokens = self._current
+        tokens, softmax = self._current, self._take_softmax(logits)
         if tokens is None:
             return carrier
         site = self.sites[index]
         if not tokens.in_forward:
             if not tokens.deferred:
-                return self._replay(index, logits, carrier)
+                return self._replay(index, logits, softmax, carrier)
             self._check_recomputed(tokens)
         if logits.shape != (tokens.mask.numel(), site.num_experts):
             raise ValueError(
@@ -397,7 +401,7 @@ class PhiBalancer:
         probs = None
         with torch.no_grad():
             if pays or (tokens.trains and "probs" in self.config.statistics):
-                probs = routing_probs(logits, site.scoring)
+                probs = routing_probs(logits, site.scoring) if softmax is None else softmax.probs.detach()
             if tokens.in_forward:
                 self._count(index, logits, probs, selected, tokens)
         if not pays:
@@ -411,7 +415,32 @@ class PhiBalancer:
             return carrier
         site.charged = True
         price = self._toll(index, probs, selected, tokens).to(logits.device)
-        return self._charge(site, carrier, logits, probs, price, tokens.rate.to(logits.device), tokens)
+        rate = tokens.rate.to(logits.device)
+        if softmax is not None and self._carries(site, softmax, carrier):
+            softmax.probs.register_hook(ChargeProbs(price, rate))
+            return carrier
+        return self._charge(site, carrier, logits, probs, price, rate, tokens)
+
+    def wants_softmax(self, index: int) -> bool:
+        """Whether to note the softmax of router `index`, so that it need not be computed again."""
+        tokens = None if torch.compiler.is_compiling() else self._current
+        return tokens is not None and tokens.trains and self.sites[index].scoring == "softmax"
+
+    def _take_softmax(self, logits: Tensor) -> Softmax | None:
+        """The softmax that the router at hand took of its `logits`, in full precision, if it did."""
+        if torch.compiler.is_compiling():
+            return None
+        softmax, self.softmax = self.softmax, None
+        usable = softmax is not None and softmax.is_of(logits) and softmax.probs.element_size() >= 4
+        return softmax if usable else None
+
+    def _carries(self, site: RouterSite, softmax: Softmax, carrier: Tensor) -> bool:
+        """Whether the softmax of `site` can be charged itself: the task gradient comes by, and only prices are due."""
+        if self.config.z_loss_coef > 0 or self.config.sequence_coef > 0:
+            return False
+        if site.softmax_carries is None:
+            site.softmax_carries = softmax.leads_to(carrier)
+        return site.softmax_carries
 
     def _charge(
         self,
@@ -504,7 +533,7 @@ class PhiBalancer:
         price = self._duals.toll[self._spans[index]].to(logits.device)
         self._norms[index] = gradient_norms(hidden, module, logits, price, rate, self.sites[index].scoring)
 
-    def _replay(self, index: int, logits: Tensor, carrier: Tensor) -> Tensor:
+    def _replay(self, index: int, logits: Tensor, softmax: Softmax | None, carrier: Tensor) -> Tensor:
         """
         A router runs again under non-reentrant checkpointing, which wants the same tensors saved and nothing else: its
         first run pays. Other forwards may have come in between, so the tokens at hand need not be this router's.
@@ -512,9 +541,11 @@ class PhiBalancer:
         if not self.config.charges or not torch.is_grad_enabled() or not logits.requires_grad:
             return carrier
         site = self.sites[index]
+        if softmax is not None and self._carries(site, softmax, carrier):
+            return carrier
         price = self._duals.toll[self._spans[index]].to(logits.device)
         with torch.no_grad():
-            probs = routing_probs(logits, site.scoring)
+            probs = routing_probs(logits, site.scoring) if softmax is None else softmax.probs
         return self._charge(site, carrier, logits, probs, price, logits.new_zeros(len(logits)))
 
     def _check_recomputed(self, tokens: Tokens) -> None:
@@ -612,6 +643,7 @@ class PhiBalancer:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to this process or to the step under way."""
         fleeting = {"process_group": None, "_forwarding": False, "_tokens": None, "_latest": None, "_labels": None}
+        fleeting["softmax"] = None
         return {**vars(self), **fleeting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -89,7 +89,6 @@ class DeepseekMoeForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -101,7 +100,6 @@ class DeepseekMoeForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -111,10 +109,8 @@ class DeepseekMoeForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(
             loss=None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs),
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            # by the names of the installed transformers: the cache has had two
+            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
 

@@ -26,8 +26,8 @@ from .balancer import PhiBalancer
 from .config import PhiBalanceConfig
 from .duals import STATE_NAME
 from .learning import LearningReport
+from .router_mode import RouterMode, rank_scores
 from .routers import REMOTE_TRAITS, RouterSite, find_routers
-from .selection import SelectionBias, rank_scores
 
 
 logger = logging.get_logger(__name__)
@@ -83,27 +83,31 @@ class RouterHook(_Hook):
         site, bias = self.balancer.sites[self.index], self.balancer.choice_bias(self.index)
         scores = torch.softmax(logits, -1, dtype=logits.dtype) if site.kind.traits.ranks == "probs" else logits
         ranked = scores if bias is None else rank_scores(scores, bias)
-        return torch.ops.aten.topk(ranked, site.top_k)[1]  # the operator itself: `SelectionBias` may be active
+        return torch.ops.aten.topk(ranked, site.top_k)[1]  # the operator itself: `RouterMode` may be active
 
 
-class SelectionHook(_Hook):
-    """Before and after the forward that selects: the selection bias is in force in between."""
+class InsideHook(_Hook):
+    """Before and after the forward that selects: in between, its softmax is noted and the selection bias in force."""
 
-    def __init__(self, balancer: PhiBalancer, index: int, before: bool) -> None:
+    def __init__(self, balancer: PhiBalancer, index: int, before: bool, sees_router: bool) -> None:
         super().__init__(balancer)
         self.index = index
         self.before = before
+        self.sees_router = sees_router  # and not only the forward that ranks what the router has returned
 
     def __call__(self, module: nn.Module, args: tuple, output: Any = None) -> None:
         bias = self.balancer.selection_bias(self.index)
-        if bias is None:
+        notes = self.sees_router and self.balancer.wants_softmax(self.index)
+        if bias is None and not notes:
             return
+        experts = self.balancer.sites[self.index].num_experts
         if self.before:
-            SelectionBias(bias, zero_is_masked=_groups(module) > 1).__enter__()
+            RouterMode(experts, bias, zero_is_masked=_groups(module) > 1, notes_softmax=notes).__enter__()
         elif torch.compiler.is_compiling():
-            SelectionBias(bias).__exit__(None, None, None)  # leaves the mode entered last
-        elif (mode := SelectionBias.innermost()) is not None:  # else a hook before ours has raised
+            RouterMode(experts, bias).__exit__(None, None, None)  # leaves the mode entered last
+        elif (mode := RouterMode.innermost()) is not None:  # else a hook before ours has raised
             mode.__exit__(None, None, None)
+            self.balancer.softmax = mode.softmax
             if mode.scores is not None:
                 self.balancer.observe_scores(self.index, mode.scores)
 
@@ -128,7 +132,7 @@ class BackboneHook(_Hook):
                     "per GPU (torchrun, DistributedDataParallel), or use one GPU."
                 )
             if not torch.compiler.is_compiling():
-                SelectionBias.leave_interrupted()
+                RouterMode.leave_interrupted()
             self.balancer.open_forward(_by_name(module, args, kwargs), module.training)
         else:
             self.balancer.close_forward()
@@ -146,12 +150,11 @@ def _install_hooks(balancer: PhiBalancer, backbone: nn.Module) -> None:
     for index, site in enumerate(balancer.sites):
         for module in site.modules:
             module.register_forward_hook(RouterHook(balancer, index), prepend=True)
-            if site.native_bias or site.kind.traits.no_bias:
-                continue
-            selecting = site.parent if site.kind.traits.selects_in_parent and site.parent else module
-            selecting.register_forward_pre_hook(SelectionHook(balancer, index, before=True))
+            in_parent = site.kind.traits.selects_in_parent and site.parent is not None
+            selecting = site.parent if in_parent and site.parent else module
+            selecting.register_forward_pre_hook(InsideHook(balancer, index, True, sees_router=not in_parent))
             selecting.register_forward_hook(
-                SelectionHook(balancer, index, before=False), prepend=True, always_call=True
+                InsideHook(balancer, index, False, sees_router=not in_parent), prepend=True, always_call=True
             )
     backbone.register_forward_pre_hook(BackboneHook(balancer, before=True), with_kwargs=True)
     backbone.register_forward_hook(BackboneHook(balancer, before=False), with_kwargs=True, always_call=True)

@@ -120,6 +120,24 @@ class ChargePrices(torch.autograd.Function):
         return grad_carrier, charge.to(ctx.dtype), None, None, None, None, None, None
 
 
+class ChargeProbs:
+    """
+    Gradient hook of the routing probabilities `p (..., E)` of a softmax router: adds the gradient of
+    Σ_t rate_t ⟨price, p_t⟩ with respect to p, of which the router's own backward makes that of its logits. What
+    [`ChargePrices`] does where nobody sees p, without a softmax of our own and without anything saved.
+
+    Args:
+        price (`torch.Tensor` of shape `(E,)`), rate (`torch.Tensor` of shape `(T,)`): read when the backward comes.
+    """
+
+    def __init__(self, price: Tensor, rate: Tensor) -> None:
+        self.price, self.rate = price, rate
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        grad_TE = grad.reshape(-1, grad.shape[-1])
+        return torch.addr(grad_TE, self.rate.to(grad.dtype), self.price.to(grad.dtype)).view_as(grad)
+
+
 def sequence_price(logits: Tensor, scoring: str, top_k: int, mask_BS: Tensor) -> Tensor:
     """
     Relative load of each expert within each sequence, `(B, E)`: the price of DeepSeek-V3's complementary sequence-wise

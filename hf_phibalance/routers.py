@@ -102,8 +102,6 @@ TRAITS: dict[str, RouterTraits] = {
     "Gemma4TextRouter": RouterTraits(scoring="probs"),
     "JetMoeAttention": RouterTraits(ignored=True),  # hands on the logits of the JetMoeTopKGating inside it
     "JetMoeTopKGating": RouterTraits(carrier=2, selected=None),
-    "DeepseekV4TopKRouter": RouterTraits(scoring=_score_activation),
-    "Inkling2TopKRouter": RouterTraits(scoring=_score_activation),
     "Kolibri1TopKRouter": RouterTraits(biases="logits"),
     "Llama4Router": RouterTraits(carrier=0, selected=None),
     "LongcatFlashTopkRouter": RouterTraits(experts="n_routed_experts"),  # its identity experts are routed to as well
@@ -127,8 +125,13 @@ class RouterKind:
     traits: RouterTraits = RouterTraits()
 
     def scoring_of(self, module: nn.Module) -> str:
-        scoring = self.traits.scoring
-        return scoring(module) if callable(scoring) else scoring or source_scoring(self.target)
+        scoring = self.scoring
+        return scoring if isinstance(scoring, str) else scoring(module)
+
+    @property
+    def scoring(self) -> str | Callable[[nn.Module], str]:
+        """Key of `pricing.SCORINGS`, or what reads it off a module where its config decides."""
+        return self.traits.scoring or source_scoring(self.target)
 
 
 @dataclass
@@ -144,6 +147,7 @@ class RouterSite:
     parent: nn.Module | None = None
     native_bias: list[tuple[nn.Module, str]] = field(default_factory=list)
     charged: bool = False  # whether a price gradient has gone through it
+    softmax_carries: bool | None = None  # whether the task gradient goes back through its softmax, once seen
     score_width: float | None = None  # the span of the scores that it ranks, once seen and where something needs it
 
     def write_native_bias(self, bias: Tensor) -> None:
@@ -163,9 +167,11 @@ def class_source(module_class: Hashable) -> str:
     return inspect.getsource(cast(Any, module_class))
 
 
-def source_scoring(router_class: type[nn.Module]) -> str:
-    """`"sigmoid"` or `"softmax"`, whichever the source of the class's forward applies."""
+def source_scoring(router_class: type[nn.Module]) -> str | Callable[[nn.Module], str]:
+    """`"sigmoid"` or `"softmax"`, whichever the source of the class applies, or what finds it in a module."""
     source = class_source(cast(Hashable, router_class))
+    if "self.score_fn(" in source:
+        return _score_activation
     return "sigmoid" if "sigmoid(" in source else "softmax"
 
 
@@ -319,13 +325,12 @@ def supported_families() -> dict[str, Family]:
 
 
 def _family(model_type: str, kind: RouterKind, model_source: str) -> Family:
-    scoring = kind.traits.scoring
     has_native = any(f"self.{name} = " in model_source for name in NATIVE_BIAS_NAMES)
     bias = f"none: {kind.traits.no_bias}" if kind.traits.no_bias else "native" if has_native else "re-selected"
     return Family(
         model_type,
         kind.target.__name__,
-        "by config" if callable(scoring) else scoring or source_scoring(kind.target),
+        kind.scoring if isinstance(kind.scoring, str) else "by config",
         bias,
         kind.traits.refused,
     )

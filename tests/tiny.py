@@ -5,6 +5,7 @@ A model has three layers (at least two of them MoE), hidden size 32, 8 experts o
 """
 
 import dataclasses
+import inspect
 import re
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,9 @@ def _records_router_logits(model_type: str) -> bool:
     """Whether the modelling file declares the recorder; reading it avoids 60 imports."""
     name = model_type_to_module_name(model_type)
     path = Path(transformers.__file__).parent / "models" / name / f"modeling_{name}.py"
+    if not path.is_file():  # a type that has another's model class
+        model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], None)
+        path = Path(inspect.getfile(model_class)) if model_class else path
     return path.is_file() and '"router_logits":' in path.read_text()
 
 
@@ -125,6 +129,13 @@ OVERRIDES: dict[str, dict] = {
     },
     "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 8, "rel_extent": 16},
     "inkling2_text": {
+        "unpadded_vocab_size": 128,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_head_dim": 8,
+        "rel_extent": 16,
+    },
+    "inkling2_loop_text": {
         "unpadded_vocab_size": 128,
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4,
