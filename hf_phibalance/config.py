@@ -96,6 +96,7 @@ class PhiBalanceConfig:
     bias_lead: float = 0.0
     target_max_vio: float = 0.0
     blend: float = 0.0
+    bias_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:

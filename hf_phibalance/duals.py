@@ -138,7 +138,7 @@ class Duals:
             q = self._priced(self.means[self.config.bias_track])
             lead = q + self.config.bias_lead * (q - self.before)
             self.before.copy_(q)
-            return -rate * lead
+            return -rate * (self.steps + 1) ** -self.config.bias_decay * lead
         step = torch.empty_like(self.bias)
         for span, shape in self.layout.runs():
             load_LE = tally.load[span].view(shape)
