@@ -254,19 +254,19 @@ def sweep(args: argparse.Namespace, methods: Sequence[str], console: Console) ->
             if key in points or at.top_k > at.num_experts:
                 continue
             # the whole model only as the measure of a step; on a CPU, sizes that take minutes are left out
-            times = measure(*light_body(at), methods, args.light_rounds, f"{factor} {value}")
-            points[key] = {"shape": own, "light_seconds": times}
+            model, batch = light_body(at)
+            kept = {}
+            for name in methods:
+                with patched(model, name):
+                    kept[name] = kept_bytes(model, batch, name)
+            times = measure(model, batch, methods, args.light_rounds, f"{factor} {value}")
+            points[key] = {"shape": own, "light_seconds": times, "kept_bytes": kept}
             if at.device == "cuda" or at.hidden_size * at.tokens * at.num_layers <= WHOLE_LIMIT:
                 model, batch = build(at, at.hidden_size, at.expert_size)
                 points[key]["step_seconds"] = statistics.median(
                     seconds(model, batch, UNPATCHED) for _ in range(args.whole_steps)
                 )
-                kept = {}
-                for name in methods:
-                    with patched(model, name):
-                        kept[name] = kept_bytes(model, batch, name)
-                points[key]["kept_bytes"] = kept
-                del model
+            del model
             with file.open("a") as out:
                 out.write(json.dumps(points[key]) + "\n")
     present(args, methods, points, shape, folder, console)
@@ -280,11 +280,11 @@ def present(
     folder: Path,
     console: Console,
 ) -> None:
-    """The growth curves as one table (Markdown) and one picture."""
+    """What each method adds to a step, and keeps per layer for the backward pass, as one table (Markdown) and one picture."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(SWEEPS), figsize=(4 * len(SWEEPS), 4), sharey=True, layout="constrained")
-    rows = [["factor", "value", "step [ms]", *(f"{name} [ms]" for name in methods if name != UNPATCHED)]]
+    rows = [["factor", "value", "step [ms]", *(name for name in methods if name != UNPATCHED)]]
     for axis, (factor, values) in zip(axes, SWEEPS.items()):
         curves: dict[str, list[tuple[int, float]]] = {name: [] for name in methods if name != UNPATCHED}
         for value in values:
@@ -296,8 +296,9 @@ def present(
             for name, curve in curves.items():
                 added = 1e3 * paired(point["light_seconds"], name, lambda step, base: step - base)[1]
                 curve.append((value, added))
-                share = f" ({added / point['step_seconds'] / 10:.2f} %)" if "step_seconds" in point else ""
-                row.append(f"{added:.2f}{share}")
+                share = f", {added / point['step_seconds'] / 10:.2f} %" if "step_seconds" in point else ""
+                kept = (point["kept_bytes"][name] - point["kept_bytes"][UNPATCHED]) / 2**10 / at["num_layers"]
+                row.append(f"{added:.2f} ms{share}, {kept:.0f} KiB")
             rows.append(row)
         for name, curve in curves.items():
             axis.plot(*zip(*curve), marker="o", markersize=3, label=name)
