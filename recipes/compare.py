@@ -61,6 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
             wanted = getattr(args, name)
             setattr(plan, name, [value for value in getattr(plan, name) if not wanted or value in wanted])
     results = Results(output / "results.jsonl")
+    if args.refresh:
+        from tables import refresh
+
+        args.refresh.write_text(refresh(args.refresh.read_text(encoding="utf-8"), plans, results), encoding="utf-8")
+        return 0
     if not (args.tables or args.pictures):
         plans = with_corpora(plans, args.data, output)
         runs = {(run.key, run.corpus): run for plan in plans for run in plan.runs()}  # plans may share runs
@@ -103,6 +108,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="only say which runs are missing")
     parser.add_argument("--tables", action="store_true", help="train nothing, write the tables of what there is")
     parser.add_argument("--pictures", action="store_true", help="train nothing, draw the pictures of what there is")
+    parser.add_argument(
+        "--refresh", type=Path, help="train nothing, make the marked tables of this Markdown file anew"
+    )
     args = parser.parse_args(arguments)
     if args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}.")

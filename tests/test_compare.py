@@ -504,6 +504,17 @@ plans:
 """
 
 
+def test_the_tables_of_the_readme_follow_from_the_committed_runs(house):
+    folder = RECIPES / "compare"
+    _, plans = house["plans"].load_plans(folder / "main.yaml")
+    results = house["records"].Results(folder / "results" / "main.jsonl")
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table: ") == text.count("<!-- /table -->") > 5
+    assert house["tables"].refresh(text, plans, results) == text
+    with pytest.raises(ValueError, match="nothing, blocked"):
+        house["tables"].refresh("<!-- table: nothing, blocked -->\n<!-- /table -->", plans, results)
+
+
 def test_micro_plan_whose_worker_is_killed(house, tmp_path, monkeypatch, capsys):
     """The command from end to end: its worker is killed in the first run; then nothing is left to do."""
     compare, streams = house["compare"], house["streams"]

@@ -103,30 +103,37 @@ def lighten(model: torch.nn.Module) -> None:
             module.forward = lambda hidden, chosen, weights: hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
 
 
-def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], name: str) -> None:
-    if METHODS[name] is not None:
-        balancer = phb.get_balancer(model)
+def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], balancer: phb.PhiBalancer | None, own: bool) -> None:
+    """One step, balanced by `balancer` where there is one, with the built-in loss where `own`."""
+    if balancer is not None:
         balancer.begin_step([batch])
         model(**batch).loss.backward()
         balancer.step()
     else:
-        model(**batch, output_router_logits=name == BUILT_IN).loss.backward()
+        model(**batch, output_router_logits=own).loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
 
 
+def stepper(model: torch.nn.Module, batch: dict[str, torch.Tensor], name: str) -> Callable[[], None]:
+    """One step of a model that is patched for `name`; like a training loop, it looks for the balancer only once."""
+    balancer = None if METHODS[name] is None else phb.get_balancer(model)
+    return lambda: step(model, batch, balancer, own=name == BUILT_IN)
+
+
 def seconds(model: torch.nn.Module, batch: dict[str, torch.Tensor], name: str) -> float:
+    run = stepper(model, batch, name)
     for _ in range(2):  # the first step after patching checks the set-up, the second what the prices reach, both once
-        step(model, batch, name)
+        run()
     if batch["input_ids"].is_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        step(model, batch, name)
+        run()
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
     begin = time.process_time()
-    step(model, batch, name)
+    run()
     return time.process_time() - begin
 
 
@@ -142,7 +149,7 @@ def kept_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor], name: str
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(model, batch, name)
+        stepper(model, batch, name)()
     return sum(held.values())
 
 
@@ -185,7 +192,7 @@ def compare(args: argparse.Namespace, methods: Sequence[str], console: Console) 
             memory[name] = kept_bytes(model, batch, name)
             if batch["input_ids"].is_cuda:
                 torch.cuda.reset_peak_memory_stats()
-                step(model, batch, name)
+                stepper(model, batch, name)()
                 peak[name] = torch.cuda.max_memory_allocated()
     whole = measure(model, batch, methods, args.rounds, "whole model")
     del model
@@ -247,20 +254,19 @@ def sweep(args: argparse.Namespace, methods: Sequence[str], console: Console) ->
             if key in points or at.top_k > at.num_experts:
                 continue
             # the whole model only as the measure of a step; on a CPU, sizes that take minutes are left out
-            times = measure(*light_body(at), methods, args.light_rounds, f"{factor} {value}")
-            points[key] = {"shape": own, "light_seconds": times}
+            model, batch = light_body(at)
+            kept = {}
+            for name in methods:
+                with patched(model, name):
+                    kept[name] = kept_bytes(model, batch, name)
+            times = measure(model, batch, methods, args.light_rounds, f"{factor} {value}")
+            points[key] = {"shape": own, "light_seconds": times, "kept_bytes": kept}
             if at.device == "cuda" or at.hidden_size * at.tokens * at.num_layers <= WHOLE_LIMIT:
                 model, batch = build(at, at.hidden_size, at.expert_size)
-                step(model, batch, UNPATCHED)
                 points[key]["step_seconds"] = statistics.median(
                     seconds(model, batch, UNPATCHED) for _ in range(args.whole_steps)
                 )
-                kept = {}
-                for name in methods:
-                    with patched(model, name):
-                        kept[name] = kept_bytes(model, batch, name)
-                points[key]["kept_bytes"] = kept
-                del model
+            del model
             with file.open("a") as out:
                 out.write(json.dumps(points[key]) + "\n")
     present(args, methods, points, shape, folder, console)
@@ -274,11 +280,11 @@ def present(
     folder: Path,
     console: Console,
 ) -> None:
-    """The growth curves as one table (Markdown) and one picture."""
+    """What each method adds to a step, and keeps per layer for the backward pass, as one table (Markdown) and one picture."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(SWEEPS), figsize=(4 * len(SWEEPS), 4), sharey=True, layout="constrained")
-    rows = [["factor", "value", "step [ms]", *(f"{name} [ms]" for name in methods if name != UNPATCHED)]]
+    rows = [["factor", "value", "step [ms]", *(name for name in methods if name != UNPATCHED)]]
     for axis, (factor, values) in zip(axes, SWEEPS.items()):
         curves: dict[str, list[tuple[int, float]]] = {name: [] for name in methods if name != UNPATCHED}
         for value in values:
@@ -290,8 +296,9 @@ def present(
             for name, curve in curves.items():
                 added = 1e3 * paired(point["light_seconds"], name, lambda step, base: step - base)[1]
                 curve.append((value, added))
-                share = f" ({added / point['step_seconds'] / 10:.2f} %)" if "step_seconds" in point else ""
-                row.append(f"{added:.2f}{share}")
+                share = f", {added / point['step_seconds'] / 10:.2f} %" if "step_seconds" in point else ""
+                kept = (point["kept_bytes"][name] - point["kept_bytes"][UNPATCHED]) / 2**10 / at["num_layers"]
+                row.append(f"{added:.2f} ms{share}, {kept:.0f} KiB")
             rows.append(row)
         for name, curve in curves.items():
             axis.plot(*zip(*curve), marker="o", markersize=3, label=name)
@@ -326,6 +333,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="file for the numbers of every round of one shape")
     args = parser.parse_args()
+    if min(args.rounds, args.light_rounds) < 2:
+        parser.error(f"--rounds and --light_rounds must be at least 2, got {args.rounds} and {args.light_rounds}.")
 
     console = Console(width=140)
     methods = list(METHODS) if args.all_methods else list(dict.fromkeys([UNPATCHED, *args.methods]))

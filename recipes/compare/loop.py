@@ -131,7 +131,9 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
     model = build_model(run.model, corpus.vocab_size, run.seed, **run.model_fields)
     phb.patch(model, run.config)
     balancer = phb.get_balancer(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.95), fused=True
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, run.steps))
     settled = int(SETTLED * run.steps)
     probes = {settled + (run.steps - settled) * i // CHURN_PROBES for i in range(CHURN_PROBES)}

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,25 +104,30 @@ def records_of(plan: Plan, results: Results, method: Method, model: str, stream:
 # ---------------------------------------------------------------------- tables
 
 
-def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
-    """`<output>/<plan>.md`, if any run of the plan is finished."""
-    found: dict[tuple[str, str], Rows] = {}
+def finished(plan: Plan, results: Results) -> dict[tuple[str, str], Rows]:
+    """What there is of a plan, by model and stream."""
+    found = {}
     for model in plan.models:
         for stream in plan.streams:
             rows = {m.label: figures_of(plan, results, m, model, stream) for m in plan.methods}
             if any(rows.values()):
                 found[model, stream] = rows
+    return found
+
+
+def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
+    """`<output>/<plan>.md`, if any run of the plan is finished."""
+    found = finished(plan, results)
     if not found:
         return []
     parts = [f"# {plan.question or plan.name}", note(plan)]
     if len(found) > 1:
         parts += ["## Overview", OVERVIEW_NOTE, overview(plan, found)]
     for (model, stream), rows in found.items():
-        shift = stream == "shift"
-        parts += [f"## {model}, {stream}", table(plan, rows, [*COLUMNS, *SHIFT_COLUMNS * shift])]
+        parts += [f"## {model}, {stream}", main_table(plan, rows, stream)]
         if best := best_of_families(plan, rows):
             parts.append(best)
-        more = table(plan, rows, [*MORE_COLUMNS, *MORE_SHIFT_COLUMNS * shift])
+        more = table(plan, rows, [*MORE_COLUMNS, *MORE_SHIFT_COLUMNS * (stream == "shift")])
         parts.append(f"<details><summary>More figures</summary>\n\n{more}\n\n</details>")
     path = output / f"{plan.name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +135,39 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
     return [path]
 
 
-OVERVIEW_NOTE = "Validation loss (difference to the baseline) / MaxVio over all held-out text; means over the seeds."
+def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
+    """
+    `text` with its marked tables made anew: `<!-- table: plan -->` ... `<!-- /table -->` is the overview of a plan (a
+    table for each of its models), `<!-- table: plan, model, stream -->` all figures of one model and stream.
+
+    Raises:
+        ValueError: if a mark names a plan, model or stream of which nothing is finished.
+    """
+    by_name = {plan.name: plan for plan in plans}
+
+    def renew(match: re.Match) -> str:
+        name, *at = match[2].split(", ")
+        found = finished(by_name[name], results) if name in by_name else {}
+        if not found or (at and tuple(at) not in found):
+            raise ValueError(
+                f"the mark '{match[1].strip()}' asks for runs of which none is finished, or no such plan."
+            )
+        if at:
+            return f"{match[1]}{main_table(by_name[name], found[at[0], at[1]], at[1])}\n{match[3]}"
+        models = {model: {key: rows for key, rows in found.items() if key[0] == model} for model, _ in found}
+        made = "\n\n".join(overview(by_name[name], some) for some in models.values())
+        return f"{match[1]}{made}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", renew, text, flags=re.DOTALL)
+
+
+def main_table(plan: Plan, rows: Rows, stream: str) -> str:
+    return table(plan, rows, [*COLUMNS, *SHIFT_COLUMNS * (stream == "shift")])
+
+
+OVERVIEW_NOTE = (
+    "Validation loss (difference to the baseline) / MaxVio over all held-out text; mean ± standard deviation."
+)
 
 
 def note(plan: Plan) -> str:
@@ -156,9 +194,8 @@ def overview(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> str:
             base = {seed: figures["loss"] for seed, figures in rows[plan.baseline].items() if figures}
             text = f"{statistics.fmean(losses.values()):.3f}"
             if method.label != plan.baseline and set(losses) & set(base):
-                mean, _, told = paired_difference(losses, base)
-                text += f" ({mean:+.3f}{' *' * told})"
-            cells.append(f"{text} / {statistics.fmean(f['max_vio_global'] for f in fine.values()):.3f}")
+                text += f" ({signed(*paired_difference(losses, base), '.3f')})"
+            cells.append(f"{text} / {spread_of([f['max_vio_global'] for f in fine.values()], '.2f')}")
         lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -187,16 +224,25 @@ def table(plan: Plan, rows: Rows, columns: Sequence[Column]) -> str:
 def cell(column: Column, values: Sequence[float]) -> str:
     if not values:
         return "–"
-    mean, spread = mean_spread(values)
-    return f"{mean:{column.form}}" if math.isnan(spread) else f"{mean:{column.form}} ± {spread:{column.form}}"
+    return spread_of(values, column.form)
 
 
 def delta(column: Column, label: str, values: Mapping[int, float], baseline: Mapping, name: str) -> str:
     base = {seed: figures[column.name] for seed, figures in baseline.items() if column.name in figures}
     if label == name or not set(values) & set(base):
         return "" if label == name else "–"
-    mean, spread, told = paired_difference(values, base)
-    text = f"{mean:+{column.form}}" if math.isnan(spread) else f"{mean:+{column.form}} ± {spread:{column.form}}"
+    return signed(*paired_difference(values, base), column.form)
+
+
+def spread_of(values: Sequence[float], form: str) -> str:
+    """Mean ± standard deviation, in print."""
+    mean, spread = mean_spread(values)
+    return f"{mean:{form}}" if math.isnan(spread) else f"{mean:{form}} ± {spread:{form}}"
+
+
+def signed(mean: float, spread: float, told: bool, form: str) -> str:
+    """A difference, in print, with a star where it can be told from 0."""
+    text = f"{mean:+{form}}" if math.isnan(spread) else f"{mean:+{form}} ± {spread:{form}}"
     return text + " *" * told
 
 
