@@ -43,8 +43,9 @@ class PhiBalanceConfig:
         bias_coef (`float`, *optional*, defaults to `0.0`):
             Step size of the dual-ascent selection bias `b <- b - bias_coef * q`, added to the scores that the router
             ranks (probabilities, sigmoid affinities, or logits where the family ranks logits) for the *selection*
-            only. `0` switches it off. Both levers may be on. For `"loss_free"` (0.001) the step of the sign; for
-            `"quantile"` (1.0, in (0, 1]) the fraction by which the bias moves to the new one.
+            only. `0` switches it off. Both levers may be on, also with `"switch"` and `"global_batch"`, whose q is the
+            excess of the relative load of the step. For `"loss_free"` (0.001) the step of the sign; for `"quantile"`
+            (1.0, in (0, 1]) the fraction by which the bias moves to the new one.
         potential (`str`, *optional*, defaults to `"neg_entropy"`):
             Strictly convex potential φ, a key of `POTENTIALS`.
         potential_kwargs (`dict`, *optional*, defaults to `{}`):

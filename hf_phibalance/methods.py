@@ -4,6 +4,10 @@ A method is what it fixes of the fields of [`PhiBalanceConfig`], which of them i
 the selection bias. Most baselines need no code of their own. The Switch loss E Σ_e f_e P_e of one micro-batch, for
 example, charges ⟨q, p⟩ with q = E f, and q = ∇φ(E f) + 1 for the potential l2: it is φ-balancing with that potential on
 the hard load, without memory, priced by the micro-batch at hand.
+
+That price may be joined by the dual bias, as φ's own may. The two do different things: a gradient with the price of the
+batch at hand is proportional control of *this* batch, it acts at once but leaves an offset, the smaller the larger `coef`;
+the bias sums up the price that is left, so it is integral control, which takes the offset of the population away.
 """
 
 from __future__ import annotations
@@ -67,13 +71,13 @@ _OFF = {"coef": 0.0}
 METHODS: dict[str, Method] = {
     "phi": Method("arXiv 2605.15403, Algorithm 1", free=frozenset(PHI_DEFAULTS)),
     # α E Σ_e f_e P_e per layer, f the share of the assignments (arXiv 2101.03961, Eq. 4; 2202.08906 for top-k)
-    "switch": Method("arXiv 2101.03961, Eq. 4", _SWITCH, frozenset({"coef"})),
+    "switch": Method("arXiv 2101.03961, Eq. 4", _SWITCH, frozenset({"coef", "bias_coef"})),
     # the same with f pooled over layers and not divided by k, and a mean over layers instead of a sum
     "pooled": Method(
         "transformers, load_balancing_loss_func", _SWITCH | {"coef": 0.001}, frozenset({"coef"}), pooled=True
     ),
     # the same as switch with f of the global batch so far
-    "global_batch": Method("arXiv 2501.11873", _SWITCH | {"price_from": "global"}, frozenset({"coef"})),
+    "global_batch": Method("arXiv 2501.11873", _SWITCH | {"price_from": "global"}, frozenset({"coef", "bias_coef"})),
     "loss_free": Method(
         "arXiv 2408.15664, Algorithm 1", _OFF | {"bias_coef": 0.001}, frozenset({"bias_coef"}), bias_rule="sign"
     ),

@@ -6,11 +6,13 @@ Compare balancing methods: tiny Mixture-of-Experts models, trained from scratch 
 # Train everything that a file of plans asks for and write its tables and pictures; can be interrupted and called again
 python recipes/compare.py recipes/compare/main.yaml --data path/to/data --workers 2
 
-# Some plans of it only; a first look that needs no data; what is still to be run; only the tables and pictures
-python recipes/compare.py recipes/compare/main.yaml --plans eta --workers 2
+# Some plans of it only; a first look that needs no data; what is still to be run; only the tables and pictures; only the
+# tables between the marks of a document
+python recipes/compare.py recipes/compare/main.yaml --plans price --workers 2
 python recipes/compare.py recipes/compare/smoke.yaml
 python recipes/compare.py recipes/compare/main.yaml --list
 python recipes/compare.py recipes/compare/main.yaml --tables --pictures
+python recipes/compare.py recipes/compare/main.yaml --refresh recipes/compare/README.md
 
 A plan is a product of methods, models, streams and seeds (see recipes/compare/plans.py). Each finished run is one line of
 `<output>/results.jsonl`, found again by everything it depends on; a run that was interrupted starts anew. Every worker is
@@ -40,6 +42,8 @@ from records import Results  # noqa: E402
 
 
 ATTEMPTS = 3  # a run whose worker was killed is tried so often
+# glibc in the workers keeps what is freed: giving it back and faulting it in again costs up to a third of such small steps
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,6 +150,8 @@ def execute(runs, results: Results, output: Path, workers: int, console) -> int:
 
     if not runs:
         return 0
+    for name, value in KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)
     context = get_context("forkserver")  # forks before any thread has started, and imports once for all workers
     context.set_forkserver_preload(["hf_phibalance"])
     steps_done = RawArray("l", len(runs))  # each entry has one writer, so that a killed worker leaves no lock behind

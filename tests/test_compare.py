@@ -489,6 +489,10 @@ def test_table_of_made_up_results(house, tmp_path):
     assert rows[4][1] == "2, 1 diverged"
     assert rows[4][3].startswith("+0.000 ± 0.283")
     assert "2 settings of *φ*: loss 4.010 with `φ 0.1`" in path.read_text()
+    taken_together = tables.summary(plan, tables.finished(plan, results)).splitlines()
+    error = difference.std(ddof=1) / 3**0.5
+    assert taken_together[2] == f"| φ 0.1 | 3 | {difference.mean():+.4f} ± {error:.4f} | 3 | 1.00 | 0 |"
+    assert taken_together[3].startswith("| φ 0.2 | 2 | +0.0000 ± 0.2000 | 1 |")
 
 
 # ---------------------------------------------------------------------- the command

@@ -615,6 +615,28 @@ def test_loss_free_leaves_an_expert_of_the_fair_load_alone():
     assert found
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("method", ["switch", "global_batch"])
+def test_the_bias_beside_a_switch_price_follows_the_excess_load(method, model_type):
+    """b <- b - bias_coef (E f - 1), f of the whole step, while the gradient stays that of the loss."""
+    model = build(model_type)
+    start = phb.get_balancer(phb.patch(build(model_type), {"coef": 0.0})).biases()
+    biases = {name: bias.double() for name, bias in start.items()}
+    phb.patch(model, {"method": method, "coef": COEF, "bias_coef": 0.03})
+    balancer = phb.get_balancer(model)
+    for step in range(3):
+        step_gradient(model, micro_batches(model, seed=10 * step))
+        for name, load in balancer.loads().items():
+            biases[name] -= 0.03 * (load.double() * len(load) / load.sum() - 1)
+            torch.testing.assert_close(balancer.biases()[name].double(), biases[name], rtol=0, atol=1e-6)
+    unbiased, batches = build(model_type), micro_batches(model)
+    added = difference(
+        step_gradient(phb.patch(build(model_type), {"method": method, "coef": COEF, "bias_coef": 0.03}), batches),
+        step_gradient(build(model_type), batches),
+    )
+    assert_gradient(added, loss_gradient(unbiased, batches, [(COEF, LOSSES[method])]))
+
+
 @pytest.mark.parametrize("method", ["loss_free", "quantile"])
 def test_biases_add_no_gradient(method):
     model = build("qwen3_moe")
@@ -973,9 +995,9 @@ def test_extra_losses_refuse_what_is_no_strength(name, value):
 
 # Fields of φ that a method reads, and their values by default
 READS = {
-    "switch": {"coef": 0.01},
+    "switch": {"coef": 0.01, "bias_coef": 0.0},
     "pooled": {"coef": 0.001},
-    "global_batch": {"coef": 0.01},
+    "global_batch": {"coef": 0.01, "bias_coef": 0.0},
     "loss_free": {"bias_coef": 0.001},
     "quantile": {"bias_coef": 1.0},
     "frozen": {},
@@ -1174,6 +1196,7 @@ RUNS = {
     **{method: {"method": method} for method in METHODS},
     "phi_global": {"price_from": "global", "bias_coef": 0.02},
     "phi_hard": {"price_from": "current", "track": "load"},
+    "switch_and_bias": {"method": "switch", "bias_coef": 0.02},
     "quantile_averaged": {"method": "quantile", "bias_coef": 0.3},
 }
 

@@ -303,6 +303,8 @@ def present(
         for name, curve in curves.items():
             axis.plot(*zip(*curve), marker="o", markersize=3, label=name)
         axis.set(xlabel=factor, xscale="log", yscale="log")
+        axis.set_xticks(values, [str(value) for value in values])
+        axis.minorticks_off()
     axes[0].set_ylabel("adds to a step [ms]")
     axes[-1].legend(fontsize=7)
     figure.savefig(folder / "sweep.png", dpi=120)

@@ -122,7 +122,7 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
         return []
     parts = [f"# {plan.question or plan.name}", note(plan)]
     if len(found) > 1:
-        parts += ["## Overview", OVERVIEW_NOTE, overview(plan, found)]
+        parts += ["## Overview", OVERVIEW_NOTE, overview(plan, found), SUMMARY_NOTE, summary(plan, found)]
     for (model, stream), rows in found.items():
         parts += [f"## {model}, {stream}", main_table(plan, rows, stream)]
         if best := best_of_families(plan, rows):
@@ -138,7 +138,8 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
 def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
     """
     `text` with its marked tables made anew: `<!-- table: plan -->` ... `<!-- /table -->` is the overview of a plan (a
-    table for each of its models), `<!-- table: plan, model, stream -->` all figures of one model and stream.
+    table for each of its models), `<!-- table: plan, model, stream -->` all figures of one model and stream, and
+    `<!-- table: plan, all -->` the summary over all of them.
 
     Raises:
         ValueError: if a mark names a plan, model or stream of which nothing is finished.
@@ -148,10 +149,12 @@ def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
     def renew(match: re.Match) -> str:
         name, *at = match[2].split(", ")
         found = finished(by_name[name], results) if name in by_name else {}
-        if not found or (at and tuple(at) not in found):
+        if not found or (at and at != ["all"] and tuple(at) not in found):
             raise ValueError(
                 f"the mark '{match[1].strip()}' asks for runs of which none is finished, or no such plan."
             )
+        if at == ["all"]:
+            return f"{match[1]}{summary(by_name[name], found)}\n{match[3]}"
         if at:
             return f"{match[1]}{main_table(by_name[name], found[at[0], at[1]], at[1])}\n{match[3]}"
         models = {model: {key: rows for key, rows in found.items() if key[0] == model} for model, _ in found}
@@ -167,6 +170,12 @@ def main_table(plan: Plan, rows: Rows, stream: str) -> str:
 
 OVERVIEW_NOTE = (
     "Validation loss (difference to the baseline) / MaxVio over all held-out text; mean ± standard deviation."
+)
+
+
+SUMMARY_NOTE = (
+    "Over all models, streams and seeds, paired with the baseline's run: mean difference of the loss ± its standard error; "
+    "geometric mean of the ratio of MaxVio; in how many pairs each is lower."
 )
 
 
@@ -196,6 +205,33 @@ def overview(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> str:
             if method.label != plan.baseline and set(losses) & set(base):
                 text += f" ({signed(*paired_difference(losses, base), '.3f')})"
             cells.append(f"{text} / {spread_of([f['max_vio_global'] for f in fine.values()], '.2f')}")
+        lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def summary(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> str:
+    """One markdown table of each method against the baseline, all models, streams and seeds taken together."""
+    heading = f"| against {plan.baseline} | pairs | loss | lower | MaxVio, times | lower |"
+    lines = [heading, "|---|" + "---:|" * 5]
+    for method in plan.methods:
+        pairs = [
+            (figures, rows[plan.baseline][seed])
+            for rows in found.values()
+            for seed, figures in rows[method.label].items()
+            if figures and rows[plan.baseline].get(seed)
+        ]
+        if method.label == plan.baseline or len(pairs) < 2:
+            continue
+        losses = [own["loss"] - base["loss"] for own, base in pairs]
+        ratios = [own["max_vio_global"] / base["max_vio_global"] for own, base in pairs]
+        error = statistics.stdev(losses) / math.sqrt(len(losses))
+        cells = [
+            f"{len(pairs)}",
+            f"{statistics.fmean(losses):+.4f} ± {error:.4f}",
+            f"{sum(loss < 0 for loss in losses)}",
+            f"{statistics.geometric_mean(ratios):.2f}",
+            f"{sum(ratio < 1 for ratio in ratios)}",
+        ]
         lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
