@@ -93,11 +93,6 @@ class PhiBalanceConfig:
     method: str = "phi"
     z_loss_coef: float = 0.0
     sequence_coef: float = 0.0
-    bias_form: str = "sum"
-    bias_lead: float = 0.0
-    target_max_vio: float = 0.0
-    blend: float = 0.0
-    bias_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
@@ -169,8 +164,6 @@ class PhiBalanceConfig:
     @property
     def statistics(self) -> tuple[str, ...]:
         """The statistics whose EMA is kept, in a fixed order."""
-        if self.blend or self.target_max_vio:
-            return STATISTICS
         return tuple(name for name in STATISTICS if name in (self.track, self.bias_track))
 
     def to_dict(self) -> dict[str, Any]:

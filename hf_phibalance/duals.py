@@ -72,8 +72,6 @@ class Duals:
         self.read_native_biases()
         self.has_bias = config.bias_coef > 0
         self._potential = config.build_potential()
-        self.strength = torch.ones(self.layout.total)
-        self.before = torch.zeros(self.layout.total)
 
     @property
     def means(self) -> dict[str, Tensor]:
@@ -113,19 +111,8 @@ class Duals:
             mean_SLE.lerp_(share_SLE, self.config.ema_rate)
 
     def _set_price(self) -> None:
-        mean = self.means[self.config.track]
-        if self.config.blend:
-            mean = self.means["probs"].lerp(self.means["load"], self.config.blend)
-        self.price.copy_(self._priced(mean))
-        if self.config.target_max_vio:
-            for span, shape in self.layout.runs():
-                load = self.means["load"][span].view(shape)
-                vio = load.amax(-1, keepdim=True) * shape[1] - 1
-                move = (vio.clamp(min=1e-6) / self.config.target_max_vio).log().clamp(-1, 1) * 0.03
-                new = self.strength[span].view(shape) * move.exp()
-                self.strength[span] = new.clamp(1e-3, 1e2).view(-1)
+        self.price.copy_(self._priced(self.means[self.config.track]))
         torch.mul(self.price, self.config.coef, out=self.toll)
-        self.toll *= self.strength
 
     def _priced(self, mean: Tensor) -> Tensor:
         parts = [centred_price(self._potential, mean[span].view(shape)).view(-1) for span, shape in self.layout.runs()]
@@ -135,10 +122,7 @@ class Duals:
         """What the step adds to the biases."""
         rate, rule = self.config.bias_coef, self.config.rules.bias_rule
         if rule == "dual":
-            q = self._priced(self.means[self.config.bias_track])
-            lead = q + self.config.bias_lead * (q - self.before)
-            self.before.copy_(q)
-            return -rate * (self.steps + 1) ** -self.config.bias_decay * lead
+            return -rate * self._priced(self.means[self.config.bias_track])
         step = torch.empty_like(self.bias)
         for span, shape in self.layout.runs():
             load_LE = tally.load[span].view(shape)

@@ -102,13 +102,7 @@ class InsideHook(_Hook):
             return
         experts = self.balancer.sites[self.index].num_experts
         if self.before:
-            RouterMode(
-                experts,
-                bias,
-                zero_is_masked=_groups(module) > 1,
-                notes_softmax=notes,
-                factor=self.balancer.config.bias_form == "product",
-            ).__enter__()
+            RouterMode(experts, bias, zero_is_masked=_groups(module) > 1, notes_softmax=notes).__enter__()
         elif torch.compiler.is_compiling():
             RouterMode(experts, bias).__exit__(None, None, None)  # leaves the mode entered last
         elif (mode := RouterMode.innermost()) is not None:  # else a hook before ours has raised

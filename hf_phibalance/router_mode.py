@@ -54,14 +54,13 @@ class RouterMode(TorchFunctionMode):
     """
 
     def __init__(
-        self, num_experts: int, bias: Tensor | None, zero_is_masked: bool = False, notes_softmax: bool = False, factor: bool = False
+        self, num_experts: int, bias: Tensor | None, zero_is_masked: bool = False, notes_softmax: bool = False
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.bias = bias
         self.zero_is_masked = zero_is_masked
         self.notes_softmax = notes_softmax
-        self.factor = factor
         self.softmax: Softmax | None = None
         self.scores: Tensor | None = None  # what was ranked last, without the bias
         self._cast: tuple[Tensor, Tensor] | None = None  # the latest: its result, and what it was cast from
@@ -91,7 +90,7 @@ class RouterMode(TorchFunctionMode):
                 kwargs = {name: value for name, value in kwargs.items() if name != "input"}
                 self.scores = scores
                 self.notes_softmax = False
-                ranked = rank_scores(scores, self.bias, self.zero_is_masked, self.factor)
+                ranked = rank_scores(scores, self.bias, self.zero_is_masked)
                 indices = func(ranked, *args[1:], **kwargs).indices
                 return torch.return_types.topk((scores.gather(-1, indices), indices))
         result = func(*args, **kwargs)
@@ -114,8 +113,7 @@ class RouterMode(TorchFunctionMode):
 
 
 @torch.no_grad()
-def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, factor: bool = False) -> Tensor:
+def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False) -> Tensor:
     """What the biased selection ranks, `(..., E)` in fp32."""
-    bias = bias.to(scores.device)
-    ranked = scores.float() * bias.exp() if factor else scores.float() + bias
+    ranked = scores.float() + bias.to(scores.device)
     return ranked.masked_fill(scores == 0, float("-inf")) if zero_is_masked else ranked
