@@ -362,7 +362,7 @@ def draw_frontier(plan: Plan, found: Mapping[str, Mapping[str, list[dict]]]):
     """
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 4.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found) + 2.4, 4.2), squeeze=False, layout="constrained")
     for axis, (stream, by_label) in zip(axes[0], found.items()):
         baseline = by_label.get(plan.baseline)
         for label, records in by_label.items():
@@ -388,7 +388,7 @@ def draw_curves(plan: Plan, found: Mapping[str, Mapping[str, list[dict]]]):
 
     headings = {"loss": f"training loss, less that of {plan.baseline!r}", "max_vio": "MaxVio of the batch"}
     stretch = math.ceil(plan.steps / CURVE_POINTS / len(DOMAINS)) * len(DOMAINS)
-    size = (4.6 * len(found), 6.4)
+    size = (4.6 * len(found) + 2.4, 6.4)
     figure, axes = plt.subplots(2, len(found), figsize=size, squeeze=False, sharex=True, layout="constrained")
     for column, (stream, by_label) in enumerate(found.items()):
         baseline = by_label.get(plan.baseline)
@@ -454,4 +454,4 @@ def _legend(figure, axes) -> None:
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             shown.setdefault(label, handle)
-    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize=8)
+    figure.legend(shown.values(), shown.keys(), loc="outside right center", fontsize=8)
