@@ -362,7 +362,9 @@ def draw_frontier(plan: Plan, found: Mapping[str, Mapping[str, list[dict]]]):
     """
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found) + 2.4, 4.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(4.6 * len(found) + 2.4, 4.2), squeeze=False, layout="constrained"
+    )
     for axis, (stream, by_label) in zip(axes[0], found.items()):
         baseline = by_label.get(plan.baseline)
         for label, records in by_label.items():
