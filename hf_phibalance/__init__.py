@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .auto import AutoModelForCausalLM, disable, enable
-    from .balancer import PhiBalancer
-    from .callback import PhiBalanceCallback, attach
+    from .balancing.balancer import PhiBalancer
+    from .balancing.patching import get_balancer, learning_report, patch, unpatch
     from .config import PhiBalanceConfig
-    from .hub import push_to_hub
-    from .lora import lora_config
+    from .maths.potentials import POTENTIALS
     from .methods import METHODS
-    from .patching import get_balancer, learning_report, patch, unpatch
-    from .potentials import POTENTIALS
-    from .routers import supported_families
+    from .models.auto import AutoModelForCausalLM, disable, enable
+    from .publishing.upload import push_to_hub
+    from .routers.discovery import supported_families
+    from .training.adapters import lora_config
+    from .training.callback import PhiBalanceCallback, attach
 
 
 __all__ = [
@@ -50,21 +50,21 @@ __all__ = [
 # Where they are; imported when first asked for, so that `phibalance --help` need not wait for torch and transformers.
 _MODULES = {
     "METHODS": "methods",
-    "POTENTIALS": "potentials",
-    "AutoModelForCausalLM": "auto",
-    "PhiBalanceCallback": "callback",
+    "POTENTIALS": "maths.potentials",
+    "AutoModelForCausalLM": "models.auto",
+    "PhiBalanceCallback": "training.callback",
     "PhiBalanceConfig": "config",
-    "PhiBalancer": "balancer",
-    "attach": "callback",
-    "disable": "auto",
-    "enable": "auto",
-    "get_balancer": "patching",
-    "learning_report": "patching",
-    "lora_config": "lora",
-    "patch": "patching",
-    "push_to_hub": "hub",
-    "supported_families": "routers",
-    "unpatch": "patching",
+    "PhiBalancer": "balancing.balancer",
+    "attach": "training.callback",
+    "disable": "models.auto",
+    "enable": "models.auto",
+    "get_balancer": "balancing.patching",
+    "learning_report": "balancing.patching",
+    "lora_config": "training.adapters",
+    "patch": "balancing.patching",
+    "push_to_hub": "publishing.upload",
+    "supported_families": "routers.discovery",
+    "unpatch": "balancing.patching",
 }
 
 

@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _inspect(args: argparse.Namespace, command: list[str]) -> None:
-    from .inspection_texts import parse_domains
+    from .inspection.texts import parse_domains
 
     domains = parse_domains(args.texts, args.field)  # what can be refused before the model is loaded, is
     outputs = {name: path for name in ("json", "html") if (path := getattr(args, name)) and path != "-"}
@@ -111,9 +111,9 @@ def _inspect(args: argparse.Namespace, command: list[str]) -> None:
 
     from rich.console import Console
 
-    from .inspection import inspect_model
-    from .inspection_report import html_report, print_inspection
-    from .report import versions
+    from .inspection.census import inspect_model
+    from .inspection.page import html_report, print_inspection
+    from .publishing.report import versions
 
     console, bar_console = Console(stderr=args.json == "-"), Console(stderr=True)
     with bar_console.status(f"Loading {args.model}"):
@@ -198,7 +198,7 @@ def load_model(args: argparse.Namespace) -> Any:
     import torch
 
     from . import deepseek_moe
-    from .auto import AutoModelForCausalLM
+    from .models.auto import AutoModelForCausalLM
 
     deepseek_moe.register()
     device_map = args.device_map or ("auto" if torch.accelerator.is_available() else None)

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .maths.potentials import Potential, get_potential
 from .methods import METHODS, PHI_DEFAULTS, Method
-from .potentials import Potential, get_potential
 
 
 CONFIG_NAME = "phi_balance.json"

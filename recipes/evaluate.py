@@ -138,7 +138,7 @@ class Arguments:
 
 def load_problems(args):
     """`(problems, shots)`: test rows, and the training rows of which shots are drawn."""
-    from hf_phibalance import data, toy
+    from hf_phibalance.tasks import data, toy
 
     if args.dataset_path == "toy":
         pool = max(TOY_SHOT_POOL, args.num_fewshot) if args.num_fewshot else 0
@@ -161,7 +161,7 @@ def load_problems(args):
 
 def make_prompts(args, problems, shots, tokenizer):
     """The texts that are put to the model, in the order of `problems`."""
-    from hf_phibalance import data
+    from hf_phibalance.tasks import data
 
     task = data.TASKS[args.task]
     draw = random.Random(args.fewshot_seed)  # each problem has shots of its own, drawn as the harness does
@@ -207,7 +207,7 @@ def load_model(args, tokenizer):
     from transformers import GenerationConfig
 
     import hf_phibalance as phb
-    from hf_phibalance import deepseek_moe
+    from hf_phibalance.models import deepseek_moe
 
     deepseek_moe.register()
     model = phb.AutoModelForCausalLM.from_pretrained(
@@ -414,7 +414,7 @@ def expert_load(args, model, tokenizer, ids, completions):
     from tqdm.auto import tqdm
 
     import hf_phibalance as phb
-    from hf_phibalance.patching import find_patch
+    from hf_phibalance.balancing.patching import find_patch
 
     if find_patch(model) is None:
         try:

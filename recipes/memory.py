@@ -60,8 +60,8 @@ def measure(fields, router="lora", targets="all", r=8):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import hf_phibalance as phb
-    from hf_phibalance import deepseek_moe
-    from hf_phibalance.routers import find_routers
+    from hf_phibalance.models import deepseek_moe
+    from hf_phibalance.routers.discovery import find_routers
 
     deepseek_moe.register()
     fields = dict(fields)

@@ -25,7 +25,7 @@ LARGEST_PICTURE = 60_000  # bytes; a card of a tiny model should not outweigh th
 
 
 def main(args):
-    from hf_phibalance import report
+    from hf_phibalance.publishing import report
 
     for folder in args.folders:
         run, baseline = report.Run.load(folder), report.Run.load_baseline(folder)

@@ -79,7 +79,7 @@ class Arguments:
         default="toy",
         metadata={
             "help": "'toy' for generated problems; else a folder, a .jsonl file or a name on the Hub, see "
-            "hf_phibalance.data.load_rows."
+            "hf_phibalance.tasks.data.load_rows."
         },
     )
     bad_rows: str = field(
@@ -133,7 +133,8 @@ def main(args, balance, training_args, model_args):
     import torch
 
     import hf_phibalance as phb
-    from hf_phibalance import deepseek_moe, report
+    from hf_phibalance.models import deepseek_moe
+    from hf_phibalance.publishing import report
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
@@ -204,8 +205,8 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
     from trl import SFTTrainer
 
     import hf_phibalance as phb
-    from hf_phibalance import report
-    from hf_phibalance.data import to_sft_dataset
+    from hf_phibalance.publishing import report
+    from hf_phibalance.tasks.data import to_sft_dataset
 
     start = time.monotonic()
     training_args = copy.deepcopy(training_args)
@@ -257,8 +258,8 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
 
 def load_problems(args):
     """Splits `train`, `validation` and `test` of rows as `hf_phibalance.data` has them."""
-    from hf_phibalance import toy
-    from hf_phibalance.data import load_rows
+    from hf_phibalance.tasks import toy
+    from hf_phibalance.tasks.data import load_rows
 
     if args.dataset_path == "toy":
         sizes = args.train_problems or 32_000, args.validation_problems, args.test_problems or 256
@@ -287,8 +288,8 @@ def load_model(args, balance, training_args, model_args, rows):
     from transformers import AutoTokenizer
 
     import hf_phibalance as phb
-    from hf_phibalance import toy
-    from hf_phibalance.data import to_sft_dataset
+    from hf_phibalance.tasks import toy
+    from hf_phibalance.tasks.data import to_sft_dataset
 
     if args.model_type is not None or args.tiny:
         texts = (f"{row['prompt']}{row['completion']}" for row in to_sft_dataset(args.task, rows[:4000]))
@@ -322,7 +323,7 @@ def load_model(args, balance, training_args, model_args, rows):
 def choose_parameters(model, args, model_args):
     """What learns: the configuration of the adapters, or `None` after freezing what `router_policy` says."""
     import hf_phibalance as phb
-    from hf_phibalance.routers import find_routers
+    from hf_phibalance.routers.discovery import find_routers
 
     if not model_args.use_peft:
         if args.router_policy == "frozen":

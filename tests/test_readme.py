@@ -2,15 +2,14 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 from datasets import Dataset
+from paths import ROOT
 from tiny import tiny_model
 
-from hf_phibalance.toy import make_splits, train_tokenizer
+from hf_phibalance.tasks.toy import make_splits, train_tokenizer
 
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 

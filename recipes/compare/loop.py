@@ -22,7 +22,7 @@ from streams import DOMAINS, Corpus, batches, switch_step
 from torch import Tensor
 
 import hf_phibalance as phb
-from hf_phibalance import metrics
+from hf_phibalance.maths import metrics
 
 
 CURVE_POINTS = 50

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hf_phibalance import PhiBalancer, metrics
+from hf_phibalance import PhiBalancer
+from hf_phibalance.maths import metrics
 
 
 @contextmanager

@@ -1,0 +1,275 @@
+"""The state of φ-balancing: means, prices and biases of all routers, how a step moves them, how they are kept on disk.
+
+Shapes: L routers, E experts. Everything lies in flat fp32 buffers, router after router, so that a step costs a handful
+of kernels however many layers there are; `Layout.runs` views a stretch of routers with equally many experts as (L, E).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import STATISTICS, PhiBalanceConfig, package_version
+from ..maths.potentials import centred_price
+from ..maths.quantile import quantile_bias
+from ..routers.discovery import RouterSite
+from .tally import Tally
+
+
+STATE_NAME = "phi_balance.safetensors"
+
+
+class Layout:
+    """Where each router's experts are in a flat buffer."""
+
+    def __init__(self, sites: Sequence[RouterSite]) -> None:
+        self.names = [site.name for site in sites]
+        self.sizes = [site.num_experts for site in sites]
+        bounds = list(itertools.accumulate(self.sizes, initial=0))
+        self.spans = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+        self.total = bounds[-1]
+
+    def runs(self) -> Iterator[tuple[slice, tuple[int, int]]]:
+        """Stretches of routers with the same number of experts: their span in a flat buffer, and (L, E)."""
+        start = 0
+        for experts, group in itertools.groupby(self.sizes):
+            layers = len(list(group))
+            yield slice(start, start + layers * experts), (layers, experts)
+            start += layers * experts
+
+    def by_layer(self, flat: Tensor) -> dict[str, Tensor]:
+        """Copies of the routers' parts of `flat`, each `(E,)`, by layer name."""
+        return {name: flat[span].clone() for name, span in zip(self.names, self.spans)}
+
+
+class Duals:
+    """
+    EMA means m, centred prices q = ∇φ(E·m) and selection biases b of all routers.
+
+    Args:
+        config (`PhiBalanceConfig`): potential, EMA rate, tracked statistics, step of the bias.
+        sites (`Sequence[RouterSite]`): the routers; a family's own selection bias is taken over as start.
+    """
+
+    def __init__(self, config: PhiBalanceConfig, sites: Sequence[RouterSite]) -> None:
+        self.config = config
+        self.sites = sites
+        self.layout = Layout(sites)
+        self.steps = 0
+        uniform = torch.cat([torch.full((size,), 1 / size) for size in self.layout.sizes])
+        self._means = uniform.repeat(len(config.statistics), 1)  # (S, sum of experts)
+        self.price = torch.zeros(self.layout.total)
+        self.toll = torch.zeros(self.layout.total)  # coef · price, what a token is charged
+        self.bias = torch.zeros(self.layout.total)
+        self.read_native_biases()
+        self.has_bias = config.bias_coef > 0
+        self._potential = config.build_potential()
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """The EMA of each statistic that is kept, flat."""
+        return dict(zip(self.config.statistics, self._means))
+
+    def to(self, device: torch.device) -> None:
+        self._means = self._means.to(device)
+        self.price, self.toll, self.bias = self.price.to(device), self.toll.to(device), self.bias.to(device)
+
+    # ------------------------------------------------------------------ one step
+
+    @torch.no_grad()
+    def update(self, tally: Tally, finite: Tensor) -> None:
+        """
+        m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b by the rule of the method, for φ b <- b - bias_coef · q
+        (arXiv 2605.15403, Algorithm 1).
+
+        Args:
+            tally (`Tally`): sums over the step's tokens, of which s is the share.
+            finite (`torch.Tensor` of shape `()`): whether they can be used; else nothing moves.
+        """
+        self._fold(tally.by_statistic(self.config.statistics), finite)
+        self._set_price()
+        if self.config.bias_coef > 0:
+            self.read_native_biases()
+            self.bias += torch.where(finite, self._bias_step(tally), 0.0)
+            self._write_native_biases()
+        self.steps += 1
+
+    def _fold(self, sums: Tensor, finite: Tensor) -> None:
+        """Mixes `sums (S, sum of experts)` into the means; a router that saw no token keeps its mean."""
+        for span, shape in self.layout.runs():
+            sums_SLE, mean_SLE = sums[:, span].unflatten(1, shape), self._means[:, span].unflatten(1, shape)
+            total_SL1 = sums_SLE.sum(dim=-1, keepdim=True)
+            share_SLE = torch.where((total_SL1 > 0) & finite, sums_SLE / total_SL1, mean_SLE)
+            mean_SLE.lerp_(share_SLE, self.config.ema_rate)
+
+    def _set_price(self) -> None:
+        self.price.copy_(self._priced(self.means[self.config.track]))
+        torch.mul(self.price, self.config.coef, out=self.toll)
+
+    def _priced(self, mean: Tensor) -> Tensor:
+        parts = [centred_price(self._potential, mean[span].view(shape)).view(-1) for span, shape in self.layout.runs()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _bias_step(self, tally: Tally) -> Tensor:
+        """What the step adds to the biases."""
+        rate, rule = self.config.bias_coef, self.config.rules.bias_rule
+        if rule == "dual":
+            return -rate * self._priced(self.means[self.config.bias_track])
+        step = torch.empty_like(self.bias)
+        for span, shape in self.layout.runs():
+            load_LE = tally.load[span].view(shape)
+            if rule == "sign":  # arXiv 2408.15664, Algorithm 1
+                step[span] = rate * (load_LE.mean(dim=-1, keepdim=True) - load_LE).sign().view(-1)
+            else:
+                bias_LE = self.bias[span].view(shape)
+                top_k_L1 = self._by_expert([site.top_k for site in self.sites])[span].view(shape)[:, :1]
+                width_L1 = self._by_expert([site.score_width or 1.0 for site in self.sites])[span].view(shape)[:, :1]
+                target_LE = quantile_bias(tally.margins[span].view(*shape, -1), top_k_L1, bias_LE, width_L1)
+                step[span] = rate * (target_LE - bias_LE).view(-1)
+        return step
+
+    def _by_expert(self, values: Sequence[float]) -> Tensor:
+        """One value per router, repeated for its experts, flat."""
+        return self.bias.new_tensor([value for value, size in zip(values, self.layout.sizes) for _ in range(size)])
+
+    @torch.no_grad()
+    def current_toll(self, index: int, sums_E: Tensor) -> Tensor:
+        """What router `index` charges, `(E,)`, with the statistic of the step under way mixed in (Algorithm 1)."""
+        rate = self.config.ema_rate
+        mean = self.means[self.config.track][self.layout.spans[index]].to(sums_E.device)
+        mixed = mean.lerp(sums_E / sums_E.sum().clamp(min=1e-30), rate)
+        return self.config.coef * centred_price(self._potential, mixed)
+
+    @torch.no_grad()
+    def pooled_toll(self, load: Tensor) -> Tensor:
+        """
+        What every router charges, flat, where all share the price of their pooled tokens, as in transformers'
+        `load_balancing_loss_func`: its f sums to k instead of 1, and it is a mean over the L layers instead of a sum.
+        """
+        pooled_E = load.view(len(self.sites), -1).sum(dim=0)
+        price_E = centred_price(self._potential, pooled_E / pooled_E.sum().clamp(min=1e-30))
+        return (self.config.coef * self.sites[0].top_k / len(self.sites) * price_E).repeat(len(self.sites))
+
+    @torch.no_grad()
+    def charged(self, probs: Tensor, price: Tensor) -> Tensor:
+        """coef · Σ_layers ⟨price, mean p⟩ for `probs` summed over tokens, both flat: the value of the balancing term."""
+        value = torch.zeros((), device=probs.device)
+        for span, shape in self.layout.runs():
+            probs_LE = probs[span].view(shape)
+            share_LE = probs_LE / probs_LE.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+            value = value + (share_LE * price[span].view(shape)).sum()
+        return self.config.coef * value
+
+    @torch.no_grad()
+    def read_native_biases(self) -> None:
+        """Takes over native biases that others have set (other weights were loaded); ours keep their fp32 remainder."""
+        found = [site.read_native_bias() for site in self.sites]
+        if any(bias is not None for bias in found):
+            native = torch.cat(
+                [
+                    self.bias[span] if bias is None else bias.to(self.bias.device)
+                    for bias, span in zip(found, self.layout.spans)
+                ]
+            )
+            self.bias.copy_(torch.where(self.bias.to(native.dtype) == native, self.bias, native))
+
+    def _write_native_biases(self) -> None:
+        for site, span in zip(self.sites, self.layout.spans):
+            site.write_native_bias(self.bias[span])
+
+    # ------------------------------------------------------------------ persistence
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"steps": torch.tensor(self.steps)}
+        for statistic, mean in self.means.items():
+            state |= {f"{name}.mean_{statistic}": m.cpu() for name, m in self.layout.by_layer(mean).items()}
+        if self.has_bias:
+            self.read_native_biases()
+            state |= {f"{name}.bias": b.cpu() for name, b in self.layout.by_layer(self.bias).items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        biased = any(key.endswith(".bias") for key in state)
+        kinds = [f"mean_{statistic}" for statistic in self.means] + ["bias"] * biased
+        self._check(state, kinds)
+        for site, span in zip(self.sites, self.layout.spans):
+            for statistic, mean in self.means.items():
+                mean[span] = state[f"{site.name}.mean_{statistic}"].to(mean)
+            if biased:
+                self.bias[span] = state[f"{site.name}.bias"].to(self.bias)
+        if biased:
+            self.has_bias = True
+            self._write_native_biases()
+        self.steps = int(state.get("steps", 0))
+        self._set_price()
+
+    def take_over(self, other: Duals) -> None:
+        """The biases of `other`, the means that both keep, and what follows from them."""
+        self.to(other.bias.device)
+        for statistic in self.means.keys() & other.means.keys():
+            self.means[statistic].copy_(other.means[statistic])
+        if other.has_bias:
+            other.read_native_biases()
+            self.bias.copy_(other.bias)
+            self.has_bias = True
+        self.steps = other.steps if self.means.keys() <= other.means.keys() else 0
+        self._set_price()
+
+    def _check(self, state: Mapping[str, Tensor], kinds: Sequence[str]) -> None:
+        """Raises a `ValueError` if `state` does not fit these routers, before anything is changed."""
+        for key in state:
+            layer, _, kind = key.rpartition(".")
+            known_kind = kind == "bias" or kind.removeprefix("mean_") in STATISTICS
+            if key != "steps" and not (layer in self.layout.names and known_kind):
+                raise ValueError(
+                    f"the φ-balance state holds {key!r}, but this model's routers are {self.layout.names[0]!r} ... "
+                    f"{self.layout.names[-1]!r}: it belongs to another model. Load the state saved with this one."
+                )
+        for site, kind in itertools.product(self.sites, kinds):
+            tensor = state.get(f"{site.name}.{kind}")
+            if tensor is None:
+                raise ValueError(
+                    f"the φ-balance state has no {site.name}.{kind}: it was written with other `track`/`bias_track` "
+                    "settings or for another model. Use the configuration beside it, or start with fresh duals."
+                )
+            if tensor.shape != (site.num_experts,):
+                raise ValueError(
+                    f"{site.name}.{kind} in the φ-balance state has shape {tuple(tensor.shape)}, but this router has "
+                    f"{site.num_experts} experts: it belongs to another model. Load the state saved with this one."
+                )
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{site.name}.{kind} in the φ-balance state is not finite; use an earlier checkpoint."
+                )
+
+    def save(self, directory: str | os.PathLike) -> Path:
+        path = Path(directory) / STATE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"format": "pt", "version": package_version(), "config": json.dumps(self.config.to_dict())}
+        partial = path.with_suffix(".partial")  # a kill while writing must not leave half a file under the real name
+        save_file(self.state_dict(), partial, metadata=header)
+        os.replace(partial, path)
+        return path
+
+    def load(self, directory: str | os.PathLike) -> None:
+        path = Path(directory)
+        path = path / STATE_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no φ-balance state at {path}; was the model saved while patched?")
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); copy it again from where it was written, or delete it to start with "
+                "fresh duals."
+            ) from error
+        self.load_state_dict(state)

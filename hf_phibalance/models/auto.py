@@ -1,0 +1,154 @@
+"""`from_pretrained(..., phi_balance=...)`: loading a model and patching it in one call."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils import cached_file, logging
+
+from ..balancing.duals import STATE_NAME
+from ..balancing.patching import get_balancer, patch
+from ..config import PhiBalanceConfig
+
+
+logger = logging.get_logger(__name__)
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class AutoModelForCausalLM:
+    """
+    `transformers.AutoModelForCausalLM` whose models come back φ-balanced.
+
+    `phi_balance` may be a [`PhiBalanceConfig`], a dict of its fields, `True` (what config.json says, else the
+    defaults), `False` (the ordinary model), or be left out: then a model that was saved while patched is patched again.
+    The same holds for the folder of an adapter, whose configuration is kept in `phi_balance.safetensors`.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, *args, phi_balance: Any = None, **kwargs
+    ) -> nn.Module:
+        """
+        Args:
+            pretrained_model_name_or_path (`str`): folder or Hub name.
+            phi_balance (`PhiBalanceConfig`, `dict` or `bool`, *optional*): see the class.
+            kwargs: handed to `transformers.AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ValueError: if the configuration is invalid, the model has no router, or its state does not fit it.
+        """
+        PhiBalanceConfig.from_any(phi_balance or True)  # bad input fails before the weights are loaded
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if phi_balance is None:
+            phi_balance = _was_patched(model, pretrained_model_name_or_path, kwargs)
+        _patch_loaded(model, pretrained_model_name_or_path, phi_balance, kwargs)
+        return loaded
+
+    @classmethod
+    def from_config(cls, config, *args, phi_balance: Any = None, **kwargs) -> nn.Module:
+        """A model with random weights; see `from_pretrained` for `phi_balance`."""
+        model = transformers.AutoModelForCausalLM.from_config(config, *args, **kwargs)
+        if phi_balance is None:
+            phi_balance = getattr(config, "phi_balance", None) is not None
+        _patch_loaded(model, None, phi_balance, kwargs)
+        return model
+
+
+def _was_patched(model: nn.Module, source: str, kwargs: dict[str, Any]) -> bool:
+    if _is_adapter(model):
+        return _find_state(source, kwargs) is not None
+    return getattr(model.config, "phi_balance", None) is not None
+
+
+def _is_adapter(model: nn.Module) -> bool:
+    """Whether transformers has loaded an adapter on its base model: config.json is then the base model's."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs: dict[str, Any]) -> None:
+    """Patches a freshly loaded model as `phi_balance` asks and gives it the state that was saved beside its weights."""
+    if phi_balance is None or phi_balance is False:
+        return
+    saved = getattr(model.config, "phi_balance", None)
+    state = None if source is None else _find_state(source, kwargs)
+    if state is not None and _is_adapter(model):
+        saved = _config_in(state) or saved
+    patch(model, saved or True if phi_balance is True else phi_balance)
+    if state is not None:
+        get_balancer(model).load(state)
+    elif saved and source is not None:
+        logger.warning(
+            f"{source} was saved while φ-balanced, but its {STATE_NAME} was not found: its prices and means start anew "
+            "and a selection bias in it is lost. Copy the file beside the weights to keep them."
+        )
+
+
+def _find_state(source: str, kwargs: dict[str, Any]) -> str | None:
+    """Path of the state beside the weights in `source`, a folder or a name on the Hub."""
+    return cached_file(
+        source,
+        STATE_NAME,
+        **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs},
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _config_in(state: str) -> dict[str, Any] | None:
+    """The configuration that wrote the file `state`; an adapter has no config.json to keep it in."""
+    try:
+        with safe_open(state, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("config", "null"))
+    except SafetensorError:
+        return None  # damaged: loading it says so
+
+
+# ---------------------------------------------------------------------- transformers' own entry points
+
+_originals: list[tuple[type, str, Any]] = []
+
+
+def enable() -> None:
+    """
+    Lets transformers' own `from_pretrained` and `from_config` accept `phi_balance=...`; calls without it behave as
+    ever. Taken back by [`disable`]; calling it twice is the same as once.
+    """
+    if _originals:
+        return
+    # each auto class holds copies of its own; without them, AutoConfig would swallow the flag of a model saved patched
+    for owner in (PreTrainedModel, _BaseAutoModelClass, *_BaseAutoModelClass.__subclasses__()):
+        for name in {"from_pretrained", "from_config", "_from_config"} & vars(owner).keys():
+            original = vars(owner)[name]
+            _originals.append((owner, name, original))
+            setattr(owner, name, classmethod(_accepting_flag(original.__func__, loads=name == "from_pretrained")))
+
+
+def disable() -> None:
+    """Takes [`enable`] back."""
+    while _originals:
+        owner, name, original = _originals.pop()
+        setattr(owner, name, original)
+
+
+def _accepting_flag(inner, loads: bool):
+    @functools.wraps(inner)
+    def wrapper(cls, *args, phi_balance: Any = None, **kwargs):
+        if phi_balance is None or phi_balance is False:
+            return inner(cls, *args, **kwargs)
+        PhiBalanceConfig.from_any(phi_balance)
+        loaded = inner(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        source = (args[0] if args else kwargs["pretrained_model_name_or_path"]) if loads else None
+        _patch_loaded(model, source, phi_balance, kwargs)
+        return loaded
+
+    return wrapper

@@ -1,0 +1,300 @@
+"""Which parameters of a Mixture-of-Experts model an adapter trains: a `peft.LoraConfig` from two words, per family.
+
+The names are found in the model, not listed by hand. Inside the stack of decoder layers that holds the routers,
+
+- a *router* is what [`find_routers`] finds, with everything inside it;
+- *experts* are the feed-forward weights: the routed experts, the shared ones, and the dense MLPs that some families
+  have in their first layers or beside the experts (an MLP without a router is an expert that every token visits);
+- *attention* are the linear layers that mix tokens: attention, and the linear-attention, state-space or convolution
+  layers that stand in for it in hybrid models.
+
+Left alone are embeddings, the output head, norms, biases, convolutions, the indexers of sparse attention (they select,
+no gradient passes), gates of a single output, hash routers, hyper-connections, and whatever lies outside that stack
+(vision towers). A weight that the module around it reads, instead of calling its owner, is out of reach of an adapter,
+which would silently do nothing: it is left alone in attention (`out_proj` of Mamba), and refused in routers and experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from ..balancing.patching import _unwrap
+from ..routers.discovery import RouterSite, class_source, find_routers
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+ROUTER_POLICIES = ("frozen", "lora", "full", "router-only")
+TARGETS = ("all", "experts", "attention")
+# parts of a module's path inside its layer
+ATTENTION = re.compile(r"(^|_)(attn|attention|mamba|mixer|conv)$")
+FEED_FORWARD = re.compile(r"(^|_)(mlps?|ffn|feed_forward|moe|experts?)$|shared")
+LEFT_ALONE = re.compile(r"indexer|layernorm|hyper_connection")
+# In some families PEFT takes modules of these names for experts as transformers 4 had them, see `_rewritten_by_peft`
+NAMES_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+NOT_FOR_PARAMETERS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False}
+
+
+def lora_config(
+    model: nn.Module,
+    router: str = "frozen",
+    targets: str | None = None,
+    r: int = 8,
+    lora_alpha: int = 32,
+    **kwargs: Any,
+) -> LoraConfig:
+    """
+    The LoRA configuration that trains the chosen parts of `model`, whatever its family calls them.
+
+    ```python
+    model = phb.AutoModelForCausalLM.from_pretrained("Qwen/Qwen1.5-MoE-A2.7B", phi_balance={"coef": 0.01})
+    model = get_peft_model(model, phb.lora_config(model, router="lora", targets="all"))
+    ```
+
+    Args:
+        model (`torch.nn.Module`): a transformers MoE model, patched or not, before `get_peft_model`.
+        router (`str`, *optional*, defaults to `"frozen"`):
+            `"frozen"`: the routers do not learn. Where nothing below a router learns either, set `coef=0` and balance
+            by `bias_coef`, which needs no gradient. `"lora"`: low-rank updates of the routers' weights. `"full"`: the
+            routers are trained whole and stored with the adapter (`modules_to_save`). `"router-only"`: as `"lora"`,
+            and nothing else learns.
+        targets (`str`, *optional*, defaults to `"all"`):
+            `"experts"`, `"attention"` or `"all"` for both. Not with `router="router-only"`.
+        r (`int`, *optional*, defaults to `8`): rank; of each expert where all experts are one parameter.
+        lora_alpha (`int`, *optional*, defaults to `32`): the update is scaled by `lora_alpha / r`.
+        kwargs: further fields of `peft.LoraConfig`; `modules_to_save` is added to the routers of `"full"`.
+
+    Returns:
+        `peft.LoraConfig`: for `get_peft_model(model, ...)` or a trainer's `peft_config`.
+
+    Raises:
+        ValueError: if an option is unknown or would do nothing, if PEFT cannot do it for parameters (`lora_dropout`),
+            if the model has no router or nothing of the kind asked for, if a matrix is quantised that must not be, or if
+            the model already carries an adapter.
+    """
+    from peft import LoraConfig
+
+    _check_options(router, targets, kwargs)
+    root = _unwrap(model)[-1]
+    _refuse_adapted(root)
+    sites = find_routers(root)
+    chosen: tuple[str, ...] = TARGETS[1:] if targets in (None, "all") else (str(targets),)
+    chosen = () if router == "router-only" else chosen
+    parts = _parts(root, sites)
+    if router in ("lora", "router-only"):
+        chosen = (*chosen, "router")
+    for part in chosen:
+        _refuse_out_of_reach(root, part, *parts[part])
+    modules = [name for part in chosen for name in parts[part][0]]
+    parameters = [name for part in chosen for name in parts[part][1]]
+    whole = [site.name for site in sites] if router == "full" else []
+    if parameters:
+        _refuse_for_parameters(kwargs, root, parameters)
+    _refuse_quantised(root, [*parameters, *(parts["router"][1] if whole else [])])
+    every_module = [name for name, _ in root.named_modules()]
+    every_parameter = [name for name, _ in root.named_parameters()]
+    saved = [*_endings(whole, every_module), *(kwargs.pop("modules_to_save", None) or [])]
+    return LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=_endings(modules, every_module),
+        target_parameters=_endings(parameters, every_parameter) or None,
+        modules_to_save=saved or None,
+        **{"task_type": "CAUSAL_LM", **kwargs},
+    )
+
+
+def _check_options(router: str, targets: str | None, kwargs: dict[str, Any]) -> None:
+    if router not in ROUTER_POLICIES:
+        raise ValueError(f"`router` must be one of {', '.join(ROUTER_POLICIES)}, got {router!r}.")
+    if targets is not None and targets not in TARGETS:
+        raise ValueError(f"`targets` must be one of {', '.join(TARGETS)}, got {targets!r}.")
+    if router == "router-only" and targets is not None:
+        raise ValueError(
+            f"router='router-only' trains nothing but the routers, so targets={targets!r} would do nothing. Leave "
+            "`targets` out, or choose router='lora' or 'full'."
+        )
+    given = sorted({"target_modules", "target_parameters", "layers_to_transform"} & kwargs.keys())
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: lora_config finds the names itself. Choose by `router` and `targets`, or write a "
+            "peft.LoraConfig by hand."
+        )
+
+
+def _refuse_adapted(root: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in root.named_modules():
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            raise ValueError(
+                f"{type(root).__name__} already carries an adapter (at {name!r}), which hides the names of what it "
+                "wraps. Make the configuration before get_peft_model, or unload the adapter first."
+            )
+
+
+def _refuse_out_of_reach(root: nn.Module, part: str, modules: list[str], parameters: list[str]) -> None:
+    others = {
+        "router": "router='full' or 'frozen'",
+        "experts": "targets='attention'",
+        "attention": "targets='experts'",
+    }[part]
+    if not modules and not parameters:
+        raise ValueError(
+            f"{type(root).__name__} has no {part} that an adapter could train. Choose {others}, or write a "
+            "peft.LoraConfig by hand."
+        )
+    for name in parameters:
+        owner, _, parameter = name.rpartition(".")
+        if _is_read_from_outside(root, owner, parameter):
+            reader = type(root.get_submodule(owner.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"the {part} of {type(root).__name__} cannot be adapted: {reader} reads {name!r} without calling the "
+                f"module that owns it, so the adapter would never be applied. Choose {others}."
+            )
+
+
+def _refuse_for_parameters(kwargs: dict[str, Any], root: nn.Module, parameters: list[str]) -> None:
+    for name, off in NOT_FOR_PARAMETERS.items():
+        if kwargs.get(name, off) != off:
+            raise ValueError(
+                f"{name}={kwargs[name]!r} is not possible for parameters without a linear layer of their own, here "
+                f"{parameters[0]!r} of {type(root).__name__}: PEFT adds the update to the weight, before there is any "
+                f"input. Leave {name} out, or adapt only linear layers (targets='attention' with router='frozen' or "
+                "'full')."
+            )
+
+
+def _refuse_quantised(root: nn.Module, parameters: list[str]) -> None:
+    packed = [name for name in parameters if not root.get_parameter(name).is_floating_point()]
+    if packed:
+        owners = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in packed})
+        raise ValueError(
+            f"{packed[0]!r} of {type(root).__name__} is quantised ({root.get_parameter(packed[0]).dtype}), and what is "
+            "adapted as a parameter or trained whole must be a matrix of numbers. Leave these modules unquantised, with "
+            f"BitsAndBytesConfig(llm_int8_skip_modules={owners}), or choose targets='attention' and router='frozen'."
+        )
+
+
+# ---------------------------------------------------------------------- finding the parts
+
+
+def _parts(root: nn.Module, sites: list[RouterSite]) -> dict[str, tuple[list[str], list[str]]]:
+    """Linear modules and bare parameters to adapt, by full name, of `"router"`, `"experts"` and `"attention"`."""
+    parts: dict[str, tuple[list[str], list[str]]] = {part: ([], []) for part in ("router", *TARGETS[1:])}
+    stack, rewritten, plain = Stack(root, sites), _rewritten_by_peft(root), _plain_forwards()
+    for name, module in root.named_modules():
+        part = stack.part_of(name)
+        if part is None or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        modules, parameters = parts[part]
+        leaf = name.rpartition(".")[2]
+        if part != "router" and type(module).forward in plain and leaf not in rewritten:
+            if module.out_features > 1 and not _is_read_from_outside(root, name, "weight"):
+                modules.append(name)
+        elif part != "attention" or isinstance(module, nn.Linear):
+            parameters += [
+                f"{name}.{parameter}"
+                for parameter in _matrices(module)
+                if part != "attention" or not _is_read_from_outside(root, name, parameter)
+            ]
+    return parts
+
+
+class Stack:
+    """The layers of `root` that hold its routers, and what each module in them belongs to."""
+
+    def __init__(self, root: nn.Module, sites: list[RouterSite]) -> None:
+        self._classes = {name: type(module).__name__ for name, module in root.named_modules()}
+        names = {id(module): name for name, module in root.named_modules()}
+        self._routers = {site.name for site in sites}
+        self._stacks = {match[1] for name in self._routers if (match := re.match(r"(.*?\.)\d+\.", name))}
+        self._router_paths = {self._path(name) for name in self._routers}
+        blocks = {names[id(site.parent)] for site in sites if site.parent is not None}
+        self._blocks = {name for name in blocks if self._path(name)}  # in gemma4 a router's parent is the layer
+
+    def _path(self, name: str) -> tuple[str, ...]:
+        """Steps of `name` inside its layer; empty for a layer, and outside the stack."""
+        stack = next((stack for stack in self._stacks if name.startswith(stack)), None)
+        return tuple(name.removeprefix(stack).split(".")[1:]) if stack else ()
+
+    def part_of(self, name: str) -> str | None:
+        """`"router"`, `"experts"`, `"attention"`, or `None` for what is left alone."""
+        if any(_inside(name, router) for router in self._routers):
+            return "router"
+        path = self._path(name)
+        if path in self._router_paths or any(LEFT_ALONE.search(step) for step in path):
+            return None  # the first: a router by hashes in another layer
+        if any(_inside(name, block) for block in self._blocks):
+            return "experts"
+        for length, step in enumerate(path, start=1):
+            if ATTENTION.search(step):  # nemotron_h calls every kind of layer a mixer
+                mixer = self._classes[".".join(name.split(".")[: len(name.split(".")) - len(path) + length])]
+                return "experts" if "MLP" in mixer else "attention"
+        return "experts" if any(FEED_FORWARD.search(step) for step in path) else None
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
+
+
+def _plain_forwards() -> set[Any]:
+    """Forwards of linear layers that PEFT can put a low-rank path beside."""
+    forwards: set[Any] = {nn.Linear.forward}
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        return forwards
+    return forwards | {bnb.nn.Linear4bit.forward, bnb.nn.Linear8bitLt.forward}
+
+
+def _rewritten_by_peft(root: nn.Module) -> set[str]:
+    """
+    Names of modules that PEFT turns into the fused expert parameters of this family, also where a shared expert or a
+    dense MLP bears them. It leaves names of parameters alone.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    probe = LoraConfig(target_modules=sorted(NAMES_OF_V4))
+    convert_peft_config_for_transformers(probe, root, None)
+    return NAMES_OF_V4 - set(probe.target_modules or ())
+
+
+def _matrices(module: nn.Module) -> Iterator[str]:
+    """Names of the parameters of `module` itself that are one matrix, or one per expert."""
+    for name, parameter in module.named_parameters(recurse=False):
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty one between forwards
+        if len(shape) == 3 or (len(shape) == 2 and shape[0] > 1 and not name.endswith("bias")):
+            yield name
+
+
+def _is_read_from_outside(root: nn.Module, name: str, parameter: str) -> bool:
+    """Whether the module around `name` reads its `parameter`, more than its dtype or shape, instead of calling `name`."""
+    outer, _, leaf = name.rpartition(".")
+    try:
+        source = class_source(cast(Hashable, type(root.get_submodule(outer))))
+    except (OSError, TypeError):  # made in a notebook or at run time
+        return False
+    return re.search(rf"\bself\.{leaf}\.{parameter}\b(?!\.(dtype|device|shape|size|ndim)\b)", source) is not None
+
+
+def _endings(wanted: list[str], names: list[str]) -> list[str]:
+    """Short endings by which PEFT finds all of `wanted`, and nothing else among `names`; sorted."""
+    exact, found = set(wanted), set()
+    for name in wanted:
+        steps = name.split(".")
+        shortest = 1 if len(steps) == 1 or steps[-2].isdigit() else 2
+        for length in range(shortest, len(steps) + 1):
+            ending = ".".join(steps[-length:])
+            if ending in found or all(other in exact for other in names if other.endswith(ending)):
+                found.add(ending)
+                break
+    return sorted(found)

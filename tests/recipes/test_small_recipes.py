@@ -1,0 +1,79 @@
+"""Every command of the small models on real data, in order: rehearsed training, then evaluation of what it left."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+from hf_phibalance.tasks.toy import make_splits
+
+
+FUNCTION = {
+    "task_id": "HumanEval/0",
+    "prompt": 'def one():\n    """ Return 1 """\n',
+    "entry_point": "one",
+    "canonical_solution": "    return 1\n",
+    "test": "def check(candidate):\n    assert candidate() == 1\n",
+}
+
+
+def commands():
+    text = (ROOT / "recipes" / "small-cpu" / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Made-up data at the paths that the commands name."""
+    folder = tmp_path / "path" / "to" / "gsm8k"
+    folder.mkdir(parents=True)
+    for split, rows in make_splits(100, 4, 4).items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "path" / "to" / "mbpp").mkdir()
+    rows = [
+        {
+            "task_id": 601 + i,
+            "text": f"Write a function to add {i} to a number.",
+            "code": f"def add_{i}(number):\n    return number + {i}",
+            "test_list": [f"assert add_{i}(1) == {i + 1}"],
+        }
+        for i in range(150)
+    ]
+    (tmp_path / "path" / "to" / "mbpp" / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with gzip.open(tmp_path / "path" / "to" / "HumanEval.jsonl.gz", "wt") as file:
+        file.write(json.dumps(FUNCTION) + "\n")
+    return tmp_path
+
+
+def test_commands_of_the_readme(data):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    given = commands()
+    assert len(given) == 4
+    for words in given:
+        short = []
+        if words[1] == "recipes/sft.py":
+            short = [
+                "--max_steps",
+                "2",
+                "--train_problems",
+                "16",
+                "--test_problems",
+                "4",
+                "--validation_problems",
+                "4",
+            ]
+            short += ["--max_new_tokens", "4"]
+        command = [sys.executable, ROOT / words[1], *words[2:], *short]
+        command = [ROOT / word if str(word).endswith(".yaml") else word for word in command]
+        done = subprocess.run(command, cwd=data, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        output = next((word for word in words if word.endswith(".json")), None)
+        assert output is None or json.loads((data / output).read_text())["metrics"]
+    assert list(data.glob("results/small-cpu/*/metrics.json"))
