@@ -197,10 +197,9 @@ def load_model(args: argparse.Namespace) -> Any:
     """The model, with the selection bias that was saved beside its weights unless it is to be ignored."""
     import torch
 
-    from . import deepseek_moe
-    from .models.auto import AutoModelForCausalLM
+    from .models import AutoModelForCausalLM, register_deepseek_moe
 
-    deepseek_moe.register()
+    register_deepseek_moe()
     device_map = args.device_map or ("auto" if torch.accelerator.is_available() else None)
     return AutoModelForCausalLM.from_pretrained(
         args.model,

@@ -138,14 +138,14 @@ class Arguments:
 
 def load_problems(args):
     """`(problems, shots)`: test rows, and the training rows of which shots are drawn."""
-    from hf_phibalance.tasks import data, toy
+    from hf_phibalance.tasks import TASKS, load_rows, make_splits
 
     if args.dataset_path == "toy":
         pool = max(TOY_SHOT_POOL, args.num_fewshot) if args.num_fewshot else 0
-        splits = toy.make_splits(pool, 0, args.limit or TOY_PROBLEMS, args.problem_seed)
+        splits = make_splits(pool, 0, args.limit or TOY_PROBLEMS, args.problem_seed)
         return splits["test"], splits["train"]
-    source = args.dataset_path or data.TASKS[args.task].hub_name
-    problems = data.load_rows(args.task, source, "test", bad_rows=args.bad_rows, limit=args.limit)
+    source = args.dataset_path or TASKS[args.task].hub_name
+    problems = load_rows(args.task, source, "test", bad_rows=args.bad_rows, limit=args.limit)
     shots = []
     if args.num_fewshot:
         if Path(source).is_file():
@@ -153,7 +153,7 @@ def load_problems(args):
                 f"dataset_path={source!r} is one file, which has no training rows to draw shots from: give the folder "
                 "with train.jsonl and test.jsonl, or num_fewshot=0."
             )
-        shots = data.load_rows(args.task, source, "train", bad_rows=args.bad_rows)
+        shots = load_rows(args.task, source, "train", bad_rows=args.bad_rows)
         if len(shots) < args.num_fewshot:
             raise ValueError(f"num_fewshot={args.num_fewshot}: there are only {len(shots)} training rows.")
     return problems, shots
@@ -161,9 +161,9 @@ def load_problems(args):
 
 def make_prompts(args, problems, shots, tokenizer):
     """The texts that are put to the model, in the order of `problems`."""
-    from hf_phibalance.tasks import data
+    from hf_phibalance.tasks import TASKS
 
-    task = data.TASKS[args.task]
+    task = TASKS[args.task]
     draw = random.Random(args.fewshot_seed)  # each problem has shots of its own, drawn as the harness does
     texts = []
     for problem in problems:
@@ -207,9 +207,9 @@ def load_model(args, tokenizer):
     from transformers import GenerationConfig
 
     import hf_phibalance as phb
-    from hf_phibalance.models import deepseek_moe
+    from hf_phibalance.models import register_deepseek_moe
 
-    deepseek_moe.register()
+    register_deepseek_moe()
     model = phb.AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,
         dtype=args.dtype,

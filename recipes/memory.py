@@ -60,10 +60,10 @@ def measure(fields, router="lora", targets="all", r=8):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import hf_phibalance as phb
-    from hf_phibalance.models import deepseek_moe
+    from hf_phibalance.models import register_deepseek_moe
     from hf_phibalance.routers.discovery import find_routers
 
-    deepseek_moe.register()
+    register_deepseek_moe()
     fields = dict(fields)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):

@@ -79,7 +79,7 @@ class Arguments:
         default="toy",
         metadata={
             "help": "'toy' for generated problems; else a folder, a .jsonl file or a name on the Hub, see "
-            "hf_phibalance.tasks.data.load_rows."
+            "hf_phibalance.tasks.load_rows."
         },
     )
     bad_rows: str = field(
@@ -133,20 +133,20 @@ def main(args, balance, training_args, model_args):
     import torch
 
     import hf_phibalance as phb
-    from hf_phibalance.models import deepseek_moe
-    from hf_phibalance.publishing import report
+    from hf_phibalance.models import register_deepseek_moe
+    from hf_phibalance.publishing import Run, print_summary, write_report
 
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     check(args, training_args, model_args)
-    deepseek_moe.register()
+    register_deepseek_moe()
     start = time.monotonic()
     is_main = training_args.process_index == 0
     say = functools.partial(print, flush=True) if is_main else lambda text: None
     problems = load_problems(args)
     folder = Path(training_args.output_dir)
     unbalanced = phb.PhiBalanceConfig(coef=0.0, bias_coef=0.0)  # counts the loads and changes nothing
-    baseline = report.Run.load(args.baseline_dir) if args.baseline_dir else None
+    baseline = Run.load(args.baseline_dir) if args.baseline_dir else None
     if args.compare_unbalanced:
         say("Training without balancing, for comparison")
         baseline = train(args, unbalanced, training_args, model_args, problems, folder / "unbalanced", False)
@@ -155,8 +155,8 @@ def main(args, balance, training_args, model_args):
     say("Training with φ-balanced routers" if args.balance else "Training without balancing")
     run = train(args, balance if args.balance else unbalanced, training_args, model_args, problems, folder)
     if is_main:
-        report.write_report(folder, run, baseline, CARD_TEMPLATE)
-        report.print_summary(folder, run, baseline, time.monotonic() - start)
+        write_report(folder, run, baseline, CARD_TEMPLATE)
+        print_summary(folder, run, baseline, time.monotonic() - start)
 
 
 def check(args, training_args, model_args):
@@ -199,14 +199,14 @@ def check(args, training_args, model_args):
 
 
 def train(args, balance, training_args, model_args, problems, folder, save_model=True):
-    """Trains one model into `folder`, and returns what was measured on the way as a `report.Run`."""
+    """Trains one model into `folder`, and returns what was measured on the way as a `Run`."""
     from exact_match import Examiner
     from transformers import ProgressCallback, set_seed
     from trl import SFTTrainer
 
     import hf_phibalance as phb
-    from hf_phibalance.publishing import report
-    from hf_phibalance.tasks.data import to_sft_dataset
+    from hf_phibalance.publishing import Run
+    from hf_phibalance.tasks import to_sft_dataset
 
     start = time.monotonic()
     training_args = copy.deepcopy(training_args)
@@ -240,7 +240,7 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
     trained = examiner.exact_match(datasets["test"], problems["test"])
     if save_model:
         trainer.save_model()
-    return report.Run.of(
+    return Run.of(
         trainer,
         balance,
         phi_balance.history,
@@ -257,13 +257,12 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
 
 
 def load_problems(args):
-    """Splits `train`, `validation` and `test` of rows as `hf_phibalance.data` has them."""
-    from hf_phibalance.tasks import toy
-    from hf_phibalance.tasks.data import load_rows
+    """Splits `train`, `validation` and `test` of rows as `hf_phibalance.tasks` has them."""
+    from hf_phibalance.tasks import load_rows, make_splits
 
     if args.dataset_path == "toy":
         sizes = args.train_problems or 32_000, args.validation_problems, args.test_problems or 256
-        return toy.make_splits(*sizes, args.problem_seed) if args.task == "gsm8k" else rehearsal.toy_functions(*sizes)
+        return make_splits(*sizes, args.problem_seed) if args.task == "gsm8k" else rehearsal.toy_functions(*sizes)
     options = {"bad_rows": args.bad_rows}
     if args.task == "gsm8k" and not Path(args.dataset_path).is_file():
         train = load_rows(args.task, args.dataset_path, "train", **options)
@@ -288,14 +287,14 @@ def load_model(args, balance, training_args, model_args, rows):
     from transformers import AutoTokenizer
 
     import hf_phibalance as phb
-    from hf_phibalance.tasks import toy
-    from hf_phibalance.tasks.data import to_sft_dataset
+    from hf_phibalance.models import build_model, train_tokenizer
+    from hf_phibalance.tasks import to_sft_dataset
 
     if args.model_type is not None or args.tiny:
         texts = (f"{row['prompt']}{row['completion']}" for row in to_sft_dataset(args.task, rows[:4000]))
-        tokenizer = toy.train_tokenizer(texts, args.vocab_size or 640, training_args.max_length)
+        tokenizer = train_tokenizer(texts, args.vocab_size or 640, training_args.max_length)
         if args.model_type is not None:
-            model = toy.build_model(args.model_type, args.model_config or {}, tokenizer)
+            model = build_model(args.model_type, args.model_config or {}, tokenizer)
         else:
             model = rehearsal.build_miniature(args.architecture, tokenizer)
         return phb.patch(model, balance), tokenizer

@@ -7,7 +7,8 @@ from datasets import Dataset
 from paths import ROOT
 from tiny import tiny_model
 
-from hf_phibalance.tasks.toy import make_splits, train_tokenizer
+from hf_phibalance.models import train_tokenizer
+from hf_phibalance.tasks import make_splits
 
 
 README = (ROOT / "README.md").read_text()

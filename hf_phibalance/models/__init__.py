@@ -1,0 +1,24 @@
+# Copyright 2026 The hf_phibalance authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Models: loading them balanced, and those that transformers does not bring.
+
+- [`AutoModelForCausalLM`], or transformers' own auto classes after [`enable`]: `from_pretrained(..., phi_balance=...)`.
+- [`register_deepseek_moe`]: a class for the first DeepSeek-MoE.
+- [`build_model`] and [`train_tokenizer`]: tiny models from scratch, for the CPU recipes and tests.
+
+This room may know `balancing`, which it patches with, but no trainer and no task.
+"""
+
+from .auto import AutoModelForCausalLM, disable, enable
+from .tiny import build_model, train_tokenizer
+
+
+__all__ = ["AutoModelForCausalLM", "build_model", "disable", "enable", "register_deepseek_moe", "train_tokenizer"]
+
+
+def register_deepseek_moe() -> None:
+    """Makes transformers' auto classes know the model type `"deepseek"`; see `deepseek_moe.register`."""
+    from .deepseek_moe import register  # imports a modelling file, so only when asked for
+
+    register()

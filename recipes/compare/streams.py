@@ -137,7 +137,7 @@ def _python_topics() -> list[str]:
 
 
 def _made_problems() -> list[str]:
-    from hf_phibalance.tasks.toy import make_splits
+    from hf_phibalance.tasks import make_splits
 
     return [f"{row['question']}\n{row['answer']}" for row in make_splits(1500)["train"]]
 

@@ -362,10 +362,10 @@ def test_a_patched_model_goes_to_lm_evaluation_harness_as_it_is(tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from hf_phibalance.tasks import toy
+    from hf_phibalance.models import train_tokenizer
 
     texts = [f"Question: {i} and {j}?\nAnswer: {i + j}" for i in range(9) for j in range(9)]
-    tokenizer = toy.train_tokenizer(texts, max_length=64)
+    tokenizer = train_tokenizer(texts, max_length=64)
     model = phb.patch(tiny_model("mixtral", vocab_size=len(tokenizer)), phb.PhiBalanceConfig(coef=0.01))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     before = {name: value.clone() for name, value in phb.get_balancer(model).state_dict().items()}

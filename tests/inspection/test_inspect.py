@@ -601,7 +601,7 @@ def test_help_needs_neither_torch_nor_transformers():
 @pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason="the real data is not here")
 def test_real_text(tmp_path, capsys):
     """A tiny model with random weights still tells GSM8K from Python sources: their tokens differ."""
-    from hf_phibalance.tasks.toy import train_tokenizer
+    from hf_phibalance.models import train_tokenizer
 
     with (DATA / "gsm8k" / "test.jsonl").open() as file:
         rows = [json.loads(next(file)) for _ in range(40)]

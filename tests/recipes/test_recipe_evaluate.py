@@ -19,7 +19,8 @@ from transformers import GenerationConfig
 
 import hf_phibalance as phb
 from hf_phibalance.maths import metrics
-from hf_phibalance.tasks import data, toy
+from hf_phibalance.models import build_model, train_tokenizer
+from hf_phibalance.tasks import load_rows, make_splits
 
 
 SCRIPT = ROOT / "recipes" / "evaluate.py"
@@ -59,10 +60,10 @@ def recipe():
 def folder(tmp_path_factory):
     """A tiny random Mixtral with a selection bias in its sidecar, and made-up problems of both tasks."""
     folder = tmp_path_factory.mktemp("evaluate")
-    rows = toy.make_splits(300, 0, 20)
-    tokenizer = toy.train_tokenizer(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows["train"])
+    rows = make_splits(300, 0, 20)
+    tokenizer = train_tokenizer(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows["train"])
     torch.manual_seed(0)
-    model = phb.patch(toy.build_model("mixtral", FIELDS, tokenizer), {"coef": 0.0, "bias_coef": 0.01})
+    model = phb.patch(build_model("mixtral", FIELDS, tokenizer), {"coef": 0.0, "bias_coef": 0.01})
     state = phb.get_balancer(model).state_dict()
     for name in phb.get_balancer(model).layer_names:
         state[f"{name}.bias"] = torch.tensor([0.5, 0.0, 0.0, -0.5])
@@ -132,7 +133,7 @@ class Scripted:
 
 
 def test_right_answers_score_everything(recipe, folder, tmp_path, monkeypatch):
-    rows = toy.make_splits(0, 0, 10)["test"]
+    rows = make_splits(0, 0, 10)["test"]
     answers = {f"Question: {row['question']}\nAnswer:": f" {row['answer']}\n\nQuestion: Mia has 99" for row in rows}
     monkeypatch.setattr(recipe, "load_model", lambda args, tokenizer: Scripted(tokenizer, answers))
     found = run(recipe, folder, output_path=tmp_path / "out.json", max_new_tokens=200, balance=False)
@@ -155,7 +156,7 @@ def test_right_answers_score_everything(recipe, folder, tmp_path, monkeypatch):
 
 
 def test_right_programs_pass(recipe, folder, tmp_path, monkeypatch):
-    problems = data.load_rows("humaneval", str(folder / "HumanEval.jsonl"), "test")
+    problems = load_rows("humaneval", str(folder / "HumanEval.jsonl"), "test")
     answers = {row["prompt"]: row["canonical_solution"] + "\ndef wrong(:\n    pass" for row in problems}
     answers[problems[2]["prompt"]] = "    return 0\n"
     monkeypatch.setattr(recipe, "load_model", lambda args, tokenizer: Scripted(tokenizer, answers))
@@ -185,7 +186,7 @@ def test_generation_stops_at_text_of_the_completion_only(recipe, folder):
 
 def test_shots_are_those_of_the_harness(recipe, folder, tmp_path):
     samplers = pytest.importorskip("lm_eval.api.samplers")
-    rows = toy.make_splits(50, 0, 6, seed=3)
+    rows = make_splits(50, 0, 6, seed=3)
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
     args = recipe.Arguments(**options(folder, dataset_path=str(tmp_path), num_fewshot=5))
@@ -308,7 +309,7 @@ def test_adapter_with_its_bias(recipe, folder, tmp_path, monkeypatch):
 def test_dense_models_have_no_expert_load(recipe, folder, tmp_path, capsys):
     fields = {key: value for key, value in FIELDS.items() if "experts" not in key}
     tokenizer = recipe.load_tokenizer(recipe.Arguments(**options(folder)))
-    toy.build_model("llama", fields, tokenizer).save_pretrained(tmp_path / "dense")
+    build_model("llama", fields, tokenizer).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     model = str(tmp_path / "dense")
     found = run(recipe, folder, model_name_or_path=model, output_path=tmp_path / "out.json", limit=2)
@@ -434,7 +435,7 @@ def test_missing_data_is_named(recipe, folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         run(recipe, folder, dataset_path=str(tmp_path / "nothing.jsonl"))
     one = tmp_path / "problems.jsonl"
-    one.write_text(json.dumps(toy.make_splits(0, 0, 1)["test"][0]) + "\n")
+    one.write_text(json.dumps(make_splits(0, 0, 1)["test"][0]) + "\n")
     with pytest.raises(ValueError, match="no training rows to draw shots from"):
         run(recipe, folder, dataset_path=str(one), num_fewshot=1)
     one.write_text("")

@@ -11,8 +11,8 @@ from matplotlib.image import imread
 from paths import ROOT
 
 import hf_phibalance as phb
-from hf_phibalance.publishing import report
-from hf_phibalance.tasks import toy
+from hf_phibalance.publishing import Run
+from hf_phibalance.tasks import make_splits
 
 
 SMALL = [
@@ -54,7 +54,7 @@ def test_results_folder_is_complete(results):
     )
     assert not [name for name in names.split() if not (folder / name).is_file()]
     assert "exact match, trained" in done.stdout and "MaxVio" in done.stdout
-    run, baseline = report.Run.load(folder), report.Run.load(folder / "unbalanced")
+    run, baseline = Run.load(folder), Run.load(folder / "unbalanced")
     assert run.summary["balance"]["coef"] > 0 and baseline.summary["balance"] is None
     for one in (run, baseline):
         assert [entry["step"] for entry in one.loads] == [1, 2, 3, 4, 5, 6]
@@ -88,7 +88,7 @@ def test_model_card_says_what_was_measured(results):
 def test_trained_model_and_real_files(results, tmp_path):
     data = tmp_path / "problems"
     data.mkdir()
-    for split, rows in toy.make_splits(train=40, test=8, seed=9).items():
+    for split, rows in make_splits(train=40, test=8, seed=9).items():
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run_recipe(
         "--model_name_or_path", results[0], "--dataset_path", data, *SMALL, "--balance", "false",
@@ -102,7 +102,7 @@ def test_trained_model_and_real_files(results, tmp_path):
 
 
 def test_one_file_is_split(recipe, tmp_path):
-    rows = toy.make_splits(train=30)["train"]
+    rows = make_splits(train=30)["train"]
     file = tmp_path / "problems.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = recipe.Arguments(dataset_path=str(file), validation_problems=4, test_problems=6)
@@ -119,7 +119,7 @@ def test_bad_input_names_the_remedy(recipe, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds none of train\.jsonl"):
         recipe.load_problems(recipe.Arguments(dataset_path=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=r"lacks metrics\.json and history\.json"):
-        report.Run.load(tmp_path)
+        Run.load(tmp_path)
     tiny = ["--model_type", "mixtral", "--output_dir", str(tmp_path)]
     for options, message in (
         (["--output_dir", str(tmp_path)], "give one of them"),

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hf_phibalance as phb
-from hf_phibalance.publishing import report
+from hf_phibalance.publishing import pictures
 from hf_phibalance.routers.discovery import find_routers
-from hf_phibalance.tasks.toy import make_splits
+from hf_phibalance.tasks import make_splits
 
 
 RECIPES = ROOT / "recipes"
@@ -40,7 +40,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(RECIPES)
         for name in ("plot_loads", "plot_curves"):
-            patch.setattr(report, name, lambda *args, **kwargs: None)
+            patch.setattr(pictures, name, lambda *args, **kwargs: None)
         torch.set_num_threads(1)
         yield
     torch.set_num_threads(threads)
@@ -199,9 +199,9 @@ def test_unknown_keys_are_refused(rehearse, tmp_path):
 
 def test_chat_template_is_used_for_training_and_examination(monkeypatch, rehearse):
     """The same problems as chats: the prompt of the exact match is rendered as in training, once."""
-    from hf_phibalance.tasks import toy
+    from hf_phibalance import models
 
-    train_tokenizer = toy.train_tokenizer
+    train_tokenizer = models.train_tokenizer
 
     def with_template(*args, **kwargs):
         tokenizer = train_tokenizer(*args, **kwargs)
@@ -211,7 +211,7 @@ def test_chat_template_is_used_for_training_and_examination(monkeypatch, rehears
         )
         return tokenizer
 
-    monkeypatch.setattr(toy, "train_tokenizer", with_template)
+    monkeypatch.setattr(models, "train_tokenizer", with_template)
     _, _, summary = rehearse("--config", RECIPES / "mixtral-8x7b/gsm8k/phibalance.yaml")
     assert re.fullmatch(r"user> Question: .*\nAnswer:\nassistant> ", summary["example_prompt"], re.DOTALL)
 
@@ -260,9 +260,9 @@ def memory(quick):
 
 
 def test_architectures_have_the_published_size(memory):
-    from hf_phibalance.models import deepseek_moe
+    from hf_phibalance.models import register_deepseek_moe
 
-    deepseek_moe.register()
+    register_deepseek_moe()
     assert sorted(memory.MODELS) == MODELS == sorted(PUBLISHED)
     for model, billions in PUBLISHED.items():
         fields = json.loads((RECIPES / model / "config.json").read_text())

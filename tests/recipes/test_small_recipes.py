@@ -11,7 +11,7 @@ import sys
 import pytest
 from paths import ROOT
 
-from hf_phibalance.tasks.toy import make_splits
+from hf_phibalance.tasks import make_splits
 
 
 FUNCTION = {

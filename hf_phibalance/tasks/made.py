@@ -1,7 +1,6 @@
 # Copyright 2026 The hf_phibalance authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The small world of the CPU recipes: GSM8K-format word problems that are generated on the spot, a tokenizer trained
-on them, and tiny Mixture-of-Experts models built from the fields of any `transformers` config.
+"""Made problems: word problems in the format of GSM8K, generated on the spot.
 
 A problem needs two or three steps of arithmetic. Its answer is written the way GSM8K writes it, with the calculation
 of every step in `<<...>>` and the result after `####`:
@@ -19,9 +18,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 
 NAMES = ("Mia", "Leo", "Emma", "Noah", "Anna", "Ben", "Zoe", "Sam", "Ruth", "Omar", "Ines", "Paul", "Lily", "Hugo")
@@ -229,81 +226,3 @@ def make_splits(train: int, validation: int = 0, test: int = 0, seed: int = 0) -
         other_keys |= {problem.key for problem in problems.values()}
         splits[split] = [{"question": problem.question, "answer": problem.answer} for problem in problems.values()]
     return splits
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 640, max_length: int = 1024) -> Any:
-    """
-    Train a byte-level BPE tokenizer in which every digit is a token of its own.
-
-    Any text survives a round trip, because single bytes are in the vocabulary. The tokenizer saves and loads through
-    `AutoTokenizer`.
-
-    Args:
-        texts (`Iterable[str]`):
-            What to train on.
-        vocab_size (`int`, *optional*, defaults to 640):
-            Size of the vocabulary, with the 256 bytes and the two special tokens `<pad>` and `</s>`.
-        max_length (`int`, *optional*, defaults to 1024):
-            The `model_max_length` of the tokenizer.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerFast`]: the tokenizer, which pads on the left (for generation).
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        padding_side="left",
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model(model_type: str, fields: dict[str, Any], tokenizer: Any) -> Any:
-    """
-    Build a causal language model from scratch.
-
-    Args:
-        model_type (`str`):
-            Any `model_type` of `transformers`, for instance `"mixtral"`.
-        fields (`dict[str, Any]`):
-            Fields of that type's config (`hidden_size`, `num_hidden_layers`, ...). An unknown one is an error.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Gives the vocabulary size and the special tokens.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: the model, with random weights.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        known = AutoConfig.for_model(model_type)
-    except ValueError as error:
-        raise ValueError(f"model_type={model_type!r} is unknown to transformers: use one such as 'mixtral'") from error
-    own = ("attn_implementation", "experts_implementation")
-    if unknown := sorted(key for key in fields if not hasattr(known, key) and key not in own):
-        raise ValueError(f"model_config has {unknown}, which {type(known).__name__} lacks: correct or remove them")
-    config = AutoConfig.for_model(
-        model_type,
-        **{key: value for key, value in fields.items() if key not in own},
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return AutoModelForCausalLM.from_config(config, **{key: fields[key] for key in own if key in fields})
