@@ -25,23 +25,23 @@ LARGEST_PICTURE = 60_000  # bytes; a card of a tiny model should not outweigh th
 
 
 def main(args):
-    from hf_phibalance.publishing import report
+    from hf_phibalance.publishing import SUMMARY_NAME, Run, draw, model_card, pictures_in
 
     for folder in args.folders:
-        run, baseline = report.Run.load(folder), report.Run.load_baseline(folder)
+        run, baseline = Run.load(folder), Run.load_baseline(folder)
         unbalanced, untrained = (folder.with_name(f"{folder.name}-{kind}") for kind in ("unbalanced", "untrained"))
-        if baseline is None and (unbalanced / report.SUMMARY_NAME).is_file():
-            baseline = report.Run.load(unbalanced)
-        if "before" not in run.summary and (untrained / report.SUMMARY_NAME).is_file():
-            run.note_before(before_training(report.Run.load(untrained), run, untrained))
+        if baseline is None and (unbalanced / SUMMARY_NAME).is_file():
+            baseline = Run.load(unbalanced)
+        if "before" not in run.summary and (untrained / SUMMARY_NAME).is_file():
+            run.note_before(before_training(Run.load(untrained), run, untrained))
         run.summary.setdefault("command", recipe_command(folder, run))
         title = f"{args.prefix}{folder.name}"
         target = args.target / title
         target.mkdir(parents=True, exist_ok=True)
-        report.draw(target, run, baseline, dpi=args.dpi)
-        for name in report.pictures_in(target):
+        draw(target, run, baseline, dpi=args.dpi)
+        for name in pictures_in(target):
             shrink(target / name)
-        card = report.model_card(run, baseline, title=title, pictures=report.pictures_in(target))
+        card = model_card(run, baseline, title=title, pictures=pictures_in(target))
         card.save(target / "README.md")
         sizes = ", ".join(f"{path.name} {path.stat().st_size / 1000:.0f} kB" for path in sorted(target.iterdir()))
         print(f"{target}: {sizes}")

@@ -1,14 +1,11 @@
-"""A φ-balanced model on the Hub: the folder that is uploaded, its upload, and what `Trainer(push_to_hub=True)` lacks.
+"""The upload of a φ-balanced model to the Hub: tried again where that may help, explained where it fails.
 
 Everything is first written into a folder; a dry run stops there. The folder of an upload that fails is kept.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -17,16 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from huggingface_hub import HfApi, ModelCard, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..balancing.duals import STATE_NAME
-from ..balancing.patching import _unwrap, find_patch, get_balancer
-from . import report
+from ..balancing import get_balancer
+from .folder import write_folder
 
 
 if TYPE_CHECKING:
@@ -34,8 +29,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
-CARD_NAME = "README.md"
-LICENCE_KEYS = ("license", "license_name", "license_link")
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP states that may be over in a moment
 
 
@@ -123,146 +116,6 @@ def push_to_hub(
     return commit
 
 
-# ---------------------------------------------------------------------- the folder
-
-
-def write_folder(
-    folder: Path,
-    model: nn.Module,
-    repo_id: str,
-    tokenizer: Any = None,
-    run_folder: str | os.PathLike | None = None,
-    card: ModelCard | None = None,
-    online: bool = False,
-    token: bool | str | None = None,
-) -> None:
-    """Writes what is uploaded; with `online`, a licence that is not at hand is looked up on the Hub."""
-    run, baseline = _load_run(model, run_folder)
-    saved: Any = next(part for part in _unwrap(model) if hasattr(type(part), "save_pretrained"))
-    adapter = _adapter_config(saved)
-    if card is None:
-        base_model = _base_model(saved, run)
-        card = report.model_card(
-            run,
-            baseline,
-            title=repo_id.split("/")[-1],
-            base_model=base_model,
-            licence=base_licence(base_model, online, token) if base_model else None,
-            library_name="transformers" if adapter is None else "peft",
-            repo_id=repo_id,
-            pictures=report.pictures_in(run_folder) if run_folder else (),
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    # PEFT would ask the Hub whether the vocabulary has grown
-    saved.save_pretrained(folder, **({} if adapter is None else {"save_embedding_layers": _embeddings_changed(saved)}))
-    _sort_metadata(folder / STATE_NAME)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if run_folder is not None:
-        for name in (report.SUMMARY_NAME, *report.pictures_in(run_folder)):
-            shutil.copyfile(Path(run_folder) / name, folder / name)
-        for name, text in report.eval_result_files(run).items():
-            (folder / report.EVAL_RESULTS_FOLDER).mkdir(exist_ok=True)
-            (folder / report.EVAL_RESULTS_FOLDER / name).write_text(text)
-    card.save(folder / CARD_NAME)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sorts the metadata of a safetensors file, whose order is random, so that the same state is the same file."""
-    content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    path.write_bytes(content[:8] + text.ljust(size) + content[8 + size :])
-
-
-def _load_run(model: nn.Module, run_folder: str | os.PathLike | None) -> tuple[report.Run, report.Run | None]:
-    if run_folder is not None:
-        return report.Run.load(run_folder), report.Run.load_baseline(run_folder)
-    balancer = get_balancer(model)
-    root: Any = balancer.root
-    summary = {
-        "model_type": root.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in root.parameters()),
-        "steps": balancer.steps,
-        "balance": balancer.config.to_dict() if balancer.config.is_on else None,
-        "versions": report.versions(),
-    }
-    return report.Run(summary, [], []), None
-
-
-def _adapter_config(model: Any) -> Any:
-    """The PEFT config of an adapter, or `None`."""
-    configs = getattr(model, "peft_config", None) if hasattr(model, "get_base_model") else None
-    return configs[model.active_adapter] if configs else None
-
-
-def _base_model(model: Any, run: report.Run) -> str | None:
-    """What was fine-tuned, as a name on the Hub or a local folder; `None` for a model trained from scratch."""
-    adapter = _adapter_config(model)
-    if adapter is not None and adapter.base_model_name_or_path:
-        return adapter.base_model_name_or_path
-    if "base_model" in run.summary:
-        return run.summary["base_model"]
-    return getattr(model.config, "_name_or_path", None) or None
-
-
-def _embeddings_changed(model: Any) -> bool:
-    """Whether an adapter has to carry the embeddings: they are trained, or have other rows than the base model's."""
-    from peft.utils.constants import EMBEDDING_LAYER_NAMES
-
-    adapter, base = _adapter_config(model), model.get_base_model()
-    targets = getattr(adapter, "target_modules", None) or ()
-    if isinstance(targets, str):
-        names = [name for name, _ in base.named_modules() if re.fullmatch(targets, name)]
-    else:
-        names = list(targets)
-    if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in names):
-        return getattr(adapter, "trainable_token_indices", None) is None
-    try:
-        original = AutoConfig.from_pretrained(adapter.base_model_name_or_path, local_files_only=True)
-    except (OSError, ValueError, TypeError):
-        return False
-    return original.get_text_config().vocab_size != base.config.get_text_config().vocab_size
-
-
-def base_licence(base_model: str, online: bool = False, token: bool | str | None = None) -> dict[str, str]:
-    """
-    The licence that the card of `base_model` gives.
-
-    Args:
-        base_model (`str`): A local folder, or a name on the Hub.
-        online (`bool`, *optional*, defaults to `False`): Whether the card may be fetched if it is not in the cache.
-        token (`bool` or `str`, *optional*): Access token.
-
-    Returns:
-        `dict[str, str]`: `license`, `license_name` and `license_link`, as far as given; empty if there is none.
-    """
-    path: Any = Path(base_model) / CARD_NAME if Path(base_model).is_dir() else None
-    if path is None:
-        path = try_to_load_from_cache(base_model, CARD_NAME)
-    if not isinstance(path, str | Path):
-        if not online:
-            logger.warning(
-                f"the card of {base_model} is not in the local cache, so its licence is not known here; an upload looks it "
-                f"up. To see it in a dry run: hf download {base_model} {CARD_NAME}"
-            )
-            return {}
-        try:
-            path = HfApi(token=token).hf_hub_download(base_model, CARD_NAME)
-        except (OSError, ValueError) as error:
-            logger.warning(f"the licence of {base_model} could not be looked up ({error}): the card will give none.")
-            return {}
-    if not Path(path).is_file():
-        return {}
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
-    return {key: data.get(key) for key in LICENCE_KEYS if isinstance(data.get(key), str)}
-
-
-# ---------------------------------------------------------------------- the upload
-
-
 def upload(
     folder: str | os.PathLike,
     repo_id: str,
@@ -342,56 +195,3 @@ def _explained(error: Exception, folder: Path, repo_id: str) -> Exception:
     if isinstance(error, ValueError) or (status is None and not _lost_connection(error)):  # a card or name it refuses
         return ValueError(f"{repo_id} was not uploaded: {error} {again}")
     return ConnectionError(f"uploading to {repo_id} failed ({_reason(error)}). {again}")
-
-
-# ---------------------------------------------------------------------- Trainer
-
-
-class _UploadCallback(TrainerCallback):
-    """Puts the duals where `Trainer` uploads from: of a checkpoint it copies there only the files it knows."""
-
-    def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
-    ) -> None:
-        present = find_patch(model)
-        if present is not None and state.is_world_process_zero:
-            present.balancer.save(str(args.output_dir))
-
-
-def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = None) -> None:
-    """
-    Lets `Trainer(push_to_hub=True)` and `trainer.push_to_hub()` upload the duals at every push, and say in the card how
-    the model was balanced. A card that [`push_to_hub`] or a recipe's report wrote is kept instead of the trainer's draft.
-    [`attach`] calls it; calling it again does nothing.
-
-    Args:
-        trainer (`transformers.Trainer`): The trainer.
-        history (`list[dict]`, *optional*): The `history` of the [`PhiBalanceCallback`].
-    """
-    if any(isinstance(callback, _UploadCallback) for callback in trainer.callback_handler.callbacks):
-        return
-    trainer.add_callback(_UploadCallback())
-    create: Any = trainer.create_model_card
-
-    @functools.wraps(create)
-    def create_with_balance(*args, **kwargs):
-        path = Path(str(trainer.args.output_dir)) / CARD_NAME
-        is_writer = trainer.is_world_process_zero()
-        ours = path.read_text(encoding="utf-8") if is_writer and path.is_file() else ""
-        create(*args, **kwargs)
-        present = find_patch(trainer.model)  # type: ignore[arg-type]
-        if not is_writer or present is None or not path.is_file():
-            return
-        if report.CARD_MARK in ours:
-            path.write_text(ours, encoding="utf-8")
-        else:
-            _extend_card(path, report.Run.of(trainer, present.balancer.config, history or []))
-
-    trainer.create_model_card = create_with_balance  # type: ignore[method-assign]
-
-
-def _extend_card(path: Path, run: report.Run) -> None:
-    card = ModelCard.load(path, ignore_metadata_errors=True)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *report.tags(run.summary["balance"])]))
-    card.text = f"{card.text.rstrip()}\n\n{report.balance_section(run)}"
-    card.save(path)

@@ -11,8 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import yaml
 
 
+REPO = "me/tiny"
 TOKEN = "hf_stub"
 DROP = "drop"  # a fault: the connection is lost in the middle of the request
+
+
+def contents(folder):
+    """Files of a folder by path, as `HubStub.files` has those of a repository."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 class HubStub:

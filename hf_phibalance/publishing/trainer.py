@@ -1,0 +1,68 @@
+"""What the uploads of `Trainer(push_to_hub=True)` lack: the duals, and a card that says how the model was balanced."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+from transformers import TrainerCallback
+
+from ..balancing import find_patch
+from .card import CARD_MARK, CARD_NAME, balance_section, tags
+from .run import Run
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+
+class _UploadCallback(TrainerCallback):
+    """Puts the duals where `Trainer` uploads from: of a checkpoint it copies there only the files it knows."""
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+    ) -> None:
+        present = find_patch(model)
+        if present is not None and state.is_world_process_zero:
+            present.balancer.save(str(args.output_dir))
+
+
+def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = None) -> None:
+    """
+    Lets `Trainer(push_to_hub=True)` and `trainer.push_to_hub()` upload the duals at every push, and say in the card how
+    the model was balanced. A card that [`push_to_hub`] or a recipe's report wrote is kept instead of the trainer's draft.
+    [`attach`] calls it; calling it again does nothing.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer.
+        history (`list[dict]`, *optional*): The `history` of the [`PhiBalanceCallback`].
+    """
+    if any(isinstance(callback, _UploadCallback) for callback in trainer.callback_handler.callbacks):
+        return
+    trainer.add_callback(_UploadCallback())
+    create: Any = trainer.create_model_card
+
+    @functools.wraps(create)
+    def create_with_balance(*args, **kwargs):
+        path = Path(str(trainer.args.output_dir)) / CARD_NAME
+        is_writer = trainer.is_world_process_zero()
+        ours = path.read_text(encoding="utf-8") if is_writer and path.is_file() else ""
+        create(*args, **kwargs)
+        present = find_patch(trainer.model)  # type: ignore[arg-type]
+        if not is_writer or present is None or not path.is_file():
+            return
+        if CARD_MARK in ours:
+            path.write_text(ours, encoding="utf-8")
+        else:
+            _extend_card(path, Run.of(trainer, present.balancer.config, history or []))
+
+    trainer.create_model_card = create_with_balance  # type: ignore[method-assign]
+
+
+def _extend_card(path: Path, run: Run) -> None:
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags(run.summary["balance"])]))
+    card.text = f"{card.text.rstrip()}\n\n{balance_section(run)}"
+    card.save(path)
