@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .balancing.balancer import PhiBalancer
-    from .balancing.patching import get_balancer, learning_report, patch, unpatch
+    from .balancing import PhiBalancer, get_balancer, learning_report, patch, unpatch
     from .config import PhiBalanceConfig
-    from .maths.potentials import POTENTIALS
+    from .maths import POTENTIALS
     from .methods import METHODS
-    from .models.auto import AutoModelForCausalLM, disable, enable
-    from .publishing.upload import push_to_hub
-    from .routers.discovery import supported_families
-    from .training.adapters import lora_config
-    from .training.callback import PhiBalanceCallback, attach
+    from .models import AutoModelForCausalLM, disable, enable
+    from .publishing import push_to_hub
+    from .routers import supported_families
+    from .training import PhiBalanceCallback, attach, lora_config
 
 
 __all__ = [
@@ -48,29 +46,29 @@ __all__ = [
     "unpatch",
 ]
 # Where they are; imported when first asked for, so that `phibalance --help` need not wait for torch and transformers.
-_MODULES = {
+_ROOMS = {
     "METHODS": "methods",
-    "POTENTIALS": "maths.potentials",
-    "AutoModelForCausalLM": "models.auto",
-    "PhiBalanceCallback": "training.callback",
+    "POTENTIALS": "maths",
+    "AutoModelForCausalLM": "models",
+    "PhiBalanceCallback": "training",
     "PhiBalanceConfig": "config",
-    "PhiBalancer": "balancing.balancer",
-    "attach": "training.callback",
-    "disable": "models.auto",
-    "enable": "models.auto",
-    "get_balancer": "balancing.patching",
-    "learning_report": "balancing.patching",
-    "lora_config": "training.adapters",
-    "patch": "balancing.patching",
-    "push_to_hub": "publishing.upload",
-    "supported_families": "routers.discovery",
-    "unpatch": "balancing.patching",
+    "PhiBalancer": "balancing",
+    "attach": "training",
+    "disable": "models",
+    "enable": "models",
+    "get_balancer": "balancing",
+    "learning_report": "balancing",
+    "lora_config": "training",
+    "patch": "balancing",
+    "push_to_hub": "publishing",
+    "supported_families": "routers",
+    "unpatch": "balancing",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    if name in _ROOMS:
+        value = getattr(importlib.import_module(f".{_ROOMS[name]}", __name__), name)
         globals()[name] = value
         return value
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:

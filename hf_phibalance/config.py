@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .maths.potentials import Potential, get_potential
+from .maths import Potential, get_potential
 from .methods import METHODS, PHI_DEFAULTS, Method
 
 

@@ -1,0 +1,43 @@
+"""
+Balancing: what a patched model counts, charges and moves. Knows steps, not trainers.
+
+The way of a step: `tokens` (who counts) -> `meter` (a forward) -> `tally` (sums) -> `step` (over all ranks) -> `duals`
+(means, prices, biases) -> `charging` (the next step's gradient).
+
+| module | what it holds |
+|---|---|
+| `patch` | putting all this into a model, and taking it out |
+| `balancer` | the object that a patched model carries |
+| `tokens` | which tokens of a batch count |
+| `meter` | a forward: who counts, who pays |
+| `tally` | the sums over tokens |
+| `step` | an optimizer step: opened, closed, given up |
+| `ranks` | who shares it |
+| `duals` | means, prices and biases, and how a step moves them |
+| `charging` | what a router charges, and how that gets into its gradient |
+| `state` | the file beside the weights |
+| `refusals` | what cannot be balanced |
+| `learning` | what balancing can move in a model |
+| `built_in_loss`, `undo` | the auxiliary loss that is off meanwhile; attribute changes that can be taken back |
+"""
+
+from .balancer import PhiBalancer
+from .built_in_loss import announce_switched_off
+from .learning import LearningReport
+from .patch import Patch, find_patch, get_balancer, learning_report, patch, unpatch
+from .state import STATE_NAME, config_in
+
+
+__all__ = [
+    "STATE_NAME",
+    "LearningReport",
+    "Patch",
+    "PhiBalancer",
+    "announce_switched_off",
+    "config_in",
+    "find_patch",
+    "get_balancer",
+    "learning_report",
+    "patch",
+    "unpatch",
+]

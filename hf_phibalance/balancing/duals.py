@@ -1,4 +1,4 @@
-"""The state of φ-balancing: means, prices and biases of all routers, how a step moves them, how they are kept on disk.
+"""The state of φ-balancing: means, prices and biases of all routers, and how a step moves them.
 
 Shapes: L routers, E experts. Everything lies in flat fp32 buffers, router after router, so that a step costs a handful
 of kernels however many layers there are; `Layout.runs` views a stretch of routers with equally many experts as (L, E).
@@ -7,24 +7,16 @@ of kernels however many layers there are; `Layout.runs` views a stretch of route
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import STATISTICS, PhiBalanceConfig, package_version
-from ..maths.potentials import centred_price
-from ..maths.quantile import quantile_bias
-from ..routers.discovery import RouterSite
+from ..config import PhiBalanceConfig
+from ..maths import centred_price, quantile_bias
+from ..routers import RouterSite
+from .state import check_state
 from .tally import Tally
-
-
-STATE_NAME = "phi_balance.safetensors"
 
 
 class Layout:
@@ -199,7 +191,7 @@ class Duals:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         biased = any(key.endswith(".bias") for key in state)
         kinds = [f"mean_{statistic}" for statistic in self.means] + ["bias"] * biased
-        self._check(state, kinds)
+        check_state(state, self.sites, kinds)
         for site, span in zip(self.sites, self.layout.spans):
             for statistic, mean in self.means.items():
                 mean[span] = state[f"{site.name}.mean_{statistic}"].to(mean)
@@ -222,54 +214,3 @@ class Duals:
             self.has_bias = True
         self.steps = other.steps if self.means.keys() <= other.means.keys() else 0
         self._set_price()
-
-    def _check(self, state: Mapping[str, Tensor], kinds: Sequence[str]) -> None:
-        """Raises a `ValueError` if `state` does not fit these routers, before anything is changed."""
-        for key in state:
-            layer, _, kind = key.rpartition(".")
-            known_kind = kind == "bias" or kind.removeprefix("mean_") in STATISTICS
-            if key != "steps" and not (layer in self.layout.names and known_kind):
-                raise ValueError(
-                    f"the φ-balance state holds {key!r}, but this model's routers are {self.layout.names[0]!r} ... "
-                    f"{self.layout.names[-1]!r}: it belongs to another model. Load the state saved with this one."
-                )
-        for site, kind in itertools.product(self.sites, kinds):
-            tensor = state.get(f"{site.name}.{kind}")
-            if tensor is None:
-                raise ValueError(
-                    f"the φ-balance state has no {site.name}.{kind}: it was written with other `track`/`bias_track` "
-                    "settings or for another model. Use the configuration beside it, or start with fresh duals."
-                )
-            if tensor.shape != (site.num_experts,):
-                raise ValueError(
-                    f"{site.name}.{kind} in the φ-balance state has shape {tuple(tensor.shape)}, but this router has "
-                    f"{site.num_experts} experts: it belongs to another model. Load the state saved with this one."
-                )
-            if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"{site.name}.{kind} in the φ-balance state is not finite; use an earlier checkpoint."
-                )
-
-    def save(self, directory: str | os.PathLike) -> Path:
-        path = Path(directory) / STATE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"format": "pt", "version": package_version(), "config": json.dumps(self.config.to_dict())}
-        partial = path.with_suffix(".partial")  # a kill while writing must not leave half a file under the real name
-        save_file(self.state_dict(), partial, metadata=header)
-        os.replace(partial, path)
-        return path
-
-    def load(self, directory: str | os.PathLike) -> None:
-        path = Path(directory)
-        path = path / STATE_NAME if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no φ-balance state at {path}; was the model saved while patched?")
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); copy it again from where it was written, or delete it to start with "
-                "fresh duals."
-            ) from error
-        self.load_state_dict(state)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..maths.pricing import price_gradient
-from ..routers.discovery import canonical_name
+from ..maths import price_gradient
+from ..routers import canonical_name
 
 
 SHOWN = 16  # routers in the text of a report

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .tokens import Tokens
+
 
 class Tally:
     """
@@ -72,6 +74,14 @@ class Tally:
     def margins_of(self, index: int) -> Tensor:
         """Histograms of router `index`, `(E, H)`."""
         return self.margins[slice(*self._spans[index])]
+
+
+def count_choice(tally: Tally, index: int, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> None:
+    """Adds to router `index` what it chose for `tokens`: `selected (..., k)`, and `probs (T, E)` where they are known."""
+    chosen = selected.reshape(-1)
+    add_load(tally.load_of(index), chosen, tokens.weights(chosen).to(chosen.device))
+    if probs is not None:
+        add_probs(tally.probs_of(index), probs, tokens.mask.to(probs.device))
 
 
 def add_probs(total_E: Tensor, probs: Tensor, mask: Tensor) -> None:

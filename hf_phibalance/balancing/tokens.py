@@ -32,19 +32,6 @@ class Tokens:
         return self._weights[top_k]
 
 
-@dataclass
-class OptimizerStep:
-    """What is known of the optimizer step under way."""
-
-    announced: bool = False  # by `begin_step`
-    micro_batches: int = 1  # forwards that share its coefficient, if the tokens are unknown
-    tokens: Tensor | None = None  # () number of tokens that count, over all micro-batches and ranks
-    loss_scale: float | Tensor = 1.0  # what gradients are divided by before the optimizer sees them
-    trained: bool = False  # whether a training forward has run
-    deferred: list[Tokens] = field(default_factory=list)  # forwards under reentrant checkpointing
-    weights_version: int = -1  # of a trainable parameter, at the latest forward
-
-
 def count_mask(inputs: Mapping[str, Any], token_mask: str) -> Tensor | None:
     """
     Which tokens of a batch count, `(B, S)` as booleans, or `None` if `inputs` does not tell.

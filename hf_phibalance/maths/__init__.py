@@ -1,0 +1,47 @@
+"""
+The maths: pure functions of tensors, without models, steps or trainers.
+
+| module | what it holds |
+|---|---|
+| `potentials` | the strictly convex potentials φ and their prices ∇φ |
+| `pricing` | routing probabilities of logits, the gradient of what they are charged |
+| `quantile` | the bias of quantile balancing, from histograms of margins |
+| `metrics` | MaxVio, Gini and the other figures of a load |
+"""
+
+from .metrics import (
+    DEAD_THRESHOLD,
+    max_relative_load,
+    max_vio,
+    model_metrics,
+    noise_floor,
+    relative_load,
+    summarise,
+)
+from .potentials import POTENTIALS, Potential, centred_price, get_potential
+from .pricing import SCORINGS, ChargePrices, ChargeProbs, price_gradient, routing_probs, sequence_price
+from .quantile import BINS, margin_histogram, quantile_bias
+
+
+__all__ = [
+    "BINS",
+    "DEAD_THRESHOLD",
+    "POTENTIALS",
+    "SCORINGS",
+    "ChargePrices",
+    "ChargeProbs",
+    "Potential",
+    "centred_price",
+    "get_potential",
+    "margin_histogram",
+    "max_relative_load",
+    "max_vio",
+    "model_metrics",
+    "noise_floor",
+    "price_gradient",
+    "quantile_bias",
+    "relative_load",
+    "routing_probs",
+    "sequence_price",
+    "summarise",
+]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file, logging
 
-from ..balancing.duals import STATE_NAME
-from ..balancing.patching import get_balancer, patch
+from ..balancing import STATE_NAME, config_in, get_balancer, patch
 from ..config import PhiBalanceConfig
 
 
@@ -80,7 +77,7 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
     saved = getattr(model.config, "phi_balance", None)
     state = None if source is None else _find_state(source, kwargs)
     if state is not None and _is_adapter(model):
-        saved = _config_in(state) or saved
+        saved = config_in(state) or saved
     patch(model, saved or True if phi_balance is True else phi_balance)
     if state is not None:
         get_balancer(model).load(state)
@@ -101,15 +98,6 @@ def _find_state(source: str, kwargs: dict[str, Any]) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-
-
-def _config_in(state: str) -> dict[str, Any] | None:
-    """The configuration that wrote the file `state`; an adapter has no config.json to keep it in."""
-    try:
-        with safe_open(state, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("config", "null"))
-    except SafetensorError:
-        return None  # damaged: loading it says so
 
 
 # ---------------------------------------------------------------------- transformers' own entry points

@@ -1,0 +1,51 @@
+"""
+Routers: where they are in a model, what they return, and how to look and act inside them. Knows modules, not steps.
+
+| module | what it holds |
+|---|---|
+| `traits` | what a router class returns and how it scores, and the table of those that depart from the rule |
+| `discovery` | the routers of a model |
+| `families` | the model types that have routers |
+| `inside` | the softmax and the top-k inside a router's forward |
+| `hooks` | hooks that show the routers to a meter, in and out |
+| `wrapping` | what models come wrapped in |
+"""
+
+from .discovery import RouterSite, find_copies, find_routers
+from .families import Family, supported_families
+from .hooks import (
+    RouterHook,
+    RouterMeter,
+    RouterReader,
+    arguments_by_name,
+    count_groups,
+    forget_compiled_code,
+    install_hooks,
+    remove_hooks,
+)
+from .inside import Softmax
+from .traits import REMOTE_TRAITS, class_source
+from .wrapping import canonical_name, find_backbone, unwrap
+
+
+__all__ = [
+    "REMOTE_TRAITS",
+    "Family",
+    "RouterHook",
+    "RouterMeter",
+    "RouterReader",
+    "RouterSite",
+    "Softmax",
+    "arguments_by_name",
+    "canonical_name",
+    "class_source",
+    "count_groups",
+    "find_backbone",
+    "find_copies",
+    "find_routers",
+    "forget_compiled_code",
+    "install_hooks",
+    "remove_hooks",
+    "supported_families",
+    "unwrap",
+]

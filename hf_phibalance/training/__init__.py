@@ -1,0 +1,17 @@
+"""
+Training: φ-balancing inside a `Trainer`, and which parameters an adapter trains. Knows trainers.
+
+| module | what it holds |
+|---|---|
+| `callback` | when the duals move, what is logged and kept with a checkpoint |
+| `attach` | what has to be wired into the trainer itself |
+| `adapters` | LoRA configurations of a model, from two words |
+| `compat` | shims around faults of other libraries, each saying when it can go |
+"""
+
+from .adapters import lora_config
+from .attach import attach
+from .callback import PhiBalanceCallback
+
+
+__all__ = ["PhiBalanceCallback", "attach", "lora_config"]

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from ..balancing.patching import _unwrap
-from ..routers.discovery import RouterSite, class_source, find_routers
+from ..routers import RouterSite, class_source, find_routers, unwrap
 
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def lora_config(
     from peft import LoraConfig
 
     _check_options(router, targets, kwargs)
-    root = _unwrap(model)[-1]
+    root = unwrap(model)[-1]
     _refuse_adapted(root)
     sites = find_routers(root)
     chosen: tuple[str, ...] = TARGETS[1:] if targets in (None, "all") else (str(targets),)

@@ -1,0 +1,258 @@
+"""A forward of a patched model: decides who counts and who pays, counts what every router does, and has it charged.
+
+Shapes: E experts, T tokens of a micro-batch, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PhiBalanceConfig
+from ..maths import SCORINGS, margin_histogram, routing_probs
+from ..routers import RouterSite, Softmax
+from .charging import Charging
+from .duals import Duals
+from .learning import gradient_norms
+from .step import Steps
+from .tally import Tally, count_choice
+from .tokens import Tokens, count_mask
+
+
+CACHES = ("cache", "past_key_values")  # the argument in which a model takes its cache
+LOGIT_WIDTH = 16.0  # span that is resolved of scores that are no probabilities, by quantile balancing
+
+
+class Meter:
+    """
+    What the hooks on the routers talk to ([`RouterMeter`]).
+
+    Args:
+        root (`torch.nn.Module`): the patched model.
+        config (`PhiBalanceConfig`): its configuration.
+        sites (`Sequence[RouterSite]`): its routers.
+        duals (`Duals`): biases and prices in force.
+        steps (`Steps`): the optimizer step that the forwards belong to.
+    """
+
+    def __init__(
+        self, root: nn.Module, config: PhiBalanceConfig, sites: Sequence[RouterSite], duals: Duals, steps: Steps
+    ) -> None:
+        self.root, self.config, self.sites, self.duals, self.steps = root, config, sites, duals, steps
+        self.charging = Charging(config, sites, duals, steps.tally, steps.ranks)
+        self._spans = duals.layout.spans
+        self.softmax: Softmax | None = None  # noted in the router that is about to be observed
+        self.norms: dict[int, Tensor] | None = None  # of the balancing gradient, once there are prices
+        self.eval_tally: Tally | None = None  # of the evaluation that is open
+        self._forwarding = False
+        self._tokens: Tokens | None = None  # of the forward under way
+        self._latest: Tokens | None = None  # of the latest training forward, which its backward may run again
+        self._labels: Tensor | None = None
+        self._before_forward: Tensor | None = None  # the tally when the forward under way began, where needed
+        self._measuring = False
+
+    # ------------------------------------------------------------------ a forward of the backbone
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the routers run outside training and evaluation, so that there is nothing to do."""
+        return self._current is None
+
+    @property
+    def _current(self) -> Tokens | None:
+        # what is only written between forwards, and never read, costs torch.compile no guard and no recompilation
+        return self._tokens if self._forwarding else self._latest
+
+    @contextmanager
+    def labels_of(self, labels: Tensor | None) -> Iterator[None]:
+        """While open, forwards of the backbone belong to these `labels (B, S)`."""
+        self._labels = labels
+        try:
+            yield
+        finally:
+            self._labels = None
+
+    def open_forward(self, inputs: Mapping[str, Any], training: bool) -> None:
+        """A forward of the backbone starts: decides who counts and who pays. `inputs` by argument name."""
+        self._forwarding, self._tokens = True, None
+        training = training and torch.is_grad_enabled()
+        cached = any(inputs.get(name) is not None for name in CACHES)
+        evaluating = self.eval_tally is not None and not training and not cached
+        if not (training or evaluating):
+            return
+        if self.config.token_mask == "labels":
+            inputs = {**inputs, "labels": self._labels}
+        mask_BS = count_mask(inputs, self.config.token_mask)
+        if mask_BS is None and evaluating:
+            return  # a second forward of the same batch, for its logits only
+        if mask_BS is None:
+            raise ValueError(
+                f"token_mask={self.config.token_mask!r}, but this forward received no "
+                f"{'labels' if self.config.token_mask == 'labels' else 'input_ids or inputs_embeds'}. Pass them to the "
+                "model, or set another token_mask in PhiBalanceConfig."
+            )
+        mask = mask_BS.reshape(-1).to(self.steps.move_to_model(), torch.float32)
+        if evaluating and self.eval_tally is not None:
+            self.eval_tally.tokens.add_(mask.sum())
+            self._tokens = Tokens(mask, mask, trains=False)
+        else:
+            self._open_training(mask, len(mask_BS))
+
+    def _open_training(self, mask: Tensor, batch_size: int) -> None:
+        if not self.steps.now.announced:
+            self.steps.begin_implicitly()
+        self.steps.now.trained = True
+        self.steps.tally.tokens.add_(mask.sum())
+        self._tokens = Tokens(mask, self.steps.rate(mask), batch_size)
+        if self.config.rules.pooled:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"method={self.config.method!r} prices a layer by those after it, which torch.compile cannot "
+                    "follow. Train without it, or use method='switch'."
+                )
+            self._tokens.toll = torch.zeros_like(self.duals.toll)
+            self._before_forward = self.steps.tally.flat.clone()
+        if not torch.compiler.is_compiling() and self.norms is None and self.config.coef > 0 and self.duals.steps > 0:
+            self.norms, self._measuring = {}, True
+
+    def close_forward(self) -> None:
+        """The forward of the backbone has ended, also by an exception."""
+        if not torch.compiler.is_compiling():
+            self._measuring = False
+        if self._tokens is not None and self._tokens.trains:
+            if self._tokens.toll is not None and self._before_forward is not None:
+                self.charging.fill_pooled(self._tokens.toll, self._before_forward)
+            self._tokens.in_forward = False
+            self._latest = self._tokens
+        self._forwarding, self._tokens = False, None
+
+    # ------------------------------------------------------------------ a call of a router
+
+    def observe(self, index: int, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
+        """
+        Counts what router `index` did and charges it; returns `carrier`, through which the charge will be paid.
+
+        Args:
+            logits (`torch.Tensor` of shape `(T, E)`), selected (`torch.Tensor` of shape `(..., k)`),
+            carrier (`torch.Tensor`): any differentiable output of the router.
+        """
+        tokens, softmax = self._current, self._take_softmax(logits)
+        if tokens is None:
+            return carrier
+        site = self.sites[index]
+        if not tokens.in_forward:
+            if not tokens.deferred:
+                return self.charging.repeat(index, logits, softmax, carrier)
+            self._check_recomputed(tokens)
+        if logits.shape != (tokens.mask.numel(), site.num_experts):
+            raise ValueError(
+                f"router {site.name!r} returned logits of shape {tuple(logits.shape)} where the token mask and the "
+                f"patch expect {(tokens.mask.numel(), site.num_experts)}; this model routes something else than its "
+                "(batch x sequence) tokens. Patching after changing the number of experts may help."
+            )
+        pays = self.config.charges and tokens.trains
+        probs = None
+        with torch.no_grad():
+            if pays or (tokens.trains and "probs" in self.config.statistics):
+                probs = routing_probs(logits, site.scoring) if softmax is None else softmax.probs.detach()
+            if tokens.in_forward:
+                self._count(index, logits, probs, selected, tokens)
+        if not pays:
+            return carrier
+        if not torch.is_grad_enabled():
+            if not tokens.deferred:
+                tokens.deferred = True
+                self.steps.now.deferred.append(tokens)
+            return carrier
+        if not logits.requires_grad:
+            return carrier
+        return self.charging.charge(index, logits, probs, selected, softmax, carrier, tokens)
+
+    def _count(self, index: int, logits: Tensor, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> None:
+        tally = self.steps.tally if tokens.trains else self.eval_tally
+        assert tally is not None
+        count_choice(tally, index, probs, selected, tokens)
+        site = self.sites[index]
+        if self._needs_scores and site.native_bias:
+            ranks_logits = site.kind.traits.biases == "logits"
+            self.observe_scores(index, logits if ranks_logits else SCORINGS[site.scoring].score(logits.float()))
+
+    def _check_recomputed(self, tokens: Tokens) -> None:
+        """Reentrant checkpointing recomputes the latest forward; refuses to guess if an earlier one is still due."""
+        tokens.recomputing = True
+        if not all(other.recomputing for other in self.steps.now.deferred):
+            raise RuntimeError(
+                "Several forwards ran before one backward under reentrant gradient checkpointing, so a recomputation "
+                "cannot tell whose tokens it recomputes. Use gradient_checkpointing_kwargs={'use_reentrant': False}, "
+                "or run backward after each forward."
+            )
+
+    # ------------------------------------------------------------------ inside a router
+
+    def selection_bias(self, index: int) -> Tensor | None:
+        """Bias `(E,)` that the selection of router `index` has to add, `None` if it has none or adds it itself."""
+        if not self.duals.has_bias or self.sites[index].native_bias:
+            return None
+        return self.duals.bias[self._spans[index]]
+
+    def choice_bias(self, index: int) -> Tensor | None:
+        """Bias `(E,)` that was in force in the selection of router `index`, wherever it is kept."""
+        return self.sites[index].read_native_bias() if self.sites[index].native_bias else self.selection_bias(index)
+
+    def wants_softmax(self, index: int) -> bool:
+        """Whether to note the softmax of router `index`, so that it need not be computed again."""
+        tokens = None if torch.compiler.is_compiling() else self._current
+        return tokens is not None and tokens.trains and self.sites[index].scoring == "softmax"
+
+    def _take_softmax(self, logits: Tensor) -> Softmax | None:
+        """The softmax that the router at hand took of its `logits`, in full precision, if it did."""
+        if torch.compiler.is_compiling():
+            return None
+        softmax, self.softmax = self.softmax, None
+        usable = softmax is not None and softmax.is_of(logits) and softmax.probs.element_size() >= 4
+        return softmax if usable else None
+
+    @property
+    def _needs_scores(self) -> bool:
+        """Whether the method wants to see the scores that the routers rank."""
+        return self.steps.tally.bins > 0
+
+    @torch.no_grad()
+    def observe_scores(self, index: int, scores: Tensor) -> None:
+        """Notes what router `index` ranks, `scores (T, E)` without the bias, where the method needs it."""
+        tokens = self._current
+        if not self._needs_scores or tokens is None or not (tokens.in_forward and tokens.trains):
+            return
+        site, scores = self.sites[index], scores.detach().reshape(tokens.mask.numel(), -1).float()
+        if site.score_width is None:  # once, so the one read of the device does not matter
+            site.score_width = 1.0 if bool(((scores >= 0) & (scores <= 1)).all()) else LOGIT_WIDTH
+        bias_E = self.duals.bias[self._spans[index]].to(scores.device)
+        mask = tokens.mask.to(scores.device)
+        histogram = margin_histogram(scores, bias_E, site.top_k, mask, site.score_width)
+        self.steps.tally.margins_of(index).add_(histogram.to(self.steps.tally.flat.device))
+
+    # ------------------------------------------------------------------ for the learning report
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether this forward is the one whose balancing gradient [`~PhiBalancer.learning_report`] shows."""
+        return not torch.compiler.is_compiling() and self._measuring
+
+    @torch.no_grad()
+    def measure(self, index: int, module: nn.Module, hidden: Tensor, logits: Tensor) -> None:
+        """Notes the norms of the balancing gradient of router `index`, called as `module(hidden, ...)`."""
+        if self._tokens is None or self.norms is None:
+            return
+        mask = self._tokens.mask.to(logits.device)
+        rate = mask / mask.sum().clamp(min=1)
+        price = self.duals.toll[self._spans[index]].to(logits.device)
+        self.norms[index] = gradient_norms(hidden, module, logits, price, rate, self.sites[index].scoring)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the forward under way."""
+        fleeting = {"_forwarding": False, "_tokens": None, "_latest": None, "_labels": None, "softmax": None}
+        return {**vars(self), **fleeting}

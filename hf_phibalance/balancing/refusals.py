@@ -1,0 +1,123 @@
+"""What cannot be balanced: refused when a model is patched, or at its first step, instead of silently doing nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..config import PhiBalanceConfig
+from ..routers import RouterSite, count_groups
+from .duals import Layout
+from .tally import Tally
+
+
+logger = logging.get_logger(__name__)
+
+
+def refuse_impossible(root: nn.Module, sites: Sequence[RouterSite], config: PhiBalanceConfig) -> None:
+    """
+    Refuses what `config` asks of the routers `sites` of `root` and cannot have.
+
+    Raises:
+        ValueError: naming the router, the reason and the remedy.
+    """
+    _refuse_bypassed(root, sites)
+    for site in sites:
+        if config.bias_coef > 0:
+            _refuse_unbiasable(site, config)
+        if config.z_loss_coef > 0 and site.scoring == "probs":
+            raise ValueError(
+                f"z_loss_coef={config.z_loss_coef} is not possible for {site.kind.target.__name__}: it returns "
+                "probabilities, and the z-loss is one of logits. Set z_loss_coef=0."
+            )
+    if config.rules.pooled and len({(site.num_experts, site.top_k) for site in sites}) > 1:
+        raise ValueError(
+            f"method={config.method!r} pools the layers of a model, but those of {type(root).__name__} have different "
+            "numbers of experts. Use method='switch'."
+        )
+
+
+def _refuse_bypassed(root: nn.Module, sites: Sequence[RouterSite]) -> None:
+    if not getattr(root, "use_kernels", False):
+        return
+    for site in sites:
+        kernel = getattr(type(site.parent), "kernel_layer_name", None)
+        if kernel is not None:
+            raise ValueError(
+                f"use_kernels=True replaces the forward of {type(site.parent).__name__} by the kernel {kernel!r}, which "
+                f"never calls its router {site.name!r}: nothing could be balanced. Load the model with use_kernels=False."
+            )
+
+
+def _refuse_unbiasable(site: RouterSite, config: PhiBalanceConfig) -> None:
+    if site.kind.traits.no_bias:
+        raise ValueError(
+            f"bias_coef={config.bias_coef} is not possible for {site.kind.target.__name__}: "
+            f"{site.kind.traits.no_bias}. Set bias_coef=0 and use the price gradient (coef > 0)."
+        )
+    if site.native_bias and site.read_native_bias() is None:
+        raise ValueError(
+            f"bias_coef={config.bias_coef} is not possible while the selection bias of {site.name!r} is "
+            "offloaded. Set bias_coef=0, or load the model without offloading to CPU or disk."
+        )
+    owners = [*site.modules, site.parent]
+    if config.rules.bias_rule == "quantile":
+        in_groups = any(count_groups(owner) > 1 for owner in owners if owner is not None)
+        if in_groups or site.top_k >= site.num_experts:
+            why = "within groups" if in_groups else "all of them"
+            raise ValueError(
+                f"method={config.method!r} is not possible for {site.name!r}, which chooses {site.top_k} of "
+                f"{site.num_experts} experts, {why}: a fair share is then no quantile of the scores. Use method='phi' "
+                "or 'loss_free'."
+            )
+
+
+def check_first_step(
+    config: PhiBalanceConfig, sites: Sequence[RouterSite], layout: Layout, tally: Tally, announced: Tensor | None
+) -> bool:
+    """
+    Refuses set-ups in which balancing would silently do nothing; reads the device, once.
+
+    Args:
+        tally (`Tally`): of the step, over all ranks.
+        announced (`torch.Tensor` of shape `()`, *optional*): tokens that the step was opened with.
+
+    Returns:
+        `bool`: whether there was anything to check, i.e. a token that counts.
+    """
+    load, tokens = tally.load, float(tally.tokens)
+    if not tokens:
+        return False
+    uncalled = [site.name for site, span in zip(sites, layout.spans) if not float(load[span].sum())]
+    if uncalled:
+        raise ValueError(
+            f"{len(uncalled)} of {len(sites)} patched routers were never called in the first step: "
+            f"{', '.join(uncalled[:4])}. Something bypasses them (a fused kernel, `use_kernels=True`, layers that "
+            "this model does not run). Switch that off, or unpatch the model."
+        )
+    trained = [site.name for site in sites for m in site.modules if any(p.requires_grad for p in m.parameters())]
+    if config.rules.freezes and trained:
+        raise ValueError(
+            f"method={config.method!r}, but router(s) {', '.join(trained[:4])} are trained: something has made "
+            "them trainable since the patch. Patch after adding an adapter, or leave the routers out of it."
+        )
+    if announced is not None and float(announced) != tokens:
+        logger.warning(
+            f"begin_step() counted {float(announced):.0f} tokens, the routers saw {tokens:.0f}: the price "
+            "gradient of such a step is scaled by their ratio. Pass begin_step() the batches as the model gets them."
+        )
+    silent = [site.name for site in sites if not site.charged]
+    strengths = {name: getattr(config, name) for name in ("coef", "z_loss_coef", "sequence_coef")}
+    given = ", ".join(f"{name}={value}" for name, value in strengths.items() if value > 0)
+    if config.charges and len(silent) == len(sites):
+        raise ValueError(
+            f"{given} but no gradient path leads from any router to a trainable parameter (frozen "
+            f"routers under LoRA?), so this does nothing. Train the routers, e.g. with "
+            f"LoraConfig(target_parameters=['{sites[0].name.split('.', 3)[-1]}.weight', ...]), or set it to 0 "
+            "and bias_coef > 0, which needs no gradient."
+        )
+    if config.charges and silent:
+        logger.warning(f"The price gradient reaches no trainable parameter from router(s) {', '.join(silent[:4])}.")
+    return True

@@ -1,0 +1,171 @@
+"""An optimizer step: opened with the tokens it will have, closed by moving the duals, or given up.
+
+begin -> forwards (see `meter`) -> backward -> optimizer -> close. In between, the prices are fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..config import PhiBalanceConfig
+from ..maths import BINS
+from ..routers import RouterSite, find_copies
+from .duals import Duals
+from .ranks import Ranks
+from .refusals import check_first_step
+from .tally import Tally
+from .tokens import Tokens, count_mask
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class OptimizerStep:
+    """What is known of the optimizer step under way."""
+
+    announced: bool = False  # by `Steps.begin`
+    micro_batches: int = 1  # forwards that share its coefficient, if the tokens are unknown
+    tokens: Tensor | None = None  # () number of tokens that count, over all micro-batches and ranks
+    loss_scale: float | Tensor = 1.0  # what gradients are divided by before the optimizer sees them
+    trained: bool = False  # whether a training forward has run
+    deferred: list[Tokens] = field(default_factory=list)  # forwards under reentrant checkpointing
+    weights_version: int = -1  # of a trainable parameter, at the latest forward
+
+
+class Steps:
+    """
+    The optimizer steps of a patched model, one after another.
+
+    Args:
+        root (`torch.nn.Module`): the model.
+        config (`PhiBalanceConfig`): its configuration.
+        sites (`Sequence[RouterSite]`): its routers.
+        duals (`Duals`): what a step moves.
+        ranks (`Ranks`): who shares a step.
+    """
+
+    def __init__(
+        self, root: nn.Module, config: PhiBalanceConfig, sites: Sequence[RouterSite], duals: Duals, ranks: Ranks
+    ) -> None:
+        self.root, self.config, self.sites, self.duals, self.ranks = root, config, sites, duals, ranks
+        sizes = duals.layout.sizes
+        self.now = OptimizerStep()
+        self.tally = Tally(sizes, BINS if config.rules.bias_rule == "quantile" else 0)  # of the step under way
+        self.last = Tally(sizes)  # of the last step, over all ranks
+        self.last_price = torch.zeros(duals.layout.total)  # that was charged in it
+        self._bad = torch.zeros(())
+        self._checked = False
+
+    def begin(self, micro_batches: Sequence[Mapping[str, Any]] | int, loss_scale: float | Tensor) -> None:
+        """See [`PhiBalancer.begin_step`]."""
+        if self.now.announced and self.now.trained:
+            raise RuntimeError(
+                "begin_step() was called twice without step() in between, so the prices would never move. Call "
+                "balancer.step() after optimizer.step(), or let phb.attach(trainer) do both. After a step that was "
+                "given up (an error, a skipped batch), call balancer.discard_step()."
+            )
+        count = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
+        if count < 1:
+            raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
+        self.discard()
+        self.now = OptimizerStep(announced=True, micro_batches=count, loss_scale=loss_scale)
+        if isinstance(micro_batches, int):
+            return
+        masks = [mask for batch in micro_batches if (mask := count_mask(batch, self.config.token_mask)) is not None]
+        if len(masks) < count:
+            logger.warning_once(
+                f"The micro-batches do not hold what token_mask={self.config.token_mask!r} needs; each will be "
+                "charged its own mean instead of its exact share of the step's tokens."
+            )
+            return
+        device = self.move_to_model()
+        total = torch.stack([mask.sum().to(device) for mask in masks]).sum().float()
+        self.ranks.sum_(total)
+        self.now.tokens = total
+
+    def begin_implicitly(self) -> None:
+        """A training forward without `begin`: fine for a step of one micro-batch in one process."""
+        probe = next((p for p in self.root.parameters() if p.requires_grad), None)
+        if self.now.trained and self.config.is_on and probe is not None:
+            remedy = "phb.attach(trainer) or PhiBalanceCallback does that inside a Trainer."
+            if probe._version != self.now.weights_version:
+                raise RuntimeError(
+                    "The optimizer has stepped without balancer.step() after it, so the prices would never move. Call "
+                    f"phb.get_balancer(model).step() after optimizer.step(); {remedy}"
+                )
+            if probe.grad is not None:
+                raise RuntimeError(
+                    "A second training forward on top of unused gradients, without balancer.begin_step(micro_batches): "
+                    "each token's share of the optimizer step is unknown. Call begin_step with all micro-batches of "
+                    f"the step before the first one; {remedy}"
+                )
+        if self.now.trained:
+            self.discard()  # nothing came of the earlier forward
+        if self.ranks.count > 1 and self.config.charges:
+            raise RuntimeError(
+                f"{self.ranks.count} data-parallel ranks need balancer.begin_step(micro_batches) on every rank before "
+                "the first forward of an optimizer step; phb.attach(trainer) does that inside a Trainer."
+            )
+        self.now.weights_version = -1 if probe is None else probe._version
+
+    def rate(self, mask: Tensor) -> Tensor:
+        """Weight of each token, so that the optimizer receives 1/N of its gradient whatever happens in between."""
+        if self.now.tokens is not None:
+            # gradients are averaged over the ranks afterwards
+            per_token = self.ranks.count / self.now.tokens.clamp(min=1)
+        else:
+            per_token = 1 / (self.now.micro_batches * mask.sum().clamp(min=1))
+        return mask * (per_token * self.now.loss_scale)
+
+    def close(self) -> None:
+        """See [`PhiBalancer.step`]."""
+        if not self.now.trained:
+            raise RuntimeError("step() was called before any training forward of the patched model.")
+        tally = self.tally
+        self.ranks.sum_(tally.flat)
+        if not self._checked:
+            find_copies(self.root, self.sites)
+            self._checked = check_first_step(self.config, self.sites, self.duals.layout, tally, self.now.tokens)
+        self.last.flat.copy_(tally.flat[: len(self.last.flat)])
+        finite = torch.isfinite(tally.flat).all()
+        self._bad += ~finite
+        if self.config.coef > 0:
+            self.last_price.copy_(self.duals.price)
+        self.duals.update(tally, finite)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets what has been counted since the last step."""
+        self.tally.flat.zero_()
+        self.now = OptimizerStep()
+
+    def check_finite(self) -> None:
+        """See [`PhiBalancer.check_finite`]."""
+        bad = int(self._bad)
+        if bad:
+            logger.warning_once(
+                f"The routing statistics of {bad} step(s) were not finite (the loss or the router logits diverged); "
+                "they were left out of the means and prices. Lower the learning rate or check the data."
+            )
+
+    def move_to_model(self) -> torch.device:
+        """Moves the state to the device of the model, if that has changed."""
+        present = self.tally.flat.device
+        device = next((p.device for p in self.root.parameters() if p.device.type != "meta"), present)
+        if device != present:
+            self.duals.to(device)
+            for tally in (self.tally, self.last):
+                tally.flat = tally.flat.to(device)
+            self._bad, self.last_price = self._bad.to(device), self.last_price.to(device)
+        return device
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the step under way."""
+        return {**vars(self), "now": OptimizerStep()}

@@ -1,0 +1,48 @@
+"""What models come wrapped in (PEFT, DDP, FSDP, `torch.compile`), and how to look through it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import PreTrainedModel
+
+
+if TYPE_CHECKING:
+    from .discovery import RouterSite
+
+
+WRAPPER_PARTS = re.compile(
+    r"\.(base_layer|original_module|modules_to_save\.[^.]+|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\b"
+)
+
+
+def canonical_name(name: str) -> str:
+    """`name` of a module without what PEFT, DDP, FSDP, `torch.compile` and checkpoint wrappers put in."""
+    return WRAPPER_PARTS.sub("", f".{name}").lstrip(".")
+
+
+def unwrap(model: nn.Module) -> list[nn.Module]:
+    """`model` and what it wraps, outermost first: compiled, data-parallel and PEFT models down to the transformers one."""
+    chain = [model]
+    while True:
+        inner = extract_model_from_parallel(chain[-1], keep_torch_compile=False)
+        if inner is chain[-1] and callable(to_base := getattr(inner, "get_base_model", None)):
+            inner = to_base()
+        if inner is chain[-1]:
+            return chain
+        chain.append(inner)
+
+
+def find_backbone(root: nn.Module, sites: Sequence[RouterSite]) -> nn.Module:
+    """The outermost transformers model *inside* `root` that holds all routers: heads and trainers call it, not `root`."""
+    routers = {id(module) for site in sites for module in site.modules}
+    holders = [
+        module
+        for module in root.modules()
+        if isinstance(module, PreTrainedModel) and routers <= {id(child) for child in module.modules()}
+    ]
+    return holders[1] if len(holders) > 1 else root

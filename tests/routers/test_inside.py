@@ -1,0 +1,168 @@
+"""Where a softmax router is charged: at its own softmax when the task gradient comes by there, else at its logits."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from charging import COEF, gradients
+from operators import Operators
+from tiny import set_prices, tiny_batch, tiny_model
+
+import hf_phibalance as phb
+from hf_phibalance.routers.inside import RouterMode
+
+
+def probs_are_weights(self, hidden):
+    """As most routers do it."""
+    logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight)
+    weights, chosen = torch.topk(F.softmax(logits.float(), dim=-1), self.top_k)
+    return logits, weights, chosen
+
+
+def probs_only_rank(self, hidden):
+    """The weights come from a softmax of their own, so no gradient goes through the one over all experts."""
+    logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight)
+    chosen = torch.topk(F.softmax(logits, dim=-1), self.top_k).indices
+    return logits, F.softmax(logits.gather(-1, chosen), dim=-1), chosen
+
+
+def top_k_of_all(self, hidden):
+    """Its softmax has as many entries as there are experts, in the order of their rank."""
+    logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight)
+    ranked, chosen = torch.topk(logits, self.num_experts)
+    weights = F.softmax(ranked, dim=-1)
+    return logits, weights[:, : self.top_k], chosen[:, : self.top_k]
+
+
+def cooler(self, hidden):
+    """The softmax is of something else than what is returned."""
+    logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight)
+    weights, chosen = torch.topk(F.softmax(2 * logits, dim=-1), self.top_k)
+    return logits, weights, chosen
+
+
+def scaled_copy(self, hidden):
+    """The weights come from a copy of the probabilities that is changed in place."""
+    logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight)
+    probs = F.softmax(logits, dim=-1).clone()
+    return logits, *torch.topk(probs.mul_(3.0), self.top_k)
+
+
+def over_tokens(self, hidden):
+    """A softmax along the other axis."""
+    logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight)
+    weights, chosen = torch.topk(F.softmax(logits, dim=0), self.top_k)
+    return logits, weights, chosen
+
+
+ROUTERS = {
+    probs_are_weights: True,
+    probs_only_rank: False,
+    top_k_of_all: None,
+    cooler: None,
+    scaled_copy: True,
+    over_tokens: None,
+}
+
+
+def with_router(forward, model_type="mixtral", **overrides):
+    """A tiny model whose routers run `forward`."""
+    model = tiny_model(model_type, **overrides).train()
+    for site in phb.routers.find_routers(model):
+        for module in site.modules:
+            module.forward = types.MethodType(forward, module)
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non_reentrant", "reentrant"])
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.__name__)
+def test_any_router_is_charged_exactly_once(router, checkpointing):
+    """The gradient that balancing adds == autograd of coef · Σ_layers mean_t ⟨q, softmax(logits)_t⟩."""
+    model = with_router(router)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    batch = tiny_batch(model)
+    task = gradients(model, batch)
+    phb.patch(model, {"coef": COEF})
+    balancer = set_prices(model)
+    charged = gradients(model, batch)
+    assert {site.softmax_carries for site in balancer.sites} == {ROUTERS[router]}
+    assert balancer.meter.softmax is None  # nothing of the graph is kept
+    prices = balancer.prices()
+    model.gradient_checkpointing_disable()
+    phb.unpatch(model)
+
+    logits, handles = {}, []
+    for site in balancer.sites:
+        note = lambda module, args, output, name=site.name: logits.__setitem__(name, output[0])  # noqa: E731
+        handles += [module.register_forward_hook(note) for module in site.modules]
+    model.zero_grad()
+    model(**batch)
+    mask = batch["attention_mask"].reshape(-1).float()
+    term = sum(((F.softmax(z.float(), -1) @ prices[name]) * mask).sum() / mask.sum() for name, z in logits.items())
+    (COEF * term).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    for name, gradient in charged.items():
+        added = gradient - task[name]
+        torch.testing.assert_close(added, expected.get(name, torch.zeros_like(added)), rtol=1e-3, atol=2e-5, msg=name)
+
+
+# a family for each way to write the softmax: with dtype=, after .float(), as a method; and one without
+@pytest.mark.parametrize(
+    ("model_type", "carries"),
+    [("qwen3_moe", True), ("mixtral", True), ("deepseek_v2", True), ("ernie4_5_moe", True), ("gpt_oss", None)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softmax_of_the_family_is_used(model_type, carries, dtype):
+    model = tiny_model(model_type, dtype=dtype).train()
+    phb.patch(model, {"coef": COEF, "bias_coef": 0.1})
+    gradients(model, tiny_batch(model))
+    assert {site.softmax_carries for site in phb.get_balancer(model).sites} == {carries}
+
+
+def test_no_second_softmax():
+    """One softmax per layer beside attention's, forward and backward, as in the unpatched model."""
+    model = tiny_model("mixtral").train()
+    batch = tiny_batch(model)
+
+    def softmaxes():
+        with Operators() as operators:
+            gradients(model, batch)
+        return [operators.seen[name, "aten"] for name in ("_softmax", "_softmax_backward_data")]
+
+    gradients(model, batch)
+    unpatched = softmaxes()
+    assert min(unpatched) >= model.config.num_hidden_layers
+    phb.patch(model, {"coef": COEF, "bias_coef": 0.1})
+    set_prices(model)
+    assert softmaxes() == unpatched
+    phb.unpatch(model)
+    phb.patch(model, {"coef": COEF, "z_loss_coef": 0.1})  # the z-loss is of the logits
+    set_prices(model)
+    assert all(count > plain for count, plain in zip(softmaxes(), unpatched))
+
+
+def test_only_what_the_router_does_is_seen():
+    """A mode outlives neither its router's forward nor an error in it."""
+    model = with_router(probs_are_weights)
+    batch = tiny_batch(model)
+    phb.patch(model, {"coef": COEF, "bias_coef": 0.1})
+    gradients(model, batch)
+    assert RouterMode.innermost() is None
+    gate = phb.get_balancer(model).sites[1].modules[0]
+    works = gate.forward
+
+    def fails(hidden):
+        works(hidden)
+        raise RuntimeError("out of luck")
+
+    gate.forward = fails
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        model(**batch)
+    assert RouterMode.innermost() is None
+    gate.forward = works
+    phb.get_balancer(model).discard_step()
+    gradients(model, batch)
