@@ -5,7 +5,7 @@ Runs a generated program, once, in a fresh interpreter with hard limits, and say
 
 It is off until the user opts in: `HF_ALLOW_CODE_EVAL=1`, or `allow_code_execution=True` where a function has it.
 
-What happens to a program (`run_program`; the other side of the pipe is `runner.py`):
+What happens to a program (`run_program`; the other side of the pipe is `runner`):
 
 - **Two processes.** The program runs in one process and the checks in another, the judge, that holds no line of the
   program. The checks call the program's functions over a pipe, and only plain data (numbers, text, lists, dictionaries
@@ -188,7 +188,7 @@ def run_program(
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    source = os.path.dirname(os.path.abspath(runner.__file__))
+    source = os.path.dirname(os.path.dirname(os.path.abspath(runner.__file__)))
     # no site packages, no user site, no bytecode; the runner from its bytecode, which a script would not have
     command = [sys.executable, "-S", "-s", "-B", "-c", _BOOTSTRAP, source]
     try:
@@ -239,7 +239,10 @@ def _remove(folder: str) -> None:
 
 
 _NAMESPACES = True  # False only in tests of what is done where there are none
-_BOOTSTRAP = "import sys; sys.path[0] = sys.argv[1]; import runner; del sys.path[0], sys.argv[1:]; runner.main()"
+_BOOTSTRAP = (  # afterwards the runner, all of it loaded, is on no path on which a program could look
+    "import sys; sys.path[0] = sys.argv[1]; import runner; "
+    "del sys.path[0], sys.argv[1:], runner.__path__[:]; runner.main()"
+)
 
 
 @lru_cache

@@ -1,6 +1,5 @@
 """Generated code: hostile programs fail, in time, and leave no process and no file; honest ones pass."""
 
-import json
 import logging
 import os
 import subprocess
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_phibalance.evaluation import CodeExecutionError, run_program, runner, sandbox
+from hf_phibalance.evaluation import CodeExecutionError, run_program, sandbox
+from hf_phibalance.evaluation.runner.processes import descendants, processes
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="generated code is only run on Linux")
@@ -62,9 +62,10 @@ HOSTILE = {
     "def add(x):\n    return Same(0)\n",
     "redefines __class__": "class Same:\n    __class__ = int\n    def __eq__(self, other): return True\n"
     "def add(x):\n    return Same()\n",
-    "patches the runner": "import sys, json\nrunner = sys.modules['runner']\n"
-    "runner.judge = lambda *a: {{'status': 'passed', 'reason': ''}}\n"
-    "runner.encode = lambda value: {{'tuple': []}}\ndef add(x):\n    return 0\n",
+    "patches the runner": "import sys\n"
+    "for runner in [module for name, module in sys.modules.items() if name.split('.')[0] == 'runner']:\n"
+    "    runner.judge = runner.be_judge = lambda *a: {{'status': 'passed', 'reason': ''}}\n"
+    "    runner.encode = lambda value: {{'tuple': []}}\ndef add(x):\n    return 0\n",
     "writes to every descriptor": 'import os\nword = b\'{{"status": "passed", "reason": "", "seconds": 0, "missing": []}}\'\n'
     "for fd in range(64):\n    for text in (word, len(word).to_bytes(4, 'big') + word):\n"
     "        try: os.write(fd, text)\n        except OSError: pass\nos._exit(0)\n",
@@ -97,7 +98,7 @@ SLOW = ("endless", "sleep", "fork bomb that", "thread bomb", "stops itself", "ig
 
 def others():
     """Processes that a program could have left: below this one, or of the users that programs run as."""
-    found = {*runner.descendants(os.getpid())}
+    found = {*descendants(os.getpid())}
     for entry in os.scandir("/proc"):
         try:
             if entry.name.isdigit() and entry.stat().st_uid >= 1 << 30:
@@ -229,32 +230,6 @@ def test_a_failure_says_why(program, checks, reason):
     assert reason in verdict.reason
 
 
-def test_values_cross_unchanged():
-    import collections
-    import decimal
-    import fractions
-    import math
-
-    values = [
-        None, True, 0, -(1 << 63), 1 << 200, -0.0, 1e-308, math.inf, "ü\ud800\0", b"\0\xff", bytearray(b"x"), 1 + 2j,
-        [], [1, [2.5, "x"]], (), (1, (2,)), {1, 2}, frozenset("ab"), {(1, 2): {"x": [None]}, 3: 4}, range(1, 9, 3),
-        collections.deque([1, 2]), decimal.Decimal("1.10"), fractions.Fraction(1, 3),
-    ]  # fmt: skip
-    for value in values:
-        again = runner.decode(json.loads(json.dumps(runner.encode(value))))
-        assert again == value and type(again) is type(value)
-        # -0.0 == 0.0 and True == 1, so what is printed must agree too; a set prints its members in any order.
-        assert isinstance(value, (set, frozenset)) or repr(again) == repr(value)
-    assert math.isnan(runner.decode(json.loads(json.dumps(runner.encode(math.nan)))))
-    for lazy in (iter([1, 2]), (x for x in [1, 2]), map(int, "12"), {1: 0, 2: 0}.keys()):
-        assert list(runner.decode(runner.encode(lazy))) == [1, 2]
-    assert type(runner.decode(runner.encode(collections.Counter("aab")))) is dict
-    with pytest.raises(TypeError, match="type object"):
-        runner.encode([object()])
-    with pytest.raises(TypeError, match="more than"):
-        runner.encode(iter(int, 1))
-
-
 def test_limits_hold(place, isolation):
     limits = "import resource\ndef f(name):\n    return resource.getrlimit(getattr(resource, name))[1]\n"
     checks = (
@@ -280,6 +255,25 @@ def test_the_environment_is_empty_and_the_folder_too(place, isolation, monkeypat
         "assert 'HF_TOKEN' not in names and len(names) <= 8, names\n"
         f"assert files == [] and text == '' and cwd.startswith({tempfile.gettempdir()!r}), (files, text, cwd)\n"
         f"assert {str(Path(sandbox.__file__).parent)!r} not in path and '' not in path, path"
+    )
+    verdict = run(program, checks)
+    assert verdict.passed, verdict
+
+
+def test_a_program_sees_the_runner_but_cannot_import_more_of_it():
+    program = (
+        "import importlib, sys\n"
+        "def loaded():\n    return sorted(name for name in sys.modules if name.split('.')[0] == 'runner')\n"
+        "def found(name):\n"
+        "    try:\n        return importlib.import_module(name) is not None\n    except ImportError:\n        return False\n"
+    )
+    folder = Path(sandbox.__file__).parent
+    inside = {path.stem for path in (folder / "runner").glob("[!_]*.py")}
+    beside = {path.stem for path in folder.iterdir() if not path.stem.startswith("_")} - {"runner"}
+    strange = sorted({*inside, *beside, "evaluation", "runner.runner"} - {"program"})  # the program's own name
+    checks = (
+        f"assert loaded() == {sorted(['runner', *(f'runner.{name}' for name in inside)])}, loaded()\n"
+        f"assert [name for name in {strange} if found(name)] == []"
     )
     verdict = run(program, checks)
     assert verdict.passed, verdict
@@ -339,14 +333,14 @@ def test_nothing_outlives_the_caller(place):
     caller = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": tempfile.gettempdir()})
     try:
         deadline = time.monotonic() + 60
-        while len(others_below := {*runner.descendants(caller.pid)}) < 5 and time.monotonic() < deadline:
+        while len(others_below := {*descendants(caller.pid)}) < 5 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert len(others_below) >= 5  # supervisor, judge, keeper, two of the program
     finally:
         caller.kill()
         caller.wait()
     deadline = time.monotonic() + 5
-    while (left := others_below & {*runner.processes()}) and time.monotonic() < deadline:
+    while (left := others_below & {*processes()}) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
 

@@ -1,0 +1,32 @@
+"""What a program's answers become on their way to the checks: their values, and nothing else."""
+
+import collections
+import decimal
+import fractions
+import json
+import math
+
+import pytest
+
+from hf_phibalance.evaluation.runner.messages import decode, encode
+
+
+def test_values_cross_unchanged():
+    values = [
+        None, True, 0, -(1 << 63), 1 << 200, -0.0, 1e-308, math.inf, "ü\ud800\0", b"\0\xff", bytearray(b"x"), 1 + 2j,
+        [], [1, [2.5, "x"]], (), (1, (2,)), {1, 2}, frozenset("ab"), {(1, 2): {"x": [None]}, 3: 4}, range(1, 9, 3),
+        collections.deque([1, 2]), decimal.Decimal("1.10"), fractions.Fraction(1, 3),
+    ]  # fmt: skip
+    for value in values:
+        again = decode(json.loads(json.dumps(encode(value))))
+        assert again == value and type(again) is type(value)
+        # -0.0 == 0.0 and True == 1, so what is printed must agree too; a set prints its members in any order.
+        assert isinstance(value, (set, frozenset)) or repr(again) == repr(value)
+    assert math.isnan(decode(json.loads(json.dumps(encode(math.nan)))))
+    for lazy in (iter([1, 2]), (x for x in [1, 2]), map(int, "12"), {1: 0, 2: 0}.keys()):
+        assert list(decode(encode(lazy))) == [1, 2]
+    assert type(decode(encode(collections.Counter("aab")))) is dict
+    with pytest.raises(TypeError, match="type object"):
+        encode([object()])
+    with pytest.raises(TypeError, match="more than"):
+        encode(iter(int, 1))
