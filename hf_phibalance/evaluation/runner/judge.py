@@ -1,8 +1,6 @@
 # Copyright 2026 The hf_phibalance authors.
 # SPDX-License-Identifier: Apache-2.0
-"""
-The process that judges: it executes the checks, and calls the functions of a program that it never sees.
-"""
+"""The process that judges: it executes the checks, and calls the functions of a program that it never sees."""
 
 from __future__ import annotations
 
@@ -28,6 +26,7 @@ class ProgramRaised(BaseException):
 
 
 def be_judge(job: dict, ask: int, replies: int, tell: int) -> None:
+    """Reads the checks from standard input, judges, and tells the verdict."""
     prctl(PR_SET_DUMPABLE, 0)
     tests = receive(0)
     keep_only(ask, replies, tell)

@@ -8,11 +8,12 @@ everything along when it dies.
 from __future__ import annotations
 
 import os
+import time
 
 from .isolation import mount_own_files, other_user
 from .linux import PR_SET_CHILD_SUBREAPER, prctl
 from .messages import receive, send
-from .processes import all_end, in_child, keep_only, tasks_of
+from .processes import LINGER, in_child, keep_only, tasks_of
 from .program import be_program
 
 
@@ -22,6 +23,7 @@ EXTRA_TASKS = 2  # the supervisor and the keeper count where the limit on proces
 def be_keeper(
     job: dict, namespaces: bool, by_user_namespace: bool, requests: int, answer: int, say_ready: int, output: int
 ) -> None:
+    """Sets up the world of the program, starts it there, and says how it ended and whether it left anything."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # what leaves the program's session stays below the keeper
     keep_only(2, requests, answer, say_ready, output)
     missing = []
@@ -57,5 +59,17 @@ def be_keeper(
     while child != program:
         child, status = os.wait()
     send(say_ready, status)
-    send(say_ready, not all_end())
+    send(say_ready, not _all_end())
     os._exit(0)
+
+
+def _all_end() -> bool:
+    """Whether this process soon has no children left."""
+    deadline = time.monotonic() + LINGER
+    while time.monotonic() < deadline:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.005)
+        except ChildProcessError:
+            return True
+    return False

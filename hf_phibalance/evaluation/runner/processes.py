@@ -77,18 +77,6 @@ def tasks_of(user: int) -> int:
     return count
 
 
-def all_end() -> bool:
-    """Whether this process soon has no children left."""
-    deadline = time.monotonic() + LINGER
-    while time.monotonic() < deadline:
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(0.005)
-        except ChildProcessError:
-            return True
-    return False
-
-
 def kill_all(judging: int, keeping: int) -> None:
     """Kills and reaps everything below the supervisor; with namespaces, the keeper takes its own along."""
     for pid in (keeping, judging):

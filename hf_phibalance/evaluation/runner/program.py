@@ -44,6 +44,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 def be_program(
     job: dict, user: int | None, processes: int, requests: int, answer: int, writing: int, output: int
 ) -> None:
+    """Closes itself in, says with which version of Landlock, and becomes the program."""
     os.setsid()
     set_limits(job, processes)
     landlock = restrict_with_landlock(job["folder"])
@@ -57,7 +58,7 @@ def be_program(
     os.dup2(output, 2)
     keep_only(1, 2, requests, answer)
     forbid_harm(folder, answer)
-    run_program(source, requests, answer)
+    serve(source, requests, answer)
     os._exit(0)
 
 
@@ -95,7 +96,7 @@ def forbid_harm(folder: str, replies: int) -> None:
     sys.addaudithook(hook)
 
 
-def run_program(source: str, requests: int, replies: int) -> None:
+def serve(source: str, requests: int, replies: int) -> None:
     """Executes the program, then answers calls of its functions until the judge is content."""
     module = types.ModuleType("program")
     sys.modules["program"] = module
