@@ -7,10 +7,14 @@ The maths: pure functions of tensors, without models, steps or trainers.
 | `pricing` | routing probabilities of logits, the gradient of what they are charged |
 | `quantile` | the bias of quantile balancing, from histograms of margins |
 | `metrics` | MaxVio, Gini and the other figures of a load |
+| `information` | what an expert tells about the domain of its token |
 """
 
+from .information import mutual_information, mutual_information_bias
 from .metrics import (
     DEAD_THRESHOLD,
+    dead_experts,
+    gini,
     max_relative_load,
     max_vio,
     model_metrics,
@@ -32,11 +36,15 @@ __all__ = [
     "ChargeProbs",
     "Potential",
     "centred_price",
+    "dead_experts",
     "get_potential",
+    "gini",
     "margin_histogram",
     "max_relative_load",
     "max_vio",
     "model_metrics",
+    "mutual_information",
+    "mutual_information_bias",
     "noise_floor",
     "price_gradient",
     "quantile_bias",

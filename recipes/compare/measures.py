@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_phibalance import PhiBalancer
-from hf_phibalance.maths import metrics
+from hf_phibalance.maths import dead_experts, gini, max_vio, mutual_information
 
 
 @contextmanager
@@ -60,22 +60,19 @@ def changed_share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return 1.0 - kept / total
 
 
-def mutual_information(counts_DLE: Tensor) -> Tensor:
+def domain_information(counts_DLE: Tensor) -> Tensor:
     """
     Mutual information of domain and expert in bits, `(L,)`, all domains weighing the same: 0 if every domain uses the
     experts alike, log2 D if no two domains share an expert.
     """
-    joint_DLE = counts_DLE.double() / counts_DLE.sum(-1, keepdim=True) / len(counts_DLE)
-    expert_LE = joint_DLE.sum(0)
-    entropy = lambda p: torch.special.entr(p)  # noqa: E731
-    by_domain = entropy(joint_DLE).sum((0, 2)) - math.log(len(counts_DLE))  # H(domain, expert) - H(domain)
-    return (entropy(expert_LE).sum(-1) - by_domain) / math.log(2)
+    shares_DLE = counts_DLE.double() / counts_DLE.sum(-1, keepdim=True)
+    return mutual_information(shares_DLE.transpose(0, 1))
 
 
 def batch_max_vio(counts_WLE: Tensor, groups: Sequence[Sequence[int]]) -> float:
     """MaxVio of batches that hold the windows of each of `groups`: mean over layers, then over batches."""
     loads = torch.stack([counts_WLE[list(group)].sum(0) for group in groups])
-    return float(metrics.max_vio(loads).mean())
+    return float(max_vio(loads).mean())
 
 
 def balance_figures(counts_DWLE: Tensor, rows: int) -> dict[str, float]:
@@ -104,13 +101,13 @@ def balance_figures(counts_DWLE: Tensor, rows: int) -> dict[str, float]:
         for i in range(0, windows - rows + 1, rows)
     ]
     return {
-        "max_vio_global": float(metrics.max_vio(load_LE).mean()),
-        "max_vio_worst_layer": float(metrics.max_vio(load_LE).max()),
-        "gini": float(metrics.gini(load_LE).mean()),
-        "dead_experts": float(metrics.dead_experts(load_LE).sum()),
+        "max_vio_global": float(max_vio(load_LE).mean()),
+        "max_vio_worst_layer": float(max_vio(load_LE).max()),
+        "gini": float(gini(load_LE).mean()),
+        "dead_experts": float(dead_experts(load_LE).sum()),
         "max_vio_mixed_batch": batch_max_vio(flat, mixed),
         "max_vio_domain_batch": batch_max_vio(flat, single),
-        "domain_information": float(mutual_information(counts_DWLE.sum(1)).mean()),
+        "domain_information": float(domain_information(counts_DWLE.sum(1)).mean()),
     }
 
 

@@ -31,9 +31,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loop import Run, Training
-from models import MODELS
-from streams import BUILT_IN, STREAMS
+from .documents import BUILT_IN
+from .models import MODELS
+from .run import Run, Training
+from .streams import STREAMS
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Method:
 @dataclass(kw_only=True)
 class Plan(Training):
     """
-    One question and the runs that answer it; all fields of `loop.Training`, and
+    One question and the runs that answer it; all fields of `run.Training`, and
 
     Args:
         name (`str`): Its key in the file; also the name of its tables and pictures.
@@ -56,7 +57,7 @@ class Plan(Training):
         question (`str`, *optional*): Heading of its table.
         baseline (`str`, *optional*): Label of the method that the others are compared with; the first unless said.
         models, streams, seeds (`list`): Keys of `models.MODELS`, of `streams.STREAMS`, numbers.
-        data (`str`, *optional*, defaults to `"built-in"`): See `streams.read_documents`; `--data` goes before it.
+        data (`str`, *optional*, defaults to `"built-in"`): See `documents.read_documents`; `--data` goes before it.
     """
 
     name: str

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loop import key_of
+from .run import key_of
 
 
 class Results:

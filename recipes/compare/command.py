@@ -1,0 +1,136 @@
+# Copyright 2026 The hf_phibalance authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Compare balancing methods: tiny Mixture-of-Experts models, trained from scratch on real text of three domains.
+
+# Train everything that a file of plans asks for and write its tables and pictures; can be interrupted and called again
+python recipes/compare.py recipes/compare/main.yaml --data path/to/data --workers 2
+
+# Some plans of it only; a first look that needs no data; what is still to be run; only the tables and pictures; only the
+# tables between the marks of a document
+python recipes/compare.py recipes/compare/main.yaml --plans price --workers 2
+python recipes/compare.py recipes/compare/smoke.yaml
+python recipes/compare.py recipes/compare/main.yaml --list
+python recipes/compare.py recipes/compare/main.yaml --tables --pictures
+python recipes/compare.py recipes/compare/main.yaml --refresh recipes/compare/README.md
+
+A plan is a product of methods, models, streams and seeds (see recipes/compare/plans.py). Each finished run is one line of
+`<output>/results.jsonl`, found again by everything it depends on; a run that was interrupted starts anew. Every worker is
+a process of one torch thread. `<output>/<plan>.md` has a table for each model and stream: means and standard deviations
+over the seeds, and differences to the plan's baseline paired by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .plans import Plan, load_plans
+from .records import Results
+from .workers import execute
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    from rich.console import Console
+
+    console = Console()
+    output, plans = load_plans(args.plans_file)
+    output = Path(args.output_dir or output)
+    if args.plans:
+        unknown = sorted(set(args.plans) - {plan.name for plan in plans})
+        if unknown:
+            raise SystemExit(
+                f"--plans: {args.plans_file} has no plan {unknown[0]!r}, but {', '.join(p.name for p in plans)}."
+            )
+        plans = [plan for plan in plans if plan.name in args.plans]
+    for plan in plans:
+        for name in ("models", "streams", "seeds"):
+            wanted = getattr(args, name)
+            setattr(plan, name, [value for value in getattr(plan, name) if not wanted or value in wanted])
+    results = Results(output / "results.jsonl")
+    if args.refresh:
+        from .tables import refresh
+
+        args.refresh.write_text(refresh(args.refresh.read_text(encoding="utf-8"), plans, results), encoding="utf-8")
+        return 0
+    if not (args.tables or args.pictures):
+        plans = with_corpora(plans, args.data, output)
+        runs = {(run.key, run.corpus): run for plan in plans for run in plan.runs()}  # plans may share runs
+        todo = [run for run in runs.values() if run not in results]
+        console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished ({results.path})")
+        if args.list:
+            for run in todo:
+                console.print(
+                    f"{run.key}  {run.model} {run.stream} seed {run.seed}  {run.method}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+            return 0
+        try:
+            failed = execute(todo, results, output, args.workers, console)
+        except KeyboardInterrupt:
+            console.print("Interrupted. What is finished is kept; the same command goes on with the rest.")
+            return 130
+        if failed:
+            console.print(f"[red]{failed} runs failed; the same command tries them again.")
+    else:
+        failed = 0
+    render(plans, results, output, console, tables=args.tables, pictures=args.pictures)
+    return 1 if failed else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plans_file", type=Path, help="YAML file of plans")
+    parser.add_argument("--plans", nargs="+", metavar="NAME", help="only these plans of the file")
+    parser.add_argument("--models", nargs="+", help="of these plans, only what has these models")
+    parser.add_argument("--streams", nargs="+", help="... these streams")
+    parser.add_argument("--seeds", nargs="+", type=int, help="... these seeds")
+    parser.add_argument(
+        "--data",
+        help="folder with gsm8k/train.jsonl and wikitext2/, or 'built-in' (default: the file's `data`, else 'built-in')",
+    )
+    parser.add_argument("--output_dir", type=Path, help="results folder (default: the file's `output`)")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--list", action="store_true", help="only say which runs are missing")
+    parser.add_argument("--tables", action="store_true", help="train nothing, write the tables of what there is")
+    parser.add_argument("--pictures", action="store_true", help="train nothing, draw the pictures of what there is")
+    parser.add_argument(
+        "--refresh", type=Path, help="train nothing, make the marked tables of this Markdown file anew"
+    )
+    args = parser.parse_args(arguments)
+    if args.workers < 1:
+        parser.error(f"--workers must be at least 1, got {args.workers}.")
+    return args
+
+
+def with_corpora(plans: list[Plan], data: str | None, output: Path) -> list[Plan]:
+    """The plans with the fingerprints of their text, which is read, split and tokenised unless that was done before."""
+    from .corpus import build_corpus
+
+    known: dict[tuple, str] = {}
+    for plan in plans:
+        wanted = (data or plan.data, plan.window, plan.vocab_size, plan.validation_windows)
+        if wanted not in known:
+            known[wanted] = build_corpus(*wanted, cache=output / "text").fingerprint
+        plan.corpus = known[wanted]
+    return plans
+
+
+def render(plans: list[Plan], results: Results, output: Path, console, tables: bool, pictures: bool) -> None:
+    """Writes what can be written from the finished runs; both kinds unless one is asked for."""
+    from .plots import write_pictures
+    from .tables import write_tables
+
+    both = tables == pictures
+    for plan in plans:
+        written = []
+        if tables or both:
+            written += write_tables(plan, results, output)
+        if pictures or both:
+            written += write_pictures(plan, results, output)
+        if not written:
+            console.print(f"no run of plan {plan.name!r} is finished in {results.path}", soft_wrap=True)
+        for path in written:
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
