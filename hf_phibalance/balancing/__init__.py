@@ -6,7 +6,7 @@ The way of a step: `tokens` (who counts) -> `meter` (a forward) -> `tally` (sums
 
 | module | what it holds |
 |---|---|
-| `patch` | putting all this into a model, and taking it out |
+| `patching` | putting all this into a model, and taking it out |
 | `balancer` | the object that a patched model carries |
 | `tokens` | which tokens of a batch count |
 | `meter` | a forward: who counts, who pays |
@@ -24,7 +24,7 @@ The way of a step: `tokens` (who counts) -> `meter` (a forward) -> `tally` (sums
 from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off
 from .learning import LearningReport
-from .patch import Patch, find_patch, get_balancer, learning_report, patch, unpatch
+from .patching import Patch, find_patch, get_balancer, learning_report, patch, unpatch
 from .state import STATE_NAME, config_in
 
 

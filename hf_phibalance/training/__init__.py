@@ -4,13 +4,13 @@ Training: φ-balancing inside a `Trainer`, and which parameters an adapter train
 | module | what it holds |
 |---|---|
 | `callback` | when the duals move, what is logged and kept with a checkpoint |
-| `attach` | what has to be wired into the trainer itself |
+| `attaching` | what has to be wired into the trainer itself |
 | `adapters` | LoRA configurations of a model, from two words |
 | `compat` | shims around faults of other libraries, each saying when it can go |
 """
 
 from .adapters import lora_config
-from .attach import attach
+from .attaching import attach
 from .callback import PhiBalanceCallback
 
 
