@@ -8,10 +8,10 @@ What is allowed are the layers in pyproject.toml, which `lint-imports` holds the
 """
 
 import ast
-import tomllib
 from pathlib import Path
 
 import grimp
+import tomllib
 from rich.console import Console
 from rich.table import Table
 
