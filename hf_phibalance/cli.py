@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _inspect(args: argparse.Namespace, command: list[str]) -> None:
-    from .inspection.texts import parse_domains
+    from .inspection import parse_domains
 
     domains = parse_domains(args.texts, args.field)  # what can be refused before the model is loaded, is
     outputs = {name: path for name in ("json", "html") if (path := getattr(args, name)) and path != "-"}
@@ -111,9 +111,8 @@ def _inspect(args: argparse.Namespace, command: list[str]) -> None:
 
     from rich.console import Console
 
-    from .inspection.census import inspect_model
-    from .inspection.page import html_report, print_inspection
-    from .publishing.report import versions
+    from .inspection import html_report, inspect_model, print_inspection
+    from .reporting import versions
 
     console, bar_console = Console(stderr=args.json == "-"), Console(stderr=True)
     with bar_console.status(f"Loading {args.model}"):
@@ -176,7 +175,7 @@ class Progresses:
         self._progress.stop()
 
     def show(self, stream: Any) -> None:
-        """A batch of the [`~inspection_texts.TextStream`] `stream` has been counted."""
+        """A batch of the [`~inspection.texts.TextStream`] `stream` has been counted."""
         task = self._tasks[stream.domain.name]
         self._progress.start_task(task)
         self._progress.update(task, completed=stream.progress, tokens=stream.tokens)

@@ -1,0 +1,58 @@
+"""
+Looking into the routers of a MoE model: where the tokens of some domains of text go, without training or patching.
+
+```python
+from hf_phibalance.inspection import html_report, inspect_model, parse_domains
+
+found = inspect_model(model, tokenizer, parse_domains(["math=gsm8k/*.jsonl", "code=src"], ["math=question"]))
+found.to_dict()  # every figure
+html_report(found)
+```
+
+| module | what it holds |
+|---|---|
+| `texts` | files of named domains as token sequences |
+| `survey` | the model run over them |
+| `census` | what its routers choose meanwhile, counted |
+| `findings`, `figures` | what was counted, and what follows from it |
+| `tables` | the figures in the terminal |
+| `pictures`, `page` | and as an HTML page |
+| `wording` | what these two say alike |
+
+Knows routers, and a patch only as far as its selection bias is in force. Names are imported when first asked for, so that
+texts that cannot be read are refused before torch has been waited for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .findings import Inspection
+    from .page import html_report
+    from .survey import inspect_model
+    from .tables import print_inspection
+    from .texts import Domain, parse_domains
+
+
+__all__ = ["Domain", "Inspection", "html_report", "inspect_model", "parse_domains", "print_inspection"]
+_MODULES = {
+    "Domain": "texts",
+    "Inspection": "findings",
+    "html_report": "page",
+    "inspect_model": "survey",
+    "parse_domains": "texts",
+    "print_inspection": "tables",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

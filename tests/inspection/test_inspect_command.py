@@ -1,0 +1,155 @@
+"""The command `phibalance inspect`: what it writes, and how it refuses."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from made_texts import domains_of, make_tokenizer
+from paths import DATA
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM
+
+from hf_phibalance import cli
+from hf_phibalance.inspection import inspect_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder of a tiny model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model("qwen3_moe").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_command(tmp_path, saved, texts, capsys):
+    out = tmp_path / "new" / "report"
+    words = ["inspect", saved, "--texts", *texts[0], "--field", "body", "--seq_len", "12"]
+    assert cli.main([*words, "--json", f"{out}.json", "--html", f"{out}.html"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("MaxVio", "low", "high", "layer 1", "layer 2", "qwen3_moe"):
+        assert text in shown
+    written = json.loads(Path(f"{out}.json").read_text())
+    expected = inspect_model(tiny_model("qwen3_moe"), make_tokenizer(), domains_of(texts), seq_len=12)
+    expected.model["name"] = saved
+    assert "transformers" in written.pop("versions")
+    assert written == json.loads(json.dumps(expected.to_dict(top=5)))
+    assert written["layers"][0]["counts"]["low"] == expected.layers[0].counts[0].tolist()
+    page = Path(f"{out}.html").read_text()
+    assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", page)  # nothing from outside the file
+    assert page.count('<svg class="heat"') == 3 + 2 and page.count('<svg class="lines"') == 4
+    assert "--texts" in page and str(tmp_path) not in page
+    figures = written["layers"][0]["figures"]["overall"]
+    assert f"{figures['gini']:.3f}" in page and f"{figures['gini']:.3f}" in shown
+
+
+def test_json_to_standard_output_is_json_alone(saved, texts, capsys):
+    assert cli.main(["inspect", saved, "--texts", *texts[0], "--field", "body", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["domains"]["low"]["tokens"] == 89
+    assert "MaxVio" in captured.err
+
+
+def test_command_on_an_adapter(tmp_path, saved, texts, capsys):
+    """The tokenizer is the base model's, and the adapter's change of the router shows."""
+    base = AutoModelForCausalLM.from_pretrained(saved)
+    model = get_peft_model(base, LoraConfig(target_parameters=["mlp.gate.weight"], r=4, lora_alpha=64))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapter")
+    words = ["--texts", *texts[0], "--field", "body", "--json", "-"]
+    counts = {}
+    for name in (saved, str(tmp_path / "adapter")):
+        assert cli.main(["inspect", name, *words]) == 0
+        counts[name] = json.loads(capsys.readouterr().out)["layers"][0]["counts"]["overall"]
+    live = inspect_model(model, make_tokenizer(), domains_of(texts))
+    assert counts[str(tmp_path / "adapter")] == live.layers[0].counts.sum(0).tolist() != counts[saved]
+
+
+def test_one_domain_has_no_specialisation(tmp_path, saved, texts, capsys):
+    assert cli.main(["inspect", saved, "--texts", texts[0][1], "--json", "-", "--html", str(tmp_path / "a.html")]) == 0
+    captured = capsys.readouterr()
+    written = json.loads(captured.out)
+    assert set(written["summary"]) == {"overall"} and written["specialists"] == {}
+    assert written["layers"][0]["specialisation"] is None
+    assert "Specialisation" not in (tmp_path / "a.html").read_text() and "domain uses" not in captured.err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["x=missing.txt"], "no such file"),
+        (["x={tmp}/empty"], "no file in that folder ends in"),
+        (["=a.txt"], "lacks a name"),
+        (["x="], "lacks a path"),
+        (["x={tmp}/binary.bin"], "zero bytes"),
+        (["x={tmp}/rows.jsonl"], "--field"),
+        (["x={tmp}/rows.jsonl", "--field", "y=question"], "for no domain"),
+        (["x={tmp}/rows.jsonl", "--field", "wrong"], "'wrong'.*question, answer"),
+        (["x={tmp}/broken.jsonl"], "broken.jsonl, first row"),
+        (["x={tmp}/a.txt", "--batch_size", "0"], "`--batch_size` is 0"),
+        (["x={tmp}/a.txt", "--html", "{tmp}"], "is a folder"),
+        (["x={tmp}/a.txt", "--seq_len", "65"], "at most 64"),
+        (["x={tmp}/none.txt"], "no text in domain x"),
+        (["x={tmp}/numbers.jsonl", "--field", "n"], "no text in field 'n'"),
+    ],
+)
+def test_bad_input_is_explained(tmp_path, saved, capsys, words, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("w3 w4")
+    (tmp_path / "none.txt").write_text("")
+    (tmp_path / "binary.bin").write_bytes(b"\x7fELF\0\0")
+    (tmp_path / "rows.jsonl").write_text('{"question": "w3", "answer": "w4"}\n')
+    (tmp_path / "numbers.jsonl").write_text('{"n": 3, "body": "w3"}\n')
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    assert cli.main(["inspect", saved, "--texts", *(word.format(tmp=tmp_path) for word in words)]) == 1
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err.replace("\n", " ")), captured.err
+    assert not captured.out
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    path = importlib.util.find_spec("hf_phibalance.cli").origin
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('cli', {path!r})\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "module.make_parser().parse_args(['inspect', 'm', '--texts', 'a=b'])\n"
+        "assert not {'torch', 'transformers', 'rich'} & set(sys.modules)\n"
+        "module.main(['inspect', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--ignore_phi_balance" in done.stdout
+
+
+@pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason="the real data is not here")
+def test_real_text(tmp_path, capsys):
+    """A tiny model with random weights still tells GSM8K from Python sources: their tokens differ."""
+    from hf_phibalance.models import train_tokenizer
+
+    with (DATA / "gsm8k" / "test.jsonl").open() as file:
+        rows = [json.loads(next(file)) for _ in range(40)]
+    source = Path(json.__file__).parent
+    tokenizer = train_tokenizer([row["question"] for row in rows] + [(source / "decoder.py").read_text()], 400)
+    tiny_model("mixtral", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = [f"math={DATA}/gsm8k/test.jsonl", f"prose={DATA}/wikitext2/valid.txt", f"code={source}"]
+    words = ["--field", "math=question", "math=answer", "--max_tokens", "3000", "--seq_len", "64", "--json", "-"]
+    assert cli.main(["inspect", str(tmp_path / "model"), "--texts", *texts, *words]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert [read["tokens"] for read in written["domains"].values()] == [3000] * 3
+    for layer in written["layers"]:
+        assert sum(layer["counts"]["overall"]) == 3 * 3000 * 2
+        assert layer["figures"]["code"]["design_effect"] > 1.5  # real text is not independent tokens
+        assert not layer["specialisation"]["noise"]
+        assert 0.002 < layer["specialisation"]["mutual_information"] < layer["specialisation"]["plug_in"] < 1.0
+    assert all(1 <= len(entries) <= 5 for entries in written["specialists"].values())
