@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
+from operators import Operators
 from tiny import tiny_batch, tiny_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from training import make_trainer, patched
 
 import hf_phibalance as phb
@@ -24,18 +24,6 @@ CONFIGS = {
     "labels": {"token_mask": "labels"},
     "bias": {"bias_coef": 0.1, "bias_track": "load"},
 }
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen[func.overloadpacket._qualified_op_name.split("::")[-1], func.namespace] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""Where the project and the real data are."""
+"""Where the project, these helpers and the real data are."""
 
 from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
+HELPERS = Path(__file__).parent  # for the path of a process that a test starts
 DATA = ROOT.parent / "shared" / "data"  # real data; tests that read it skip where it is absent

@@ -7,7 +7,7 @@ import torch
 from tiny import MODEL_TYPES, set_prices, tiny_batch, tiny_model
 
 import hf_phibalance as phb
-from hf_phibalance.maths.pricing import routing_probs
+from hf_phibalance.maths import routing_probs
 
 
 FAMILIES = phb.supported_families()

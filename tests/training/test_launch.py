@@ -16,12 +16,12 @@ import sys
 
 import pytest
 import torch
-from paths import ROOT
+from paths import HELPERS, ROOT
 from safetensors.torch import load_file
 from transformers import set_seed
 
 import hf_phibalance as phb
-from hf_phibalance.publishing import report
+from hf_phibalance.publishing import pictures
 
 
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
@@ -68,7 +68,7 @@ def launch(kind, *runs):
         environment |= {"DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHES[kind], "--main_process_port", 0]
     use_cpu = ["--use_cpu", "true" if kind == "ddp" else "false"]  # see launched.py
-    command += [ROOT / "tests" / "launched.py", *(json.dumps([*run, *use_cpu]) for run in runs)]
+    command += [HELPERS / "launched.py", *(json.dumps([*run, *use_cpu]) for run in runs)]
     return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
 
 
@@ -78,7 +78,7 @@ def recipe():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "recipes")
         for name in ("plot_loads", "plot_curves"):
-            patch.setattr(report, name, lambda *args, **kwargs: None)
+            patch.setattr(pictures, name, lambda *args, **kwargs: None)
         torch.set_num_threads(1)
         yield importlib.import_module("sft")
     torch.set_num_threads(threads)

@@ -5,9 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
+from checks import assert_same
+from references import naive_figures, routed, routers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
-from training import TRAINERS, assert_same, make_trainer, naive_figures, patched, routed, routers, rows, weights
+from training import TRAINERS, make_trainer, patched, rows, weights
 from transformers import TrainerCallback
 
 import hf_phibalance as phb

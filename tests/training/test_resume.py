@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import assert_same
 from tiny import tiny_model
-from training import assert_same, make_trainer, patched, rows, weights
+from training import make_trainer, patched, rows, weights
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 import hf_phibalance as phb
-from hf_phibalance.balancing.duals import STATE_NAME
+from hf_phibalance.balancing import STATE_NAME
 
 
 CONFIGS = {

@@ -73,6 +73,7 @@ def tracked(tmp_path_factory):
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
         "HOME": str(folder),
         "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),

@@ -1,0 +1,115 @@
+"""Which forwards count and pay: those of training, each once; evaluations apart, generation and single layers never."""
+
+import json
+import math
+
+import pytest
+import torch
+from charging import gradients, priced
+from checks import assert_same
+from steps import EXTRA_COEF, METHODS, build, micro_batches, step_gradient
+from tiny import set_prices, tiny_batch, tiny_model
+
+import hf_phibalance as phb
+
+
+def tokens_of(balancer):
+    """Tokens counted since the last step, `None` if there was no training forward."""
+    try:
+        balancer.step()
+    except RuntimeError:
+        return None
+    return balancer.metrics()["tokens"]
+
+
+def test_only_training_forwards_count_and_pay():
+    model = priced()
+    balancer, batch = phb.get_balancer(model), tiny_batch(model)
+    before = balancer.state_dict()
+    with torch.no_grad():
+        model(**batch)
+    model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False)
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+    model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False)
+    assert tokens_of(balancer) is None
+    assert_same(balancer.state_dict(), before)
+
+    evaluated = gradients(model, batch)  # gradients in eval mode, say for an attribution
+    plain = tiny_model("mixtral")
+    assert_same(evaluated, gradients(plain, batch))
+    assert tokens_of(balancer) is None
+
+    model.train()
+    assert any(not torch.equal(g, evaluated[name]) for name, g in gradients(model, batch).items())
+    assert tokens_of(balancer) == batch["attention_mask"].sum()
+
+
+def test_evaluation_counts_apart_and_generation_does_not():
+    model = priced("mixtral", {"bias_coef": 0.1})
+    balancer, batch = phb.get_balancer(model), tiny_batch(model)
+    gradients(model, batch)
+    before, step_metrics = balancer.state_dict(), balancer.metrics()
+    model.eval()
+    with balancer.evaluation():
+        model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False)
+        assert balancer.eval_metrics() == {}
+        with torch.no_grad():
+            for seed in range(2):
+                model(**tiny_batch(model, seed=seed))
+        model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False)
+        assert balancer.eval_metrics()["tokens"] == 2 * batch["attention_mask"].sum()
+    with pytest.raises(RuntimeError, match=r"inside `with balancer.evaluation"):
+        balancer.eval_metrics()
+    assert balancer.metrics() == step_metrics
+    assert_same(balancer.state_dict(), before)
+    assert tokens_of(balancer) == batch["attention_mask"].sum()
+
+
+def test_evaluation_between_forward_and_backward_does_not_disturb():
+    for checkpointing in (None, False, True):
+        model, reference = priced(), priced()
+        for one in (model, reference):
+            if checkpointing is not None:
+                one.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        batch = tiny_batch(model)
+        expected = gradients(reference, batch)
+        output = model(**batch)
+        model.eval()
+        with phb.get_balancer(model).evaluation(), torch.no_grad():
+            model(**tiny_batch(model, seed=1))
+        model.train()
+        output.loss.backward()
+        assert_same({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected)
+        phb.get_balancer(model).step()
+        phb.get_balancer(reference).step()
+        assert_same(phb.get_balancer(model).state_dict(), phb.get_balancer(reference).state_dict())
+
+
+def test_a_layer_called_by_itself_neither_counts_nor_fails():
+    model = priced("mixtral", {"bias_coef": 0.1})
+    gradients(model, tiny_batch(model))
+    hidden = torch.randn(1, 5, 32, requires_grad=True)
+    for one in (model, phb.unpatch(priced("mixtral", {"bias_coef": 0.1}))):
+        with torch.no_grad():
+            one.model.layers[1].mlp(hidden)
+    model.model.layers[1].mlp(hidden).sum().backward()
+    own = hidden.grad.clone()
+    hidden.grad = None
+    set_prices(model, seed=7)  # other prices, same gradient
+    model.model.layers[1].mlp(hidden).sum().backward()
+    assert torch.equal(hidden.grad, own)
+    assert tokens_of(phb.get_balancer(model)) == tiny_batch(model)["attention_mask"].sum()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_metrics_are_plain_finite_numbers(method):
+    model = build("qwen3_moe")
+    phb.patch(model, {"method": method, **EXTRA_COEF})
+    for seed in range(2):
+        step_gradient(model, micro_batches(model, seed=10 * seed))
+        metrics = phb.get_balancer(model).metrics()
+        assert json.loads(json.dumps(metrics)) == metrics
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert metrics["max_vio"] > 0 and metrics["tokens"] > 0

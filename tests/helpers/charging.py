@@ -1,0 +1,66 @@
+"""One forward and backward of a patched model: what the prices add to its gradient, and what they should."""
+
+import torch
+from tiny import set_prices, tiny_model
+
+import hf_phibalance as phb
+from hf_phibalance.maths import routing_probs
+
+
+COEF = 2.0  # large, so that float32 resolves what is added to the task gradient
+
+
+def priced(model_type="mixtral", config=None, **overrides):
+    model = phb.patch(tiny_model(model_type, **overrides).train(), {"coef": COEF, **(config or {})})
+    set_prices(model)
+    return model
+
+
+def collect(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def gradients(model, batch):
+    """Gradient of each trainable parameter of one forward and backward, by the name in `model`."""
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return collect(model)
+
+
+def by_definition(model, batch):
+    """Gradient of COEF · Σ_layers mean over counted tokens of ⟨q, p⟩, by autograd, from what the routers returned."""
+    balancer = phb.get_balancer(model)
+    logits, handles = {}, []
+    for site in balancer.sites:
+        for module in site.modules:
+
+            def note(module, args, output, name=site.name):
+                logits[name] = output[0]
+
+            handles.append(module.register_forward_hook(note))
+    model.zero_grad()
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    balancer.discard_step()
+    mask = batch["attention_mask"].reshape(-1).float()
+    term = sum(
+        ((routing_probs(logits[site.name], site.scoring) * balancer.prices()[site.name]).sum(-1) * mask).sum()
+        for site in balancer.sites
+    )
+    (COEF * term / mask.sum()).backward()
+    return collect(model)
+
+
+def assert_charged_as_defined(model, batch):
+    """The gradient with prices minus the one without == the definition's."""
+    charged = gradients(model, batch)
+    phb.patch(model, {"coef": 0.0})
+    task = gradients(model, batch)
+    phb.get_balancer(model).discard_step()
+    expected = by_definition(model, batch)
+    phb.patch(model, {"coef": COEF})
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    for name, gradient in charged.items():
+        added = gradient - task.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(added, expected.get(name, torch.zeros_like(gradient)), rtol=1e-3, atol=2e-5)

@@ -1,0 +1,34 @@
+"""What several tests check: equal tensors, and whether a model is patched."""
+
+import torch
+
+import hf_phibalance as phb
+
+
+def assert_same(left, right):
+    """Bitwise equality of two (nested) dicts of tensors."""
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if isinstance(value, dict):
+            assert_same(value, right[key])
+        else:
+            assert torch.equal(value, right[key]), key
+
+
+def is_patched(model):
+    try:
+        phb.get_balancer(model)
+    except ValueError:
+        return False
+    return True
+
+
+def ours(model):
+    """Our hooks on any module of `model`."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return [hook for hook in hooks if type(hook).__module__.startswith("hf_phibalance")]
+
+
+def assert_same_duals(left, right):
+    left, right = phb.get_balancer(left).state_dict(), phb.get_balancer(right).state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -1,0 +1,196 @@
+"""`lora_config` over all families: PEFT accepts it, and exactly what it promises learns."""
+
+import re
+
+import pytest
+import torch
+from adapters import POLICIES, WRAPPER, assert_all_learn, balanced
+from charging import COEF
+from checks import assert_same_duals
+from peft import PeftModel, prepare_model_for_kbit_training
+from remote import remote_model
+from tiny import MODEL_TYPES, tiny_model
+from trained import logits_of
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import hf_phibalance as phb
+from hf_phibalance.routers import find_routers
+
+
+BALANCED = [model_type for model_type in MODEL_TYPES if model_type != "doge"]
+# what no adapter can reach, with the module that reads the weights of another
+OUT_OF_REACH = {("dbrx", "experts"): "DbrxExperts", ("longcat_flash", "router"): "LongcatFlashTopkRouter"}
+
+
+def learning(model):
+    """Names of the weights, as in the plain model, that learn; those of an adapter as `lora ...`."""
+    names = {WRAPPER.sub("", name) for name, p in model.named_parameters() if p.requires_grad}
+    return {f"lora {name.partition('.lora_')[0]}" if ".lora_" in name else name for name in names}
+
+
+def adapts(learning, parameter):
+    """Whether the matrix `parameter` has an adapter: the wrappers of the parameters of one module are nested."""
+    return f"lora {parameter.rpartition('.')[0]}" in learning
+
+
+def matrices(model, pattern):
+    """Names of the matrices (one, or one per expert) of `model` that match `pattern`."""
+    return [n for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith("bias") and re.search(pattern, n)]
+
+
+def router_matrices(model):
+    return [name for site in find_routers(model) for name in matrices(model, rf"^{re.escape(site.name)}\.")]
+
+
+@pytest.mark.parametrize("model_type", BALANCED)
+def test_lora_on_everything(model_type):
+    plain = tiny_model(model_type)
+    routers, experts = router_matrices(plain), matrices(plain, r"experts\.(gate_up|gate|up|down)_proj$")
+    attention = matrices(
+        plain, r"attn\.(\d\.)?([qkvo]_proj(\.linear)?|q_[ab]_proj|Wqkv)\.weight$|self_attention\.kv_proj\.weight$"
+    )
+    shared = matrices(plain, r"(shared_experts?|shared_mlp)\.(gate_proj|up_proj|down_proj)\.weight$")
+    outside = {"targets": None}
+    if (model_type, "experts") in OUT_OF_REACH:
+        outside, experts = {"targets": "attention"}, []
+    policy = "lora"
+    if (model_type, "router") in OUT_OF_REACH:
+        policy, routers = "frozen", []
+    model = balanced(plain, router=policy, **outside)
+    names = learning(model)
+    assert attention or model_type == "nemotron_h"
+    for name in [*routers, *experts, *attention, *shared]:
+        assert adapts(names, name), name
+    assert not [
+        name
+        for name in names
+        if re.search(r"layernorm|\bnorm\.|embed|lm_head|vision|\bindexer|shared_expert_gate", name)
+    ]
+    assert all(name.startswith("lora ") for name in names)
+    assert_all_learn(model)
+
+
+@pytest.mark.parametrize("model_type", BALANCED)
+def test_full_routers_beside_the_experts_or_attention(model_type):
+    """One of the two, in turn, so that every family has one and every kind has many."""
+    targets = "attention" if (model_type, "experts") in OUT_OF_REACH or len(model_type) % 2 else "experts"
+    plain = tiny_model(model_type)
+    routers = {name for site in find_routers(plain) for name in matrices(plain, rf"^{re.escape(site.name)}\.")}
+    attention = matrices(plain, r"self_attn\.([qkvo]_proj|q_[ab]_proj)\.weight$")
+    experts = matrices(plain, r"experts\.(gate_up|gate|up|down)_proj$")
+    model = balanced(plain, router="full", targets=targets)
+    names = learning(model)
+    assert routers <= names
+    for name in attention:
+        assert adapts(names, name) == (targets == "attention"), name
+    for name in experts:
+        assert adapts(names, name) == (targets == "experts"), name
+    assert_all_learn(model)
+
+
+@pytest.mark.parametrize("policy", ["lora", "full", "router-only"])
+def test_gate_of_remote_code(policy):
+    """`MoEGate` with a list of linear experts in the layer itself, and no attention."""
+    model = remote_model("moonlight")
+    with pytest.raises(ValueError, match="RemoteForCausalLM has no attention that an adapter could train"):
+        phb.lora_config(model, router="lora")
+    targets = None if policy == "router-only" else "experts"
+    model = balanced(model, router=policy, targets=targets, task_type=None)  # it cannot generate
+    names = learning(model)
+    experts = {f"lora model.layers.{i}.experts.{j}" for i in range(2) for j in range(8)}
+    routers = {f"{'' if policy == 'full' else 'lora '}model.layers.{i}.gate" for i in range(2)}
+    routers = {f"{name}.weight" for name in routers} if policy == "full" else routers
+    assert names == routers | (set() if policy == "router-only" else experts)
+    assert_all_learn(model)
+
+
+# ---------------------------------------------------------------------- options
+
+
+def test_defaults_are_those_of_the_paper():
+    config = phb.lora_config(tiny_model("mixtral"))
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == (8, 32, 0.0, "CAUSAL_LM")
+    assert config.target_modules == {f"self_attn.{x}_proj" for x in "qkvo"} and config.modules_to_save is None
+    assert sorted(config.target_parameters) == ["experts.down_proj", "experts.gate_up_proj"]
+    config = phb.lora_config(tiny_model("mixtral"), "full", "attention", r=4, lora_alpha=8, lora_dropout=0.1)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.1)
+    assert config.modules_to_save == ["mlp.gate"] and config.target_parameters is None
+    config = phb.lora_config(tiny_model("mixtral"), "full", "attention", modules_to_save=["embed_tokens"])
+    assert config.modules_to_save == ["mlp.gate", "embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"router": "lora", "lora_dropout": 0.1}, r"lora_dropout=0.1 is not possible for parameters.*'attention'"),
+        ({"use_dora": True}, r"use_dora=True is not possible for parameters"),
+        ({"router": "router-only", "targets": "all"}, r"targets='all' would do nothing"),
+        ({"router": "Lora"}, r"`router` must be one of frozen, lora, full, router-only, got 'Lora'"),
+        ({"targets": "mlp"}, r"`targets` must be one of all, experts, attention, got 'mlp'"),
+        ({"target_modules": ["q_proj"]}, r"target_modules: lora_config finds the names itself"),
+    ],
+)
+def test_what_would_do_nothing_or_fail_later_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        phb.lora_config(tiny_model("mixtral"), **options)
+
+
+@pytest.mark.parametrize(
+    "model_type, options, message",
+    [
+        ("dbrx", {"targets": "experts"}, r"experts of DbrxForCausalLM cannot be adapted: DbrxExperts reads"),
+        ("longcat_flash", {"router": "lora"}, r"router of LongcatFlash.*LongcatFlashTopkRouter reads.*router='full'"),
+        ("doge", {}, r"DogeForCausalLM cannot be φ-balanced"),
+    ],
+)
+def test_out_of_reach_is_refused_by_name(model_type, options, message):
+    with pytest.raises(ValueError, match=message):
+        phb.lora_config(tiny_model(model_type), **options)
+
+
+def test_a_model_with_an_adapter_is_refused():
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM already carries an adapter \(at 'model.layers.0"):
+        phb.lora_config(balanced(tiny_model("mixtral"), targets="experts"))
+
+
+# ---------------------------------------------------------------------- quantised base models
+
+
+def quantised(model_type, folder, sizes=None, **config):
+    """A tiny model, saved to `folder`, with its linear layers in 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    tiny_model(model_type, **(sizes or {})).save_pretrained(folder)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **config)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+@pytest.mark.parametrize("policy", ["lora", "full", "frozen", "router-only"])
+def test_qlora(policy, tmp_path):
+    """bitsandbytes packs linear layers only: experts and router of a Mixtral are parameters, and stay as they are."""
+    # on processors with bfloat16 instructions, bitsandbytes runs a packed matrix only if its rows are blocks of 64
+    sizes = {"hidden_size": 64, "num_attention_heads": 8}
+    model = quantised("mixtral", tmp_path / "base", sizes)
+    packed = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    assert packed == {f"model.layers.{i}.self_attn.{x}_proj.weight" for i in range(3) for x in "qkvo"}
+    model = balanced(prepare_model_for_kbit_training(model), **POLICIES[policy])
+    assert not any(p.dtype == torch.uint8 for p in model.parameters() if p.requires_grad)
+    for _ in range(2):
+        assert_all_learn(model)
+        model.zero_grad()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(quantised("mixtral", tmp_path / "base", sizes), tmp_path / "adapter")
+    phb.patch(loaded, {"coef": COEF})
+    phb.get_balancer(loaded).load(tmp_path / "adapter")
+    assert_same_duals(loaded, model)
+    torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=1e-3, atol=1e-3)
+
+
+def test_packed_matrices_are_refused_with_a_remedy_that_works(tmp_path):
+    """The shared experts of DeepSeek are adapted as parameters, the router of afmoe is a linear layer."""
+    for model_type, options in (("deepseek_v3", {"targets": "experts"}), ("afmoe", {"router": "full"})):
+        model = quantised(model_type, tmp_path / model_type)
+        with pytest.raises(ValueError, match=r"is quantised \(torch.uint8\).*llm_int8_skip_modules") as error:
+            phb.lora_config(model, **options)
+        skipped = re.findall(r"'(\w+)'", str(error.value).partition("llm_int8_skip_modules=")[2].partition("]")[0])
+        model = quantised(model_type, tmp_path / model_type, llm_int8_skip_modules=skipped)
+        assert_all_learn(balanced(prepare_model_for_kbit_training(model), **options))
