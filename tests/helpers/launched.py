@@ -31,8 +31,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "recipes"))
     import sft
 
-    from hf_phibalance.publishing import report
+    from hf_phibalance.publishing import pictures
 
-    report.plot_loads = report.plot_curves = lambda *args, **kwargs: None  # they take longer than the training
+    pictures.plot_loads = pictures.plot_curves = lambda *args, **kwargs: None  # they take longer than the training
     for options in sys.argv[1:]:
         sft.main(*sft.parse(json.loads(options)))
