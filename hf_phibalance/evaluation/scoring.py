@@ -20,6 +20,9 @@ GSM8K_STOPS: tuple[str, ...] = ("Question:", "</s>", "<|im_end|>")
 HUMANEVAL_STOPS: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """A HumanEval completion ends at the first of these (or at the end-of-sequence token, or after 1024 tokens)."""
 
+HARNESS_FEWSHOT_SEED = 1234
+"""The seed with which lm-evaluation-harness draws the shots of each problem."""
+
 INVALID = "[invalid]"
 """What an answer without a number is read as."""
 

@@ -4,40 +4,26 @@ import importlib.machinery
 import importlib.util
 import json
 import os
-import random
 import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from evaluated import FIELDS, Scripted, biased_mixtral
 from paths import ROOT
-from transformers import GenerationConfig
 
 import hf_phibalance as phb
-from hf_phibalance.maths import metrics
-from hf_phibalance.models import build_model, train_tokenizer
+from hf_phibalance.evaluation import load_problems, make_prompts
+from hf_phibalance.maths import max_vio
+from hf_phibalance.models import build_model
 from hf_phibalance.tasks import load_rows, make_splits
 
 
 SCRIPT = ROOT / "recipes" / "evaluate.py"
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-FIELDS = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.5,
-    "experts_implementation": "eager",
-}
 PROGRAMS = {
     "double": ("    return 2 * x\n", "    assert candidate(3) == 6\n"),
     "is_even": (
@@ -60,14 +46,7 @@ def recipe():
 def folder(tmp_path_factory):
     """A tiny random Mixtral with a selection bias in its sidecar, and made-up problems of both tasks."""
     folder = tmp_path_factory.mktemp("evaluate")
-    rows = make_splits(300, 0, 20)
-    tokenizer = train_tokenizer(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows["train"])
-    torch.manual_seed(0)
-    model = phb.patch(build_model("mixtral", FIELDS, tokenizer), {"coef": 0.0, "bias_coef": 0.01})
-    state = phb.get_balancer(model).state_dict()
-    for name in phb.get_balancer(model).layer_names:
-        state[f"{name}.bias"] = torch.tensor([0.5, 0.0, 0.0, -0.5])
-    phb.get_balancer(model).load_state_dict(state)
+    model, tokenizer = biased_mixtral()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     problems = [
@@ -100,33 +79,6 @@ def without_times(path):
     """A result without what tells one run from another: its duration, its day, and the command with its file name."""
     run = ("seconds", "date", "command")
     return {key: value for key, value in json.loads(Path(path).read_text()).items() if key not in run}
-
-
-class Scripted:
-    """Stands for a model that continues a prompt with `answers[prompt]`, token by token, until it is stopped."""
-
-    device, dtype, base_model = "cpu", torch.float32, None
-
-    def __init__(self, tokenizer, answers):
-        self.tokenizer, self.answers, self.steps = tokenizer, answers, 0
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=4096))
-        self.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id], pad_token_id=0)
-
-    def num_parameters(self):
-        return 0
-
-    def generate(self, input_ids, attention_mask, generation_config, stopping_criteria):
-        prompts = [self.tokenizer.decode(row[mask == 1]) for row, mask in zip(input_ids, attention_mask)]
-        planned = [self.tokenizer(self.answers[prompt])["input_ids"] for prompt in prompts]
-        done = torch.zeros(len(planned), dtype=torch.bool)
-        for step in range(generation_config.max_new_tokens):
-            new = [0 if done[row] else (ids[step] if step < len(ids) else 1) for row, ids in enumerate(planned)]
-            input_ids = torch.cat([input_ids, torch.tensor(new)[:, None]], dim=1)
-            self.steps += int((~done).sum())
-            done |= stopping_criteria(input_ids, None) | (torch.tensor(new) == 1)
-            if done.all():
-                break
-        return input_ids
 
 
 # ---------------------------------------------------------------------- scores
@@ -169,67 +121,6 @@ def test_right_programs_pass(recipe, folder, tmp_path, monkeypatch):
     ]
 
 
-def test_generation_stops_at_text_of_the_completion_only(recipe, folder):
-    args = recipe.Arguments(**options(folder, "humaneval", max_new_tokens=100))
-    tokenizer = recipe.load_tokenizer(args)
-    prompts = ["x = 1\n", "a much longer prompt than the other one\n"]
-    texts = ["if x:\n    y = 2\nif y:\n    and more of it", "print(1)"]  # "\nif" across the border is no stop
-    model = Scripted(tokenizer, dict(zip(prompts, texts)))
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    outcomes = list(recipe.generate(args, model, tokenizer, ids, 0, ("\nif", "\nprint")))
-    assert [(text, ended) for text, _, ended in outcomes] == [("if x:\n    y = 2", "stop"), ("print(1)", "eos")]
-    spent = len(tokenizer("if x:\n    y = 2\nif")["input_ids"]) + len(tokenizer("print(1)")["input_ids"]) + 1
-    assert model.steps <= spent + 1  # nothing is generated behind a stop
-    args.max_new_tokens = 3
-    assert [ended for _, _, ended in recipe.generate(args, model, tokenizer, ids, 0, ("\nif",))] == ["length"] * 2
-
-
-def test_shots_are_those_of_the_harness(recipe, folder, tmp_path):
-    samplers = pytest.importorskip("lm_eval.api.samplers")
-    rows = make_splits(50, 0, 6, seed=3)
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
-    args = recipe.Arguments(**options(folder, dataset_path=str(tmp_path), num_fewshot=5))
-    problems, shots = recipe.load_problems(args)
-    assert problems == rows["test"] and shots == rows["train"]
-    prompts = recipe.make_prompts(args, problems, shots, None)
-    sampler = samplers.ContextSampler(shots, rnd=1234)
-    for problem, prompt in zip(problems, prompts):
-        drawn = sampler.sample(5)
-        examples = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in drawn]
-        assert prompt == "\n\n".join([*examples, f"Question: {problem['question']}\nAnswer:"])
-
-
-def test_completions_are_those_of_the_harness(recipe, folder):
-    harness = pytest.importorskip("lm_eval.models.huggingface")
-    from lm_eval.api.instance import Instance
-
-    args = recipe.Arguments(**options(folder, max_new_tokens=20))
-    tokenizer = recipe.load_tokenizer(args)
-    model = recipe.load_model(args, tokenizer)
-    texts = recipe.make_prompts(args, *recipe.load_problems(args), tokenizer)
-    stops = ["th", "o", "\n"]
-    wanted = {"until": stops, "max_gen_toks": 20, "do_sample": False}
-    requests = [Instance("generate_until", {}, (text, dict(wanted)), 0) for text in texts]
-    theirs = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).generate_until(requests, True)
-    ours = []
-    for text in texts:
-        ours += recipe.generate(args, model, tokenizer, [tokenizer(text)["input_ids"]], 0, stops)
-    assert [text for text, _, _ in ours] == theirs
-    assert "stop" in {ended for _, _, ended in ours} and len(set(theirs)) > 1
-
-
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="needs the GSM8K data")
-def test_real_problems_have_five_shots(recipe, folder):
-    args = recipe.Arguments(**options(folder, dataset_path=str(GSM8K), num_fewshot=None, limit=2))
-    problems, shots = recipe.load_problems(args)
-    assert len(shots) == 7473 and args.num_fewshot == 5
-    draw = random.Random(1234)
-    for problem, prompt in zip(problems, recipe.make_prompts(args, problems, shots, None)):
-        assert prompt.count("Question:") == 6 and prompt.endswith("\nAnswer:") and problem["question"] in prompt
-        assert all(row["answer"] in prompt for row in draw.sample(shots, 5))
-
-
 # ---------------------------------------------------------------------- models
 
 
@@ -243,9 +134,8 @@ def test_batch_size_changes_nothing(recipe, folder, tmp_path):
 
 def test_completions_are_those_of_the_model_with_its_bias(recipe, folder, tmp_path):
     found = run(recipe, folder, output_path=tmp_path / "out.json", limit=3, num_fewshot=1)
-    args = recipe.Arguments(**options(folder, limit=3, num_fewshot=1))
-    tokenizer = recipe.load_tokenizer(args)
-    texts = recipe.make_prompts(args, *recipe.load_problems(args), tokenizer)
+    tokenizer = recipe.load_tokenizer(recipe.Arguments(**options(folder)))
+    texts = make_prompts("gsm8k", *load_problems("gsm8k", "toy", num_fewshot=1, limit=3), num_fewshot=1)
     expected = {}
     for flag in (None, False):
         model = phb.AutoModelForCausalLM.from_pretrained(folder / "model", phi_balance=flag)
@@ -272,7 +162,7 @@ def test_completions_are_those_of_the_model_with_its_bias(recipe, folder, tmp_pa
         for layer in range(2):
             loads[layer] += torch.bincount(chosen[layer][2].flatten(), minlength=4)
     assert len(bias) == 2 and float(bias[0].abs().max()) == 0.5
-    assert found["balance"]["max_vio"] == pytest.approx(metrics.max_vio(loads).mean().item(), abs=1e-5)
+    assert found["balance"]["max_vio"] == pytest.approx(max_vio(loads).mean().item(), abs=1e-5)
 
 
 def test_adapter_with_its_bias(recipe, folder, tmp_path, monkeypatch):
@@ -297,7 +187,7 @@ def test_adapter_with_its_bias(recipe, folder, tmp_path, monkeypatch):
     found = run(recipe, folder, model_name_or_path=str(tmp_path / "adapter"), output_path=tmp_path / "out.json")
     args = recipe.Arguments(**options(folder, model_name_or_path=str(tmp_path / "adapter")))
     tokenizer = recipe.load_tokenizer(args)  # of the base model
-    texts = recipe.make_prompts(args, *recipe.load_problems(args), tokenizer)
+    texts = make_prompts("gsm8k", *load_problems("gsm8k", "toy", limit=10))
     expected = []
     for text in texts:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -321,10 +211,12 @@ def test_dense_models_have_no_expert_load(recipe, folder, tmp_path, capsys):
 KILLED = """
 import importlib.util, json, os, signal, sys
 
+from hf_phibalance.evaluation import CompletionStore
+
 spec = importlib.util.spec_from_file_location("recipe_evaluate", sys.argv[1])
 recipe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipe)
-add = recipe.Store.add
+add = CompletionStore.add
 
 def add_and_die(self, number, completions):
     add(self, number, completions)
@@ -333,7 +225,7 @@ def add_and_die(self, number, completions):
             file.write('{"batch": 2, "completions": [{"index"')
         os.kill(os.getpid(), signal.SIGKILL)
 
-recipe.Store.add = add_and_die
+CompletionStore.add = add_and_die
 recipe.main(recipe.Arguments(**json.loads(sys.argv[2])))
 """
 
@@ -411,6 +303,15 @@ def test_arguments_that_cannot_be_met(recipe, folder, task, wrong, message):
         recipe.Arguments(**options(folder, task, **wrong))
 
 
+def test_the_tasks_have_their_own_defaults(recipe, folder):
+    gsm8k, humaneval = (
+        recipe.Arguments(**options(folder, task, num_fewshot=None, max_new_tokens=None))
+        for task in ("gsm8k", "humaneval")
+    )
+    assert (gsm8k.num_fewshot, gsm8k.max_new_tokens) == (5, 256)
+    assert (humaneval.num_fewshot, humaneval.max_new_tokens) == (0, 1024)
+
+
 def test_code_is_not_run_without_permission(recipe, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     monkeypatch.setattr(recipe, "load_model", None)
@@ -443,12 +344,6 @@ def test_missing_data_is_named(recipe, folder, tmp_path):
         run(recipe, folder, dataset_path=str(one))
 
 
-def test_chat_template(recipe, folder):
-    args = recipe.Arguments(**options(folder, limit=1, apply_chat_template=True))
-    tokenizer = recipe.load_tokenizer(args)
-    problems, _ = recipe.load_problems(args)
-    with pytest.raises(ValueError, match="apply_chat_template=True, but the tokenizer"):
-        recipe.make_prompts(args, problems, [], tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    (text,) = recipe.make_prompts(args, problems, [], tokenizer)
-    assert text == f"<user>Question: {problems[0]['question']}\nAnswer:<assistant>"
+def test_chats_need_a_template(recipe, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"apply_chat_template=True, but the tokenizer of \S+model has none"):
+        run(recipe, folder, apply_chat_template=True, output_path=tmp_path / "out.json")
