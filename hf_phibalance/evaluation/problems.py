@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..tasks import TASKS, load_rows, make_splits
 from .scoring import HARNESS_FEWSHOT_SEED
@@ -29,7 +29,7 @@ def load_problems(
     *,
     num_fewshot: int = 0,
     limit: int | None = None,
-    bad_rows: str = "refuse",
+    bad_rows: Literal["refuse", "skip"] = "refuse",
     problem_seed: int = 0,
 ) -> tuple[list[Row], list[Row]]:
     """
