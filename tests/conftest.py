@@ -11,6 +11,10 @@ import pytest
 import transformers
 
 
+# Assertions in helpers say what was unequal, as those in tests do.
+pytest.register_assert_rewrite("adapters", "charging", "checks", "steps", "training")
+
+
 class Messages(logging.Handler):
     """Collects what transformers and this package log at warning level or above."""
 
