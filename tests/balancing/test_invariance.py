@@ -9,38 +9,24 @@ occurs, and the raw loop in fp32 completely.
 import contextlib
 import functools
 import gc
-import importlib.util
 import itertools
 import os
 import pickle
-import sys
 import tempfile
 
+import invariance
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
 from filelock import FileLock
-from paths import ROOT
+from invariance import Cell, in_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import make_trainer, patched, rows
 
 import hf_phibalance as phb
-
-
-def load_recipe():
-    path = ROOT / "recipes" / "benchmarks" / "invariance.py"
-    spec = importlib.util.spec_from_file_location("invariance", path)
-    module = sys.modules["invariance"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-invariance = load_recipe()
-Cell = invariance.Cell
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -333,11 +319,11 @@ def on_each_rank():
 def two_ranks(tmp_path_factory):
     """What `on_each_rank` found on ranks 0 and 1; measured once, also if the tests are run in parallel."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        return run_ranks(on_each_rank, 2)
+        return in_ranks(on_each_rank, 2)
     path = tmp_path_factory.getbasetemp().parent / "two_ranks.pickle"
     with FileLock(f"{path}.lock"):
         if not path.is_file():
-            path.write_bytes(pickle.dumps(run_ranks(on_each_rank, 2)))
+            path.write_bytes(pickle.dumps(in_ranks(on_each_rank, 2)))
     return pickle.loads(path.read_bytes())
 
 
