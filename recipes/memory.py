@@ -61,7 +61,7 @@ def measure(fields, router="lora", targets="all", r=8):
 
     import hf_phibalance as phb
     from hf_phibalance.models import register_deepseek_moe
-    from hf_phibalance.routers.discovery import find_routers
+    from hf_phibalance.routers import find_routers
 
     register_deepseek_moe()
     fields = dict(fields)

@@ -322,7 +322,7 @@ def load_model(args, balance, training_args, model_args, rows):
 def choose_parameters(model, args, model_args):
     """What learns: the configuration of the adapters, or `None` after freezing what `router_policy` says."""
     import hf_phibalance as phb
-    from hf_phibalance.routers.discovery import find_routers
+    from hf_phibalance.routers import find_routers
 
     if not model_args.use_peft:
         if args.router_policy == "frozen":

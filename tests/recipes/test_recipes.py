@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import hf_phibalance as phb
 from hf_phibalance.publishing import pictures
-from hf_phibalance.routers.discovery import find_routers
+from hf_phibalance.routers import find_routers
 from hf_phibalance.tasks import make_splits
 
 
