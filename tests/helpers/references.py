@@ -118,10 +118,10 @@ def sequence_loss(so_far):
     """
     total = 0.0
     for r in so_far[-1].values():
-        rows_, width = r.mask.shape
+        rows, width = r.mask.shape
         experts, k = r.logits.shape[-1], r.chosen.shape[-1]
         affinities, mask, probs = r.affinities.tolist(), r.mask.flatten().tolist(), r.probs.double()
-        for row in range(rows_):
+        for row in range(rows):
             kept = [t for t in range(row * width, (row + 1) * width) if mask[t]]
             counts = [0] * experts
             for t in kept:
