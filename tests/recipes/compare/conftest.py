@@ -1,4 +1,4 @@
-"""Shared by the tests of the comparison: its modules, made-up text, and a run of seconds."""
+"""Shared by the tests of the comparison: its modules, and made-up text."""
 
 import importlib
 
@@ -23,7 +23,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def house():
-    """The modules of the recipe by name, importable as the script imports them; its folder has an `evaluate`, so not for long."""
+    """The modules of the recipe by name. Its folder is on the path for a while only: a library has the name of a script."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "recipes")
         yield {name: importlib.import_module(f"compare.{name}") for name in MODULES}
