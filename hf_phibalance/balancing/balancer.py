@@ -25,7 +25,7 @@ from .duals import Duals
 from .learning import LINEAR, LearningReport, describe_router
 from .meter import Meter
 from .ranks import Ranks
-from .state import read_state, save_state
+from .state import check_model, describe_model, read_state, save_state
 from .step import Steps
 from .tally import Tally
 
@@ -175,16 +175,21 @@ class PhiBalancer:
         """
         self._steps.begin(micro_batches, loss_scale)
 
-    def step(self) -> None:
+    def step(self, skipped: bool | None = None) -> None:
         """
         Closes an optimizer step: reduces its statistics over the ranks, moves means, prices and biases. Every
         data-parallel rank must call it, once, after `optimizer.step()`.
+
+        Args:
+            skipped (`bool`, *optional*):
+                With a `GradScaler`, whether this rank's optimizer step was skipped. If that of any rank was, nothing moves on
+                any; costs one more scalar all-reduce. Leave it out where no step can be skipped.
 
         Raises:
             RuntimeError: if no training forward has run since the last step.
             ValueError: at the first step, if a router was never called or the price gradient reaches nothing.
         """
-        self._steps.close()
+        self._steps.close(skipped)
 
     def discard_step(self) -> None:
         """Forgets what has been counted since the last step: of a skipped optimizer step, or of an interrupted run."""
@@ -202,6 +207,15 @@ class PhiBalancer:
     def labels_of(self, labels: Tensor | None) -> AbstractContextManager[None]:
         """While open, forwards of the backbone, which never sees labels, belong to these `labels (B, S)`."""
         return self.meter.labels_of(labels)
+
+    def replaying(self) -> AbstractContextManager[None]:
+        """
+        While open, the routers are told from outside what to choose, as reinforcement learning does that replays the experts
+        of its rollout: the router's forward returns indices that are not its own top-k. What is returned counts as load, the
+        price acts on the probabilities as ever, and the selection bias, which has no part in such a choice, neither acts
+        nor moves in that optimizer step.
+        """
+        return self.meter.replaying()
 
     # ------------------------------------------------------------------ evaluation
 
@@ -244,7 +258,8 @@ class PhiBalancer:
         Restores what [`~PhiBalancer.state_dict`] returned; nothing is changed if it does not fit.
 
         Raises:
-            ValueError: if a tensor is missing, of another shape, not finite, or belongs to no router of this model.
+            ValueError: if a tensor is missing, of another type or shape, not finite, no distribution where it has to be one,
+                or belongs to no router of this model.
         """
         find_copies(self.root, self.sites)
         self._duals.load_state_dict(state)
@@ -255,7 +270,7 @@ class PhiBalancer:
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes `phi_balance.safetensors` into `directory` (made if missing) and returns its path."""
-        return save_state(self.state_dict(), self.config, directory)
+        return save_state(self.state_dict(), self.config, describe_model(self.root, self.sites), directory)
 
     def load(self, directory: str | os.PathLike) -> None:
         """
@@ -266,4 +281,7 @@ class PhiBalancer:
             ValueError: if it is damaged or belongs to another model; the state is then as before.
         """
         find_copies(self.root, self.sites)
-        self._duals.load_state_dict(read_state(directory))
+        found = read_state(directory)
+        if found.model is not None:
+            check_model(found.model, describe_model(self.root, self.sites))
+        self._duals.load_state_dict(found.tensors)

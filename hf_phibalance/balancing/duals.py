@@ -19,6 +19,9 @@ from .state import check_state
 from .tally import Tally
 
 
+LOGIT_WIDTH = 16.0  # span that is taken for that of scores which are no probabilities
+
+
 class Layout:
     """Where each router's experts are in a flat buffer."""
 
@@ -61,6 +64,7 @@ class Duals:
         self.price = torch.zeros(self.layout.total)
         self.toll = torch.zeros(self.layout.total)  # coef · price, what a token is charged
         self.bias = torch.zeros(self.layout.total)
+        self._reach: Tensor | None = None  # how far a bias may be from its router's mean
         self.read_native_biases()
         self.has_bias = config.bias_coef > 0
         self._potential = config.build_potential()
@@ -73,11 +77,12 @@ class Duals:
     def to(self, device: torch.device) -> None:
         self._means = self._means.to(device)
         self.price, self.toll, self.bias = self.price.to(device), self.toll.to(device), self.bias.to(device)
+        self._reach = None
 
     # ------------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def update(self, tally: Tally, finite: Tensor) -> None:
+    def update(self, tally: Tally, finite: Tensor, bias_acted: bool = True) -> None:
         """
         m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b by the rule of the method, for φ b <- b - bias_coef · q
         (arXiv 2605.15403, Algorithm 1).
@@ -85,12 +90,15 @@ class Duals:
         Args:
             tally (`Tally`): sums over the step's tokens, of which s is the share.
             finite (`torch.Tensor` of shape `()`): whether they can be used; else nothing moves.
+            bias_acted (`bool`, *optional*, defaults to `True`):
+                Whether the bias had a part in the choices of the step; else it stays.
         """
         self._fold(tally.by_statistic(self.config.statistics), finite)
         self._set_price()
-        if self.config.bias_coef > 0:
+        if self.config.bias_coef > 0 and bias_acted:
             self.read_native_biases()
-            self.bias += torch.where(finite, self._bias_step(tally), 0.0)
+            moved = self.bias + torch.where(finite, self._bias_step(tally), 0.0)
+            self.bias.copy_(moved - self._excess(moved))
             self._write_native_biases()
         self.steps += 1
 
@@ -127,6 +135,28 @@ class Duals:
                 target_LE = quantile_bias(tally.margins[span].view(*shape, -1), top_k_L1, bias_LE, width_L1)
                 step[span] = rate * (target_LE - bias_LE).view(-1)
         return step
+
+    def _excess(self, bias: Tensor) -> Tensor:
+        """
+        What the biases, flat, have beyond their reach, shared out so that the mean of a router stays. A choice that does
+        not answer (an expert that is masked, a router that is frozen on few tokens) would else be integrated for ever.
+        """
+        reach, excess = self._get_reach(), torch.empty_like(bias)
+        for span, shape in self.layout.runs():
+            off_LE, reach_LE = _off_mean(bias[span].view(shape)), reach[span].view(shape)
+            excess[span] = _off_mean(off_LE - off_LE.clamp(-reach_LE, reach_LE)).view(-1)
+        return excess
+
+    def _get_reach(self) -> Tensor:
+        """
+        How far each bias may be from the mean of its router's, flat: the span of the scores that it is added to, with which
+        it outweighs any of them, or what a checkpoint has brought.
+        """
+        if self._reach is None:
+            width = self._by_expert([site.score_width or LOGIT_WIDTH for site in self.sites])
+            off = torch.cat([_off_mean(self.bias[span].view(shape)).view(-1) for span, shape in self.layout.runs()])
+            self._reach = torch.maximum(width, off.abs())
+        return self._reach
 
     def _by_expert(self, values: Sequence[float]) -> Tensor:
         """One value per router, repeated for its experts, flat."""
@@ -171,7 +201,13 @@ class Duals:
                     for bias, span in zip(found, self.layout.spans)
                 ]
             )
-            self.bias.copy_(torch.where(self.bias.to(native.dtype) == native, self.bias, native))
+            ours = self.bias.to(native.dtype) == native
+            self.bias.copy_(torch.where(ours, self.bias, native))
+            if self._reach is not None:
+                off = torch.cat(
+                    [_off_mean(self.bias[span].view(shape)).view(-1) for span, shape in self.layout.runs()]
+                )
+                self._reach = torch.where(ours, self._reach, torch.maximum(self._reach, off.abs()))
 
     def _write_native_biases(self) -> None:
         for site, span in zip(self.sites, self.layout.spans):
@@ -200,6 +236,7 @@ class Duals:
         if biased:
             self.has_bias = True
             self._write_native_biases()
+        self._reach = None
         self.steps = int(state.get("steps", 0))
         self._set_price()
 
@@ -212,5 +249,10 @@ class Duals:
             other.read_native_biases()
             self.bias.copy_(other.bias)
             self.has_bias = True
+        self._reach = None
         self.steps = other.steps if self.means.keys() <= other.means.keys() else 0
         self._set_price()
+
+
+def _off_mean(values_LE: Tensor) -> Tensor:
+    return values_LE - values_LE.mean(dim=-1, keepdim=True)

@@ -5,6 +5,7 @@ Shapes: E experts, T tokens of a micro-batch, k experts per token.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from ..config import PhiBalanceConfig
 from ..maths import SCORINGS, margin_histogram, routing_probs
 from ..routers import RouterSite, Softmax
 from .charging import Charging
-from .duals import Duals
+from .duals import LOGIT_WIDTH, Duals
 from .learning import gradient_norms
 from .step import Steps
 from .tally import Tally, count_choice
@@ -24,7 +25,12 @@ from .tokens import Tokens, count_mask
 
 
 CACHES = ("cache", "past_key_values")  # the argument in which a model takes its cache
-LOGIT_WIDTH = 16.0  # span that is resolved of scores that are no probabilities, by quantile balancing
+
+
+class _Here(threading.local):
+    """What holds in one thread only."""
+
+    is_idle = False  # whether its forward neither counts nor pays
 
 
 class Meter:
@@ -48,12 +54,15 @@ class Meter:
         self.softmax: Softmax | None = None  # noted in the router that is about to be observed
         self.norms: dict[int, Tensor] | None = None  # of the balancing gradient, once there are prices
         self.eval_tally: Tally | None = None  # of the evaluation that is open
+        self._here = _Here()
+        self._thread: int | None = None  # that runs the forward under way, if it is not compiled
         self._forwarding = False
         self._tokens: Tokens | None = None  # of the forward under way
         self._latest: Tokens | None = None  # of the latest training forward, which its backward may run again
         self._labels: Tensor | None = None
         self._before_forward: Tensor | None = None  # the tally when the forward under way began, where needed
         self._measuring = False
+        self._replaying = False
 
     # ------------------------------------------------------------------ a forward of the backbone
 
@@ -65,7 +74,16 @@ class Meter:
     @property
     def _current(self) -> Tokens | None:
         # what is only written between forwards, and never read, costs torch.compile no guard and no recompilation
-        return self._tokens if self._forwarding else self._latest
+        if torch.compiler.is_compiling():
+            return self._tokens if self._forwarding else self._latest
+        if self._here.is_idle:
+            return None
+        return self._tokens if self._forwarding and not self._is_elsewhere else self._latest
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether the forward under way is that of another thread, for instance of one that serves while this one trains."""
+        return self._forwarding and self._thread not in (None, threading.get_ident())
 
     @contextmanager
     def labels_of(self, labels: Tensor | None) -> Iterator[None]:
@@ -76,12 +94,29 @@ class Meter:
         finally:
             self._labels = None
 
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """While open, the choices of the routers are given from outside: see [`PhiBalancer.replaying`]."""
+        outer, self._replaying = self._replaying, True
+        try:
+            yield
+        finally:
+            self._replaying = outer
+
     def open_forward(self, inputs: Mapping[str, Any], training: bool) -> None:
         """A forward of the backbone starts: decides who counts and who pays. `inputs` by argument name."""
-        self._forwarding, self._tokens = True, None
+        compiling = torch.compiler.is_compiling()
         training = training and torch.is_grad_enabled()
         cached = any(inputs.get(name) is not None for name in CACHES)
         evaluating = self.eval_tally is not None and not training and not cached
+        if compiling:
+            self._thread = None
+        else:
+            self._here.is_idle = not (training or evaluating)
+            if self._here.is_idle and self._is_elsewhere:
+                return
+            self._thread = threading.get_ident()
+        self._forwarding, self._tokens = True, None
         if not (training or evaluating):
             return
         if self.config.token_mask == "labels":
@@ -106,6 +141,7 @@ class Meter:
         if not self.steps.now.announced:
             self.steps.begin_implicitly()
         self.steps.now.trained = True
+        self.steps.now.replayed |= self._replaying
         self.steps.tally.tokens.add_(mask.sum())
         self._tokens = Tokens(mask, self.steps.rate(mask), batch_size)
         if self.config.rules.pooled:
@@ -122,6 +158,9 @@ class Meter:
     def close_forward(self) -> None:
         """The forward of the backbone has ended, also by an exception."""
         if not torch.compiler.is_compiling():
+            was_idle, self._here.is_idle = self._here.is_idle, False
+            if was_idle and self._is_elsewhere:
+                return
             self._measuring = False
         if self._tokens is not None and self._tokens.trains:
             if self._tokens.toll is not None and self._before_forward is not None:
@@ -154,6 +193,8 @@ class Meter:
                 f"patch expect {(tokens.mask.numel(), site.num_experts)}; this model routes something else than its "
                 "(batch x sequence) tokens. Patching after changing the number of experts may help."
             )
+        if softmax is not None and site.score_width is None:
+            site.score_width = 1.0  # its softmax comes before its top-k
         pays = self.config.charges and tokens.trains
         probs = None
         with torch.no_grad():
@@ -195,7 +236,7 @@ class Meter:
 
     def selection_bias(self, index: int) -> Tensor | None:
         """Bias `(E,)` that the selection of router `index` has to add, `None` if it has none or adds it itself."""
-        if not self.duals.has_bias or self.sites[index].native_bias:
+        if not self.duals.has_bias or self.sites[index].native_bias or self._replaying:
             return None
         return self.duals.bias[self._spans[index]]
 
@@ -255,4 +296,9 @@ class Meter:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the forward under way."""
         fleeting = {"_forwarding": False, "_tokens": None, "_latest": None, "_labels": None, "softmax": None}
-        return {**vars(self), **fleeting}
+        fleeting["_replaying"] = False
+        return {**{name: value for name, value in vars(self).items() if name != "_here"}, **fleeting}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._here = _Here()

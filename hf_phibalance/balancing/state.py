@@ -1,50 +1,120 @@
-"""The file that keeps means and biases beside a model's weights, and whether a state fits a model."""
+"""The file that keeps means and biases beside a model's weights, and whether a state fits a model.
+
+A safetensors file. Its header holds the version that wrote it, the configuration, what model it belongs to, and a checksum
+over all of that and the tensors: what is read is what was written, or it is refused.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import STATISTICS, PhiBalanceConfig, package_version
 from ..routers import RouterSite
 
 
 STATE_NAME = "phi_balance.safetensors"
+LAYOUT = "2"  # of the header; raise it when a reader of the present one would misunderstand the file
+HEADER = {"format", "version", "config", "layout", "model", "checksum"}
+FIRST_HEADER = {"format", "version", "config"}  # of version 0.1.0, which had neither checksum nor model
+FIRST_VERSIONS = ("0.1.0", "0+unknown")
+SUM_TOLERANCE = 1e-3  # by which the sum of a mean may miss 1
 
 
-def save_state(state: dict[str, Tensor], config: PhiBalanceConfig, directory: str | os.PathLike) -> Path:
+@dataclass(frozen=True)
+class StateFile:
+    """What [`read_state`] found: the tensors, and what the file says of the model that they belong to."""
+
+    tensors: dict[str, Tensor]
+    model: dict[str, Any] | None
+
+
+def describe_model(root: nn.Module, sites: Sequence[RouterSite]) -> dict[str, Any]:
+    """What a state file says of its model: its type, and of each router the experts, how many are chosen, the scoring."""
+    model_type = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
+    return {"type": model_type, "routers": {s.name: [s.num_experts, s.top_k, s.scoring] for s in sites}}
+
+
+# ---------------------------------------------------------------------- the file
+
+
+def save_state(
+    state: dict[str, Tensor], config: PhiBalanceConfig, model: dict[str, Any], directory: str | os.PathLike
+) -> Path:
     """
-    Writes `phi_balance.safetensors` into `directory` (made if missing) and returns its path.
+    Writes `phi_balance.safetensors` into `directory` (made if missing) and returns its path. Whatever happens meanwhile,
+    a kill, a full disk or a loss of power, under that name is the whole file or the one that was there before.
 
     Args:
         state (`dict[str, Tensor]`): as [`PhiBalancer.state_dict`] returns it.
         config (`PhiBalanceConfig`): the configuration that led to it.
+        model (`dict`): as [`describe_model`] returns it.
+
+    Raises:
+        OSError: if it cannot be written.
     """
     path = Path(directory) / STATE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt", "version": package_version(), "config": json.dumps(config.to_dict())}
-    partial = path.with_suffix(".partial")  # a kill while writing must not leave half a file under the real name
-    save_file(state, partial, metadata=header)
-    os.replace(partial, path)
+    header = {
+        "format": "pt",
+        "version": package_version(),
+        "layout": LAYOUT,
+        "config": json.dumps(config.to_dict(), sort_keys=True),
+        "model": json.dumps(model),
+    }
+    header["checksum"] = checksum(state, header)
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(state, partial, metadata=header)
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error}); what was there before is untouched.") from error
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     return path
 
 
-def read_state(directory: str | os.PathLike) -> dict[str, Tensor]:
+def _flush(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(state: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors, and over the header without its checksum."""
+    digest = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "checksum"}, sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def read_state(directory: str | os.PathLike) -> StateFile:
     """
     What [`save_state`] wrote, from the file or from its directory.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged.
+        ValueError: if it is damaged, was not written by this package, or by a version that this one does not understand.
     """
     path = Path(directory)
     path = path / STATE_NAME if path.is_dir() else path
@@ -52,12 +122,45 @@ def read_state(directory: str | os.PathLike) -> dict[str, Tensor]:
         raise FileNotFoundError(f"there is no φ-balance state at {path}; was the model saved while patched?")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise _damaged(path, str(error)) from error
+    _check_header(path, header)
+    if "checksum" in header and header["checksum"] != checksum(tensors, header):
+        raise _damaged(path, "its checksum does not fit its content")
+    try:
+        model = json.loads(header["model"]) if "model" in header else None
+    except json.JSONDecodeError as error:
+        raise _damaged(path, str(error)) from error
+    return StateFile(tensors, model)
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged ({reason}); copy it again from where it was written, or delete it to start with fresh duals."
+    )
+
+
+def _check_header(path: Path, header: Mapping[str, str]) -> None:
+    """Refuses a file of another program, or of a version of this one whose header means something else."""
+    if not header.keys() >= FIRST_HEADER:
         raise ValueError(
-            f"{path} is damaged ({error}); copy it again from where it was written, or delete it to start with "
-            "fresh duals."
-        ) from error
+            f"{path} was not written by hf_phibalance: its header has no {sorted(FIRST_HEADER - header.keys())}. Use a file "
+            "that PhiBalancer.save or save_pretrained wrote, or delete it to start with fresh duals."
+        )
+    if header.keys() == FIRST_HEADER and header["version"] in FIRST_VERSIONS:
+        return
+    if header.get("layout") != LAYOUT:
+        raise ValueError(
+            f"{path} was written by hf_phibalance {header['version']} with header layout {header.get('layout')!r}; this is "
+            f"version {package_version()}, which reads layout {LAYOUT!r} and the files of version 0.1.0. Use the version that "
+            "wrote it, or delete it to start with fresh duals."
+        )
+    if header.keys() != HEADER:
+        raise _damaged(
+            path, f"its header holds {sorted(header.keys() ^ HEADER)} where nothing or something else belongs"
+        )
 
 
 def config_in(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -65,20 +168,56 @@ def config_in(path: str | os.PathLike) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {}).get("config", "null"))
-    except SafetensorError:
+    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError):
         return None  # damaged: loading it says so
+
+
+# ---------------------------------------------------------------------- whether it fits
+
+
+def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """
+    Refuses the state of another model, even one whose routers have the same names and sizes.
+
+    Args:
+        saved (`Mapping`), present (`Mapping`): what [`describe_model`] said when it was written, and says now.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    remedy = "Load the state that was saved with this model, or start with fresh duals."
+    if saved["type"] != present["type"]:
+        raise ValueError(
+            f"the φ-balance state belongs to another model, of type {saved['type']!r}; this one is of type "
+            f"{present['type']!r}. {remedy}"
+        )
+    ours, theirs = present["routers"], saved["routers"]
+    for whose, has, lacks in (("it", ours, theirs), ("this model", theirs, ours)):
+        if missing := [name for name in has if name not in lacks]:
+            raise ValueError(
+                f"the φ-balance state belongs to another model: {whose} has no {missing[0]} (and {len(missing) - 1} more "
+                f"such routers). {remedy}"
+            )
+    for name, router in ours.items():
+        for what, now, then in zip(("experts", "experts per token", "scoring"), router, theirs[name]):
+            if now != then:
+                raise ValueError(
+                    f"the φ-balance state was written for {then} {what} in {name!r}, which has {now} {what} here: it belongs "
+                    f"to another model. {remedy}"
+                )
 
 
 def check_state(state: Mapping[str, Tensor], sites: Sequence[RouterSite], kinds: Sequence[str]) -> None:
     """
-    Refuses a state that does not fit the routers `sites`.
+    Refuses a state that does not fit the routers `sites`, or that no training can have led to.
 
     Args:
-        state (`Mapping[str, Tensor]`): as [`Duals.state_dict`] returns it.
+        state (`Mapping[str, Tensor]`): as [`PhiBalancer.state_dict`] returns it.
         kinds (`Sequence[str]`): what there has to be of each router, e.g. `["mean_probs", "bias"]`.
 
     Raises:
-        ValueError: naming the tensor that is missing, of another shape, not finite, or of no router of this model.
+        ValueError: naming the tensor that is missing, of another type or shape, no distribution where it has to be one,
+            not finite, or of no router of this model.
     """
     names = [site.name for site in sites]
     for key in state:
@@ -89,17 +228,43 @@ def check_state(state: Mapping[str, Tensor], sites: Sequence[RouterSite], kinds:
                 f"the φ-balance state holds {key!r}, but this model's routers are {names[0]!r} ... "
                 f"{names[-1]!r}: it belongs to another model. Load the state saved with this one."
             )
+    _check_steps(state.get("steps"))
     for site, kind in itertools.product(sites, kinds):
-        tensor = state.get(f"{site.name}.{kind}")
+        name = f"{site.name}.{kind}"
+        tensor = state.get(name)
         if tensor is None:
             raise ValueError(
-                f"the φ-balance state has no {site.name}.{kind}: it was written with other `track`/`bias_track` "
+                f"the φ-balance state has no {name}: it was written with other `track`/`bias_track` "
                 "settings or for another model. Use the configuration beside it, or start with fresh duals."
             )
         if tensor.shape != (site.num_experts,):
             raise ValueError(
-                f"{site.name}.{kind} in the φ-balance state has shape {tuple(tensor.shape)}, but this router has "
+                f"{name} in the φ-balance state has shape {tuple(tensor.shape)}, but this router has "
                 f"{site.num_experts} experts: it belongs to another model. Load the state saved with this one."
             )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{site.name}.{kind} in the φ-balance state is not finite; use an earlier checkpoint.")
+        _check_values(name, tensor, is_mean=kind != "bias")
+
+
+def _check_steps(steps: Tensor | None) -> None:
+    if steps is None:
+        return
+    if steps.dtype != torch.int64 or steps.numel() != 1 or int(steps) < 0:
+        raise ValueError(
+            f"steps in the φ-balance state must be one whole number >= 0, got {steps!r}; use an earlier checkpoint."
+        )
+
+
+def _check_values(name: str, tensor: Tensor, is_mean: bool) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} in the φ-balance state is of type {tensor.dtype}, which has rounded it: means and biases are kept in "
+            "float32. Use the file as it was written; it is not to be cast with the weights."
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} in the φ-balance state is not finite; use an earlier checkpoint.")
+    if is_mean and (bool((tensor < 0).any()) or abs(float(tensor.double().sum()) - 1) > SUM_TOLERANCE):
+        raise ValueError(
+            f"{name} in the φ-balance state is no distribution over experts: its entries lie between {float(tensor.min()):.3g} "
+            f"and {float(tensor.max()):.3g} and sum to {float(tensor.sum()):.6g}, not to 1. It was changed after it was "
+            "written; use an earlier checkpoint."
+        )

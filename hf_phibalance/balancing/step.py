@@ -35,6 +35,7 @@ class OptimizerStep:
     tokens: Tensor | None = None  # () number of tokens that count, over all micro-batches and ranks
     loss_scale: float | Tensor = 1.0  # what gradients are divided by before the optimizer sees them
     trained: bool = False  # whether a training forward has run
+    replayed: bool = False  # whether the choices of one came from outside, so that the bias had no part in them
     deferred: list[Tokens] = field(default_factory=list)  # forwards under reentrant checkpointing
     weights_version: int = -1  # of a trainable parameter, at the latest forward
 
@@ -124,10 +125,13 @@ class Steps:
             per_token = 1 / (self.now.micro_batches * mask.sum().clamp(min=1))
         return mask * (per_token * self.now.loss_scale)
 
-    def close(self) -> None:
+    def close(self, skipped: bool | None = None) -> None:
         """See [`PhiBalancer.step`]."""
         if not self.now.trained:
             raise RuntimeError("step() was called before any training forward of the patched model.")
+        if skipped is not None and self._any_rank(skipped):
+            self.discard()
+            return
         tally = self.tally
         self.ranks.sum_(tally.flat)
         if not self._checked:
@@ -138,8 +142,14 @@ class Steps:
         self._bad += ~finite
         if self.config.coef > 0:
             self.last_price.copy_(self.duals.price)
-        self.duals.update(tally, finite)
+        self.duals.update(tally, finite, bias_acted=not self.now.replayed)
         self.discard()
+
+    def _any_rank(self, skipped: bool) -> bool:
+        """Whether any rank has skipped its optimizer step; reads the device, as the gradient scaler has just done."""
+        flag = self.tally.flat.new_tensor(float(skipped))
+        self.ranks.sum_(flag)
+        return bool(flag)
 
     def discard(self) -> None:
         """Forgets what has been counted since the last step."""

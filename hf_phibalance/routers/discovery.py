@@ -26,7 +26,7 @@ class RouterSite:
     native_bias: list[tuple[nn.Module, str]] = field(default_factory=list)
     charged: bool = False  # whether a price gradient has gone through it
     softmax_carries: bool | None = None  # whether the task gradient goes back through its softmax, once seen
-    score_width: float | None = None  # the span of the scores that it ranks, once seen and where something needs it
+    score_width: float | None = None  # the span of the scores that it ranks, once known
 
     def write_native_bias(self, bias: Tensor) -> None:
         """Copies `bias (E,)` into the family's own selection bias, in place."""
@@ -72,6 +72,8 @@ def find_routers(root: nn.Module) -> list[RouterSite]:
         bias = _native_bias(module, parent, site.num_experts)
         if bias is not None and not any(owner is bias[0] for owner, _ in site.native_bias):
             site.native_bias.append(bias)
+            if kind.traits.biases == "scores" and site.scoring in ("sigmoid", "softmax"):
+                site.score_width = 1.0
     if not sites:
         raise ValueError(
             f"{type(root).__name__} has no router that transformers declares (`_can_record_outputs['router_logits']`), "

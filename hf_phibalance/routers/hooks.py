@@ -134,7 +134,8 @@ class InsideHook(_Hook):
             RouterMode(experts, bias).__exit__(None, None, None)  # leaves the mode entered last
         elif (mode := RouterMode.innermost()) is not None:  # else a hook before ours has raised
             mode.__exit__(None, None, None)
-            self.reader.softmax = mode.softmax
+            if notes:
+                self.reader.softmax = mode.softmax
             if mode.scores is not None:
                 self.reader.observe_scores(self.index, mode.scores)
 

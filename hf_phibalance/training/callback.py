@@ -89,10 +89,8 @@ class PhiBalanceCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
     ) -> None:
-        if getattr(optimizer, "step_was_skipped", False):  # fp16 overflow: no step, so no update
-            self.balancer.discard_step()
-        else:
-            self.balancer.step()
+        skipped = getattr(optimizer, "step_was_skipped", False)  # fp16 overflow: no step, so no update, on any rank
+        self.balancer.step(skipped if skipped or self._scales else None)
         if self._report_after is not None and self.balancer.steps >= self._report_after:
             self._report_learning(state)
 
@@ -123,9 +121,14 @@ class PhiBalanceCallback(TrainerCallback):
     # ------------------------------------------------------------------ helpers
 
     @property
+    def _scales(self) -> bool:
+        """Whether gradients are scaled, so that optimizer steps may be skipped."""
+        return self._scaler is not None and self._scaler.is_enabled()
+
+    @property
     def loss_scale(self) -> float | Tensor:
         """Scale of the fp16 `GradScaler` in use, else 1; stays on the device."""
-        if self._scaler is None or not self._scaler.is_enabled():
+        if self._scaler is None or not self._scales:
             return 1.0
         scale = self._scaler._scale  # `get_scale()` would wait for the device
         return self._scaler.get_scale() if scale is None else scale
