@@ -15,6 +15,8 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from .lazy import lazy_door
+
 
 if TYPE_CHECKING:
     from .balancing import PhiBalancer, get_balancer, learning_report, patch, unpatch
@@ -64,17 +66,11 @@ _ROOMS = {
     "supported_families": "routers",
     "unpatch": "balancing",
 }
+_get_public, __dir__ = lazy_door(globals(), _ROOMS)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        value = getattr(importlib.import_module(f".{_ROOMS[name]}", __name__), name)
-        globals()[name] = value
-        return value
-    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+    """A public name, or a room: `phb.inspection` needs no import of its own."""
+    if name not in _ROOMS and not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return _get_public(name)

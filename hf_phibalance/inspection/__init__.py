@@ -23,8 +23,9 @@ Knows routers, and a patch only as far as its selection bias is in force. Names 
 texts that cannot be read are refused before torch has been waited for.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_door
 
 
 if TYPE_CHECKING:
@@ -44,15 +45,4 @@ _MODULES = {
     "parse_domains": "texts",
     "print_inspection": "tables",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_door(globals(), _MODULES)
