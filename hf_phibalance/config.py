@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,11 @@ CONFIG_NAME = "phi_balance.json"
 STATISTICS = ("probs", "load")
 PRICE_TIMES = ("previous", "current", "global")
 TOKEN_MASKS = ("attention", "labels", "all")
+# A thousand times the strongest published coefficient. Beyond, the task is not trained any more; up to there, prices of any
+# potential, 512 experts and what they add to gradients and biases stay finite in fp32 with room to spare.
+MAX_STRENGTH = 100.0
+# fp32 means that move more slowly than this stop moving altogether: they miss their value by up to 2^-25 / rate.
+MIN_EMA_RATE = 1e-4
 METHODS_OWN: Any = type("MethodsOwn", (), {"__repr__": lambda self: "the method's own"})()  # of a field left out
 
 
@@ -33,7 +37,8 @@ def package_version() -> str:
 @dataclass(frozen=True)
 class PhiBalanceConfig:
     r"""
-    Configuration of φ-balancing (arXiv 2605.15403), or of a method that it is compared with.
+    Configuration of φ-balancing (arXiv 2605.15403), or of a method that it is compared with. Strengths (`..._coef`) lie in
+    [0, 100].
 
     Args:
         coef (`float`, *optional*, defaults to `0.01`):
@@ -51,7 +56,7 @@ class PhiBalanceConfig:
         potential_kwargs (`dict`, *optional*, defaults to `{}`):
             Parameters of a parametrised potential, for example `{"alpha": 1.1}` for `"tsallis"`.
         ema_rate (`float`, *optional*, defaults to `0.3`):
-            η in (0, 1]: the weight of the *new* step in `m <- (1 - η) m + η s`.
+            η in [0.0001, 1]: the weight of the *new* step in `m <- (1 - η) m + η s`.
         track (`str`, *optional*, defaults to `"probs"`):
             Statistic behind the gradient's price: `"probs"` (mean routing probability, Algorithm 1) or `"load"`
             (share of the top-k assignments).
@@ -102,11 +107,14 @@ class PhiBalanceConfig:
                 object.__setattr__(self, name, self.rules.default(name))
         for name in ("coef", "bias_coef", "z_loss_coef", "sequence_coef"):
             value = getattr(self, name)
-            if not _is_number(value) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"`{name}` must be a finite number >= 0 (0 switches it off), got {value!r}.")
-        if not _is_number(self.ema_rate) or not 0 < self.ema_rate <= 1:
+            if not _is_number(value) or not 0 <= value <= MAX_STRENGTH:
+                raise ValueError(
+                    f"`{name}` must lie in [0, {MAX_STRENGTH:g}] (0 switches it off), got {value!r}; published strengths are "
+                    "0.001 to 0.1."
+                )
+        if not _is_number(self.ema_rate) or not MIN_EMA_RATE <= self.ema_rate <= 1:
             raise ValueError(
-                f"`ema_rate` must lie in (0, 1], got {self.ema_rate!r}: it is the weight of the new step, "
+                f"`ema_rate` must lie in [{MIN_EMA_RATE:g}, 1], got {self.ema_rate!r}: it is the weight of the new step, "
                 "so 1 keeps no memory and values near 0 average over many steps."
             )
         for name, choices in (

@@ -43,15 +43,14 @@ def test_the_defaults_are_those_of_the_contract():
 @pytest.mark.parametrize(
     ("fields", "mentions"),
     [
-        *(({"coef": value}, ["`coef`", repr(value), ">= 0"]) for value in [-0.1, -1, *NO_NUMBERS]),
         *(
-            ({name: value}, [f"`{name}`", repr(value), ">= 0"])
-            for name in ("bias_coef", "z_loss_coef", "sequence_coef")
-            for value in [-0.1, -1, *NO_NUMBERS]
+            ({name: value}, [f"`{name}`", repr(value), "[0, 100]", "published strengths"])
+            for name in ("coef", "bias_coef", "z_loss_coef", "sequence_coef")
+            for value in [-0.1, -1, 100.01, 10**40, 1e300, *NO_NUMBERS]
         ),
         *(
-            ({"ema_rate": value}, ["`ema_rate`", repr(value), "(0, 1]"])
-            for value in [0, 0.0, -0.3, 1.01, 2, *NO_NUMBERS]
+            ({"ema_rate": value}, ["`ema_rate`", repr(value), "[0.0001, 1]"])
+            for value in [0, 0.0, -0.3, 9e-5, 1.01, 2, *NO_NUMBERS]
         ),
         ({"potential": "shannon"}, ["`potential`", "'shannon'", "'neg_entropy'", "'softplus'"]),
         ({"potential": None}, ["`potential`", "None", "'neg_entropy'"]),
@@ -88,7 +87,16 @@ def test_errors_name_field_value_and_remedy(fields, mentions):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"coef": 0}, {"coef": 3}, {"bias_coef": 1e-6}, {"ema_rate": 1}, {"ema_rate": 1e-9}]
+    "fields",
+    [
+        *(
+            {name: value}
+            for name in ("coef", "bias_coef", "z_loss_coef", "sequence_coef")
+            for value in (0, 1e-6, 3, 100)
+        ),
+        {"ema_rate": 1},
+        {"ema_rate": 1e-4},
+    ],
 )
 def test_limits_are_accepted(fields):
     config = PhiBalanceConfig(**fields)
