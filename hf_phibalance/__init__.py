@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .models import AutoModelForCausalLM, disable, enable
     from .publishing import push_to_hub
     from .routers import supported_families
-    from .training import PhiBalanceCallback, attach, lora_config
+    from .training import PhiBalanceCallback, attach, last_checkpoint, lora_config
 
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "disable",
     "enable",
     "get_balancer",
+    "last_checkpoint",
     "learning_report",
     "lora_config",
     "patch",
@@ -59,6 +60,7 @@ _ROOMS = {
     "disable": "models",
     "enable": "models",
     "get_balancer": "balancing",
+    "last_checkpoint": "training",
     "learning_report": "balancing",
     "lora_config": "training",
     "patch": "balancing",

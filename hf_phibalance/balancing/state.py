@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import STATISTICS, PhiBalanceConfig, package_version
+from ..durable import replacing
 from ..routers import RouterSite
 
 
@@ -74,28 +75,12 @@ def save_state(
         "model": json.dumps(model),
     }
     header["checksum"] = checksum(state, header)
-    partial = path.with_suffix(".partial")
     try:
-        save_file(state, partial, metadata=header)
-        _flush(partial)
-        os.replace(partial, path)
-        _flush(path.parent)
+        with replacing(path) as partial:
+            save_file(state, partial, metadata=header)
     except SafetensorError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error}); what was there before is untouched.") from error
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
     return path
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checksum(state: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ Training: φ-balancing inside a `Trainer`, and which parameters an adapter train
 |---|---|
 | `callback` | when the duals move, what is logged and kept with a checkpoint |
 | `attaching` | what has to be wired into the trainer itself |
+| `checkpoints` | in what order a checkpoint is written, and from which one a run resumes |
 | `adapters` | LoRA configurations of a model, from two words |
 | `compat` | shims around faults of other libraries, each saying when it can go |
 """
@@ -12,6 +13,7 @@ Training: φ-balancing inside a `Trainer`, and which parameters an adapter train
 from .adapters import lora_config
 from .attaching import attach
 from .callback import PhiBalanceCallback
+from .checkpoints import last_checkpoint
 
 
-__all__ = ["PhiBalanceCallback", "attach", "lora_config"]
+__all__ = ["PhiBalanceCallback", "attach", "last_checkpoint", "lora_config"]

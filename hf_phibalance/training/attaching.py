@@ -13,13 +13,14 @@ from transformers import Trainer
 from ..balancing import PhiBalancer, announce_switched_off, find_patch, get_balancer, patch
 from ..publishing import complete_uploads
 from .callback import PhiBalanceCallback
+from .checkpoints import keep_whole
 
 
 def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> PhiBalanceCallback:
     """
     Wires φ-balancing into `trainer`, whose model must be patched: duals, exact token counts, metrics in every reporter
-    and in `log_history`, loads of evaluations, state in checkpoints. Works with any subclass of `Trainer`; calling it
-    again returns the same callback.
+    and in `log_history`, loads of evaluations, state in checkpoints. A run that was killed, at whatever moment, resumes
+    from its newest complete checkpoint. Works with any subclass of `Trainer`; calling it again returns the same callback.
 
     Args:
         trainer (`transformers.Trainer`): the trainer, before `train()`.
@@ -82,7 +83,7 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
 
     @functools.wraps(load_optimizer)
     def noted_load(checkpoint, *args, **kwargs):
-        callback._resume_from = checkpoint
+        callback.resumed_from = checkpoint
         return load_optimizer(checkpoint, *args, **kwargs)
 
     wrappers = {
@@ -93,6 +94,7 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
     }
     for name, wrapper in wrappers.items():
         setattr(trainer, name, wrapper)
+    keep_whole(trainer, callback, current)
     complete_uploads(trainer, callback.history)
     return callback
 

@@ -29,7 +29,9 @@ class PhiBalanceCallback(TrainerCallback):
       no epoch ends with a step of fewer micro-batches;
     - metrics in every reporter. Alone they reach `trainer.state.log_history`, which reporters have read by then;
     - evaluation loads (`eval_moe/...`);
-    - the duals of a checkpoint outside `output_dir` on resume, and switching off TRL's auxiliary loss.
+    - the duals of a checkpoint outside `output_dir` on resume, and switching off TRL's auxiliary loss;
+    - checkpoints that a kill leaves whole or unmarked. Alone, one that died between the files of `Trainer` and the duals
+      is the newest, and resuming from it is refused.
 
     Args:
         per_layer (`int`, *optional*, defaults to `16`): at most so many layers get metrics of their own.
@@ -37,6 +39,7 @@ class PhiBalanceCallback(TrainerCallback):
     Attributes:
         history (`list[dict]`): at each logging step `{"step": int, "load": {layer name: [relative load per expert]}}`,
             1 being a fair share.
+        resumed_from (`str`, *optional*): the checkpoint that training came from, if [`attach`] has seen it.
     """
 
     def __init__(self, per_layer: int = 16) -> None:
@@ -44,7 +47,7 @@ class PhiBalanceCallback(TrainerCallback):
         self.history: list[dict[str, Any]] = []
         self._balancer: PhiBalancer | None = None
         self.attached = False
-        self._resume_from: str | None = None
+        self.resumed_from: str | None = None
         self._report_after: int | None = None
         self._scaler = None
 
@@ -101,7 +104,7 @@ class PhiBalanceCallback(TrainerCallback):
             state.log_history[-1].update(self.training_metrics(state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if state.is_world_process_zero:
+        if args.should_save and not self.attached:
             self.balancer.save(_checkpoint_folder(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -154,7 +157,7 @@ class PhiBalanceCallback(TrainerCallback):
             say(str(report))
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        named = self._resume_from or args.resume_from_checkpoint
+        named = self.resumed_from or args.resume_from_checkpoint
         folder = _checkpoint_folder(args, state)
         if isinstance(named, str) and Path(named).is_dir():
             folder = Path(named)
