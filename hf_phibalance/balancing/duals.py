@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import PhiBalanceConfig
-from ..maths import centred_price, quantile_bias
+from ..maths import centred_price, quantile_bias, step_within
 from ..routers import RouterSite
 from .state import check_state
 from .tally import Tally
@@ -49,6 +49,14 @@ class Duals:
     """
     EMA means m, centred prices q = ∇φ(E·m) and selection biases b of all routers.
 
+    Whatever steps have come, all are finite, and
+
+    - each mean is a distribution over the experts of its router; it misses the one of exact arithmetic by at most
+      2^-24 / η, and its sum misses 1 by as much;
+    - no price is farther from another than f'(E) - f'(0): 20.1 for the negative entropy and 512 experts;
+    - no bias is farther from the mean of its router's than the scores that it is added to can be from each other (1 for
+      probabilities, [`LOGIT_WIDTH`] for logits), so that it outweighs any of them, or than a checkpoint has brought it.
+
     Args:
         config (`PhiBalanceConfig`): potential, EMA rate, tracked statistics, step of the bias.
         sites (`Sequence[RouterSite]`): the routers; a family's own selection bias is taken over as start.
@@ -64,7 +72,7 @@ class Duals:
         self.price = torch.zeros(self.layout.total)
         self.toll = torch.zeros(self.layout.total)  # coef · price, what a token is charged
         self.bias = torch.zeros(self.layout.total)
-        self._reach: Tensor | None = None  # how far a bias may be from its router's mean
+        self._reach: Tensor | None = None  # span of the scores that each bias is added to, from the first step on
         self.read_native_biases()
         self.has_bias = config.bias_coef > 0
         self._potential = config.build_potential()
@@ -97,8 +105,7 @@ class Duals:
         self._set_price()
         if self.config.bias_coef > 0 and bias_acted:
             self.read_native_biases()
-            moved = self.bias + torch.where(finite, self._bias_step(tally), 0.0)
-            self.bias.copy_(moved - self._excess(moved))
+            self._move_biases(tally, finite)
             self._write_native_biases()
         self.steps += 1
 
@@ -118,8 +125,18 @@ class Duals:
         parts = [centred_price(self._potential, mean[span].view(shape)).view(-1) for span, shape in self.layout.runs()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _move_biases(self, tally: Tally, finite: Tensor) -> None:
+        """Adds the step to the biases, as far as they reach; a router that saw no token keeps its own."""
+        step = self._bias_step(tally)
+        if self._reach is None:
+            self._reach = self._by_expert([site.score_width or LOGIT_WIDTH for site in self.sites])
+        for span, shape in self.layout.runs():
+            bias_LE, step_LE, reach_LE = (flat[span].view(shape) for flat in (self.bias, step, self._reach))
+            acts_L1 = (tally.load[span].view(shape).sum(dim=-1, keepdim=True) > 0) & finite
+            bias_LE.copy_(torch.where(acts_L1, step_within(bias_LE, step_LE, reach_LE), bias_LE))
+
     def _bias_step(self, tally: Tally) -> Tensor:
-        """What the step adds to the biases."""
+        """What the rule of the method adds to the biases, flat."""
         rate, rule = self.config.bias_coef, self.config.rules.bias_rule
         if rule == "dual":
             return -rate * self._priced(self.means[self.config.bias_track])
@@ -135,28 +152,6 @@ class Duals:
                 target_LE = quantile_bias(tally.margins[span].view(*shape, -1), top_k_L1, bias_LE, width_L1)
                 step[span] = rate * (target_LE - bias_LE).view(-1)
         return step
-
-    def _excess(self, bias: Tensor) -> Tensor:
-        """
-        What the biases, flat, have beyond their reach, shared out so that the mean of a router stays. A choice that does
-        not answer (an expert that is masked, a router that is frozen on few tokens) would else be integrated for ever.
-        """
-        reach, excess = self._get_reach(), torch.empty_like(bias)
-        for span, shape in self.layout.runs():
-            off_LE, reach_LE = _off_mean(bias[span].view(shape)), reach[span].view(shape)
-            excess[span] = _off_mean(off_LE - off_LE.clamp(-reach_LE, reach_LE)).view(-1)
-        return excess
-
-    def _get_reach(self) -> Tensor:
-        """
-        How far each bias may be from the mean of its router's, flat: the span of the scores that it is added to, with which
-        it outweighs any of them, or what a checkpoint has brought.
-        """
-        if self._reach is None:
-            width = self._by_expert([site.score_width or LOGIT_WIDTH for site in self.sites])
-            off = torch.cat([_off_mean(self.bias[span].view(shape)).view(-1) for span, shape in self.layout.runs()])
-            self._reach = torch.maximum(width, off.abs())
-        return self._reach
 
     def _by_expert(self, values: Sequence[float]) -> Tensor:
         """One value per router, repeated for its experts, flat."""
@@ -201,13 +196,7 @@ class Duals:
                     for bias, span in zip(found, self.layout.spans)
                 ]
             )
-            ours = self.bias.to(native.dtype) == native
-            self.bias.copy_(torch.where(ours, self.bias, native))
-            if self._reach is not None:
-                off = torch.cat(
-                    [_off_mean(self.bias[span].view(shape)).view(-1) for span, shape in self.layout.runs()]
-                )
-                self._reach = torch.where(ours, self._reach, torch.maximum(self._reach, off.abs()))
+            self.bias.copy_(torch.where(self.bias.to(native.dtype) == native, self.bias, native))
 
     def _write_native_biases(self) -> None:
         for site, span in zip(self.sites, self.layout.spans):
@@ -224,10 +213,14 @@ class Duals:
             state |= {f"{name}.bias": b.cpu() for name, b in self.layout.by_layer(self.bias).items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Refuses what [`load_state_dict`] cannot take."""
         biased = any(key.endswith(".bias") for key in state)
-        kinds = [f"mean_{statistic}" for statistic in self.means] + ["bias"] * biased
-        check_state(state, self.sites, kinds)
+        check_state(state, self.sites, [f"mean_{statistic}" for statistic in self.means] + ["bias"] * biased)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.check_state_dict(state)
+        biased = any(key.endswith(".bias") for key in state)
         for site, span in zip(self.sites, self.layout.spans):
             for statistic, mean in self.means.items():
                 mean[span] = state[f"{site.name}.mean_{statistic}"].to(mean)
@@ -236,7 +229,6 @@ class Duals:
         if biased:
             self.has_bias = True
             self._write_native_biases()
-        self._reach = None
         self.steps = int(state.get("steps", 0))
         self._set_price()
 
@@ -249,10 +241,5 @@ class Duals:
             other.read_native_biases()
             self.bias.copy_(other.bias)
             self.has_bias = True
-        self._reach = None
         self.steps = other.steps if self.means.keys() <= other.means.keys() else 0
         self._set_price()
-
-
-def _off_mean(values_LE: Tensor) -> Tensor:
-    return values_LE - values_LE.mean(dim=-1, keepdim=True)

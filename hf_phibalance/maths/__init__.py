@@ -5,6 +5,7 @@ The maths: pure functions of tensors, without models, steps or trainers.
 |---|---|
 | `potentials` | the strictly convex potentials φ and their prices ∇φ |
 | `pricing` | routing probabilities of logits, the gradient of what they are charged |
+| `windup` | a step of a bias, only as far as the scores can answer it |
 | `quantile` | the bias of quantile balancing, from histograms of margins |
 | `metrics` | MaxVio, Gini and the other figures of a load |
 | `information` | what an expert tells about the domain of its token |
@@ -25,6 +26,7 @@ from .metrics import (
 from .potentials import POTENTIALS, Potential, centred_price, get_potential
 from .pricing import SCORINGS, ChargePrices, ChargeProbs, price_gradient, routing_probs, sequence_price
 from .quantile import BINS, margin_histogram, quantile_bias
+from .windup import step_within
 
 
 __all__ = [
@@ -51,5 +53,6 @@ __all__ = [
     "relative_load",
     "routing_probs",
     "sequence_price",
+    "step_within",
     "summarise",
 ]

@@ -27,12 +27,16 @@ class Scoring:
     dlog: Callable[[Tensor], Tensor]
 
 
+TINY = torch.finfo(torch.float32).tiny  # in place of the score 0 of an expert that is masked, where one divides by it
+
 SCORINGS: dict[str, Scoring] = {
     "softmax": Scoring(lambda z: torch.softmax(z, dim=-1), torch.ones_like),
     "sigmoid": Scoring(torch.sigmoid, lambda z: torch.sigmoid(-z)),
-    "sqrtsoftplus": Scoring(lambda z: F.softplus(z).sqrt(), lambda z: torch.sigmoid(z) / (2 * F.softplus(z))),
+    "sqrtsoftplus": Scoring(
+        lambda z: F.softplus(z).sqrt(), lambda z: torch.sigmoid(z) / (2 * F.softplus(z)).clamp(min=TINY)
+    ),
     # routers that return probabilities instead of logits: s is what they return
-    "probs": Scoring(lambda z: z, torch.reciprocal),
+    "probs": Scoring(lambda z: z, lambda z: z.clamp(min=TINY).reciprocal()),
 }
 
 
@@ -40,7 +44,7 @@ def routing_probs(logits: Tensor, scoring: str) -> Tensor:
     """Routing probabilities p `(T, E)` of `logits (T, E)`, in at least fp32."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     scores = SCORINGS[scoring].score(z)
-    return scores if scoring == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
+    return scores if scoring == "softmax" else scores / scores.sum(dim=-1, keepdim=True).clamp(min=TINY)
 
 
 def price_gradient(
