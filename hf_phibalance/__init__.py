@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .models import AutoModelForCausalLM, disable, enable
     from .publishing import push_to_hub
     from .routers import supported_families
-    from .training import PhiBalanceCallback, attach, last_checkpoint, lora_config
+    from .training import PhiBalanceCallback, attach, doctor, last_checkpoint, lora_config
 
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "PhiBalancer",
     "attach",
     "disable",
+    "doctor",
     "enable",
     "get_balancer",
     "last_checkpoint",
@@ -58,6 +59,7 @@ _ROOMS = {
     "PhiBalancer": "balancing",
     "attach": "training",
     "disable": "models",
+    "doctor": "training",
     "enable": "models",
     "get_balancer": "balancing",
     "last_checkpoint": "training",

@@ -15,6 +15,7 @@ The way of a step: `tokens` (who counts) -> `meter` (a forward) -> `tally` (sums
 | `ranks` | who shares it |
 | `duals` | means, prices and biases, and how a step moves them |
 | `charging` | what a router charges, and how that gets into its gradient |
+| `rehearsal` | an optimizer step that is tried out and leaves no trace |
 | `state` | the file beside the weights |
 | `refusals` | what cannot be balanced |
 | `learning` | what balancing can move in a model |
@@ -23,18 +24,24 @@ The way of a step: `tokens` (who counts) -> `meter` (a forward) -> `tally` (sums
 
 from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off
-from .learning import LearningReport
+from .learning import LearningReport, describe_router
 from .patching import Patch, find_patch, get_balancer, learning_report, patch, unpatch
+from .rehearsal import Forward, RandomState, Rehearsal, Routed
 from .state import STATE_NAME, config_in
 
 
 __all__ = [
     "STATE_NAME",
+    "Forward",
     "LearningReport",
     "Patch",
     "PhiBalancer",
+    "RandomState",
+    "Rehearsal",
+    "Routed",
     "announce_switched_off",
     "config_in",
+    "describe_router",
     "find_patch",
     "get_balancer",
     "learning_report",

@@ -25,6 +25,7 @@ from .duals import Duals
 from .learning import LINEAR, LearningReport, describe_router
 from .meter import Meter
 from .ranks import Ranks
+from .rehearsal import Rehearsal
 from .state import check_model, describe_model, read_state, save_state
 from .step import Steps
 from .tally import Tally
@@ -66,6 +67,11 @@ class PhiBalancer:
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
         self._ranks.group = group
+
+    @property
+    def ranks(self) -> int:
+        """How many data-parallel ranks share a step."""
+        return self._ranks.count
 
     # ------------------------------------------------------------------ what users read
 
@@ -217,6 +223,10 @@ class PhiBalancer:
         """
         return self.meter.replaying()
 
+    def rehearsal(self) -> Rehearsal:
+        """A context in which optimizer steps can be tried out, between two steps: afterwards the balancer is as before."""
+        return Rehearsal(self)
+
     # ------------------------------------------------------------------ evaluation
 
     @property
@@ -280,8 +290,20 @@ class PhiBalancer:
             FileNotFoundError: if there is no such file.
             ValueError: if it is damaged or belongs to another model; the state is then as before.
         """
+        self._duals.load_state_dict(self._read(directory))
+
+    def check(self, directory: str | os.PathLike) -> int:
+        """
+        Whether [`~PhiBalancer.load`] would take what is there, which raises what it would; changes nothing. Returns the number
+        of optimizer steps behind it.
+        """
+        state = self._read(directory)
+        self._duals.check_state_dict(state)
+        return int(state["steps"]) if "steps" in state else 0
+
+    def _read(self, directory: str | os.PathLike) -> dict[str, Tensor]:
         find_copies(self.root, self.sites)
         found = read_state(directory)
         if found.model is not None:
             check_model(found.model, describe_model(self.root, self.sites))
-        self._duals.load_state_dict(found.tensors)
+        return found.tensors

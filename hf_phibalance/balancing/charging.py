@@ -37,6 +37,7 @@ class Charging:
     ) -> None:
         self.config, self.sites, self.duals, self.tally, self.ranks = config, sites, duals, tally, ranks
         self._spans = duals.layout.spans
+        self.rehearsed: Tensor | None = None  # coef · q of all routers, flat, in place of what the batch at hand gives
 
     def charge(
         self,
@@ -117,6 +118,8 @@ class Charging:
 
     def _toll(self, index: int, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> Tensor:
         """coef · q, `(E,)`, that router `index` charges the tokens at hand."""
+        if self.rehearsed is not None:
+            return self.rehearsed[self._spans[index]]
         if tokens.toll is not None:
             return tokens.toll[self._spans[index]]
         if self.config.price_from == "previous" or self.config.coef == 0:

@@ -97,13 +97,13 @@ class RouterHook(_Hook):
         logits = traits.logits(output, module, args, kind.index)
         if reader.is_measuring and args:
             reader.measure(self.index, module, args[0], logits)
-        chosen = self._choice(logits) if traits.selected is None else output[traits.selected]
+        chosen = self.choice(logits) if traits.selected is None else output[traits.selected]
         if traits.carrier is None:
             return reader.observe(self.index, logits, chosen, logits)
         paid = reader.observe(self.index, logits, chosen, output[traits.carrier])
         return (*output[: traits.carrier], paid, *output[traits.carrier + 1 :])
 
-    def _choice(self, logits: Tensor) -> Tensor:
+    def choice(self, logits: Tensor) -> Tensor:
         """The selection `(T, k)` of a router that does not return it."""
         site, bias = self.reader.sites[self.index], self.reader.choice_bias(self.index)
         scores = torch.softmax(logits, -1, dtype=logits.dtype) if site.kind.traits.ranks == "probs" else logits

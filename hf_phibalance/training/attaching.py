@@ -9,14 +9,24 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from transformers import Trainer
+from transformers.utils import logging
 
 from ..balancing import PhiBalancer, announce_switched_off, find_patch, get_balancer, patch
+from ..checkup import DoctorReport
 from ..publishing import complete_uploads
 from .callback import PhiBalanceCallback
 from .checkpoints import keep_whole
+from .compat import stop_if_done
+from .examining import verify_first_step
+from .refusals import refuse_ranks_apart, refuse_unknown_scaling
 
 
-def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> PhiBalanceCallback:
+logger = logging.get_logger(__name__)
+
+
+def attach(
+    trainer: Trainer, process_group: dist.ProcessGroup | None = None, verify: bool = False
+) -> PhiBalanceCallback:
     """
     Wires φ-balancing into `trainer`, whose model must be patched: duals, exact token counts, metrics in every reporter
     and in `log_history`, loads of evaluations, state in checkpoints. A run that was killed, at whatever moment, resumes
@@ -26,23 +36,27 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
         trainer (`transformers.Trainer`): the trainer, before `train()`.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             The data-parallel ranks, if they are not simply all ranks (tensor, context or sequence parallelism).
+        verify (`bool`, *optional*, defaults to `False`):
+            Whether `train()` begins by trying out its first step, as [`doctor`] does: training then ends before it has begun
+            if anything is wrong, and else goes on as if nothing had been. The report is logged, and kept in `callback.report`.
 
     Returns:
         `PhiBalanceCallback`: the callback in use; its `history` holds the loads at each logging step.
 
     Raises:
-        ValueError: if the model is not patched, or the way of training cannot keep the promise of an exact coefficient.
+        ValueError: if the model is not patched, or the way of training cannot keep the promise of an exact coefficient; with
+            `verify`, `train()` raises it with the problems and their remedies.
     """
     callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
     if callback is not None and callback.attached:
         return callback
     model: Any = trainer.model
     is_on = get_balancer(model).config.is_on
-    _refuse_unknown_scaling(trainer, process_group)
+    refuse_unknown_scaling(trainer, process_group)
     if callback is None:
         callback = PhiBalanceCallback()
         trainer.add_callback(callback)
-    callback.attached = True
+    callback.attached, callback.verifies = True, verify
     if is_on:
         _switch_off_trainer_loss(trainer)
     patch(model)
@@ -60,12 +74,17 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
 
     @functools.wraps(get_batch_samples)
     def counted_batch_samples(*args, **kwargs):
+        if stop_if_done(trainer):
+            return [], None
         batches, items = get_batch_samples(*args, **kwargs)
         if process_group is None:  # else ranks may share a model that nothing wraps
-            _refuse_ranks_apart(trainer)
+            refuse_ranks_apart(trainer)
         balancer = current()
         if batches and balancer is not None:
             balancer.begin_step(_model_inputs(batches), loss_scale=callback.loss_scale)
+            if callback.verifies and callback.report is None:
+                callback.report = verify_first_step(trainer, callback, batches, items)
+                _act_on(callback.report, balancer, trainer.is_world_process_zero())
         return batches, items
 
     @functools.wraps(log)
@@ -99,6 +118,15 @@ def attach(trainer: Trainer, process_group: dist.ProcessGroup | None = None) -> 
     return callback
 
 
+def _act_on(report: DoctorReport, balancer: PhiBalancer, says: bool) -> None:
+    """Ends a training that has a problem, on all ranks alike; else one of them says what was found."""
+    if report.problems:
+        balancer.discard_step()
+        raise ValueError(f"verify=True found what makes this training go wrong. {report}")
+    if says:
+        (logger.info if report.status == "ok" else logger.warning)(str(report))
+
+
 def _switch_off_trainer_loss(trainer: Any) -> None:
     """TRL's trainers add an auxiliary loss of their own to any MoE."""
     if getattr(trainer, "aux_loss_enabled", False):
@@ -121,35 +149,3 @@ def _metrics_for(
     if "loss" in logs and trainer.is_world_process_zero():
         return callback.training_metrics(trainer.state)
     return {}
-
-
-def _refuse_ranks_apart(trainer: Trainer) -> None:
-    """A `Trainer` that has evaluated before it trains leaves the model out of `DistributedDataParallel`."""
-    kind = trainer.accelerator.distributed_type
-    if trainer.args.world_size > 1 and kind.value.startswith("MULTI_") and trainer.model_wrapped is trainer.model:
-        raise RuntimeError(
-            f"{trainer.args.world_size} processes train without exchanging gradients, since trainer.evaluate() ran before "
-            "trainer.train() (transformers then skips DistributedDataParallel). Evaluate with another Trainer, or after "
-            "training."
-        )
-
-
-def _refuse_unknown_scaling(trainer: Trainer, process_group: dist.ProcessGroup | None) -> None:
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    sizes = {kind: getattr(parallelism, f"{kind}_size", 1) for kind in ("tp", "cp", "sp")}
-    split = [f"{kind}_size={size}" for kind, size in sizes.items() if size and size > 1]
-    if split and process_group is None:
-        raise ValueError(
-            f"{', '.join(split)}: some ranks share tokens or gradients, so the data-parallel ranks cannot be told from "
-            "the world size. Pass them: phb.attach(trainer, process_group=...)."
-        )
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"this process drives {trainer.args.n_gpu} GPUs by torch.nn.DataParallel, whose threads would count into the "
-            "same statistics. Launch one process per GPU (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES."
-        )
-    if trainer.is_deepspeed_enabled and trainer.args.fp16:
-        raise ValueError(
-            "DeepSpeed keeps its fp16 loss scale to itself, so the strength of the price gradient would be unknown. "
-            "Train with bf16=True."
-        )

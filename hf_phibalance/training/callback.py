@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..balancing import STATE_NAME, PhiBalancer, find_patch, get_balancer, patch
+from ..checkup import DoctorReport
 from .compat import reload_converted_weights
 
 
@@ -47,6 +48,8 @@ class PhiBalanceCallback(TrainerCallback):
         self.history: list[dict[str, Any]] = []
         self._balancer: PhiBalancer | None = None
         self.attached = False
+        self.verifies = False
+        self.report: DoctorReport | None = None
         self.resumed_from: str | None = None
         self._report_after: int | None = None
         self._scaler = None
@@ -72,8 +75,9 @@ class PhiBalanceCallback(TrainerCallback):
         self._balancer = get_balancer(model)
         patch(model)  # no change to the routers; covers wrappers added since, and losses that a trainer switched on
         self.balancer.discard_step()
+        self.report = None
         self._scaler = getattr(optimizer, "scaler", None)
-        if not self.attached and self.balancer.config.is_on and _adds_auxiliary_loss(args, model):
+        if not self.attached and self.balancer.config.is_on and adds_auxiliary_loss(args, model):
             coef = getattr(args, "router_aux_loss_coef", None)
             raise ValueError(
                 f"router_aux_loss_coef={coef!r} in {type(args).__name__} adds a second auxiliary "
@@ -175,7 +179,7 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _adds_auxiliary_loss(args: TrainingArguments, model: Any) -> bool:
+def adds_auxiliary_loss(args: TrainingArguments, model: Any) -> bool:
     """
     Whether a trainer of TRL adds its own loss. A coefficient of `None` stands for the one in the model's config, which
     `patch` has set to 0 if it came before the trainer, and else has found switched on together with the router logits.

@@ -1,0 +1,50 @@
+"""A [`DoctorReport`] in the terminal, by rich."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .report import MARKS, DoctorReport
+
+
+COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
+VERDICTS = {
+    "ok": "All well: train.",
+    "warning": "Fit to train, but read the remedies.",
+    "problem": "Not fit to train as it is.",
+}
+
+
+def print_report(report: DoctorReport, console: Any) -> None:
+    """
+    Prints `report`: what was measured, a table of the checks, then the remedies, then the verdict.
+
+    Args:
+        report (`DoctorReport`): What was found.
+        console ([`rich.console.Console`]): Where to.
+    """
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    name = report.model.get("name") or report.model.get("class", "model")
+    console.print(Text("φ-balance doctor  ", style="bold").append(str(name), style="bold cyan"))
+    console.print(Text(f"tried out: {report.measured}", style="dim"), highlight=False)
+    found = report.coefficient
+    if found is not None:
+        good = next((check.status for check in report.checks if check.name == "coefficient"), "ok")
+        line = Text("\ncoefficient  ").append(f"{found.effective:.6g}", style=f"bold {COLOURS[good]}")
+        line.append(f"  of {found.declared:g} declared, ").append(f"ratio {found.ratio:.4f}", style=COLOURS[good])
+        console.print(line, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("", "check", "found"):
+        table.add_column(column, no_wrap=column == "check")
+    for check in report.checks:
+        colour = COLOURS[check.status]
+        table.add_row(Text(MARKS[check.status], style=f"bold {colour}"), Text(check.name), Text(check.finding))
+    console.print(table)
+    for check in sorted((c for c in report.checks if c.remedy), key=lambda c: c.status):
+        console.print(Text(f"{check.status}, {check.name}", style=f"bold {COLOURS[check.status]}"))
+        console.print(Padding(Text(check.remedy), (0, 0, 0, 2)), highlight=False)
+    console.print(Text(f"\n{VERDICTS[report.status]}", style=f"bold {COLOURS[report.status]}"))

@@ -1,0 +1,52 @@
+"""Ways of training in which the coefficient would not be what it says."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from transformers import Trainer
+
+
+def refuse_ranks_apart(trainer: Trainer) -> None:
+    """A `Trainer` that has evaluated before it trains leaves the model out of `DistributedDataParallel`."""
+    kind = trainer.accelerator.distributed_type
+    if getattr(trainer.model, "is_distributed_loading_by_transformers", False):
+        return  # reduces its gradients itself
+    if trainer.args.world_size > 1 and kind.value.startswith("MULTI_") and trainer.model_wrapped is trainer.model:
+        raise RuntimeError(
+            f"{trainer.args.world_size} processes train without exchanging gradients, since trainer.evaluate() ran before "
+            "trainer.train() (transformers then skips DistributedDataParallel). Evaluate with another Trainer, or after "
+            "training."
+        )
+
+
+def refuse_unknown_scaling(trainer: Trainer, process_group: dist.ProcessGroup | None) -> None:
+    """
+    Refuses ways of training in which it is not known what gradients are averaged over or divided by.
+
+    Raises:
+        ValueError: naming what and the remedy.
+    """
+    cut = {name: size for name, size in (("cp_size", trainer.get_cp_size()), ("sp_size", trainer.get_sp_size())) if size > 1}
+    if cut:
+        raise ValueError(
+            f"{', '.join(f'{name}={size}' for name, size in cut.items())}: ranks hold parts of the same rows, while a Trainer "
+            "hands over whole rows to be counted, so the coefficient would be wrong by that factor. Spread the model by "
+            "DistributedConfig(fsdp_size=..., tp_size=..., ep_size=...) instead; or write the loop yourself, and give "
+            "begin_step() the parts that this rank holds."
+        )
+    tp_size = trainer.get_tp_size()
+    if tp_size > 1 and tp_size != getattr(trainer.model, "tp_size", None) and process_group is None:
+        raise ValueError(
+            f"tp_size={tp_size}, but not by transformers (from_pretrained(tp_plan=...)): some ranks share tokens, so the "
+            "data-parallel ranks cannot be told from the world size. Pass them: phb.attach(trainer, process_group=...)."
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"this process drives {trainer.args.n_gpu} GPUs by torch.nn.DataParallel, whose threads would count into the "
+            "same statistics. Launch one process per GPU (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES."
+        )
+    if trainer.is_deepspeed_enabled and trainer.args.fp16:
+        raise ValueError(
+            "DeepSpeed keeps its fp16 loss scale to itself, so the strength of the price gradient would be unknown. "
+            "Train with bf16=True."
+        )
