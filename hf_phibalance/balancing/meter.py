@@ -28,9 +28,10 @@ CACHES = ("cache", "past_key_values")  # the argument in which a model takes its
 
 
 class _Here(threading.local):
-    """What holds in one thread only."""
+    """What holds in one thread only, so that one can serve while another trains."""
 
     is_idle = False  # whether its forward neither counts nor pays
+    labels: Tensor | None = None  # that its forwards belong to
 
 
 class Meter:
@@ -62,7 +63,7 @@ class Meter:
         self._labels: Tensor | None = None
         self._before_forward: Tensor | None = None  # the tally when the forward under way began, where needed
         self._measuring = False
-        self._replaying = False
+        self._replayer: int | None = None  # thread whose choices come from outside
 
     # ------------------------------------------------------------------ a forward of the backbone
 
@@ -76,7 +77,7 @@ class Meter:
         # what is only written between forwards, and never read, costs torch.compile no guard and no recompilation
         if torch.compiler.is_compiling():
             return self._tokens if self._forwarding else self._latest
-        if self._here.is_idle:
+        if self._here.is_idle and not _in_backward():  # in which it would be left over from an interrupted forward
             return None
         return self._tokens if self._forwarding and not self._is_elsewhere else self._latest
 
@@ -88,20 +89,35 @@ class Meter:
     @contextmanager
     def labels_of(self, labels: Tensor | None) -> Iterator[None]:
         """While open, forwards of the backbone belong to these `labels (B, S)`."""
-        self._labels = labels
+        self._set_labels(labels)
         try:
             yield
         finally:
-            self._labels = None
+            self._set_labels(None)
+
+    def _set_labels(self, labels: Tensor | None) -> None:
+        self._labels = labels  # for a compiled backbone, which cannot ask in which thread it runs
+        if not torch.compiler.is_compiling():
+            self._here.labels = labels
+
+    def _get_labels(self) -> Tensor | None:
+        return self._labels if torch.compiler.is_compiling() or self._here.labels is None else self._here.labels
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """While open, the choices of the routers are given from outside: see [`PhiBalancer.replaying`]."""
-        outer, self._replaying = self._replaying, True
+        outer, self._replayer = self._replayer, threading.get_ident()
         try:
             yield
         finally:
-            self._replaying = outer
+            self._replayer = outer
+
+    @property
+    def _is_replaying(self) -> bool:
+        """Whether the choices come from outside; not those of a thread that serves meanwhile."""
+        if torch.compiler.is_compiling() or self._replayer is None or not self._here.is_idle:
+            return self._replayer is not None
+        return self._replayer == threading.get_ident()
 
     def open_forward(self, inputs: Mapping[str, Any], training: bool) -> None:
         """A forward of the backbone starts: decides who counts and who pays. `inputs` by argument name."""
@@ -113,14 +129,14 @@ class Meter:
             self._thread = None
         else:
             self._here.is_idle = not (training or evaluating)
-            if self._here.is_idle and self._is_elsewhere:
-                return
+            if self._here.is_idle:
+                return  # and leaves everything as it is: another thread may be in the middle of its own forward
             self._thread = threading.get_ident()
         self._forwarding, self._tokens = True, None
         if not (training or evaluating):
             return
         if self.config.token_mask == "labels":
-            inputs = {**inputs, "labels": self._labels}
+            inputs = {**inputs, "labels": self._get_labels()}
         mask_BS = count_mask(inputs, self.config.token_mask)
         if mask_BS is None and evaluating:
             return  # a second forward of the same batch, for its logits only
@@ -141,7 +157,7 @@ class Meter:
         if not self.steps.now.announced:
             self.steps.begin_implicitly()
         self.steps.now.trained = True
-        self.steps.now.replayed |= self._replaying
+        self.steps.now.replayed |= self._is_replaying
         self.steps.tally.tokens.add_(mask.sum())
         self._tokens = Tokens(mask, self.steps.rate(mask), batch_size)
         if self.config.rules.pooled:
@@ -159,7 +175,7 @@ class Meter:
         """The forward of the backbone has ended, also by an exception."""
         if not torch.compiler.is_compiling():
             was_idle, self._here.is_idle = self._here.is_idle, False
-            if was_idle and self._is_elsewhere:
+            if was_idle:
                 return
             self._measuring = False
         if self._tokens is not None and self._tokens.trains:
@@ -198,7 +214,7 @@ class Meter:
         pays = self.config.charges and tokens.trains
         probs = None
         with torch.no_grad():
-            if pays or (tokens.trains and "probs" in self.config.statistics):
+            if tokens.trains:  # also where nobody asks for them: what is not finite shows in them, and not in the choice
                 probs = routing_probs(logits, site.scoring) if softmax is None else softmax.probs.detach()
             if tokens.in_forward:
                 self._count(index, logits, probs, selected, tokens)
@@ -236,7 +252,7 @@ class Meter:
 
     def selection_bias(self, index: int) -> Tensor | None:
         """Bias `(E,)` that the selection of router `index` has to add, `None` if it has none or adds it itself."""
-        if not self.duals.has_bias or self.sites[index].native_bias or self._replaying:
+        if not self.duals.has_bias or self.sites[index].native_bias or self._is_replaying:
             return None
         return self.duals.bias[self._spans[index]]
 
@@ -294,11 +310,16 @@ class Meter:
         self.norms[index] = gradient_norms(hidden, module, logits, price, rate, self.sites[index].scoring)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: without the forward under way."""
+        """For copies and pickles: without the forward and the evaluation under way."""
         fleeting = {"_forwarding": False, "_tokens": None, "_latest": None, "_labels": None, "softmax": None}
-        fleeting["_replaying"] = False
+        fleeting |= {"_replayer": None, "_thread": None, "_before_forward": None, "_measuring": False, "eval_tally": None}
         return {**{name: value for name, value in vars(self).items() if name != "_here"}, **fleeting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._here = _Here()
+
+
+def _in_backward() -> bool:
+    """Whether this thread is inside a backward pass, where routers only run to be recomputed."""
+    return torch._C._current_graph_task_id() != -1
