@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .files import read_json
 from .maths import Potential, get_potential
 from .methods import METHODS, PHI_DEFAULTS, Method
 
@@ -189,7 +191,7 @@ class PhiBalanceConfig:
         values = dict(values)
         written_by = values.pop("version", None)
         known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(set(values) - set(known), key=str)
         if unknown:
             origin = f"written by hf_phibalance {written_by}, this is {package_version()}" if written_by else "a dict"
             raise ValueError(
@@ -227,24 +229,20 @@ class PhiBalanceConfig:
         Reads what [`~PhiBalanceConfig.save`] wrote, from the file or from its directory.
 
         Raises:
-            ValueError: if the file is no JSON object or holds an invalid field.
+            ValueError: if the file is no JSON object or holds an invalid field; nothing in it is run.
             OSError: if it cannot be read.
         """
         path = Path(path)
         if path.is_dir():
             path = path / CONFIG_NAME
+        values = read_json(path, remedy="Write it again with PhiBalanceConfig.save.")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path} is not valid JSON ({error}); write it again with PhiBalanceConfig.save."
-            ) from error
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"{path} must hold a JSON object of PhiBalanceConfig fields, got {type(values).__name__}."
-            )
-        return cls.from_dict(values)
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, float)

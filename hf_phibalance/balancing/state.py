@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..config import STATISTICS, PhiBalanceConfig, package_version
 from ..durable import replacing
+from ..files import parse_json
 from ..routers import RouterSite
 
 
@@ -30,6 +31,7 @@ LAYOUT = "2"  # of the header; raise it when a reader of the present one would m
 HEADER = {"format", "version", "config", "layout", "model", "checksum"}
 FIRST_HEADER = {"format", "version", "config"}  # of version 0.1.0, which had neither checksum nor model
 FIRST_VERSIONS = ("0.1.0", "0+unknown")
+LARGEST = 2**28  # bytes; the duals of a thousand layers of two thousand experts have a tenth of it
 SUM_TOLERANCE = 1e-3  # by which the sum of a mean may miss 1
 
 
@@ -105,20 +107,38 @@ def read_state(directory: str | os.PathLike) -> StateFile:
     path = path / STATE_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"there is no φ-balance state at {path}; was the model saved while patched?")
+    if path.stat().st_size > LARGEST:
+        raise _damaged(path, f"it has {path.stat().st_size:,} bytes, more than the duals of any model")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
+            _check_header(path, header)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+            whole = "checksum" not in header or header["checksum"] == checksum(tensors, header)
     except (SafetensorError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error)) from error
-    _check_header(path, header)
-    if "checksum" in header and header["checksum"] != checksum(tensors, header):
+    if not whole:
         raise _damaged(path, "its checksum does not fit its content")
+    return StateFile(tensors, _model_in(path, header))
+
+
+def _model_in(path: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
+    """What the file says of its model; `None` in one of version 0.1.0."""
+    if "model" not in header:
+        return None
     try:
-        model = json.loads(header["model"]) if "model" in header else None
-    except json.JSONDecodeError as error:
-        raise _damaged(path, str(error)) from error
-    return StateFile(tensors, model)
+        model = parse_json(header["model"])
+    except ValueError as error:
+        raise _damaged(path, f"what it says of its model is no JSON: {error}") from error
+    is_whole = (
+        isinstance(model, dict)
+        and isinstance(model.get("type"), str)
+        and isinstance(model.get("routers"), dict)
+        and all(isinstance(router, list) and len(router) == 3 for router in model["routers"].values())
+    )
+    if not is_whole:
+        raise _damaged(path, "it does not say what model and what routers it belongs to")
+    return model
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
@@ -149,12 +169,18 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
 
 
 def config_in(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The configuration that wrote the state file `path`: an adapter has no config.json to keep it in."""
+    """
+    The configuration that wrote the state file `path`: an adapter has no config.json to keep it in. `None` if the file is
+    damaged, which loading it will say.
+    """
+    if os.stat(path).st_size > LARGEST:
+        return None
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("config", "null"))
-    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError):
-        return None  # damaged: loading it says so
+            config = parse_json((file.metadata() or {}).get("config", "null"))
+    except (SafetensorError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 # ---------------------------------------------------------------------- whether it fits

@@ -78,7 +78,7 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
     state = None if source is None else _find_state(source, kwargs)
     if state is not None and _is_adapter(model):
         saved = config_in(state) or saved
-    patch(model, saved or True if phi_balance is True else phi_balance)
+    patch(model, _usable(saved, source) if saved and phi_balance is True else phi_balance)
     if state is not None:
         get_balancer(model).load(state)
     elif saved and source is not None:
@@ -86,6 +86,17 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
             f"{source} was saved while φ-balanced, but its {STATE_NAME} was not found: its prices and means start anew "
             "and a selection bias in it is lost. Copy the file beside the weights to keep them."
         )
+
+
+def _usable(saved: Any, source: str | None) -> PhiBalanceConfig:
+    """The configuration that was saved with a model, which may be damaged, or of a later version."""
+    try:
+        return PhiBalanceConfig.from_any(saved)
+    except ValueError as error:
+        raise ValueError(
+            f"{source or 'the config'} holds a φ-balance configuration that cannot be used: {error} Pass another one, "
+            "phi_balance={...}, or phi_balance=False for the ordinary model."
+        ) from error
 
 
 def _find_state(source: str, kwargs: dict[str, Any]) -> str | None:

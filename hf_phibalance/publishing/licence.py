@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from transformers.utils import logging
+from yaml import YAMLError
 
 from .card import CARD_NAME
 
@@ -44,5 +45,11 @@ def base_licence(base_model: str, online: bool = False, token: bool | str | None
             return {}
     if not Path(path).is_file():
         return {}
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, YAMLError) as error:
+        logger.warning(
+            f"the card of {base_model} at {path} cannot be read ({error}): the new card will give no licence."
+        )
+        return {}
     return {key: data.get(key) for key in LICENCE_KEYS if isinstance(data.get(key), str)}

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..config import PhiBalanceConfig
 from ..reporting import versions
+from .stored import read_evaluation, read_history, read_summary
 
 
 logger = logging.get_logger(__name__)
@@ -142,13 +143,19 @@ class Run:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Run:
-        """Reads what [`~Run.save`] wrote."""
+        """
+        Reads what [`~Run.save`] wrote.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: naming the file and what in it is not as it should be.
+        """
         folder = Path(folder)
         missing = [name for name in (SUMMARY_NAME, HISTORY_NAME) if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}: give a results folder of recipes/sft.py")
-        history = json.loads((folder / HISTORY_NAME).read_text())
-        return cls(json.loads((folder / SUMMARY_NAME).read_text()), **history, evaluations=load_evaluations(folder))
+        history = read_history(folder / HISTORY_NAME)
+        return cls(read_summary(folder / SUMMARY_NAME), **history, evaluations=load_evaluations(folder))
 
     @classmethod
     def load_baseline(cls, folder: str | os.PathLike) -> Run | None:
@@ -164,15 +171,12 @@ def load_evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
     Results of `recipes/evaluate.py` in a results folder (`eval-*.json`), each with its `file` name.
 
     Raises:
-        ValueError: if one of them is not JSON.
+        ValueError: naming the one that is damaged.
     """
     found = []
     for path in sorted(Path(folder).glob(EVALUATIONS)):
-        try:
-            result = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}): run its evaluation again, or remove it.") from error
-        if isinstance(result, dict) and isinstance(result.get("metrics"), dict):
+        result = read_evaluation(path)
+        if "metrics" in result:
             found.append({**result, "file": path.name})
         else:
             logger.warning(f"{path} has no `metrics` and is left out of the report.")

@@ -48,7 +48,7 @@ def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = No
     def create_with_balance(*args, **kwargs):
         path = Path(str(trainer.args.output_dir)) / CARD_NAME
         is_writer = trainer.is_world_process_zero()
-        ours = path.read_text(encoding="utf-8") if is_writer and path.is_file() else ""
+        ours = path.read_text(encoding="utf-8", errors="replace") if is_writer and path.is_file() else ""
         create(*args, **kwargs)
         present = find_patch(trainer.model)  # type: ignore[arg-type]
         if not is_writer or present is None or not path.is_file():

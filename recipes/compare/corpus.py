@@ -63,7 +63,7 @@ def build_corpus(
     fingerprint = digest.hexdigest()[:16]
     path = Path(cache) / f"corpus-{fingerprint}.pt"
     if path.is_file():
-        return Corpus(**torch.load(path, weights_only=True))
+        return _read(path)
     tokenizer = train_tokenizer([train for train, _ in splits.values()], vocab_size)
     train = {domain: _windows(tokenizer, split[0], window) for domain, split in splits.items()}
     validation = {domain: _windows(tokenizer, split[1], window) for domain, split in splits.items()}
@@ -86,7 +86,16 @@ def build_corpus(
 
 def load_corpus(fingerprint: str, cache: str | os.PathLike) -> Corpus:
     """The corpus that [`build_corpus`] left in `cache`."""
-    return Corpus(**torch.load(Path(cache) / f"corpus-{fingerprint}.pt", weights_only=True))
+    return _read(Path(cache) / f"corpus-{fingerprint}.pt")
+
+
+def _read(path: Path) -> Corpus:
+    try:
+        return Corpus(**torch.load(path, weights_only=True))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of as many kinds as there are ways to be damaged
+        raise ValueError(f"{path} cannot be read ({error}); remove it, and it is made again.") from error
 
 
 def train_tokenizer(parts: Sequence[Sequence[str]], vocab_size: int):

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -120,6 +121,8 @@ def load_plans(path: Path) -> tuple[str, list[Plan]]:
     plans = []
     known = {f.name for f in dataclasses.fields(Plan)} - {"name", "corpus"}
     for name, given in content["plans"].items():
+        if not re.fullmatch(r"[\w.-]*\w", str(name)):
+            raise ValueError(f"{path}: the plan {name!r} cannot name a file; use letters, digits, '.', '-' and '_'.")
         fields = {**(content.get("defaults") or {}), **(given or {})}
         unknown = sorted(set(fields) - known)
         if unknown:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_phibalance.files import parse_json
+
 from .run import key_of
 
 
@@ -30,13 +32,14 @@ class Results:
         self.path = Path(path)
         self._records: dict[str, dict[str, dict[str, Any]]] = {}
         if self.path.is_file():
-            for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-                if not line.strip():
-                    continue
-                try:
-                    self._keep(json.loads(line))
-                except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-                    warnings.warn(f"{self.path}, line {number} is no result; its run is done again.", stacklevel=2)
+            with open(self.path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        self._keep(parse_json(line))
+                    except (ValueError, KeyError, TypeError, AttributeError):
+                        warnings.warn(f"{self.path}, line {number} is no result; its run is done again.", stacklevel=2)
 
     def __contains__(self, run: Any) -> bool:
         return run.corpus in self._records.get(run.key, {})
@@ -67,7 +70,17 @@ class Results:
         self._keep(record)
 
     def _keep(self, record: Mapping[str, Any]) -> None:
-        key, corpus, _ = key_of(record["settings"]), record["settings"]["corpus"], record["metrics"]
+        settings, metrics = record["settings"], record["metrics"]
+        key, corpus = key_of(settings), settings["corpus"]
+        if not isinstance(corpus, str) or not all(map(_is_figure, metrics.values())):
+            raise TypeError("a result has the name of its text, and figures")
         by_corpus = self._records.setdefault(key, {})
         by_corpus.pop(corpus, None)  # the latest comes last
         by_corpus[corpus] = dict(record)
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether `value` is a number that can be reckoned with; not a number, and infinity, are what a run may come to."""
+    if isinstance(value, float):
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63

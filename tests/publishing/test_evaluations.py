@@ -38,5 +38,5 @@ def test_unreadable_evaluations(tmp_path, warned):
     (tmp_path / "eval-odd.json").write_text('{"task": "odd"}')
     assert load_evaluations(tmp_path) == [] and warned.about("eval-odd.json has no `metrics`")
     (tmp_path / "eval-torn.json").write_text("{")
-    with pytest.raises(ValueError, match=r"eval-torn\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"eval-torn\.json is not valid JSON.*Run its evaluation again"):
         load_evaluations(tmp_path)
