@@ -166,8 +166,8 @@ def _warn_of_skipped(numbered: list[Path], newest: Path | None) -> None:
     if skipped:
         instead = "There is no complete one." if newest is None else f"The newest complete one is {newest.name}."
         logger.warning(
-            f"{', '.join(skipped)} in {numbered[0].parent} passed over: without a readable {TRAINER_STATE_NAME}, which is "
-            f"written last, on every rank. The run died meanwhile. {instead}"
+            f"{', '.join(skipped)} in {numbered[0].parent} passed over: {TRAINER_STATE_NAME}, which is written last, is not "
+            f"there or not readable (on every rank), so the run died before it was done. {instead}"
         )
 
 

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 
@@ -48,3 +48,15 @@ def _written_keys(checkpoint: Path) -> set[str]:
         return set()
     with safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt") as file:
         return set(file.keys())
+
+
+def stop_if_done(trainer: Trainer) -> bool:
+    """
+    Whether training is over before it begins, since it resumed from its last step; then it is told to stop.
+
+    `Trainer` asks only after a step, so a run that died after its last checkpoint, in an evaluation say, is trained a step
+    too far by every restart. Can go with a transformers that ends `train(resume_from_checkpoint=True)` at `max_steps`.
+    """
+    is_done = trainer.state.global_step >= trainer.state.max_steps
+    trainer.control.should_training_stop |= is_done
+    return is_done
