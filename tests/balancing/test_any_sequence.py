@@ -1,0 +1,145 @@
+"""Any sequence of steps, ordinary, extreme and broken, through `Duals.update`: what holds of means, prices and biases."""
+
+import pytest
+import torch
+from driven import FINITE, NOT, ExactMeans, make_duals, off_mean, tally_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_phibalance import POTENTIALS
+from hf_phibalance.balancing.duals import LOGIT_WIDTH
+
+
+SIZES = [[8, 8, 8], [2, 64, 64, 3], [512], [5, 1]]
+STEPS = [
+    "even",
+    "skewed",
+    "one_expert",
+    "one_token",
+    "dead_half",
+    "many_tokens",
+    "no_token",
+    "one_router",
+    "nan",
+    "inf",
+]
+STRENGTHS = st.sampled_from([0.0, 0.001, 0.1, 1.0, 100.0])
+EXTREMES = {name: [v.low, v.high] if v.parameter else [] for name, v in POTENTIALS.items()}
+
+
+@st.composite
+def potentials(draw):
+    name = draw(st.sampled_from(sorted(POTENTIALS)))
+    parameter = POTENTIALS[name].parameter
+    value = draw(st.sampled_from([None, *EXTREMES[name]]))
+    return {"potential": name, "potential_kwargs": {} if value is None else {parameter: value}}
+
+
+@st.composite
+def configs(draw):
+    method = draw(st.sampled_from(["phi", "phi", "phi", "switch", "loss_free", "quantile"]))
+    if method == "phi":
+        statistic = st.sampled_from(["probs", "load"])
+        return {
+            "coef": draw(STRENGTHS),
+            "bias_coef": draw(STRENGTHS),
+            "ema_rate": draw(st.sampled_from([0.0001, 0.01, 0.3, 1.0])),
+            "track": draw(statistic),
+            "bias_track": draw(statistic),
+            **draw(potentials()),
+        }
+    if method == "switch":
+        return {"method": method, "coef": draw(STRENGTHS), "bias_coef": draw(STRENGTHS)}
+    return {
+        "method": method,
+        "bias_coef": draw(st.sampled_from([0.001, 0.3, 1.0] + [100.0] * (method == "loss_free"))),
+    }
+
+
+def make_step(duals, kind, seed):
+    """Tally of a step of that kind."""
+    draw = torch.Generator().manual_seed(seed)
+    probs, load, scores = [], [], []
+    for index, site in enumerate(duals.sites):
+        experts, tokens = site.num_experts, {"one_token": 1, "many_tokens": 64}.get(kind, 32)
+        logits = torch.randn(tokens, experts, generator=draw) * {"even": 0.01}.get(kind, 2.0)
+        if kind == "one_expert":
+            logits[:, seed % experts] = 60.0
+        if kind == "dead_half":
+            logits[:, : experts // 2] = -torch.inf
+        score = logits.softmax(-1) if site.score_width else logits
+        chosen = (score + duals.bias[duals.layout.spans[index]]).topk(site.top_k).indices
+        count = torch.bincount(chosen.flatten(), minlength=experts).float()
+        seen = float(kind != "no_token" and (kind != "one_router" or index == seed % len(duals.sites)))
+        scale = seen * (1e9 if kind == "many_tokens" else 1.0)
+        probs.append(scale * logits.softmax(-1).sum(0))
+        load.append(scale * count)
+        scores.append(score[: tokens if seen else 0])
+    tally = tally_of(
+        duals, torch.cat(probs), torch.cat(load), scores if duals.config.rules.bias_rule == "quantile" else ()
+    )
+    if kind in ("nan", "inf"):
+        tally.flat[seed % len(tally.flat)] = float(kind)
+    return tally
+
+
+def assert_inside_bounds(duals, exact):
+    rate, potential = duals.config.ema_rate, duals.config.build_potential()
+    tolerance = 2**-24 / rate + 2**-20
+    for name, mean in duals.means.items():
+        assert (mean >= 0).all() and (mean <= 1 + tolerance).all()
+        assert all(abs(float(mean[span].double().sum()) - 1) <= tolerance for span in duals.layout.spans)
+        assert (mean.double() - exact.means[name]).abs().max() <= tolerance
+    for site, span in zip(duals.sites, duals.layout.spans):
+        ends = potential.grad(torch.tensor([0.0, float(site.num_experts)], dtype=torch.float64))
+        price = duals.price[span].double()
+        assert torch.isfinite(price).all() and torch.isfinite(duals.toll[span]).all()
+        assert price.max() - price.min() <= (ends[1] - ends[0]) * (1 + 1e-4)
+    reach = duals.sites[0].score_width or LOGIT_WIDTH
+    assert torch.isfinite(duals.bias).all()
+    assert off_mean(duals, duals.bias).abs().max() <= reach * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("width", [1.0, None], ids=["scores", "logits"])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    config=configs(),
+    sizes=st.sampled_from(SIZES),
+    steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 10**6), st.integers(1, 10)), max_size=12),
+)
+def test_every_sequence_stays_inside_the_bounds(width, config, sizes, steps):
+    if config.get("method") == "quantile":
+        sizes = [size for size in sizes if size > 2]
+    duals = make_duals(config, sizes, width=width)
+    exact = ExactMeans(duals)
+    for kind, seed, times in steps:
+        for turn in range(times):
+            tally = make_step(duals, kind, seed + turn)
+            is_finite = torch.isfinite(tally.flat).all()
+            before = duals.bias.clone(), [mean.clone() for mean in duals.means.values()]
+            duals.update(tally, FINITE if is_finite else NOT)
+            if kind in ("nan", "inf", "no_token"):
+                assert torch.equal(duals.bias, before[0])
+                assert all(map(torch.equal, duals.means.values(), before[1]))
+            else:
+                exact.update(tally)
+            assert_inside_bounds(duals, exact)
+
+
+@pytest.mark.parametrize("potential", sorted(POTENTIALS))
+@pytest.mark.parametrize("track", ["probs", "load"])
+def test_every_potential_is_driven(potential, track):
+    """What the property test draws from, one after another: nobody is left out by chance."""
+    for value in [None, *EXTREMES[potential]]:
+        kwargs = {} if value is None else {POTENTIALS[potential].parameter: value}
+        duals = make_duals(
+            {"potential": potential, "potential_kwargs": kwargs, "track": track, "bias_track": track, "coef": 100.0}
+            | {"bias_coef": 100.0},
+            [512, 512],
+        )
+        exact = ExactMeans(duals)
+        for turn in range(40):
+            tally = make_step(duals, STEPS[turn // 2 % 7], turn)
+            duals.update(tally, FINITE)
+            exact.update(tally)
+            assert_inside_bounds(duals, exact)
