@@ -3,6 +3,7 @@
 ```bash
 phibalance inspect Qwen/Qwen1.5-MoE-A2.7B --texts math=gsm8k/test.jsonl code=src/ prose=wiki/*.txt --field math=question \
     --html report.html --json report.json
+phibalance doctor Qwen/Qwen1.5-MoE-A2.7B --coef 0.01 --lora router=lora
 ```
 """
 
@@ -24,19 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Runs `phibalance` with `arguments`, those of the process unless given.
 
     Returns:
-        `int`: the exit status: 0, 1 after an error that has been explained, 130 after Ctrl-C.
+        `int`: the exit status: 0, 1 after an error that has been explained, 130 after Ctrl-C. Of `phibalance doctor`: 0, 1
+        after a warning with `--strict`, 2 after a problem, and after an error as well.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = make_parser().parse_args(words)
     try:
-        args.run(args, ["phibalance", *words])
+        return args.run(args, ["phibalance", *words])
     except (ValueError, OSError, ImportError) as error:
         print(f"phibalance {args.command}: {error}", file=sys.stderr)
-        return 1
+        return args.after_error
     except KeyboardInterrupt:
         print(f"phibalance {args.command}: interrupted, nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Runs a MoE model over texts, without training and without changing it, and reports how each layer "
         "spreads the tokens over its experts and how much the domains of text differ in the experts they use.",
     )
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(run=_inspect, after_error=1)
     inspect.add_argument("model", help="folder or Hub name of a MoE model or of a PEFT adapter")
     inspect.add_argument(
         "--texts",
@@ -78,7 +79,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--json", metavar="FILE", help="write every figure there; - for the standard output")
     inspect.add_argument("--html", metavar="FILE", help="write a report there, a single file with its pictures")
-    loading = inspect.add_argument_group("loading the model")
+    loading = _add_loading(inspect)
+    loading.add_argument(
+        "--ignore_phi_balance",
+        action="store_true",
+        help="leave out the selection bias in phi_balance.safetensors, as a plain from_pretrained does",
+    )
+    _add_doctor(commands)
+    return parser
+
+
+def _add_loading(command: argparse.ArgumentParser) -> Any:
+    loading = command.add_argument_group("loading the model")
     loading.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s, the checkpoint's)")
     loading.add_argument(
         "--device_map",
@@ -87,15 +99,49 @@ def make_parser() -> argparse.ArgumentParser:
     loading.add_argument("--revision", help="branch, tag or commit on the Hub")
     loading.add_argument("--tokenizer", help="folder or Hub name of the tokenizer (default: the model's)")
     loading.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
-    loading.add_argument(
-        "--ignore_phi_balance",
-        action="store_true",
-        help="leave out the selection bias in phi_balance.safetensors, as a plain from_pretrained does",
+    return loading
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="whether a model is fit to be trained with balanced experts: the coefficient as it arrives, problems, remedies",
+        description="Loads a MoE model as a training would, tries out one optimizer step on a few texts, measures the "
+        "coefficient that arrives in its gradient, and names what is wrong with its remedy. Nothing is changed. Exit status: 0, "
+        "1 after a warning with --strict, 2 after a problem or an error.",
     )
-    return parser
+    doctor.set_defaults(run=_doctor, after_error=2)
+    doctor.add_argument("model", help="folder or Hub name of a MoE model or of a PEFT adapter")
+    doctor.add_argument(
+        "--texts",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files, folders or quoted globs of .txt, .md, .py or .jsonl to take the step on (default: made problems)",
+    )
+    doctor.add_argument(
+        "--field", nargs="+", default=[], metavar="FIELD", help="fields of .jsonl rows that are the text"
+    )
+    doctor.add_argument("--seq_len", type=int, default=256, help="longest sequence (default: %(default)s)")
+    doctor.add_argument("--batch_size", type=int, default=4, help="sequences of a micro-batch (default: %(default)s)")
+    doctor.add_argument("--accumulation", type=int, default=1, help="micro-batches of the step (default: %(default)s)")
+    balancing = doctor.add_argument_group("balancing, where it is not as the model was saved with (else the defaults)")
+    balancing.add_argument("--coef", type=float, help="strength of the price gradient")
+    balancing.add_argument("--bias_coef", type=float, help="step of the selection bias")
+    balancing.add_argument("--method", help="a method other than φ-balancing")
+    balancing.add_argument("--token_mask", choices=("attention", "labels", "all"), help="which tokens count")
+    balancing.add_argument(
+        "--lora",
+        nargs="+",
+        metavar="OPTION=VALUE",
+        help="train by LoRA: router=frozen|lora|full|router-only targets=all|experts|attention r=8",
+    )
+    doctor.add_argument("--json", metavar="FILE", help="write the report there; - for the standard output")
+    doctor.add_argument("--strict", action="store_true", help="exit with 1 after a warning")
+    _add_loading(doctor)
 
 
-def _inspect(args: argparse.Namespace, command: list[str]) -> None:
+def _inspect(args: argparse.Namespace, command: list[str]) -> int:
     from .inspection import parse_domains
 
     domains = parse_domains(args.texts, args.field)  # what can be refused before the model is loaded, is
@@ -116,7 +162,7 @@ def _inspect(args: argparse.Namespace, command: list[str]) -> None:
 
     console, bar_console = Console(stderr=args.json == "-"), Console(stderr=True)
     with bar_console.status(f"Loading {args.model}"):
-        tokenizer, model = load_tokenizer(args), load_model(args)
+        tokenizer, model = load_tokenizer(args), load_model(args, False if args.ignore_phi_balance else None)
     with Progresses(bar_console, [domain.name for domain in domains]) as progress:
         inspection = inspect_model(
             model,
@@ -142,6 +188,113 @@ def _inspect(args: argparse.Namespace, command: list[str]) -> None:
         Path(args.html).write_text(html_report(inspection, args.top, command), encoding="utf-8")
     for name, path in outputs.items():
         console.print(f"{name.upper()} report in {path}", highlight=False)
+    return 0
+
+
+def _doctor(args: argparse.Namespace, command: list[str]) -> int:
+    for name in ("seq_len", "batch_size", "accumulation"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`--{name}` is {getattr(args, name)}: choose at least 1.")
+    if args.json and args.json != "-" and Path(args.json).is_dir():
+        raise ValueError(f"`--json` {args.json!r} is a folder: name a file.")
+    lora = _lora_options(args.lora) if args.lora is not None else None
+
+    from .inspection import parse_domains
+
+    domains = parse_domains([f"texts={path}" for path in args.texts], args.field) if args.texts else []
+
+    from rich.console import Console
+
+    from .checkup import print_report
+    from .training import doctor, lora_config
+
+    console = Console(stderr=args.json == "-")
+    with Console(stderr=True).status(f"Loading {args.model}") as status:
+        model = _load_to_train(args)
+        if lora is not None:
+            from peft import get_peft_model
+
+            from .balancing import patch
+
+            model = patch(get_peft_model(model, lora_config(model, **lora)))
+        status.update("Trying out one optimizer step")
+        report = doctor(model, _micro_batches(args, domains))
+    report.model["name"] = args.model
+    print_report(report, console)
+    if args.json:
+        text = json.dumps(report.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(text, encoding="utf-8")
+    return report.exit_status(args.strict)
+
+
+def _lora_options(words: Sequence[str]) -> dict[str, Any]:
+    """`router=lora r=4` as arguments of `lora_config`."""
+    known = {"router": str, "targets": str, "r": int, "lora_alpha": int}
+    options: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known or not value:
+            raise ValueError(f"`--lora` {word!r}: write OPTION=VALUE with one of {', '.join(known)}.")
+        options[name] = known[name](value)
+    return options
+
+
+def _load_to_train(args: argparse.Namespace) -> Any:
+    """The model with its own balancing, or with what the options say; without its state if that is damaged or foreign."""
+    import dataclasses
+
+    from .balancing import get_balancer, patch
+    from .config import PhiBalanceConfig
+
+    given = {name: getattr(args, name) for name in ("coef", "bias_coef", "method", "token_mask")}
+    given = {name: value for name, value in given.items() if value is not None}
+    PhiBalanceConfig(**given)  # bad input fails before the weights are loaded
+    try:
+        model = load_model(args, phi_balance=True)
+    except ValueError:  # of its state: the report says so; what else is wrong, patching says again
+        model = load_model(args, phi_balance=False)
+        saved = getattr(model.config, "phi_balance", None)
+        patch(model, saved if isinstance(saved, dict) else True)
+    if given:
+        own = {} if "method" in given else dataclasses.asdict(get_balancer(model).config)
+        patch(model, PhiBalanceConfig(**(own | given)))
+    return model
+
+
+def _micro_batches(args: argparse.Namespace, domains: Sequence[Any]) -> list[dict[str, Any]] | None:
+    """Micro-batches of texts as a training has them; `None`, for made tokens, if the model has no tokenizer."""
+    import torch
+
+    from .inspection import TextStream
+    from .tasks import make_splits
+
+    try:
+        tokenizer = load_tokenizer(args)
+    except (ValueError, OSError):
+        if domains or args.tokenizer:
+            raise
+        return None
+    count = args.batch_size * args.accumulation
+    if domains:
+        stream = TextStream(domains[0], tokenizer, args.seq_len)
+        rows = [row for row, _ in zip(stream, range(count))]
+    else:
+        problems = [f"{row['question']} {row['answer']}" for row in make_splits(count)["train"]]
+        rows = [tokenizer(text)["input_ids"][: args.seq_len] for text in problems]
+    if not any(rows):
+        raise ValueError("`--texts` hold no token: name files with text.")
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    batches = []
+    for start in range(0, len(rows), args.batch_size):
+        part = [torch.tensor(row) for row in rows[start : start + args.batch_size]]
+        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=pad)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in part])[:, None]
+        batches.append({"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)})
+    return batches
 
 
 class Progresses:
@@ -192,8 +345,8 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
-def load_model(args: argparse.Namespace) -> Any:
-    """The model, with the selection bias that was saved beside its weights unless it is to be ignored."""
+def load_model(args: argparse.Namespace, phi_balance: bool | None = None) -> Any:
+    """The model, balanced as `phi_balance` says: as it was saved, unless given."""
     import torch
 
     from .models import AutoModelForCausalLM, register_deepseek_moe
@@ -202,7 +355,7 @@ def load_model(args: argparse.Namespace) -> Any:
     device_map = args.device_map or ("auto" if torch.accelerator.is_available() else None)
     return AutoModelForCausalLM.from_pretrained(
         args.model,
-        phi_balance=False if args.ignore_phi_balance else None,
+        phi_balance=phi_balance,
         dtype=args.dtype,
         device_map=device_map,
         revision=args.revision or "main",

@@ -55,14 +55,14 @@ def _judge(subject: Subject, found: Coefficient) -> Check:
         return Check(
             "coefficient",
             "problem",
-            f"declared {found.declared}: the definition reaches none of {found.parameters}, or gradients are not finite",
+            f"{found.declared:g} declared: the definition reaches none of {found.parameters}, or gradients are not finite",
             "train the routers, e.g. phb.lora_config(model, router='lora'), or balance by bias_coef alone (coef=0)",
         )
     bound = PRECISE if found.precise else ROUGH
     scaled = " (measured at a lower loss scale, since gradients overflowed)" if seen.lowered else ""
     text = (
-        f"declared {found.declared}, effective {found.effective:.6g}: ratio {found.ratio:.4f}, of its gradient "
-        f"{found.residual:.1e} is something else; at {found.parameters}{scaled}"
+        f"{found.declared:g} declared, {found.effective:.6g} received: ratio {found.ratio:.4f}, residual "
+        f"{found.residual:.0e}, at {found.parameters}{scaled}"
     )
     off = {name: ratio for name, ratio in found.by_router.items() if not abs(ratio - 1) <= bound}
     if not off and abs(found.ratio - 1) <= bound and found.residual <= 10 * bound:
@@ -98,7 +98,8 @@ def tokens(subject: Subject) -> Iterator[Check]:
     text = f"token_mask={kind!r}: {own:,} of {positions:,} positions count{trained}"
     given = [batch["attention_mask"] for batch in subject.batches if isinstance(batch.get("attention_mask"), Tensor)]
     masked_out = sum(int((mask == 0).sum()) for mask in given)
-    padding = sum(_padding(forward.kwargs.get("input_ids"), forward.mask, subject) for forward in seen.forwards)
+    blind = [forward for forward in seen.forwards if kind != "labels" and bool(forward.mask.all())]
+    padding = sum(_padding(forward.kwargs.get("input_ids"), subject) for forward in blind)
     if kind == "attention" and masked_out and not any(forward.masked for forward in seen.forwards):
         yield Check(
             "attention mask",
@@ -108,7 +109,10 @@ def tokens(subject: Subject) -> Iterator[Check]:
             "PhiBalanceConfig(token_mask='labels'), or let the trainer pass the attention_mask on",
         )
     elif padding:
-        lost = "no attention_mask" if kind == "attention" else f"token_mask={kind!r}"
+        masked = any(forward.masked for forward in blind)
+        lost = (
+            f"token_mask={kind!r}" if kind == "all" else "an attention_mask of ones" if masked else "no attention_mask"
+        )
         yield Check(
             "attention mask",
             "problem" if kind == "attention" else "warning",
@@ -137,18 +141,17 @@ def tokens(subject: Subject) -> Iterator[Check]:
         )
 
 
-def _padding(ids: Any, mask: Tensor, subject: Subject) -> int:
-    """Tokens of padding that count: runs of the padding token at the ends of rows; of two or more, it may end a text too."""
+def _padding(ids: Any, subject: Subject) -> int:
+    """Padding among `ids (B, S)`: runs of the padding token at the ends of rows; a single one may end a text as well."""
     pad = subject.pad_token_id
     if pad is None:
         config = getattr(subject.root, "config", None)
         pad = None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or not isinstance(pad, int):
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[-1] < 2 or not isinstance(pad, int):
         return 0
-    is_pad = (ids == pad).to(mask.device)
-    run = is_pad.long().cumprod(-1).bool() | is_pad.long().flip(-1).cumprod(-1).flip(-1).bool()
-    at_start, at_end = is_pad[:, :2].all(-1), is_pad[:, -2:].all(-1)
-    return int((run & mask.bool())[at_start | at_end].sum()) if ids.shape[-1] > 1 else 0
+    is_pad = (ids == pad).long()
+    runs = is_pad.cumprod(-1).sum(-1), is_pad.flip(-1).cumprod(-1).sum(-1)
+    return sum(int(run[run >= 2].sum()) for run in runs)
 
 
 def routers_run(subject: Subject) -> Iterator[Check]:

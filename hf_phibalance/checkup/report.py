@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -92,7 +93,11 @@ class DoctorReport:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
         coefficient = self.coefficient
-        shown = None if coefficient is None else dataclasses.asdict(coefficient) | {"effective": coefficient.effective}
+        shown = (
+            None
+            if coefficient is None
+            else _without_nan(dataclasses.asdict(coefficient) | {"effective": coefficient.effective})
+        )
         return {
             "status": self.status,
             "coefficient": shown,
@@ -104,6 +109,13 @@ class DoctorReport:
 
     def __str__(self) -> str:
         return "\n".join([f"φ-balance, {self.measured}:", *_lines(self.checks)])
+
+
+def _without_nan(value: Any) -> Any:
+    """`value` with `None` for what is no finite number, as JSON wants it."""
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(checks: Sequence[Check]) -> list[str]:

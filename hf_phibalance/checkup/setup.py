@@ -16,7 +16,6 @@ from .subject import Subject, many
 from .trial import CHECKPOINTING, is_reentrant
 
 
-PARALLEL = ("tp_size", "cp_size", "sp_size", "ep_size")
 VANISHING = 1e-200  # a coefficient that stands for 0
 
 
@@ -142,20 +141,8 @@ def parallelism(subject: Subject) -> Iterator[Check]:
     """Ways of training in which the data-parallel ranks are not simply all."""
     if subject.balancer is None:
         return
-    remedy = "phb.attach(trainer, process_group=...) with the ranks that hold different data"
     if subject.parallel:
-        yield Check(
-            "parallelism", "problem", subject.parallel, remedy if "process_group" not in subject.parallel else ""
-        )
-        return
-    split = [f"{n}={s}" for n in PARALLEL if isinstance(s := getattr(subject.root, n, None), int) and s > 1]
-    if split and subject.balancer.process_group is None:
-        yield Check(
-            "parallelism",
-            "problem",
-            f"{', '.join(split)}: some ranks share tokens or gradients, yet all are counted",
-            remedy,
-        )
+        yield Check("parallelism", "problem", subject.parallel)
         return
     ranks = subject.balancer.ranks
     yield Check("parallelism", "ok", "one process" if ranks == 1 else f"{ranks} data-parallel ranks")

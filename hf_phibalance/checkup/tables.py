@@ -23,7 +23,6 @@ def print_report(report: DoctorReport, console: Any) -> None:
         report (`DoctorReport`): What was found.
         console ([`rich.console.Console`]): Where to.
     """
-    from rich import box
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -35,16 +34,20 @@ def print_report(report: DoctorReport, console: Any) -> None:
     if found is not None:
         good = next((check.status for check in report.checks if check.name == "coefficient"), "ok")
         line = Text("\ncoefficient  ").append(f"{found.effective:.6g}", style=f"bold {COLOURS[good]}")
-        line.append(f"  of {found.declared:g} declared, ").append(f"ratio {found.ratio:.4f}", style=COLOURS[good])
+        line.append(f"  received of {found.declared:g} declared, ").append(
+            f"ratio {found.ratio:.4f}", style=COLOURS[good]
+        )
         console.print(line, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("", "check", "found"):
-        table.add_column(column, no_wrap=column == "check")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
+    for no_wrap in (True, True, False):
+        table.add_column(no_wrap=no_wrap)
     for check in report.checks:
         colour = COLOURS[check.status]
         table.add_row(Text(MARKS[check.status], style=f"bold {colour}"), Text(check.name), Text(check.finding))
+    console.print()
     console.print(table)
+    console.print()
     for check in sorted((c for c in report.checks if c.remedy), key=lambda c: c.status):
         console.print(Text(f"{check.status}, {check.name}", style=f"bold {COLOURS[check.status]}"))
         console.print(Padding(Text(check.remedy), (0, 0, 0, 2)), highlight=False)
-    console.print(Text(f"\n{VERDICTS[report.status]}", style=f"bold {COLOURS[report.status]}"))
+    console.print(Text(f"{VERDICTS[report.status]}", style=f"bold {COLOURS[report.status]}"))

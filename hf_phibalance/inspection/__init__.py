@@ -33,13 +33,22 @@ if TYPE_CHECKING:
     from .page import html_report
     from .survey import inspect_model
     from .tables import print_inspection
-    from .texts import Domain, parse_domains
+    from .texts import Domain, TextStream, parse_domains
 
 
-__all__ = ["Domain", "Inspection", "html_report", "inspect_model", "parse_domains", "print_inspection"]
+__all__ = [
+    "Domain",
+    "Inspection",
+    "TextStream",
+    "html_report",
+    "inspect_model",
+    "parse_domains",
+    "print_inspection",
+]
 _MODULES = {
     "Domain": "texts",
     "Inspection": "findings",
+    "TextStream": "texts",
     "html_report": "page",
     "inspect_model": "survey",
     "parse_domains": "texts",

@@ -79,14 +79,13 @@ def _examine_model(model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping
     batches = [made_batch(model)] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
     subject = Subject(root, None if present is None else present.balancer, folder=_folder(root), batches=batches)
     if subject.balancer is not None:
+        rows = [next((len(v) for v in b.values() if hasattr(v, "__len__")), 0) for b in batches]
         given = (
-            "made tokens"
-            if batch is None
-            else "the given batch"
-            if len(batches) == 1
-            else f"{len(batches)} micro-batches"
+            f"{'made tokens' if batch is None else 'the given texts'}, {len(rows)} micro-batch{'es' * (len(rows) > 1)}"
         )
-        step = RawStep(model, subject.balancer, batches, f"one step of the model's loss on {given}")
+        step = RawStep(
+            model, subject.balancer, batches, f"one step of the model's loss on {given} of {max(rows)} rows"
+        )
         subject.seen = observe(model, subject.balancer, step)
     return _report(subject)
 
