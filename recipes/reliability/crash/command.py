@@ -1,0 +1,61 @@
+# Copyright 2026 The hf_phibalance authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging as python_logging
+import random
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from hf_phibalance.reporting import versions
+
+from .disk import Disk
+from .killing import Tally, kill_runs
+from .runs import Untouched
+from .traps import MOMENTS
+
+
+def table(tallies: list[Tally]) -> str:
+    head = (
+        "| moment | ranks | kills | newest left unfinished | runs | identical in the end |\n|---|--:|--:|--:|--:|--:|"
+    )
+    lines = [
+        f"| {t.moment} | {t.ranks} | {t.kills} | {t.unfinished} | {t.runs} | "
+        f"{t.runs - sum(fault.startswith('in the end') for fault in t.faults)} |"
+        for t in tallies
+    ]
+    return "\n".join([head, *lines])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Kills training runs and resumes them.")
+    parser.add_argument("--kills", type=int, default=50, help="of each moment and number of ranks (50)")
+    parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=MOMENTS)
+    parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2), default=(1, 2))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)  # threads do not survive a fork
+    logging.set_verbosity_error()  # what is passed over is counted instead
+    python_logging.getLogger("hf_phibalance").setLevel(python_logging.ERROR)
+    disk, rng, tallies = Disk(), random.Random(options.seed), []
+    if "disk" in options.moments and disk.refusal:
+        print(f"no small disk ({disk.refusal}): a limit to the size of files stands in for it")
+    for ranks in options.ranks:
+        untouched = Untouched.of(ranks)
+        seconds = ", ".join(f"{what} {taken:.3f} s" for what, taken in untouched.seconds.items())
+        print(f"{ranks} rank(s), untouched: {seconds}; {untouched.size:,} bytes a checkpoint", flush=True)
+        for moment in options.moments:
+            tallies.append(kill_runs(moment, ranks, options.kills, untouched, disk, rng))
+            print(table(tallies).splitlines()[-1], *tallies[-1].faults, sep="\n  ", flush=True)
+    print("", table(tallies), "", ", ".join(f"{name} {version}" for name, version in versions().items()), sep="\n")
+    if options.json:
+        options.json.write_text(json.dumps([vars(tally) for tally in tallies], indent=2) + "\n")
+    return int(any(tally.faults for tally in tallies))
