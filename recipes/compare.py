@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 Compare balancing methods; the command is that of `recipes/compare/command.py`, which says what it can do:
 

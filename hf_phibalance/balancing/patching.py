@@ -18,6 +18,7 @@ from ..routers import (
     find_copies,
     find_routers,
     forget_compiled_code,
+    hook_adapters,
     install_hooks,
     remove_hooks,
     unwrap,
@@ -42,6 +43,13 @@ class Patch:
     undo: Undo = field(default_factory=Undo)
     undo_built_in: Undo = field(default_factory=Undo)  # the auxiliary loss that is off meanwhile
     frozen: list[nn.Parameter] = field(default_factory=list)  # of the routers, to be trained again afterwards
+    beside: list[nn.Parameter] = field(default_factory=list)  # what else was trained when these were frozen
+
+    def thaw(self) -> None:
+        """Lets the routers be trained again, unless whoever came since (PEFT, for instance) has frozen the whole model."""
+        if not self.beside or any(parameter.requires_grad for parameter in self.beside):
+            for parameter in self.frozen:
+                parameter.requires_grad_(True)
 
 
 def find_patch(model: nn.Module) -> Patch | None:
@@ -109,6 +117,7 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
         present = _install(balancer)
     else:
         find_copies(chain[-1], present.balancer.sites)
+        hook_adapters(present.balancer.meter)
     for wrapper in chain:
         _keep_state_beside_weights(wrapper, present.undo)
     if config.token_mask == "labels":
@@ -125,6 +134,7 @@ def _install(balancer: PhiBalancer) -> Patch:
         present.frozen = [p for p in parameters if p.requires_grad]
         for parameter in present.frozen:
             parameter.requires_grad_(False)
+        present.beside = [p for p in root.parameters() if p.requires_grad]
     install_hooks(balancer.meter, find_backbone(root, balancer.sites))
     forget_compiled_code()
     present.undo.set(root, PATCH_ATTRIBUTE, present)
@@ -147,8 +157,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         forget_compiled_code()
         present.undo_built_in.restore()
         present.undo.restore()
-        for parameter in present.frozen:
-            parameter.requires_grad_(True)
+        present.thaw()
     return model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..routers import RouterHook, RouterSite, arguments_by_name, find_backbone
+from ..routers import RouterReader, RouterSite, arguments_by_name, find_backbone, reading
+from .meter import Meter
 from .step import OptimizerStep
 from .tokens import count_mask
 
@@ -83,6 +84,30 @@ class Routed:
     hidden: Tensor | None
     logits: Tensor
     selected: Tensor
+
+
+class _Watcher(RouterReader):
+    """Notes the first call of each router; later ones are recomputations."""
+
+    is_idle = False
+    is_measuring = True
+
+    def __init__(self, root: nn.Module, sites: Sequence[RouterSite], meter: Meter) -> None:
+        self.root, self.sites, self._meter = root, sites, meter
+        self.found: dict[str, Routed] = {}
+        self._hidden: Tensor | None = None  # of the router that is about to be observed
+
+    def measure(self, index: int, module: nn.Module, hidden: Tensor, logits: Tensor) -> None:
+        self._hidden = hidden.detach()
+
+    def choice_bias(self, index: int) -> Tensor | None:
+        return self._meter.choice_bias(index)
+
+    def observe(self, index: int, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
+        hidden, self._hidden = self._hidden, None
+        chosen = selected.detach().reshape(len(logits), -1)
+        self.found.setdefault(self.sites[index].name, Routed(hidden, logits, chosen))
+        return carrier
 
 
 class Rehearsal:
@@ -191,31 +216,9 @@ class Rehearsal:
     @contextmanager
     def watching(self) -> Iterator[dict[str, Routed]]:
         """Notes what the routers do meanwhile, by layer name, with the autograd graph of their logits."""
-        found: dict[str, Routed] = {}
-
-        def watch(site: RouterSite, index: int):
-            traits, hook = site.kind.traits, RouterHook(self._meter, index)
-
-            def note(module: nn.Module, args: tuple, output: Any) -> None:
-                if site.name in found:
-                    return  # a recomputation
-                logits = traits.logits(output, module, args, site.kind.index)
-                chosen = hook.choice(logits) if traits.selected is None else output[traits.selected]
-                hidden = args[0].detach() if args and isinstance(args[0], Tensor) else None
-                found[site.name] = Routed(hidden, logits, chosen.detach().reshape(len(logits), -1))
-
-            return note
-
-        handles = [
-            module.register_forward_hook(watch(site, index))
-            for index, site in enumerate(self.sites)
-            for module in site.modules
-        ]
-        try:
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
+        watcher = _Watcher(self.balancer.root, self.sites, self._meter)
+        with reading(watcher):
+            yield watcher.found
 
     def drop_bias(self) -> None:
         """Leaves out, until the rehearsal ends, the selection biases that are ours: as a plain load does."""

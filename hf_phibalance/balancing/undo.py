@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..compat import keep_function
+
 
 class MISSING:
     """Stands for an attribute that was not there; a class, because copies and pickles keep its identity."""
@@ -53,4 +55,6 @@ def wrap_method(owner: Any, name: str, wrapper: Callable, undo: Undo) -> None:
     """Lets `owner.name(...)` be `wrapper(owner, inner, ...)`, once, in a way that copies and pickles of `owner` keep."""
     inner = getattr(owner, name)
     if getattr(inner, "func", None) is not wrapper:
-        undo.set(owner, name, functools.update_wrapper(functools.partial(wrapper, owner, inner), inner))
+        outer: Any = functools.update_wrapper(functools.partial(wrapper, owner, inner), inner)
+        keep_function(outer, inner)
+        undo.set(owner, name, outer)

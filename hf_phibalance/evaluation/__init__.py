@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 Evaluation: what a model writes on GSM8K and HumanEval, its scores as `evaluate` metrics, its expert load meanwhile.
 

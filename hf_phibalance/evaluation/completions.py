@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Completions on disk: written batch by batch, found again after an interruption, refused after a change of settings."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 Completions of prompts by a model, in batches that an interruption does not change: each has its own seed.
 

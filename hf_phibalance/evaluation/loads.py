@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """The expert load of an evaluation: how evenly prompts and completions are spread over the experts."""
 
 from __future__ import annotations

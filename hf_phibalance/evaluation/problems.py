@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The problems that a model is examined on: which there are, the prompts that put them, and the scores of what it wrote.
 

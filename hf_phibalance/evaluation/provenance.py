@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Where a result comes from: marks that tell one model and one set of prompts from another, and versions."""
 
 from __future__ import annotations

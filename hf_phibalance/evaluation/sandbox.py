@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 Runs a generated program, once, in a fresh interpreter with hard limits, and says whether it did what it should.
 

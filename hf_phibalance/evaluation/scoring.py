@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The rules by which GSM8K answers and HumanEval samples are scored, as pure functions without dependencies.
 

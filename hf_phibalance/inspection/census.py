@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..balancing import find_patch
 from ..maths import routing_probs
-from ..routers import RouterHook, RouterReader, RouterSite, find_backbone, find_routers, unwrap
+from ..routers import RouterReader, RouterSite, find_backbone, find_routers, reading, unwrap
 from .findings import CONFIDENCE, Layer
 
 
@@ -57,16 +57,8 @@ class RouterCensus(RouterReader):
     @contextmanager
     def attached(self) -> Iterator[RouterCensus]:
         """While open, the hooks are in the model."""
-        handles = [
-            module.register_forward_hook(RouterHook(self, index))
-            for index, site in enumerate(self.sites)
-            for module in site.modules
-        ]
-        try:
+        with reading(self):
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def counting(self, domain: int, mask_BS: Tensor, half_B: Tensor) -> Iterator[None]:

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 Models: loading them balanced, and those that transformers does not bring.
 
@@ -10,6 +8,7 @@ Models: loading them balanced, and those that transformers does not bring.
 This room may know `balancing`, which it patches with, but no trainer and no task.
 """
 
+from ..compat import has_decoder_of_deepseek_moe
 from .auto import AutoModelForCausalLM, disable, enable
 from .tiny import build_model, train_tokenizer
 
@@ -18,7 +17,8 @@ __all__ = ["AutoModelForCausalLM", "build_model", "disable", "enable", "register
 
 
 def register_deepseek_moe() -> None:
-    """Makes transformers' auto classes know the model type `"deepseek"`; see `deepseek_moe.register`."""
-    from .deepseek_moe import register  # imports a modelling file, so only when asked for
+    """Makes transformers' auto classes know the model type `"deepseek"`, if it can; see `deepseek_moe.register`."""
+    if has_decoder_of_deepseek_moe():
+        from .deepseek_moe import register  # imports a modelling file, so only when asked for
 
-    register()
+        register()

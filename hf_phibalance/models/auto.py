@@ -72,9 +72,13 @@ def _is_adapter(model: nn.Module) -> bool:
 
 def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs: dict[str, Any]) -> None:
     """Patches a freshly loaded model as `phi_balance` asks and gives it the state that was saved beside its weights."""
+    saved = getattr(model.config, "phi_balance", None)
+    if source is not None:
+        vars(model.config).pop(
+            "phi_balance", None
+        )  # what unpatched, or not patched at all, is saved as an ordinary model
     if phi_balance is None or phi_balance is False:
         return
-    saved = getattr(model.config, "phi_balance", None)
     state = None if source is None else _find_state(source, kwargs)
     if state is not None and _is_adapter(model):
         saved = config_in(state) or saved

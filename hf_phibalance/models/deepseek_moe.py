@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The first DeepSeek-MoE (`deepseek-ai/deepseek-moe-16b-base` and `-chat`, model type `"deepseek"`) without remote code.
 

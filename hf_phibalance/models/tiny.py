@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Tiny models from scratch: built from the fields of any `transformers` config, with a tokenizer trained on the spot."""
 
 from __future__ import annotations

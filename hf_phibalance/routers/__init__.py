@@ -3,8 +3,10 @@ Routers: where they are in a model, what they return, and how to look and act in
 
 | module | what it holds |
 |---|---|
-| `traits` | what a router class returns and how it scores, and the table of those that depart from the rule |
-| `discovery` | the routers of a model |
+| `discovery` | the routers of a model, and what is what among their outputs |
+| `traits` | how a router class scores, and the table of those that depart from the rule |
+| `contract` | routers that the installed transformers does not declare |
+| `sources` | what the source of a class says of it |
 | `families` | the model types that have routers |
 | `inside` | the softmax and the top-k inside a router's forward |
 | `hooks` | hooks that show the routers to a meter, in and out |
@@ -20,15 +22,19 @@ from .hooks import (
     arguments_by_name,
     count_groups,
     forget_compiled_code,
+    hook_adapters,
     install_hooks,
+    reading,
     remove_hooks,
 )
 from .inside import Softmax
-from .traits import REMOTE_TRAITS, class_source
+from .sources import class_source
+from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS
 from .wrapping import canonical_name, find_backbone, unwrap
 
 
 __all__ = [
+    "NATIVE_BIAS_NAMES",
     "REMOTE_TRAITS",
     "Family",
     "RouterHook",
@@ -44,7 +50,9 @@ __all__ = [
     "find_copies",
     "find_routers",
     "forget_compiled_code",
+    "hook_adapters",
     "install_hooks",
+    "reading",
     "remove_hooks",
     "supported_families",
     "unwrap",

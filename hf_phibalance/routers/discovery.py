@@ -1,15 +1,30 @@
-"""Where the routers of a model are: found through what transformers itself declares."""
+"""Where the routers of a model are: where transformers itself declares them, else where their contract is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
+import torch
+import transformers
 from torch import Tensor, nn
 
+from .contract import by_contract, expert_count, experts_beside
+from .sources import returned_values, takes_top_k
 from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS, RouterKind, RouterTraits, declared_kinds
 from .wrapping import canonical_name
+
+
+INDEX_TYPES = (torch.int64, torch.int32)
+
+
+class Reading(NamedTuple):
+    """Positions, in what a router returns or its experts are given; `None` for what is not there."""
+
+    logits: int | None  # (T, E)
+    chosen: int | None  # (T, k)
+    carrier: int | None  # differentiable, the task gradient flows back through it
 
 
 @dataclass
@@ -27,6 +42,40 @@ class RouterSite:
     charged: bool = False  # whether a price gradient has gone through it
     softmax_carries: bool | None = None  # whether the task gradient goes back through its softmax, once seen
     score_width: float | None = None  # the span of the scores that it ranks, once known
+    not_logits: tuple[int, ...] = ()  # positions in the return value of what is as wide as the logits
+    experts: nn.Module | None = None  # which are handed the choice, where the router does not return it
+    noted: Tensor | None = None  # the logits, until the experts are handed the choice
+
+    def read(self, parts: Sequence[Any]) -> Reading:
+        """What is what among `parts`, by type and shape: families, and versions of them, order it differently."""
+        floats = [i for i, part in enumerate(parts) if isinstance(part, Tensor) and part.is_floating_point()]
+        wide = [i for i in floats if parts[i].shape[-1:] == (self.num_experts,) and i not in self.not_logits]
+        indices = (i for i, x in enumerate(parts) if isinstance(x, Tensor) and x.dtype in INDEX_TYPES and x.ndim > 1)
+        if len(wide) > 1 and self.kind.index not in wide:
+            raise ValueError(
+                f"router {self.name!r} ({self.kind.target.__name__} of transformers {transformers.__version__}) returns "
+                f"{len(wide)} tensors as wide as its {self.num_experts} experts, and nothing says which its logits are."
+            )
+        logits = self.kind.index if self.kind.index in wide else next(iter(wide), None)
+        chosen = next(indices, None) if self.kind.traits.returns_choice else None
+        return Reading(logits, chosen, next((i for i in floats if i != logits), None))
+
+    def add(self, module: nn.Module) -> None:
+        """Takes in a module that computes this router, and the selection bias that comes with it."""
+        self.modules.append(module)
+        bias = _native_bias(module, self.parent, self.num_experts)
+        if bias is not None and not any(owner is bias[0] for owner, _ in self.native_bias):
+            self.native_bias.append(bias)
+            if self.kind.traits.biases == "scores" and self.scoring in ("sigmoid", "softmax"):
+                self.score_width = 1.0
+
+    @property
+    def router(self) -> nn.Module:
+        """The router as its block sees it."""
+        return self.modules[-1] if self.parent is None else getattr(self.parent, self.name.rpartition(".")[2])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "noted": None}
 
     def write_native_bias(self, bias: Tensor) -> None:
         """Copies `bias (E,)` into the family's own selection bias, in place."""
@@ -60,47 +109,69 @@ def find_routers(root: nn.Module) -> list[RouterSite]:
             parent = parents.get(id(parent))  # step over wrappers of the router itself
         site = sites.get(canonical)
         if site is None:
+            num_experts = _num_experts(module, kind.traits)
+            experts = None if parent is None else experts_beside(parent, canonical.rpartition(".")[2], num_experts)
+            if parent is not None and not takes_top_k(module) and takes_top_k(parent, experts):
+                kind = replace(kind, block=type(parent))
             site = sites[canonical] = RouterSite(
                 canonical,
                 kind,
-                _num_experts(module, kind.traits),
+                num_experts,
                 _top_k(module, parent),
                 kind.scoring_of(module),
                 parent=parent,
+                not_logits=tuple(
+                    i for i, how in enumerate(returned_values(cast(Hashable, kind.target))) if how == "scatter"
+                ),
+                experts=experts if kind.block else None,
             )
-        site.modules.append(module)
-        bias = _native_bias(module, parent, site.num_experts)
-        if bias is not None and not any(owner is bias[0] for owner, _ in site.native_bias):
-            site.native_bias.append(bias)
-            if kind.traits.biases == "scores" and site.scoring in ("sigmoid", "softmax"):
-                site.score_width = 1.0
+        site.add(module)
     if not sites:
         raise ValueError(
-            f"{type(root).__name__} has no router that transformers declares (`_can_record_outputs['router_logits']`), "
-            "so there is nothing to balance. `hf_phibalance.supported_families()` lists the model types that have."
+            f"{type(root).__name__} has no router: transformers {transformers.__version__} declares none "
+            "(`_can_record_outputs['router_logits']`), and no module of it is one by its contract (one matrix of E rows, "
+            "beside E experts, where a top-k is taken), so there is nothing to balance. "
+            "`hf_phibalance.supported_families()` lists the model types that have one."
         )
     return list(sites.values())
 
 
 def find_copies(root: nn.Module, sites: Sequence[RouterSite]) -> None:
-    """Looks for the routers again: PEFT's `modules_to_save` trains copies, which need the native bias as well."""
-    found = {site.name: site for site in find_routers(root)}
+    """Looks for the modules of `sites` again: by their names, for wrappers may have changed what they hold."""
+    by_name = {site.name: site for site in sites}
     for site in sites:
-        if site.name in found:
-            site.modules, site.native_bias = found[site.name].modules, found[site.name].native_bias
-            for owner, name in site.native_bias:  # PEFT would train them, but selections have no gradient
-                getattr(owner, name).requires_grad_(False)
+        site.modules, site.native_bias = [], []
+    for name, module in root.named_modules():
+        known = by_name.get(canonical_name(name))
+        if known is not None and isinstance(module, known.kind.target):
+            known.add(module)
+    for owner, name in (native for site in sites for native in site.native_bias):
+        getattr(owner, name).requires_grad_(False)  # PEFT would train them, but selections have no gradient
 
 
-def _matches(root: nn.Module) -> Iterator[tuple[str, nn.Module, RouterKind]]:
-    """Modules of `root` that are routers by a declaration of any transformers model class inside `root`."""
+def _matches(root: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
+    """Modules of `root` that are routers: as transformers declares, or else by their contract."""
+    found = list(_declared(root))
+    routers = {id(module) for _, module, _ in found}
+    blocks = {
+        id(module)
+        for _, module, _ in found
+        if any(id(inner) in routers for inner in module.modules() if inner is not module) or any(by_contract(module))
+    }
+    kept = [match for match in found if id(match[1]) not in blocks]  # the declared module may hold the router
+    return kept or list(by_contract(root))
+
+
+def _declared(root: nn.Module) -> Iterator[tuple[str, nn.Module, RouterKind]]:
+    """Modules of `root` that any transformers model class inside it declares, and gates of remote code."""
     kinds = {
         (kind.target, kind.layer_name): kind for module in root.modules() for kind in declared_kinds(type(module))
     }
     for name, module in root.named_modules():
         for kind in kinds.values():
-            layer_name_fits = kind.layer_name is None or f".{kind.layer_name}." in f".{canonical_name(name)}."
-            if isinstance(module, kind.target) and layer_name_fits and not kind.traits.ignored:
+            # at the end, for adapters put layers into a router that is a linear layer
+            layer_name_fits = kind.layer_name is None or f".{canonical_name(name)}".endswith(f".{kind.layer_name}")
+            if isinstance(module, kind.target) and layer_name_fits:
                 yield name, module, kind
                 break
         else:
@@ -114,13 +185,10 @@ def _name_of(root: nn.Module, wanted: nn.Module) -> str:
 
 
 def _num_experts(router: nn.Module, traits: RouterTraits) -> int:
-    for name in (traits.experts or "num_experts", "n_routed_experts", "num_local_experts"):
-        if isinstance(getattr(router, name, None), int):
-            return getattr(router, name)
-    weights = [p for name, p in router.named_parameters() if p.ndim == 2 and ".lora_" not in name]
-    if len(weights) != 1:
+    count = expert_count(router, traits.experts)
+    if not count:
         raise ValueError(f"{type(router).__name__}: cannot tell the number of experts; add it to routers.TRAITS.")
-    return weights[0].shape[0]
+    return count
 
 
 def _top_k(router: nn.Module, parent: nn.Module | None) -> int:

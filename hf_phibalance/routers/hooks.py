@@ -11,13 +11,17 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .discovery import RouterSite
+from .contract import linear_logits
+from .discovery import Reading, RouterSite
 from .inside import RouterMode, Softmax, rank_scores
 
 
@@ -81,7 +85,7 @@ class _Hook:
 
 
 class RouterHook(_Hook):
-    """Forward hook of one router: statistics out, price gradient in."""
+    """Forward hook of one router: statistics out, price gradient in. Of one that leaves the choice to its block: logits."""
 
     reader: RouterReader
 
@@ -90,25 +94,56 @@ class RouterHook(_Hook):
         self.index = index
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        reader, kind = self.reader, self.reader.sites[self.index].kind
-        traits = kind.traits
+        reader, site = self.reader, self.reader.sites[self.index]
         if reader.is_idle:
             return None
-        logits = traits.logits(output, module, args, kind.index)
-        if reader.is_measuring and args:
-            reader.measure(self.index, module, args[0], logits)
-        chosen = self.choice(logits) if traits.selected is None else output[traits.selected]
-        if traits.carrier is None:
-            return reader.observe(self.index, logits, chosen, logits)
-        paid = reader.observe(self.index, logits, chosen, output[traits.carrier])
-        return (*output[: traits.carrier], paid, *output[traits.carrier + 1 :])
+        parts = output if isinstance(output, tuple) else (output,)
+        at = site.read(parts)
+        logits = linear_logits(args[0], module) if at.logits is None else parts[at.logits]
+        if site.experts is not None:
+            site.noted = logits
+            return None
+        paid = self._observe(module, args[0] if args else None, logits, parts, at)
+        return paid if isinstance(output, tuple) else paid[0]
 
-    def choice(self, logits: Tensor) -> Tensor:
+    def _observe(
+        self, router: nn.Module, hidden: Tensor | None, logits: Tensor, parts: Sequence[Any], at: Reading
+    ) -> tuple:
+        """`parts` with the charge on what carries it."""
+        reader = self.reader
+        if reader.is_measuring and hidden is not None:
+            reader.measure(self.index, router, hidden, logits)
+        chosen = self._choice(logits) if at.chosen is None else parts[at.chosen]
+        carrier = at.logits if at.carrier is None else at.carrier
+        if carrier is None:
+            raise ValueError(
+                f"router {reader.sites[self.index].name!r} ({type(router).__name__} of transformers "
+                f"{transformers.__version__}) returns nothing differentiable, so a price cannot be charged."
+            )
+        paid = reader.observe(self.index, logits, chosen, parts[carrier])
+        return (*parts[:carrier], paid, *parts[carrier + 1 :])
+
+    def _choice(self, logits: Tensor) -> Tensor:
         """The selection `(T, k)` of a router that does not return it."""
         site, bias = self.reader.sites[self.index], self.reader.choice_bias(self.index)
         scores = torch.softmax(logits, -1, dtype=logits.dtype) if site.kind.traits.ranks == "probs" else logits
         ranked = scores if bias is None else rank_scores(scores, bias)
         return torch.ops.aten.topk(ranked, site.top_k)[1]  # the operator itself: `RouterMode` may be active
+
+
+class ExpertsHook(RouterHook):
+    """Before the experts of a router that leaves the choice to its block: the block hands them what it has come to."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if self.reader.is_idle:
+            return None
+        site = self.reader.sites[self.index]
+        hidden, *parts = (*args, *kwargs.values())
+        logits, site.noted = site.noted, None
+        if logits is None:  # the block has read the weight of its router instead of calling it
+            logits = linear_logits(hidden, site.router)
+        parts = [hidden, *self._observe(site.router, hidden, logits, parts, site.read(parts))]
+        return tuple(parts[: len(args)]), dict(zip(kwargs, parts[len(args) :]))
 
 
 class InsideHook(_Hook):
@@ -176,23 +211,54 @@ def arguments_by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str,
     return {**dict(zip(names, args)), **kwargs}
 
 
+def _show_router(reader: RouterReader, index: int, prepend: bool = False) -> list[RemovableHandle]:
+    """Hooks that hand what router `index` did to `reader`."""
+    site = reader.sites[index]
+    # of a router that returns logits only, what an adapter around it has added to them counts
+    modules = {id(m): m for m in (*site.modules, *([site.router] if site.experts is not None else []))}
+    handles = [m.register_forward_hook(RouterHook(reader, index), prepend=prepend) for m in modules.values()]
+    if site.experts is not None:
+        handles.append(site.experts.register_forward_pre_hook(ExpertsHook(reader, index), with_kwargs=True))
+    return handles
+
+
+@contextmanager
+def reading(reader: RouterReader) -> Iterator[None]:
+    """While open, `reader` sees what the routers `reader.sites` do."""
+    handles = [handle for index in range(len(reader.sites)) for handle in _show_router(reader, index)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def install_hooks(meter: RouterMeter, backbone: nn.Module) -> None:
     """Lets `meter` see the routers of its model, and the forwards of `backbone`, which holds them all."""
     for index, site in enumerate(meter.sites):
-        for module in site.modules:
-            module.register_forward_hook(RouterHook(meter, index), prepend=True)
-            in_parent = site.kind.traits.selects_in_parent and site.parent is not None
-            selecting = site.parent if in_parent and site.parent else module
-            selecting.register_forward_pre_hook(InsideHook(meter, index, True, sees_router=not in_parent))
-            selecting.register_forward_hook(
-                InsideHook(meter, index, False, sees_router=not in_parent), prepend=True, always_call=True
+        _show_router(meter, index, prepend=True)
+        in_block = site.kind.block is not None and site.parent is not None
+        for module in [site.parent] if in_block and site.parent else site.modules:
+            module.register_forward_pre_hook(InsideHook(meter, index, True, sees_router=not in_block))
+            module.register_forward_hook(
+                InsideHook(meter, index, False, sees_router=not in_block), prepend=True, always_call=True
             )
     backbone.register_forward_pre_hook(BackboneHook(meter, before=True), with_kwargs=True)
     backbone.register_forward_hook(BackboneHook(meter, before=False), with_kwargs=True, always_call=True)
 
 
+def hook_adapters(meter: RouterMeter) -> None:
+    """Hooks what has been put around routers that return logits only, since they were patched."""
+    for index, site in enumerate(meter.sites):
+        if site.experts is None or any(isinstance(hook, RouterHook) for hook in site.router._forward_hooks.values()):
+            continue
+        site.router.register_forward_hook(RouterHook(meter, index))
+        forget_compiled_code()
+
+
 def remove_hooks(root: nn.Module) -> None:
     """Removes every hook of ours, found by its type: copies that PEFT made have no handle."""
+    RouterMode.leave_interrupted()
     for module in root.modules():
         tables: list[list[dict[int, Any]]] = [
             [module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called],

@@ -1,39 +1,25 @@
-"""What a router class is: where its outputs are, how it scores, and a table of the classes that depart from the rule.
+"""What a router class is: how it scores, and a table of the classes that depart from the rule.
 
-A model class of transformers says in `_can_record_outputs["router_logits"]` which module is its router and where in
-the return value the logits are. Nearly all routers then share one contract,
-
-    forward(hidden_states) -> (router_logits (T, E), topk_weights (T, k), topk_indices (T, k))
-
-and the scoring can be read off their source. `TRAITS` lists the classes that depart from that, one line each.
+A model class of transformers says in `_can_record_outputs["router_logits"]` which module is its router. Where a version
+does not, its contract does ([`contract`]). What is what among a router's outputs is told by type and shape
+([`RouterSite.read`]), and the scoring is read off the source. `TRAITS` lists the classes for which that does not do, one
+line each.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..maths import SCORINGS
+from .sources import code_of, returned_values, scoring_in
 
 
 # Names under which families keep a bias that is added to the scores for the selection only.
 NATIVE_BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
-
-
-def _recorded_logits(output, module, args, index: int) -> Tensor:
-    return output[index] if isinstance(output, tuple) else output
-
-
-def _linear_logits(output, module, args, index: int) -> Tensor:
-    """Logits of a gate that does not return them: its own linear layer once more, in fp32 as there."""
-    hidden = args[0].reshape(-1, args[0].shape[-1])
-    return F.linear(hidden.float(), module.weight.float())
 
 
 @dataclass(frozen=True)
@@ -44,35 +30,24 @@ class RouterTraits:
     Args:
         scoring (`str` or `Callable[[nn.Module], str]`, *optional*):
             Key of `pricing.SCORINGS`; read off the class's source when `None`.
-        carrier (`int`, *optional*, defaults to `1`):
-            Position, in the return value, of the differentiable output through which the task gradient flows back;
-            `None` if the router returns only its logits.
-        selected (`int`, *optional*, defaults to `2`):
-            Position of the chosen experts; `None` if they are not returned, then the top-k of the scores is taken.
+        returns_choice (`bool`, *optional*, defaults to `True`):
+            Whether the indices that it returns are its choice; else the top-k of the scores is taken.
         ranks (`str`, *optional*, defaults to `"logits"`):
             What the top-k of a router that does not return its choice ranks: `"logits"` or `"probs"`.
         biases (`str`, *optional*, defaults to `"scores"`):
             What the family's own selection bias is added to: `"scores"` or `"logits"`.
-        selects_in_parent (`bool`, *optional*, defaults to `False`):
-            Whether the selecting top-k happens in the forward of the parent module.
         experts (`str`, *optional*): attribute holding the width of the logits, where it is not the usual one.
-        logits (`Callable`, *optional*): how to obtain the logits from a call.
         no_bias (`str`, *optional*): reason why a selection bias cannot work here.
         refused (`str`, *optional*): reason why the family cannot be balanced at all.
-        ignored (`bool`, *optional*): recorded by transformers, but no router of its own.
     """
 
     scoring: str | Callable[[nn.Module], str] | None = None
-    carrier: int | None = 1
-    selected: int | None = 2
+    returns_choice: bool = True
     ranks: str = "logits"
     biases: str = "scores"
-    selects_in_parent: bool = False
     experts: str | None = None
-    logits: Callable[..., Tensor] = _recorded_logits
     no_bias: str | None = None
     refused: str | None = None
-    ignored: bool = False
 
 
 def _gate_scoring(module: nn.Module) -> str:
@@ -90,23 +65,18 @@ def _score_activation(module: nn.Module) -> str:
 
 TRAITS: dict[str, RouterTraits] = {
     "Cohere2MoeTopKRouter": RouterTraits(scoring=_selection_fn),
-    "DbrxRouter": RouterTraits(carrier=None, selected=None, ranks="probs", selects_in_parent=True),
     "DogeCDMoE": RouterTraits(
         refused="its product keys score two half-experts, there is no distribution over experts"
     ),
-    "Gemma4TextRouter": RouterTraits(scoring="probs"),
-    "JetMoeAttention": RouterTraits(ignored=True),  # hands on the logits of the JetMoeTopKGating inside it
-    "JetMoeTopKGating": RouterTraits(carrier=2, selected=None),
     "Kolibri1TopKRouter": RouterTraits(biases="logits"),
-    "Llama4Router": RouterTraits(carrier=0, selected=None),
     "LongcatFlashTopkRouter": RouterTraits(experts="n_routed_experts"),  # its identity experts are routed to as well
     "PhimoeTopKRouter": RouterTraits(no_bias="sparsemixer samples the experts, there is no top-k to bias"),
     # the last class skips the block; it is returned as expert 0 with weight 0
-    "ZayaRouter": RouterTraits(experts="num_router_classes", selected=None, ranks="probs"),
+    "ZayaRouter": RouterTraits(experts="num_router_classes", returns_choice=False, ranks="probs"),
 }
 # Gates of models that ship their own code, by their contract instead of by a transformers class.
 REMOTE_TRAITS: dict[str, RouterTraits] = {
-    "MoEGate": RouterTraits(scoring=_gate_scoring, carrier=1, selected=0, logits=_linear_logits),
+    "MoEGate": RouterTraits(scoring=_gate_scoring),
 }
 
 
@@ -118,6 +88,7 @@ class RouterKind:
     index: int = 0
     layer_name: str | None = None
     traits: RouterTraits = RouterTraits()
+    block: type[nn.Module] | None = None  # whose code chooses the experts, where the router's does not
 
     def scoring_of(self, module: nn.Module) -> str:
         scoring = self.scoring
@@ -126,20 +97,17 @@ class RouterKind:
     @property
     def scoring(self) -> str | Callable[[nn.Module], str]:
         """Key of `pricing.SCORINGS`, or what reads it off a module where its config decides."""
-        return self.traits.scoring or source_scoring(self.target)
+        return self.traits.scoring or source_scoring(self)
 
 
-@functools.cache
-def class_source(module_class: Hashable) -> str:
-    return inspect.getsource(cast(Any, module_class))
-
-
-def source_scoring(router_class: type[nn.Module]) -> str | Callable[[nn.Module], str]:
-    """`"sigmoid"` or `"softmax"`, whichever the source of the class applies, or what finds it in a module."""
-    source = class_source(cast(Hashable, router_class))
+def source_scoring(kind: RouterKind) -> str | Callable[[nn.Module], str]:
+    """Whichever scoring the source of the class that chooses applies, or what finds it in a module."""
+    source = code_of(cast(Hashable, kind.block or kind.target))
     if "self.score_fn(" in source:
         return _score_activation
-    return "sigmoid" if "sigmoid(" in source else "softmax"
+    scoring = scoring_in(source)
+    returned = returned_values(cast(Hashable, kind.target))[kind.index : kind.index + 1]
+    return "probs" if scoring == "softmax" and returned == ["softmax"] else scoring
 
 
 def declared_kinds(model_class: type[nn.Module]) -> list[RouterKind]:

@@ -6,18 +6,19 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedModel
+
+from ..compat import unwrap_parallel
 
 
 if TYPE_CHECKING:
     from .discovery import RouterSite
 
 
-WRAPPER_PARTS = re.compile(
-    r"\.(base_layer|original_module|modules_to_save\.[^.]+|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\b"
-)
+# Names under which wrappers keep what they wrap.
+INSIDE_WRAPPERS = ("base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPER_PARTS = re.compile(rf"\.({'|'.join(INSIDE_WRAPPERS)}|modules_to_save\.[^.]+)\b")
 
 
 def canonical_name(name: str) -> str:
@@ -29,7 +30,7 @@ def unwrap(model: nn.Module) -> list[nn.Module]:
     """`model` and what it wraps, outermost first: compiled, data-parallel and PEFT models down to the transformers one."""
     chain = [model]
     while True:
-        inner = extract_model_from_parallel(chain[-1], keep_torch_compile=False)
+        inner = unwrap_parallel(chain[-1])
         if inner is chain[-1] and callable(to_base := getattr(inner, "get_base_model", None)):
             inner = to_base()
         if inner is chain[-1]:

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The tasks that the recipes train on and examine: GSM8K, MBPP, HumanEval, and made problems in GSM8K's format.
 

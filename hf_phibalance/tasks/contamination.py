@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The contamination guard: test problems of GSM8K and HumanEval in rows that are to be trained on.
 

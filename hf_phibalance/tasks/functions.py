@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """MBPP's rows as functions to be completed, the form of HumanEval: programs are read as syntax trees and never run."""
 
 from __future__ import annotations

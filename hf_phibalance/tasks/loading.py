@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Rows of a task, from JSON lines or from the Hub: checked line by line, with the test problems left out."""
 
 from __future__ import annotations

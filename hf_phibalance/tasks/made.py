@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Made problems: word problems in the format of GSM8K, generated on the spot.
 
 A problem needs two or three steps of arithmetic. Its answer is written the way GSM8K writes it, with the calculation

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Rows as they lie in files or on the Hub, unchecked, each with its place: a file and a line, or a number."""
 
 from __future__ import annotations

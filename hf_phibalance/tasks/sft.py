@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Rows for the trainer: the prompts and completions of which TRL's `SFTTrainer` trains the completions."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """The tasks, each a dataset: which rows of it are well formed, and how a row is put to a model."""
 
 from __future__ import annotations

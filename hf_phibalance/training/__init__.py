@@ -9,7 +9,6 @@ Training: φ-balancing inside a `Trainer`, and which parameters an adapter train
 | `refusals` | ways of training in which the coefficient would not be what it says |
 | `checkpoints` | in what order a checkpoint is written, and from which one a run resumes |
 | `adapters` | LoRA configurations of a model, from two words |
-| `compat` | shims around faults of other libraries, each saying when it can go |
 """
 
 from .adapters import lora_config

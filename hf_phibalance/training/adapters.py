@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from ..routers import RouterSite, class_source, find_routers, unwrap
+from ..compat import names_rewritten_by_peft
+from ..routers import NATIVE_BIAS_NAMES, RouterSite, class_source, find_routers, unwrap
 
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ TARGETS = ("all", "experts", "attention")
 ATTENTION = re.compile(r"(^|_)(attn|attention|mamba|mixer|conv)$")
 FEED_FORWARD = re.compile(r"(^|_)(mlps?|ffn|feed_forward|moe|experts?)$|shared")
 LEFT_ALONE = re.compile(r"indexer|layernorm|hyper_connection")
-# In some families PEFT takes modules of these names for experts as transformers 4 had them, see `_rewritten_by_peft`
+# In some families PEFT takes modules of these names for experts as transformers 4 had them, see `compat.names_rewritten_by_peft`
 NAMES_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 NOT_FOR_PARAMETERS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False}
 
@@ -152,11 +153,16 @@ def _refuse_out_of_reach(root: nn.Module, part: str, modules: list[str], paramet
         )
     for name in parameters:
         owner, _, parameter = name.rpartition(".")
+        block = type(root.get_submodule(owner.rpartition(".")[0])).__name__
         if _is_read_from_outside(root, owner, parameter):
-            reader = type(root.get_submodule(owner.rpartition(".")[0])).__name__
             raise ValueError(
-                f"the {part} of {type(root).__name__} cannot be adapted: {reader} reads {name!r} without calling the "
+                f"the {part} of {type(root).__name__} cannot be adapted: {block} reads {name!r} without calling the "
                 f"module that owns it, so the adapter would never be applied. Choose {others}."
+            )
+        if part == "router" and any(_is_read_from_outside(root, owner, bias) for bias in NATIVE_BIAS_NAMES):
+            raise ValueError(
+                f"the router of {type(root).__name__} cannot be adapted with this version of transformers: {block} reads the "
+                f"selection bias of {owner!r}, which PEFT's wrapper hides. Choose {others}, or transformers >= 5.14."
             )
 
 
@@ -188,7 +194,7 @@ def _refuse_quantised(root: nn.Module, parameters: list[str]) -> None:
 def _parts(root: nn.Module, sites: list[RouterSite]) -> dict[str, tuple[list[str], list[str]]]:
     """Linear modules and bare parameters to adapt, by full name, of `"router"`, `"experts"` and `"attention"`."""
     parts: dict[str, tuple[list[str], list[str]]] = {part: ([], []) for part in ("router", *TARGETS[1:])}
-    stack, rewritten, plain = Stack(root, sites), _rewritten_by_peft(root), _plain_forwards()
+    stack, rewritten, plain = Stack(root, sites), names_rewritten_by_peft(root, NAMES_OF_V4), _plain_forwards()
     for name, module in root.named_modules():
         part = stack.part_of(name)
         if part is None or isinstance(module, nn.modules.conv._ConvNd):
@@ -252,19 +258,6 @@ def _plain_forwards() -> set[Any]:
     except ImportError:
         return forwards
     return forwards | {bnb.nn.Linear4bit.forward, bnb.nn.Linear8bitLt.forward}
-
-
-def _rewritten_by_peft(root: nn.Module) -> set[str]:
-    """
-    Names of modules that PEFT turns into the fused expert parameters of this family, also where a shared expert or a
-    dense MLP bears them. It leaves names of parameters alone.
-    """
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    probe = LoraConfig(target_modules=sorted(NAMES_OF_V4))
-    convert_peft_config_for_transformers(probe, root, None)
-    return NAMES_OF_V4 - set(probe.target_modules or ())
 
 
 def _matrices(module: nn.Module) -> Iterator[str]:

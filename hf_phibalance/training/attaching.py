@@ -13,10 +13,10 @@ from transformers.utils import logging
 
 from ..balancing import PhiBalancer, announce_switched_off, find_patch, get_balancer, patch
 from ..checkup import DoctorReport
+from ..compat import stop_if_done
 from ..publishing import complete_uploads
 from .callback import PhiBalanceCallback
 from .checkpoints import keep_whole
-from .compat import stop_if_done
 from .examining import verify_first_step
 from .refusals import refuse_ranks_apart, refuse_unknown_scaling
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..balancing import STATE_NAME, PhiBalancer, find_patch, get_balancer, patch
 from ..checkup import DoctorReport
-from .compat import reload_converted_weights
+from ..compat import reload_converted_weights
 
 
 logger = logging.get_logger(__name__)

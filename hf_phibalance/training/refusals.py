@@ -26,7 +26,11 @@ def refuse_unknown_scaling(trainer: Trainer, process_group: dist.ProcessGroup | 
     Raises:
         ValueError: naming what and the remedy.
     """
-    cut = {name: size for name, size in (("cp_size", trainer.get_cp_size()), ("sp_size", trainer.get_sp_size())) if size > 1}
+    cut = {
+        name: size
+        for name, size in (("cp_size", trainer.get_cp_size()), ("sp_size", trainer.get_sp_size()))
+        if size > 1
+    }
     if cut:
         raise ValueError(
             f"{', '.join(f'{name}={size}' for name, size in cut.items())}: ranks hold parts of the same rows, while a Trainer "

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The comparison of balancing methods; `recipes/compare.py` is its command, README.md beside this file what it found.
 

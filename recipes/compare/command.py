@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 Compare balancing methods: tiny Mixture-of-Experts models, trained from scratch on real text of three domains.
 

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The text as tokens: a tokenizer trained on the spot, and windows of equal length.
 

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """The text of the comparison: documents of three domains, some of them held out as a whole."""
 
 from __future__ import annotations

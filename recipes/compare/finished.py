@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """What there is of a plan: the records and figures of its finished runs."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """The training loop of a run, and what is read off it."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """What the comparison measures, from counts and choices: pure functions, and the recorder that reads choices off a model.
 
 Shapes: L layers, E experts, k experts per token, D domains, W windows of S tokens, T tokens.
@@ -16,30 +14,35 @@ from torch import Tensor
 
 from hf_phibalance import PhiBalancer
 from hf_phibalance.maths import dead_experts, gini, max_vio, mutual_information
+from hf_phibalance.routers import RouterReader, reading
+
+
+class _Choices(RouterReader):
+    """Notes what every router chooses."""
+
+    is_idle = is_measuring = False
+
+    def __init__(self, balancer: PhiBalancer) -> None:
+        self.root, self.sites, self._meter = balancer.root, balancer.sites, balancer.meter
+        self.chosen: list[Tensor] = []
+
+    def measure(self, index, module, hidden, logits) -> None:
+        """Nothing."""
+
+    def choice_bias(self, index: int) -> Tensor | None:
+        return self._meter.choice_bias(index)
+
+    def observe(self, index: int, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
+        self.chosen.append(selected.detach())
+        return carrier
 
 
 @contextmanager
 def recorded_choices(balancer: PhiBalancer) -> Iterator[list[Tensor]]:
-    """
-    While open, every call of a router appends the experts `(T, k)` it chose, bias included, to the list.
-
-    Raises:
-        ValueError: if the routers of the family do not return their choice.
-    """
-    chosen: list[Tensor] = []
-    handles = []
-    for site in balancer.sites:
-        position = site.kind.traits.selected
-        if position is None:
-            raise ValueError(f"{site.name} does not return the experts it chooses, so they cannot be recorded.")
-        for module in site.modules:
-            hook = lambda module, args, output, position=position: chosen.append(output[position].detach())  # noqa: E731
-            handles.append(module.register_forward_hook(hook))
-    try:
-        yield chosen
-    finally:
-        for handle in handles:
-            handle.remove()
+    """While open, every call of a router appends the experts `(T, k)` it chose, bias included, to the list."""
+    choices = _Choices(balancer)
+    with reading(choices):
+        yield choices.chosen
 
 
 def count_by_window(choices: Sequence[Tensor], windows: int, num_experts: int) -> Tensor:

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """The models of the comparison: small ones of three router families, with random weights by seed.
 
 All knowledge beside attention and embeddings sits in routed experts, so that routing matters. Sizes are such that 500

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Means and spreads over seeds, and differences paired by seed."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Plans: what a YAML file asks to be compared, and the runs that follow from it.
 
 ```yaml

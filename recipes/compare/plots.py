@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Pictures of finished runs: loss against MaxVio, both over the steps, and which domain goes to which experts."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """The results file: one JSON line for each finished run, appended as a whole, read back without trust."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """A run of the comparison: what its result depends on, and the key by which the result is found again."""
 
 from __future__ import annotations

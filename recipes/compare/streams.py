@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 Streams of batches: how many rows of which domain each optimizer step gets, and in which order their windows come.
 

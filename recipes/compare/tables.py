@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Tables of finished runs, in Markdown: means and spreads over seeds, and differences to a baseline paired by seed."""
 
 from __future__ import annotations

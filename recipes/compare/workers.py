@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Training many runs: each in a process of one torch thread, tried again if that is killed."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiny random causal-LM MoE models, one for every model type of transformers that records `router_logits`.
+"""Tiny random causal-LM MoE models, one for every model type of transformers that has routers.
 
 A model has three layers (at least two of them MoE), hidden size 32, 8 experts of which 2 are used, and a vocabulary of
 128. Every weight is random and the routers get a larger spread, so that routing is neither tied nor collapsed.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -19,17 +20,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import hf_phibalance as phb
 
 
-def _records_router_logits(model_type: str) -> bool:
-    """Whether the modelling file declares the recorder; reading it avoids 60 imports."""
+def _has_routers(model_type: str) -> bool:
+    """Whether the modelling file declares the recorder or (before transformers 5.20) chooses experts; reading it avoids 60 imports."""
     name = model_type_to_module_name(model_type)
     path = Path(transformers.__file__).parent / "models" / name / f"modeling_{name}.py"
     if not path.is_file():  # a type that has another's model class
         model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], None)
         path = Path(inspect.getfile(model_class)) if model_class else path
-    return path.is_file() and '"router_logits":' in path.read_text()
+    source = path.read_text() if path.is_file() else ""
+    return '"router_logits":' in source or (
+        "topk(" in source and re.search(r"self\.(gate|router) = ", source) is not None
+    )
 
 
-MODEL_TYPES: list[str] = sorted(filter(_records_router_logits, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+MODEL_TYPES: list[str] = sorted(filter(_has_routers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 ROUTER = re.compile(r"\.(gate|router|router_gate)\.")  # in the names of router parameters
 FIRST_PLAIN_ID = 3  # below are pad, bos and eos; other special ids of composite models lie beyond the tiny vocabulary
@@ -185,6 +189,22 @@ OVERRIDES: dict[str, dict] = {
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
 }
 
+# What differs besides in transformers before the version. Can go with them.
+OLDER: dict[str, dict[str, dict]] = {
+    "5.20": {"qwen4_exp_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}},
+    "5.14": {
+        # the router is as wide as an expert
+        "dbrx": {"ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2}},
+        "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+        "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
+    },
+    "5.2": {"jamba": {"use_mamba_kernels": False}},
+}
+for _version, _overrides in OLDER.items():
+    if Version(transformers.__version__) < Version(_version):
+        for _type, _override in _overrides.items():
+            OVERRIDES[_type] = OVERRIDES.get(_type, {}) | _override
+
 
 def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
     """The config of `model_type`, shrunk; `overrides` are fields of it (of its text config where it is composite)."""
@@ -192,7 +212,12 @@ def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
     if "text_config" in cls.sub_configs:
         text_config = tiny_config(cls.sub_configs["text_config"].model_type, **overrides)
         return cls(text_config=text_config.to_dict(), **OVERRIDES.get(model_type, {}))
-    fields = {field.name for field in dataclasses.fields(cls)}
+    # in transformers 5.0 configs are ordinary classes
+    fields = (
+        {f.name for f in dataclasses.fields(cls)}
+        if dataclasses.is_dataclass(cls)
+        else set(inspect.signature(cls).parameters)
+    )
 
     def own(values: dict) -> dict:
         return {name if name in fields else cls.attribute_map.get(name, name): values[name] for name in values}
@@ -212,7 +237,9 @@ def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float3
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-            if any(part in name for part in model._get_dtype_plan(dtype)):  # as `from_pretrained` does
+            if any(
+                part in name for part in getattr(model, "_get_dtype_plan", lambda _: ())(dtype)
+            ):  # as `from_pretrained` does
                 tensor.data = tensor.data.float()
         for name, param in model.named_parameters():
             if not param.requires_grad:

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 GSM8K's exact match as an `evaluate` metric, by the rules of lm-evaluation-harness (task `gsm8k`, version 3.0).
 

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """`HumanEvalPassAtK`, in a folder of its own as `evaluate.load` wants it."""
 
 from .humaneval_pass_at_k import HumanEvalPassAtK

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 HumanEval's pass@k as an `evaluate` metric: each completion is run against the checks of its problem, in a sandbox.
 

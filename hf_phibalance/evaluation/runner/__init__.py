@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The inside of the sandbox: what the fresh interpreter does that `sandbox.run_program` starts. Standard library only.
 

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The walls around the program: namespaces, a file system of its own, Landlock, privileges and limits.
 

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """The process that judges: it executes the checks, and calls the functions of a program that it never sees."""
 
 from __future__ import annotations

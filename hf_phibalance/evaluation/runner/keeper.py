@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The first process of the new namespaces: it sets them up, starts the program, reaps what the program has left, and takes
 everything along when it dies.

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """What the processes ask of the Linux kernel and Python has no function for."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Forks of this process, and what all processes of the system are: starting, finding and killing them."""
 
 from __future__ import annotations

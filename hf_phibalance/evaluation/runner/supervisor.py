@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 The process that is started: it reads the job, starts the others, keeps the time, counts what is left running, kills
 everything and reports the verdict.

@@ -1,14 +1,16 @@
-"""Shims around faults of other libraries. Each says when it can go."""
+"""Shims around faults of other libraries, and around what older versions lack. Each says when it can go."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, extract_model_from_parallel
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -16,6 +18,50 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 
 logger = logging.get_logger(__name__)
+
+
+def unwrap_parallel(model: nn.Module) -> nn.Module:
+    """
+    `model` without the parallel and compiled wrappers around it. accelerate before 1.13 fails at a
+    `DistributedDataParallel` around a compiled model; the `except` can go when that is the oldest supported.
+    """
+    try:
+        return extract_model_from_parallel(model, keep_torch_compile=False)
+    except KeyError:
+        return model.get_submodule("module")
+
+
+def keep_function(outer: Any, inner: Callable) -> None:
+    """
+    Lets `outer`, which stands in for the method `inner`, answer for its function. TRL 1.9 reads the signature of
+    `model.forward.__func__`; can go when the oldest supported one does not.
+    """
+    if hasattr(inner, "__func__"):
+        outer.__func__ = inner.__func__
+
+
+def names_rewritten_by_peft(root: nn.Module, names: set[str]) -> set[str]:
+    """
+    Those of `names` of modules that PEFT turns into the fused expert parameters of the family of `root`. Before 0.19 it
+    rewrites nothing; the `except` can go when that is the oldest supported.
+    """
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        return set()
+    probe = LoraConfig(target_modules=sorted(names))
+    convert_peft_config_for_transformers(probe, root, None)
+    return names - set(probe.target_modules or ())
+
+
+def has_decoder_of_deepseek_moe() -> bool:
+    """
+    Whether transformers has the decoder that [`models.deepseek_moe`] is made of, which came between 5.10 and 5.12. Can go
+    when that is the oldest supported; until then an older one says that it does not know the model type.
+    """
+    return importlib.util.find_spec("transformers.models.deepseek_ocr2") is not None
 
 
 def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
