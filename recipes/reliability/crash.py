@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 Kills training runs and resumes them: do they end as the run that nobody touched, bit for bit? What is killed when, and what
 is compared, is said in the folder of the same name.

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Whether two things that a run left are the same."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """The command line."""
 
 from __future__ import annotations
@@ -21,16 +19,16 @@ from .runs import Untouched
 from .traps import MOMENTS
 
 
-def table(tallies: list[Tally]) -> str:
-    head = (
-        "| moment | ranks | kills | newest left unfinished | runs | identical in the end |\n|---|--:|--:|--:|--:|--:|"
-    )
-    lines = [
-        f"| {t.moment} | {t.ranks} | {t.kills} | {t.unfinished} | {t.runs} | "
-        f"{t.runs - sum(fault.startswith('in the end') for fault in t.faults)} |"
-        for t in tallies
-    ]
-    return "\n".join([head, *lines])
+HEAD = (
+    "| moment | ranks | kills | newest checkpoint unfinished | file it ends with | runs | identical in the end |",
+    "|---|--:|--:|--:|---|--:|--:|",
+)
+
+
+def row(tally: Tally) -> str:
+    files = ", ".join(f"{name} {count}" for name, count in tally.last_files.most_common())
+    cells = (tally.moment, tally.ranks, tally.kills, tally.unfinished, files, tally.runs, tally.identical)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,8 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{ranks} rank(s), untouched: {seconds}; {untouched.size:,} bytes a checkpoint", flush=True)
         for moment in options.moments:
             tallies.append(kill_runs(moment, ranks, options.kills, untouched, disk, rng))
-            print(table(tallies).splitlines()[-1], *tallies[-1].faults, sep="\n  ", flush=True)
-    print("", table(tallies), "", ", ".join(f"{name} {version}" for name, version in versions().items()), sep="\n")
+            print(row(tallies[-1]), *tallies[-1].faults, sep="\n  ", flush=True)
+    print(
+        "",
+        *HEAD,
+        *map(row, tallies),
+        "",
+        ", ".join(f"{name} {number}" for name, number in versions().items()),
+        sep="\n",
+    )
     if options.json:
         options.json.write_text(json.dumps([vars(tally) for tally in tallies], indent=2) + "\n")
     return int(any(tally.faults for tally in tallies))

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Killing runs again and again, and looking at what is left each time and in the end."""
 
 from __future__ import annotations
@@ -40,6 +38,7 @@ class Tally:
     kills: int = 0
     unfinished: int = 0  # of the kills: the newest checkpoint by number was not whole
     runs: int = 0
+    identical: int = 0  # of the runs: ended as the untouched one
     last_files: Counter[str] = field(default_factory=Counter)  # that were begun in those
     faults: list[str] = field(default_factory=list)
 
@@ -50,20 +49,22 @@ def kill_runs(moment: str, ranks: int, kills: int, untouched: Untouched, disk: D
     while tally.kills < kills:
         with tempfile.TemporaryDirectory() as name, disk.under(Path(name), moment, untouched.size * 4) as place:
             run = Run(Path(name), place / "run", ranks)
-            for _ in range(min(KILLS_OF_A_RUN, kills - tally.kills)):
-                before = run.newest
-                if before == STEPS or not kill(run, moment, untouched, disk, rng):
-                    break
-                tally.kills += 1
-                check_checkpoints(run, before, untouched, tally)
             tally.runs += 1
             try:
+                for _ in range(min(KILLS_OF_A_RUN, kills - tally.kills)):
+                    before = run.newest
+                    if before == STEPS or not kill(run, moment, untouched, disk, rng):
+                        break
+                    tally.kills += 1
+                    check_checkpoints(run, before, untouched, tally)
                 run.start_and_end()
-                fault = difference(run.ends, untouched.ends)
-            except RuntimeError as error:
-                fault = str(error)
-            if fault:
-                tally.faults.append(f"in the end: {fault}")
+            except RuntimeError as error:  # it could not be started again
+                tally.faults.append(str(error))
+                return tally
+            if fault := difference(run.ends, untouched.ends):
+                tally.faults.append(f"in the end {fault}")
+            else:
+                tally.identical += 1
     return tally
 
 
