@@ -24,7 +24,7 @@ from ..routers import RouterSite, find_copies
 from .duals import Duals
 from .learning import LINEAR, LearningReport, describe_router
 from .meter import Meter
-from .ranks import Ranks
+from .ranks import Ranks, count_copies
 from .rehearsal import Rehearsal
 from .state import check_model, describe_model, read_state, save_state
 from .step import Steps
@@ -54,14 +54,21 @@ class PhiBalancer:
         self.root = root
         self.config = config
         self.sites = list(sites)
-        self._ranks = Ranks()
+        self._ranks = Ranks(count_copies(root))
         self._duals = Duals(config, self.sites)
         self._steps = Steps(root, config, self.sites, self._duals, self._ranks)
         self.meter = Meter(root, config, self.sites, self._duals, self._steps)  # what the hooks talk to
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The data-parallel ranks; `None` for all."""
+        """
+        The ranks whose gradients are averaged in an optimizer step, and whose tokens differ; `None` for all, of which those that
+        share their tokens since transformers has split the model over them (`tp_plan`, `DistributedConfig`) count once.
+
+        Ranks that step each for themselves and average weights only now and then (DiLoCo, local SGD) are groups of one:
+        `balancer.process_group = torch.distributed.new_subgroups(1)[0]`. Average what `state_dict()` returns with the
+        weights, and give it to `load_state_dict()`.
+        """
         return self._ranks.group
 
     @process_group.setter

@@ -10,6 +10,7 @@ from transformers.utils import logging
 from ..config import PhiBalanceConfig
 from ..routers import RouterSite, count_groups
 from .duals import Layout
+from .ranks import Ranks
 from .tally import Tally
 
 
@@ -23,6 +24,7 @@ def refuse_impossible(root: nn.Module, sites: Sequence[RouterSite], config: PhiB
     Raises:
         ValueError: naming the router, the reason and the remedy.
     """
+    _refuse_pipeline(root)
     _refuse_bypassed(root, sites)
     for site in sites:
         if config.bias_coef > 0:
@@ -36,6 +38,16 @@ def refuse_impossible(root: nn.Module, sites: Sequence[RouterSite], config: PhiB
         raise ValueError(
             f"method={config.method!r} pools the layers of a model, but those of {type(root).__name__} have different "
             "numbers of experts. Use method='switch'."
+        )
+
+
+def _refuse_pipeline(root: nn.Module) -> None:
+    stage = getattr(root, "_pp_stage", None)
+    if stage is not None:
+        raise ValueError(
+            f"pp_size={stage.pp_size} leaves on each rank a part of the routers of {type(root).__name__}, and the pipeline of "
+            "transformers returns no loss to train on. Load the model without pp_size (DistributedConfig(fsdp_size=...) or "
+            "tp_size=... spread it over the ranks as well)."
         )
 
 
@@ -72,6 +84,22 @@ def _refuse_unbiasable(site: RouterSite, config: PhiBalanceConfig) -> None:
                 f"{site.num_experts} experts, {why}: a fair share is then no quantile of the scores. Use method='phi' "
                 "or 'loss_free'."
             )
+
+
+def check_ranks(config: PhiBalanceConfig, layout: Layout, ranks: Ranks, tally: Tally) -> None:
+    """
+    Refuses ranks that balance different things, whose sums would mean nothing or never arrive; on all of them alike.
+
+    Raises:
+        ValueError: if routers or configuration are not the same on every rank.
+    """
+    mine = f"{list(zip(layout.names, layout.sizes))} {config.to_dict()}"
+    if not ranks.agree(mine, tally.flat.device):
+        raise ValueError(
+            f"the ranks of this optimizer step have different routers or configurations. This one has {len(layout.names)} "
+            f"router(s), {', '.join(layout.names[:2])}, ..., and {config}. Patch the whole model with the same configuration on "
+            "every rank; stages of a pipeline, which hold some of the layers, cannot be balanced."
+        )
 
 
 def check_first_step(

@@ -18,7 +18,7 @@ from ..maths import BINS
 from ..routers import RouterSite, find_copies
 from .duals import Duals
 from .ranks import Ranks
-from .refusals import check_first_step
+from .refusals import check_first_step, check_ranks
 from .tally import Tally
 from .tokens import Tokens, count_mask
 
@@ -128,11 +128,17 @@ class Steps:
     def close(self, skipped: bool | None = None) -> None:
         """See [`PhiBalancer.step`]."""
         if not self.now.trained:
-            raise RuntimeError("step() was called before any training forward of the patched model.")
+            raise RuntimeError(
+                "step() was called before any training forward of the patched model. Layers that run without the forward "
+                f"of {type(self.root).__name__} around them, as in a stage of torch.distributed.pipelining, are neither "
+                "counted nor charged: φ-balancing does not support pipelines."
+            )
         if skipped is not None and self._any_rank(skipped):
             self.discard()
             return
         tally = self.tally
+        if not self._checked:
+            check_ranks(self.config, self.duals.layout, self.ranks, tally)
         self.ranks.sum_(tally.flat)
         if not self._checked:
             find_copies(self.root, self.sites)

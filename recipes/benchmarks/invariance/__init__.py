@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 Invariance matrix: does one optimizer step receive the declared coefficient, however the step is carried out?
 
@@ -28,6 +26,7 @@ The last rows show the same projection, over the router parameters, for the mode
 | `definition` | the gradient by definition |
 | `steps`, `ranks` | the step carried out by each trainer; processes that do so together |
 | `measurement`, `report` | a cell against the definition; table and summary |
+| `layouts` | the same where the model itself is spread over the ranks |
 | `command` | the command line |
 """
 
@@ -35,6 +34,7 @@ from .cells import ACCUMULATION, CHECKPOINTING, PRECISIONS, TRAINERS, Cell, all_
 from .command import main
 from .definition import flat_gradient, reference
 from .inputs import COEF, build_model, build_rows, collate, deal
+from .layouts import LAYOUTS, Layout, load_spread, measure_layouts, save_models
 from .measurement import RESIDUAL_BOUND, Result, measure, prepare_process
 from .ranks import in_ranks
 from .report import markdown
@@ -45,10 +45,12 @@ __all__ = [
     "ACCUMULATION",
     "CHECKPOINTING",
     "COEF",
+    "LAYOUTS",
     "PRECISIONS",
     "RESIDUAL_BOUND",
     "TRAINERS",
     "Cell",
+    "Layout",
     "Recorder",
     "Result",
     "all_cells",
@@ -58,10 +60,13 @@ __all__ = [
     "deal",
     "flat_gradient",
     "in_ranks",
+    "load_spread",
     "main",
     "markdown",
     "measure",
+    "measure_layouts",
     "prepare_process",
     "reference",
+    "save_models",
     "set_checkpointing",
 ]

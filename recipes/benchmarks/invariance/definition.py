@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """The definition, written out: what one optimizer step has to add to the gradient."""
 
 from __future__ import annotations
@@ -82,7 +80,10 @@ def built_in_gradient(model_type: str, batch: dict[str, Tensor]) -> Tensor:
 
 
 def flat_gradient(model: nn.Module) -> Tensor:
-    """Gradients of all parameters in one fp64 vector; parameters without one count as zero."""
-    return torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).detach().reshape(-1).double() for p in model.parameters()]
-    )
+    """Gradients of all parameters in one fp64 vector, gathered where they are sharded; those without one count as zero."""
+    return torch.cat([_whole_gradient(parameter).reshape(-1).double() for parameter in model.parameters()])
+
+
+def _whole_gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return getattr(gradient, "full_tensor", lambda: gradient)().detach()

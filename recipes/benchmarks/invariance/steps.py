@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """One optimizer step, carried out: by `Trainer`, by TRL's `SFTTrainer`, and by a loop as users write it."""
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ def optimizer_gradient(cell: Cell, model_type: str) -> Tensor:
     return optimizer.gradient
 
 
-def trainer_run(cell: Cell, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def trainer_run(cell: Cell, model: nn.Module, optimizer: torch.optim.Optimizer, use_cpu: bool = True) -> None:
     """One step of `Trainer` or `SFTTrainer`, whose batches accelerate deals to the ranks."""
     from datasets import Dataset
     from torch.utils.data import DataLoader
@@ -72,7 +70,7 @@ def trainer_run(cell: Cell, model: nn.Module, optimizer: torch.optim.Optimizer) 
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=use_cpu,
             max_steps=1,
             gradient_accumulation_steps=cell.accumulation,
             gradient_checkpointing=cell.checkpointing != "none",

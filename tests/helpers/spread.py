@@ -1,0 +1,208 @@
+"""What two or four gloo ranks do with models that are spread over them, batches that are not, and steps of their own."""
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from invariance import Layout, load_spread, measure_layouts
+from references import naive_training
+from tiny import tiny_batch, tiny_model
+from torch.distributed import pipelining
+from torch.utils.data import SequentialSampler
+from training import make_trainer, rows
+
+import hf_phibalance as phb
+from hf_phibalance import PhiBalanceConfig
+
+
+TRAINERS = ("raw loop", "Trainer")
+RUNS = {  # rows and arguments; two ranks, two rows a micro-batch
+    "repeated": (11, {}),  # accelerate fills up the last batches with rows of the first
+    "uneven": (11, {"accelerator_config": {"even_batches": False}}),
+    "uneven steps": (13, {"accelerator_config": {"even_batches": False}, "gradient_accumulation_steps": 2}),
+    "drop_last": (11, {"dataloader_drop_last": True}),
+    "tokens of each device": (11, {"average_tokens_across_devices": False}),
+}
+LOCAL = PhiBalanceConfig(coef=2.0, bias_coef=0.01)
+LOCAL_STEPS, LOCAL_RATE = 3, 0.1
+
+
+# ---------------------------------------------------------------------- batches that are not even
+
+
+class Noting(torch.optim.SGD):
+    """Changes no weight; notes the gradients it is handed."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.0)
+        self.model, self.gradients = model, []
+
+    def step(self, closure=None):
+        self.gradients.append(
+            {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        )
+
+
+def train(run, folder, balanced):
+    """Gradients, prices and this rank's rows of every step."""
+    count, arguments = RUNS[run]
+    model = tiny_model("mixtral").train()
+    optimizer, seen, prices = Noting(model), [], []
+    trainer = make_trainer(
+        model, folder, data=rows(count), num_train_epochs=1, **{"gradient_accumulation_steps": 1} | arguments
+    )
+    trainer.optimizer = optimizer
+    trainer._get_train_sampler = lambda *args: SequentialSampler(trainer.train_dataset)
+    if balanced:
+        phb.patch(model, {"coef": 5.0})
+        phb.attach(trainer)
+        begin = phb.PhiBalancer.begin_step
+
+        def noting_begin(balancer, batches, **more):
+            own = [[ids[m.bool()].tolist() for ids, m in zip(b["input_ids"], b["attention_mask"])] for b in batches]
+            seen.append(own)
+            prices.append({name: price.numpy() for name, price in balancer.prices().items()})
+            return begin(balancer, batches, **more)
+
+        balancer = phb.get_balancer(model)
+        balancer.begin_step = noting_begin.__get__(balancer)
+    trainer.train()
+    return optimizer.gradients, seen, prices
+
+
+def train_unevenly(folder):
+    """By run: for each step, what balancing added to the gradient, the prices, and the rows of each micro-batch."""
+    found = {}
+    for run in RUNS:
+        plain, _, _ = train(run, folder, balanced=False)
+        balanced, seen, prices = train(run, folder, balanced=True)
+        added = [{name: (new[name] - old[name]).numpy() for name in new} for new, old in zip(balanced, plain)]
+        assert len(plain) == len(balanced) == len(seen)
+        found[run] = list(zip(added, prices, seen))
+    return found
+
+
+# ---------------------------------------------------------------------- steps of their own
+
+
+def train_locally():
+    """Three steps that each rank takes alone, against the naive loop on its own batches; then the average of both."""
+    rank = dist.get_rank()
+    model = tiny_model("mixtral").train()
+    steps = [[tiny_batch(model, 2 + rank, 8, seed=10 * rank + step)] for step in range(LOCAL_STEPS)]
+    naive = copy.deepcopy(model)
+    history = naive_training(naive, steps, LOCAL, LOCAL_RATE)
+    phb.patch(model, LOCAL)
+    balancer = phb.get_balancer(model)
+    balancer.process_group = dist.new_subgroups(1)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=LOCAL_RATE)
+    for micro_batches in steps:
+        balancer.begin_step(micro_batches)
+        for batch in micro_batches:
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        balancer.step()
+    far = max((left - right).abs().max().item() for left, right in zip(model.parameters(), naive.parameters()))
+    moved = max(
+        (left - right).abs().max().item()
+        for left, right in zip(naive.parameters(), tiny_model("mixtral").parameters())
+    )
+    state = balancer.state_dict()
+    averaged = {name: _average(value) if value.is_floating_point() else value for name, value in state.items()}
+    balancer.load_state_dict(averaged)
+    return {
+        "far": far,
+        "moved": moved,
+        "prices": _numpy(history[-1]["prices"]),
+        "means": _numpy(history[-1]["means"]["probs"]),
+        "biases": _numpy(history[-1]["biases"]),
+        "own": {name: value.numpy() for name, value in state.items()},
+        "averaged means": _numpy(balancer.means("probs")),
+        "averaged prices": _numpy(balancer.prices()),
+    }
+
+
+def _average(value):
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _numpy(by_name):
+    return {name: value.numpy() for name, value in by_name.items()}
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def refusal(function, *args):
+    try:
+        function(*args)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def patch_stage_of_transformers(folder):
+    model = load_spread(Layout("pipeline", {"pp_size": 2}), Path(folder) / "mixtral")
+    phb.patch(model)
+
+
+class Stage(torch.nn.Module):
+    """Some layers of a model, called one by one; the last ones end in a loss-like number per token."""
+
+    def __init__(self, model, first):
+        super().__init__()
+        self.first, self.rope = first, model.model.rotary_emb
+        self.embed = model.model.embed_tokens if first else torch.nn.Identity()
+        self.layers = torch.nn.ModuleList(model.model.layers[:1] if first else model.model.layers[1:])
+
+    def forward(self, hidden):
+        hidden = self.embed(hidden)
+        positions = torch.arange(hidden.shape[1])[None]
+        for layer in self.layers:
+            hidden = layer(hidden, position_embeddings=self.rope(hidden, positions), attention_mask=None)
+        return hidden
+
+
+def train_in_a_pipeline():
+    rank, model = dist.get_rank(), tiny_model("mixtral").train()
+    phb.patch(model, {"coef": 1.0})
+    balancer = phb.get_balancer(model)
+    stage = pipelining.PipelineStage(Stage(model, first=rank == 0), rank, 2, torch.device("cpu"))
+    schedule = pipelining.ScheduleGPipe(stage, 2, loss_fn=lambda hidden, target: hidden.square().mean())
+    ids = tiny_batch(model, 4, 8, padded=False)["input_ids"]
+    if rank == 0:
+        schedule.step(ids)
+    else:
+        schedule.step(target=ids.float())
+    assert any(p.grad is not None for p in model.parameters())  # it has trained, without us
+    balancer.step()
+
+
+def train_different_models(other_coef, layers):
+    """Rank 1 has another configuration, or fewer layers."""
+    rank = dist.get_rank()
+    model = tiny_model("mixtral").train()
+    if rank == 1:
+        del model.model.layers[layers:]
+    phb.patch(model, {"coef": other_coef if rank == 1 else 1.0})
+    balancer = phb.get_balancer(model)
+    batch = tiny_batch(model)
+    balancer.begin_step([batch])
+    model(**batch).loss.backward()
+    balancer.step()
+
+
+def on_two_ranks(names, folder):
+    return {
+        "layouts": measure_layouts(names, TRAINERS, folder, "mixtral"),
+        "uneven": train_unevenly(folder),
+        "local": train_locally(),
+        "stage of transformers": refusal(patch_stage_of_transformers, folder),
+        "pipelining": refusal(train_in_a_pipeline),
+        "other strength": refusal(train_different_models, 2.0, 3),
+        "other layers": refusal(train_different_models, 1.0, 2),
+    }

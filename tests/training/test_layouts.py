@@ -1,0 +1,157 @@
+"""
+Layouts of real processes: models spread over them by transformers, batches that do not divide evenly, ranks that step each
+for themselves. The coefficient is exact in all of them; pipelines are refused.
+"""
+
+import numpy as np
+import pytest
+import torch
+from invariance import in_ranks, measure_layouts, save_models
+from spread import LOCAL_STEPS, RUNS, TRAINERS, on_two_ranks
+from steps import assert_gradient
+from tiny import tiny_model
+from training import make_trainer, pad
+
+import hf_phibalance as phb
+
+
+TWO_RANKS = ("TP, EP by all-reduce", "FSDP2, EP")
+FOUR_RANKS = ("FSDP2 × TP, EP over all",)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder, ["mixtral"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    return in_ranks(on_two_ranks, 2, TWO_RANKS, str(folder))
+
+
+def assert_exact(results, names):
+    assert {(result.layout, result.trainer) for result in results} == {
+        (name, trainer) for name in names for trainer in TRAINERS
+    }
+    for result in results:
+        assert result.ratio == pytest.approx(1, abs=1e-5), result
+        assert result.residual < 1e-5, result
+        assert result.counted == 1, result
+
+
+def test_spread_over_two_ranks(two_ranks):
+    """Ranks that share tokens, or experts, or both: effective over declared coefficient, and each token counted once."""
+    for results in two_ranks:
+        assert_exact(results["layouts"], TWO_RANKS)
+
+
+def test_spread_over_four_ranks(folder):
+    for results in in_ranks(measure_layouts, 4, FOUR_RANKS, TRAINERS, str(folder), "mixtral"):
+        assert_exact(results, FOUR_RANKS)
+
+
+# ---------------------------------------------------------------------- batches that are not even
+
+
+def definition(steps_of_ranks):
+    """Gradient of coef · Σ_layers mean_tokens ⟨q, p⟩ over all rows that all ranks had in this step, on a plain model."""
+    (_, prices, _), *_ = steps_of_ranks
+    model = tiny_model("mixtral").train()
+    logits = {}
+    for name in prices:
+        model.get_submodule(name).register_forward_hook(lambda _, a, out, name=name: logits.update({name: out[0]}))
+    batch = pad([{"input_ids": ids} for _, _, seen in steps_of_ranks for rows in seen for ids in rows])
+    model(**batch)
+    counted = batch["attention_mask"].flatten().bool()
+    term = sum((logits[name].softmax(-1)[counted] @ torch.from_numpy(q)).mean() for name, q in prices.items())
+    (5.0 * term).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def sizes(seen):
+    return [len(rows) for rows in seen]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_uneven_batches(two_ranks, run):
+    by_rank = [results["uneven"][run] for results in two_ranks]
+    by_step = list(zip(*by_rank))
+    assert len(by_step) > 1
+    for step, steps_of_ranks in enumerate(by_step):
+        if step == 0:
+            continue  # no prices yet
+        expected = definition(steps_of_ranks)
+        for added, _, _ in steps_of_ranks:
+            assert_gradient({name: torch.from_numpy(value) for name, value in added.items()}, expected)
+
+
+def test_the_batches_are_uneven(two_ranks):
+    """Rows of each micro-batch of the last step, by rank."""
+    last = {run: [sizes(results["uneven"][run][-1][2]) for results in two_ranks] for run in RUNS}
+    assert last == {
+        "repeated": [[2], [2]],
+        "uneven": [[2], [1]],
+        "uneven steps": [[2, 1], [2]],
+        "drop_last": [[2], [2]],
+        "tokens of each device": [[2], [2]],
+    }
+    count = {run: sum(sum(sizes(seen)) for r in two_ranks for *_, seen in r["uneven"][run]) for run in RUNS}
+    assert count == {"repeated": 12, "uneven": 11, "uneven steps": 13, "drop_last": 8, "tokens of each device": 12}
+
+
+# ---------------------------------------------------------------------- steps of their own
+
+
+def test_ranks_that_step_alone(two_ranks):
+    """A group of one: weights and duals of each rank are those of the naive loop on its own batches."""
+    for results in two_ranks:
+        found = results["local"]
+        assert found["moved"] > 1e-2
+        assert found["far"] < 1e-5
+        assert found["own"]["steps"] == LOCAL_STEPS
+        for kind in ("means", "biases"):
+            suffix = {"means": "mean_probs", "biases": "bias"}[kind]
+            for name, value in found[kind].items():
+                np.testing.assert_allclose(found["own"][f"{name}.{suffix}"], value, atol=1e-5)
+    prices = [results["local"]["prices"] for results in two_ranks]
+    assert any(np.abs(prices[0][name] - prices[1][name]).max() > 1e-2 for name in prices[0])
+
+
+def test_averaged_duals_are_loaded(two_ranks):
+    """After an averaging of weights: q = ∇φ of the averaged mean, the same on every rank."""
+    both = [results["local"] for results in two_ranks]
+    for name in both[0]["means"]:
+        mean = (both[0]["means"][name] + both[1]["means"][name]) / 2
+        price = np.log(len(mean) * mean)
+        for found in both:
+            np.testing.assert_allclose(found["averaged means"][name], mean, atol=1e-5)
+            np.testing.assert_allclose(found["averaged prices"][name], price - price.mean(), atol=1e-4)
+
+
+# ---------------------------------------------------------------------- what is refused
+
+REFUSALS = {
+    "stage of transformers": ["ValueError: pp_size=2 leaves on each rank a part of the routers", "without pp_size"],
+    "pipelining": ["RuntimeError: step() was called before any training forward", "does not support pipelines"],
+    "other strength": [
+        "ValueError: the ranks of this optimizer step have different routers or configurations",
+        "coef=",
+    ],
+    "other layers": ["ValueError: the ranks of this optimizer step have different routers", "whole model"],
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_refused_on_every_rank(two_ranks, what):
+    for results in two_ranks:
+        assert all(part in (results[what] or "") for part in REFUSALS[what]), results[what]
+
+
+@pytest.mark.parametrize("name", ["cp_size", "sp_size"])
+def test_parts_of_rows_are_refused_in_a_trainer(name, tmp_path, monkeypatch):
+    trainer = make_trainer(phb.patch(tiny_model("mixtral")), tmp_path)
+    monkeypatch.setattr(trainer, f"get_{name}", lambda: 2)
+    with pytest.raises(ValueError, match=f"{name}=2: ranks hold parts of the same rows"):
+        phb.attach(trainer)
