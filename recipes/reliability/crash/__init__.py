@@ -1,7 +1,7 @@
 """
 Kills training runs and resumes them: do they end as the run that nobody touched, bit for bit?
 
-A tiny Mixtral with dropout, both levers on, six steps of three micro-batches, a checkpoint every second step of which the
+A tiny Mixtral with dropout, both levers on, six steps of two micro-batches, a checkpoint every second step of which the
 last is kept (`save_total_limit=1`). A run is killed up to three times, resumed from the newest complete checkpoint each
 time, and then left to its end. The moments:
 

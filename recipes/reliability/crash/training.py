@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
-import hf_phibalance as phb
+from hf_phibalance import attach, get_balancer, last_checkpoint, patch  # now, not in each process anew
 
 
 if TYPE_CHECKING:
     from .traps import Trap
 
 
-STEPS, EVERY, ACCUMULATION, VOCAB = 6, 2, 3, 512
+STEPS, EVERY, ACCUMULATION, VOCAB = 6, 2, 2, 512
 FIELDS = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -55,8 +55,8 @@ def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 def build_trainer(folder: Path, seed: int, keep: int | None) -> Trainer:
     """An attached trainer that writes into `folder`; `seed` of the weights, which a checkpoint has to overwrite."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **FIELDS), dtype=torch.float32)
-    phb.patch(model, {"coef": 0.5, "bias_coef": 0.05})
+    model = MixtralForCausalLM(MixtralConfig(**FIELDS))
+    patch(model, {"coef": 0.5, "bias_coef": 0.05})
     arguments = TrainingArguments(
         str(folder),
         max_steps=STEPS,
@@ -72,7 +72,7 @@ def build_trainer(folder: Path, seed: int, keep: int | None) -> Trainer:
         ddp_find_unused_parameters=False,
     )
     trainer = Trainer(model, arguments, train_dataset=rows(), data_collator=collate)
-    phb.attach(trainer)
+    attach(trainer)
     return trainer
 
 
@@ -85,7 +85,7 @@ def train(output: Path, home: Path, rank: int, ranks: int, port: int, trap: Trap
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        newest = phb.last_checkpoint(output)
+        newest = last_checkpoint(output)
         trainer = build_trainer(output, seed=0 if newest is None else 1, keep=keep)
         seconds = clock(trainer) if trap is None else trap.set(trainer, 0 if newest is None else step_of(newest))
         trainer.train(resume_from_checkpoint=newest is not None)
@@ -100,7 +100,7 @@ def train(output: Path, home: Path, rank: int, ranks: int, port: int, trap: Trap
 
 
 def outcome(trainer: Trainer) -> dict[str, Any]:
-    balancer = phb.get_balancer(trainer.model)
+    balancer = get_balancer(trainer.model)
     return {
         "step": trainer.state.global_step,
         "weights": trainer.model.state_dict(),
@@ -128,7 +128,7 @@ def clock(trainer: Trainer) -> dict[str, float]:
         setattr(owner, name, timed)
 
     time_calls("checkpoint", trainer, "_save_checkpoint")
-    time_calls("state", phb.get_balancer(trainer.model), "save")
+    time_calls("state", get_balancer(trainer.model), "save")
     return seconds
 
 
