@@ -270,24 +270,32 @@ def row(model_type, verbose=False):
     return cells
 
 
-def main():
+def outcome(cells):
+    """`"ok"`, `"failed"`, `"refused"` by us, or `"absent"`: this version cannot build or train it."""
+    if not cells["scoring"]:
+        return "refused" if cells["found"].startswith("refused") else "absent"
+    good = ("ok", "native", "re-selected", "not handed over", SAMPLED)
+    return "ok" if all(cells[name] in good for name in CHECKS) else "failed"
+
+
+def prepare():
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+
+
+def main():
+    prepare()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}\n")
     print(f"| model type | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
-    verbose = "-v" in sys.argv
-    bad, untried = [], []
+    failed = []
     for model_type in [arg for arg in sys.argv[1:] if not arg.startswith("-")] or MODEL_TYPES:
-        cells = row(model_type, verbose)
+        cells = row(model_type, verbose="-v" in sys.argv)
         print(f"| `{model_type}` | {' | '.join(str(cells[name]) for name in COLUMNS)} |", flush=True)
-        good = [cells[name] in ("ok", "native", "re-selected", "not handed over", SAMPLED) for name in CHECKS]
-        if not cells["scoring"]:
-            untried.append(model_type)
-        elif not all(good):
-            bad.append(model_type)
-    print(f"\nRefused, or not to be had here: {', '.join(untried) or 'none'}. Not all ok: {', '.join(bad) or 'none'}.")
-    return bool(bad)
+        failed += [model_type] * (outcome(cells) == "failed")
+    print(f"\nFailed: {', '.join(failed) or 'none'}.")
+    return bool(failed)
 
 
 if __name__ == "__main__":

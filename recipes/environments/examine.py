@@ -1,0 +1,86 @@
+"""
+What works in the environment that runs this: every family, and the core's tests. Writes what it found as JSON.
+
+python recipes/environments/examine.py NAME results/environments [--families mixtral deepseek_v3 ...]
+
+`noxfile.py` runs it in environments made from scratch; `table.py` makes the README's table of what they wrote.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
+CORE = (
+    "tests/test_config.py",
+    "tests/routers/test_contract.py",
+    "tests/routers/test_inside.py",
+    "tests/balancing/test_state.py",
+    "tests/balancing/test_refused_states.py",
+    "tests/balancing/test_earlier_versions.py",
+    "tests/balancing/test_copies.py",
+    "tests/models/test_auto.py",
+    "tests/training/test_resume.py",
+)
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def examine_families(names: list[str]) -> dict[str, list[str]]:
+    """Families by outcome: `"ok"`, `"failed"`, `"absent"` (this version cannot build or train them), `"refused"`."""
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
+    import version_table
+
+    version_table.prepare()
+    found: dict[str, list[str]] = {"ok": [], "failed": [], "absent": [], "refused": []}
+    for model_type in names or version_table.MODEL_TYPES:
+        outcome = version_table.outcome(version_table.row(model_type))
+        found[outcome].append(model_type)
+        print(f"{model_type}: {outcome}", flush=True)
+    return found
+
+
+def run_tests() -> dict[str, int]:
+    """How many of the core's tests passed, failed and were skipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *CORE]
+        subprocess.run(command, cwd=ROOT, check=False)
+        suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    return {"passed": counts["tests"] - failed - counts["skipped"], "failed": failed, "skipped": counts["skipped"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the environment")
+    parser.add_argument("folder", type=Path, help="for the result, as NAME.json")
+    parser.add_argument(
+        "--families", nargs="*", default=[], help="model types; all that this version has unless given"
+    )
+    args = parser.parse_args()
+    result = {"versions": versions(), "families": examine_families(args.families), "tests": run_tests()}
+    args.folder.mkdir(parents=True, exist_ok=True)
+    (args.folder / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["tests"]))
+    return int(bool(result["families"]["failed"] or result["tests"]["failed"] or not result["tests"]["passed"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

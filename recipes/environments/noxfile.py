@@ -1,0 +1,47 @@
+"""
+Environments made from scratch, with what works in them: older versions of transformers, and the tools people train in.
+
+nox -f recipes/environments/noxfile.py                                # all of them, in turn
+nox -f recipes/environments/noxfile.py -s "core(transformers-5.6)"    # one set of versions: every family, the core's tests
+nox -f recipes/environments/noxfile.py -s "tool(axolotl)"             # one tool: its integration's tests, by its own command
+
+`core` leaves results/environments/NAME.json, of which `python recipes/environments/table.py` makes the README's table. The
+CPU build of torch is installed first, so that nothing else pulls in a CUDA build.
+"""
+
+from pathlib import Path
+
+import nox
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TORCH = "torch==2.13.0"
+RESULTS = ROOT / "results" / "environments"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+VERSIONS = sorted(path.stem for path in HERE.glob("transformers-*.txt"))
+TOOLS = {"axolotl": "test_axolotl.py", "ms-swift": "test_swift.py", "llamafactory": "test_llamafactory.py"}
+
+nox.options.default_venv_backend = "venv"
+
+
+def install(session: nox.Session, requirements: str) -> None:
+    session.install(TORCH)
+    session.install("-r", str(HERE / requirements))
+    session.install("-e", str(ROOT))
+
+
+@nox.session
+@nox.parametrize("versions", VERSIONS, ids=VERSIONS)
+def core(session: nox.Session, versions: str) -> None:
+    """Every family of this version of transformers, and the core's tests; arguments after `--` go to examine.py."""
+    install(session, f"{versions}.txt")
+    session.run("python", str(HERE / "examine.py"), versions, str(RESULTS), *session.posargs, env=OFFLINE)
+
+
+@nox.session
+@nox.parametrize("name", list(TOOLS), ids=list(TOOLS))
+def tool(session: nox.Session, name: str) -> None:
+    """The tests of an integration, with the tool that it is for."""
+    install(session, f"{name}.txt")
+    session.run("pytest", "-q", str(ROOT / "tests" / "integrations" / TOOLS[name]), *session.posargs, env=OFFLINE)
