@@ -46,6 +46,8 @@ def count_mask(inputs: Mapping[str, Any], token_mask: str) -> Tensor | None:
     mask = inputs.get("attention_mask") if token_mask == "attention" else None
     if mask is None:
         return None if hidden is None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-2] == mask.shape[-1]:
+        return _may_see_itself(mask) if hidden is None else _may_see_itself(mask).expand(hidden.shape[:2])
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
@@ -53,3 +55,12 @@ def count_mask(inputs: Mapping[str, Any], token_mask: str) -> Tensor | None:
             "cannot be read off it. Set token_mask='labels' or token_mask='all' in PhiBalanceConfig."
         )
     return (mask if hidden is None else mask[:, -hidden.shape[1] :]) != 0
+
+
+def _may_see_itself(mask: Tensor) -> Tensor:
+    """
+    What a mask `(B, 1, S, S)` of packed sequences says of each position: a token attends to itself, padding to nothing.
+    Such masks are added to the scores, 0 where attention is allowed; or they are true there.
+    """
+    own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+    return own == 0 if own.is_floating_point() else own != 0

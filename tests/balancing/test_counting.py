@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from charging import gradients, priced
+from charging import COEF, collect, gradients, priced
 from checks import assert_same
 from steps import EXTRA_COEF, METHODS, build, micro_batches, step_gradient
 from tiny import set_prices, tiny_batch, tiny_model
@@ -113,3 +113,30 @@ def test_metrics_are_plain_finite_numbers(method):
         assert json.loads(json.dumps(metrics)) == metrics
         assert all(math.isfinite(value) for value in metrics.values())
         assert metrics["max_vio"] > 0 and metrics["tokens"] > 0
+
+
+@pytest.mark.parametrize("additive", [True, False])
+def test_a_mask_of_packed_sequences_tells_padding_apart(additive):
+    """Two sequences in each row, then padding, attended to as collators of packed batches have it: (B, 1, S, S)."""
+    model, plain = priced(), tiny_model("mixtral").train()
+    batch = tiny_batch(model, seq=12)
+    sequence_BS = batch["attention_mask"] * (1 + (torch.arange(12) >= 4).long())
+    allowed = (sequence_BS[:, None, :, None] == sequence_BS[:, None, None]) & (sequence_BS != 0)[:, None, None]
+    allowed &= torch.ones(12, 12, dtype=torch.bool).tril()
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min) if additive else allowed
+    packed = {**batch, "attention_mask": mask}
+
+    logits = {}
+    for site in phb.get_balancer(model).sites:
+        router = plain.get_submodule(site.name)
+        router.register_forward_hook(lambda _, args, output, name=site.name: logits.update({name: output[0]}))
+    task = gradients(plain, packed)
+    charged = gradients(model, packed)
+    plain.zero_grad()
+    plain(**packed)
+    counted = (sequence_BS != 0).reshape(-1)
+    prices = phb.get_balancer(model).prices()
+    sum((logits[name].softmax(-1)[counted] @ prices[name]).mean() for name in prices).mul(COEF).backward()
+    for name, gradient in collect(plain).items():
+        torch.testing.assert_close(charged[name] - task[name], gradient, rtol=1e-4, atol=1e-6)
+    assert tokens_of(phb.get_balancer(model)) == counted.sum() < counted.numel()

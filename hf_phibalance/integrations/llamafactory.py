@@ -1,0 +1,105 @@
+"""
+LLaMA-Factory, which has no plugins: `python -m hf_phibalance.integrations.llamafactory train config.yaml` stands in for
+`llamafactory-cli train config.yaml`.
+
+The config gets one more key, `phi_balance: {coef: 0.01}`; all others, overrides on the command line, and what
+`llamafactory-cli` does about several GPUs (`FORCE_TORCHRUN`, `NPROC_PER_NODE`, ...), are LLaMA-Factory's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import Trainer
+
+from ..balancing import patch
+from ..config import PhiBalanceConfig
+from ..training import attach
+
+
+KEY = "phi_balance"
+COMMAND = "-m hf_phibalance.integrations.llamafactory train"
+OTHER_LOOPS = ("use_ray", "use_mca", "use_hyper_parallel")  # they train in other processes, or without `Trainer`
+
+
+def main() -> None:
+    """The command; only `train` differs from `llamafactory-cli`."""
+    if sys.argv[1:2] != ["train"] or os.environ.get("USE_V1", "").lower() in ("true", "1"):
+        raise SystemExit(f"usage: python {COMMAND} config.yaml (USE_V1 unset); for all else use llamafactory-cli")
+    from llamafactory import launcher
+    from llamafactory.train import tuner
+
+    tuner.run_exp = functools.partial(run, tuner.run_exp)
+    if "LOCAL_RANK" in os.environ:  # one of the processes that torchrun has started
+        del sys.argv[1]
+        tuner.run_exp()
+    else:
+        launcher.__file__ = COMMAND  # what it hands to torchrun, which else would start LLaMA-Factory alone
+        launcher.launch()
+
+
+def run(run_exp: Any) -> None:
+    """
+    Carries out `run_exp` of LLaMA-Factory with the config of the command line, but for `phi_balance`.
+
+    Raises:
+        ValueError: if `phi_balance` is missing or invalid, or what else is asked for cannot be combined with it.
+    """
+    from llamafactory.hparams import read_args
+
+    options = read_args()
+    if not isinstance(options, dict) or KEY not in options:
+        raise ValueError(f"`{KEY}` is missing: write `{KEY}: {{coef: 0.01}}` into the YAML or JSON config.")
+    config = PhiBalanceConfig.from_any(options.pop(KEY))
+    refuse_impossible(options, config)
+    with balanced_trainers(config):
+        run_exp(options)
+
+
+def refuse_impossible(options: dict[str, Any], config: PhiBalanceConfig) -> None:
+    """Refuses `options` of LLaMA-Factory under which the coefficient would not be what it says."""
+    if config.is_on and options.get("moe_aux_loss_coef"):
+        raise ValueError(
+            f"moe_aux_loss_coef: {options['moe_aux_loss_coef']} adds a second auxiliary loss to {KEY}. Remove one of them."
+        )
+    if options.get("stage") == "ppo":
+        raise ValueError(f"stage: ppo has a training loop of its own, which {KEY} does not reach. Remove {KEY}.")
+    for name in OTHER_LOOPS:
+        if options.get(name):
+            raise ValueError(
+                f"{name}: true does not train with transformers' Trainer in this process. Remove {name} or {KEY}."
+            )
+    padded = options.get("packing") and not options.get("neat_packing") and options.get("stage", "sft") == "sft"
+    if padded and config.token_mask == "attention":
+        raise ValueError(
+            "packing: true without neat_packing fills every pack with padding that the attention mask does not tell from "
+            f"tokens, so that it would count. Set neat_packing: true, or {KEY}: {{token_mask: labels}}."
+        )
+
+
+@contextlib.contextmanager
+def balanced_trainers(config: PhiBalanceConfig) -> Iterator[None]:
+    """Every `Trainer` that trains meanwhile is φ-balanced."""
+    cls: Any = Trainer
+    inner = cls.train
+
+    @functools.wraps(inner)
+    def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        patch(trainer.model, config)
+        attach(trainer)
+        return inner(trainer, *args, **kwargs)
+
+    cls.train = train
+    try:
+        yield
+    finally:
+        cls.train = inner
+
+
+if __name__ == "__main__":
+    main()

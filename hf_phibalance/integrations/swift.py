@@ -1,0 +1,56 @@
+"""
+ms-swift: `swift sft ... --external_plugins plugin.py --callbacks phi_balance`, `plugin.py` being
+
+```python
+from hf_phibalance.integrations import swift
+
+swift.register(coef=0.01)
+```
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from swift.callbacks import callbacks_map
+
+from ..balancing import patch
+from ..config import PhiBalanceConfig
+from ..training import PhiBalanceCallback, attach
+
+
+NAME = "phi_balance"
+
+
+def register(**fields: Any) -> None:
+    """
+    Makes `--callbacks phi_balance` known to ms-swift; `fields` are those of [`PhiBalanceConfig`].
+
+    Raises:
+        ValueError: if a field is unknown or out of range.
+    """
+    callbacks_map[NAME] = functools.partial(SwiftCallback, PhiBalanceConfig.from_dict(fields))
+
+
+class SwiftCallback(PhiBalanceCallback):
+    """The callback of one trainer of ms-swift, which makes its callbacks before it has a model."""
+
+    def __init__(self, config: PhiBalanceConfig, args: Any, trainer: Any) -> None:
+        super().__init__()
+        if config.is_on and args.router_aux_loss_coef:
+            raise ValueError(
+                f"--router_aux_loss_coef {args.router_aux_loss_coef} adds a second auxiliary loss to φ-balancing. Leave "
+                f"it out, or leave out --callbacks {NAME}."
+            )
+        if trainer.template.sequence_parallel_size > 1:
+            raise ValueError(
+                f"--sequence_parallel_size {trainer.template.sequence_parallel_size} splits a sequence over ranks, whose "
+                "tokens are then counted as if they were different sequences'. Set --sequence_parallel_size 1."
+            )
+        self.config = config
+        self.trainer = trainer
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        patch(self.trainer.model, self.config)
+        attach(self.trainer)
