@@ -25,6 +25,7 @@ from .tokens import count_mask
 
 if TYPE_CHECKING:
     from .balancer import PhiBalancer
+    from .meter import Meter
 
 
 class RandomState:
@@ -54,6 +55,7 @@ class Forward:
         args (`tuple`), kwargs (`dict`): with what.
         mask (`torch.Tensor` of shape `(B, S)`): the tokens that count, by `token_mask`.
         masked (`bool`): whether it received an attention mask.
+        labels (`torch.Tensor` of shape `(B, S)`, *optional*): that belong to it, where these tell which tokens count.
     """
 
     backbone: nn.Module
@@ -61,6 +63,8 @@ class Forward:
     kwargs: dict[str, Any]
     mask: Tensor
     masked: bool
+    labels: Tensor | None
+    _meter: Meter = field(repr=False)
     _random: RandomState = field(repr=False)
     _autocast: tuple[str, bool, torch.dtype] = field(repr=False)
 
@@ -73,7 +77,7 @@ class Forward:
         """Runs it again; leaves the random numbers where they then are."""
         kind, enabled, dtype = self._autocast
         self._random.restore()
-        with torch.autocast(kind, dtype=dtype, enabled=enabled):
+        with torch.autocast(kind, dtype=dtype, enabled=enabled), self._meter.labels_of(self.labels):
             self.backbone(*self.args, **self.kwargs)
 
 
@@ -204,8 +208,8 @@ class Rehearsal:
             kind = mask.device.type
             autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
             masked = inputs.get("attention_mask") is not None
-            detached = _detached(args), _detached(kwargs)
-            forwards.append(Forward(module, *detached, mask, masked, RandomState(), autocast))
+            called = module, _detached(args), _detached(kwargs)
+            forwards.append(Forward(*called, mask, masked, self._meter._labels, self._meter, RandomState(), autocast))
 
         handle = self._backbone.register_forward_pre_hook(note, with_kwargs=True)
         try:

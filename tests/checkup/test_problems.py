@@ -1,0 +1,326 @@
+"""Each problem by name: found where it is, and not where it is not."""
+
+import importlib.metadata
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_model
+from training import make_trainer, patched
+from transformers import Trainer
+from trl import SFTTrainer
+
+import hf_phibalance as phb
+from hf_phibalance.routers import find_routers
+
+
+def build(model_type="mixtral", **config):
+    return phb.patch(tiny_model(model_type).train(), {"coef": 0.01, **config})
+
+
+def check(report, name):
+    return next(check for check in report.checks if check.name == name)
+
+
+def assert_found(report, name, status, *texts, remedy=""):
+    found = check(report, name)
+    assert found.status == status, str(report)
+    for text in texts:
+        assert text in found.finding, found.finding
+    assert remedy in found.remedy, found.remedy
+
+
+def test_a_sound_set_up_has_none():
+    report = phb.doctor(build())
+    assert report.status == "ok" and not report.problems and report.exit_status(strict=True) == 0
+    assert {found.status for found in report.checks} == {"ok"} and not any(found.remedy for found in report.checks)
+
+
+# ---------------------------------------------------------------------- the set-up
+
+
+def test_not_patched():
+    report = phb.doctor(tiny_model("mixtral"))
+    assert_found(report, "patch", "problem", "not φ-balanced", remedy="phb.patch")
+    assert report.coefficient is None and report.exit_status() == 2
+
+
+def test_patched_twice():
+    model = tiny_model("mixtral").train()
+    phb.patch(model.model, {"coef": 0.01})
+    report = phb.doctor(phb.patch(model, {"coef": 0.01}))
+    assert_found(report, "patch", "problem", "patched twice", "model", remedy="phb.unpatch")
+
+
+def test_another_auxiliary_loss_of_the_model():
+    model = build()
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.02
+    assert_found(
+        phb.doctor(model), "auxiliary loss", "problem", "router_aux_loss_coef=0.02", remedy="phb.patch(model)"
+    )
+
+
+def test_another_auxiliary_loss_of_the_trainer(tmp_path):
+    model = build()
+    trainer = make_trainer(
+        model, tmp_path, SFTTrainer, callbacks=[phb.PhiBalanceCallback()], router_aux_loss_coef=0.03
+    )
+    report = phb.doctor(trainer)
+    assert_found(report, "auxiliary loss", "problem", "SFTTrainer", "0.03", remedy="router_aux_loss_coef=0.0")
+
+
+@pytest.mark.parametrize("callbacks, status", [((), "problem"), ((phb.PhiBalanceCallback(),), "warning")])
+def test_a_trainer_that_is_not_attached(tmp_path, callbacks, status):
+    trainer = make_trainer(build(), tmp_path, callbacks=callbacks, gradient_accumulation_steps=1)
+    report = phb.doctor(trainer)
+    assert_found(report, "trainer", status, remedy="phb.attach(trainer)")
+    assert (report.coefficient is None) == (status == "problem")
+
+
+def test_parallelism_without_process_group(tmp_path):
+    trainer = make_trainer(build(), tmp_path, callbacks=[phb.PhiBalanceCallback()])
+    trainer.accelerator.state.parallelism_config = SimpleNamespace(tp_size=1, cp_size=2, sp_size=1)
+    try:
+        report = phb.doctor(trainer)
+    finally:
+        trainer.accelerator.state.parallelism_config = None
+    assert_found(report, "parallelism", "problem", "cp_size=2")
+    assert_found(report, "coefficient", "warning", "not measured")
+
+
+def test_versions(monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.1.0" if name == "transformers" else real(name))
+    assert_found(phb.doctor(build()), "versions", "problem", "transformers 5.1.0", remedy="pip install")
+
+
+def test_a_selection_bias_that_a_plain_load_loses():
+    model = build(bias_coef=0.1)
+    balancer = phb.get_balancer(model)
+    state = balancer.state_dict()
+    for name, value in state.items():
+        if name.endswith(".bias"):
+            value[0] = 1.0  # every token goes to expert 0
+    balancer.load_state_dict(state)
+    batch = tiny_batch(model)
+    report = phb.doctor(model, batch)
+    assert_found(report, "selection bias", "warning", "3 routers", remedy="phi_balance=True")
+
+    def chosen(model):
+        found = {}
+        for site in find_routers(model):
+            model.get_submodule(site.name).register_forward_hook(
+                lambda _, args, output, name=site.name: found.update({name: output[2]})
+            )
+        model(**batch)
+        counted = batch["attention_mask"].reshape(-1).bool()
+        return torch.cat([choice[counted] for choice in found.values()])
+
+    with torch.no_grad():
+        ours, plain = chosen(model), chosen(tiny_model("mixtral").train())
+    lost = sum(len(set(a.tolist()) - set(b.tolist())) for a, b in zip(ours, plain)) / ours.numel()
+    assert lost > 0.05 and f"would change {lost:.1%} of the choices" in check(report, "selection bias").finding
+
+
+def test_a_bias_in_the_weights_is_kept():
+    assert_found(phb.doctor(build("deepseek_v3", bias_coef=0.1)), "selection bias", "ok", "in the weights")
+
+
+@pytest.mark.parametrize(
+    "kind, status, text",
+    [
+        ("sound", "ok", "fits, after 0 steps"),
+        ("damaged", "problem", "damaged"),
+        ("foreign", "problem", "another model"),
+        ("missing", "warning", "start anew"),
+    ],
+)
+def test_state_file(tmp_path, kind, status, text):
+    build().save_pretrained(tmp_path / "model")
+    state = tmp_path / "model" / "phi_balance.safetensors"
+    if kind == "damaged":
+        content = bytearray(state.read_bytes())
+        content[-3] ^= 1
+        state.write_bytes(content)
+    elif kind == "foreign":
+        build("qwen3_moe").save_pretrained(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / "phi_balance.safetensors", state)
+    elif kind == "missing":
+        state.unlink()
+    model = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "model", phi_balance=False)
+    before = phb.get_balancer(phb.patch(model)).state_dict()
+    assert_found(phb.doctor(model), "state file", status, text)
+    assert all(torch.equal(value, before[name]) for name, value in phb.get_balancer(model).state_dict().items())
+
+
+# ---------------------------------------------------------------------- routers
+
+
+def test_everything_frozen():
+    model = build().requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    report = phb.doctor(model)
+    assert_found(report, "routers that learn", "problem", "all routers are frozen", remedy="lora_config")
+    assert check(report, "coefficient").status == "problem"
+    assert report.to_dict()["coefficient"]["ratio"] is None
+
+
+def test_frozen_routers():
+    model = build()
+    for site in find_routers(model):
+        model.get_submodule(site.name).requires_grad_(False)
+    report = phb.doctor(model)
+    assert_found(report, "routers that learn", "warning", "3 of 3", "only what lies below")
+    assert report.exit_status() == 0 and report.exit_status(strict=True) == 1
+
+
+def test_no_gradient_path():
+    model = build()
+    gate = model.model.layers[1].mlp.gate
+    gate.forward = torch.no_grad()(gate.forward)
+    assert_found(phb.doctor(model), "routers that learn", "problem", "no gradient path", "1 of 3", "layers.1.mlp.gate")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_kind_of_checkpointing(reentrant):
+    model = build()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = check(phb.doctor(model), "checkpointing")
+    assert found.status == "ok" and found.finding.startswith("reentrant" if reentrant else "non-reentrant")
+
+
+def test_a_router_that_never_runs():
+    model = build()
+    model.model.layers[1].mlp.forward = lambda hidden: hidden
+    assert_found(phb.doctor(model), "routers that run", "problem", "1 of 3", "model.layers.1.mlp.gate")
+
+
+def test_frozen_by_method_but_trained():
+    model = build(method="frozen", coef=0.0)
+    model.model.layers[0].mlp.gate.requires_grad_(True)
+    assert_found(phb.doctor(model), "routers that learn", "problem", "method='frozen'", "layers.0")
+
+
+def test_routers_in_16_bits():
+    model = phb.patch(tiny_model("mixtral", dtype=torch.bfloat16).train(), {"coef": 0.01})
+    report = phb.doctor(model)
+    assert_found(report, "precision", "warning", "bfloat16", "0.39%", "of the choices are others")
+    assert check(report, "coefficient").status == "ok" and not report.coefficient.precise
+
+
+def test_choices_that_rounding_changes():
+    """The share, by hand: the top-k of the rounded logits against that of exact ones, in a model of one layer."""
+    overrides = {"num_hidden_layers": 1, "num_local_experts": 64}
+    model = phb.patch(tiny_model("mixtral", dtype=torch.bfloat16, **overrides).train(), {"coef": 0.01})
+    gate, seen = model.model.layers[0].mlp.gate, {}
+    gate.register_forward_hook(lambda _, args, output: seen.update(hidden=args[0], logits=output[0]))
+    batch = tiny_batch(model, 4, 64, padded=False)
+    with torch.no_grad():
+        model.eval()(**batch)
+    exact = (seen["hidden"].reshape(-1, 32).float() @ gate.weight.float().T).topk(2).indices
+    rounded = seen["logits"].float().topk(2).indices
+    share = sum(len(set(a.tolist()) - set(b.tolist())) for a, b in zip(rounded, exact)) / exact.numel()
+    assert share > 0
+    assert f"{share:.2%} of the choices" in check(phb.doctor(model.train(), batch), "precision").finding
+
+
+def test_quantised_routers():
+    bnb = pytest.importorskip("bitsandbytes")
+    model = build("dbrx")
+    site = find_routers(model)[0]
+    router = model.get_submodule(site.name)
+    weight = router.layer.weight.detach()
+    router.layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False)
+    router.layer.weight = bnb.nn.Params4bit(weight, requires_grad=False).to("cpu")
+    assert_found(phb.doctor(model), "precision", "warning", "1 routers are quantised", remedy="llm_int8_skip_modules")
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+def test_padding_without_a_mask():
+    model = build()
+    batch = tiny_batch(model, 4, 12)
+    padding = int((batch.pop("attention_mask") == 0).sum())
+    runs = int((batch["input_ids"] == 0).sum(1)[(batch["input_ids"] == 0).sum(1) > 1].sum())
+    assert padding > 2 and runs > 2
+    report = phb.doctor(model, batch)
+    assert_found(report, "attention mask", "problem", f"{runs} of padding", "no attention_mask", remedy="labels")
+    assert check(phb.doctor(build(token_mask="labels"), batch), "attention mask").status == "ok"
+    assert check(phb.doctor(build(token_mask="all"), batch), "attention mask").status == "warning"
+
+
+def test_tokens_with_labels_that_do_not_count():
+    model = build()
+    batch = tiny_batch(model, padded=False)
+    batch["attention_mask"][:, :4] = 0
+    assert_found(phb.doctor(model, batch), "attention mask", "problem", "8 of 16", "16 have labels", "do not count")
+
+
+def test_labels_that_are_not_there():
+    model = build(token_mask="labels")
+    batch = tiny_batch(model)
+    del batch["labels"]
+    assert_found(phb.doctor(model, batch), "first step", "problem", "received no labels")
+
+
+class DropsMask(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "attention_mask"}, **kwargs)
+
+
+class Trims(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, {k: v[:, :-2] for k, v in inputs.items()}, **kwargs)
+
+
+class AsksTwice(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        first = super().compute_loss(model, inputs, **kwargs)
+        return first + super().compute_loss(model, inputs, **kwargs)
+
+
+class Elsewhere(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        return model.lm_head(torch.ones(1, 32)).sum()
+
+
+def examined(trainer):
+    phb.attach(trainer)
+    return phb.doctor(trainer)
+
+
+def test_a_mask_that_the_trainer_drops(tmp_path):
+    report = examined(make_trainer(build(), tmp_path, DropsMask))
+    assert_found(report, "attention mask", "problem", "the model received none", remedy="token_mask='labels'")
+
+
+def test_tokens_that_the_trainer_drops(tmp_path):
+    """The step is announced with more tokens than the model sees: the coefficient is that much too small."""
+    report = examined(make_trainer(build(), tmp_path, Trims))
+    found = check(report, "announced tokens")
+    announced, seen = map(int, re.findall(r"\d+", found.finding))
+    assert found.status == "problem" and seen < announced
+    assert report.coefficient.ratio == pytest.approx(seen / announced, rel=1e-3)
+    assert check(report, "coefficient").status == "problem"
+
+
+def test_two_forwards_of_a_micro_batch_under_reentrant_checkpointing(tmp_path):
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    report = examined(make_trainer(build(), tmp_path, AsksTwice, **kwargs))
+    assert_found(report, "first step", "problem", "Several forwards ran before one backward")
+
+
+def test_a_model_that_is_not_the_trained_one(tmp_path):
+    report = examined(make_trainer(build(), tmp_path, Elsewhere))
+    assert_found(report, "first step", "problem", "no training forward")
+
+
+def test_micro_batches_that_do_not_say_their_tokens(tmp_path):
+    """With the callback alone each is charged its own mean: measured, and explained."""
+    trainer = make_trainer(patched(coef=0.01), tmp_path, callbacks=[phb.PhiBalanceCallback()])
+    report = phb.doctor(trainer)
+    assert_found(report, "coefficient", "warning", "charged its own mean")
+    assert report.coefficient.residual > 1e-2
