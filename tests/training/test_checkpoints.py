@@ -1,0 +1,160 @@
+"""A checkpoint is complete or not taken. The kills themselves are in `test_crash`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import transformers.trainer
+from invariance import in_ranks
+from test_resume import ARGUMENTS, STEPS, StopAt, assert_same_outcome, run
+from tiny import tiny_model
+from training import make_trainer, patched, rows
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_phibalance as phb
+from hf_phibalance.balancing import STATE_NAME
+
+
+MARK = "trainer_state.json"
+
+
+def make_checkpoints(folder, **marks):
+    """Folders of checkpoints by their steps, `step_4=...` with what is in the mark, or `None` for none."""
+    for step, mark in marks.items():
+        checkpoint = folder / step.replace("step_", "checkpoint-")
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model.safetensors").write_bytes(b"weights")
+        if mark is not None:
+            (checkpoint / MARK).write_text(mark)
+
+
+def whole(step):
+    return json.dumps({"global_step": step})
+
+
+@pytest.mark.parametrize("mark", [None, "", '{"global_step": 1', "[]", "{}", "\x00" * 40])
+def test_unfinished_checkpoint_is_passed_over(mark, tmp_path, warned):
+    make_checkpoints(tmp_path, step_8=whole(8), step_9=whole(9), step_10=mark)
+    (tmp_path / "checkpoint-11").write_text("no folder")
+    make_checkpoints(tmp_path / "others", step_12=whole(12))
+    (tmp_path / "checkpoint-kept").mkdir()
+    assert Path(get_last_checkpoint(tmp_path)).name == "checkpoint-10"
+    assert phb.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert len(warned.about("checkpoint-10 in")) == len(warned.about("newest complete one is checkpoint-9")) == 1
+
+
+def test_newest_is_the_one_of_the_largest_step(tmp_path, warned):
+    make_checkpoints(tmp_path, step_2=whole(2), step_9=whole(9), step_10=whole(10))
+    assert phb.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert not warned.lines
+
+
+def test_no_complete_checkpoint(tmp_path, warned):
+    assert phb.last_checkpoint(tmp_path / "missing") is None
+    assert phb.last_checkpoint(tmp_path) is None
+    assert not warned.lines
+    make_checkpoints(tmp_path, step_2=None, step_4="{")
+    assert phb.last_checkpoint(tmp_path) is None
+    assert warned.about("checkpoint-4, checkpoint-2 in") and warned.about("There is no complete one")
+
+
+def break_off(checkpoint):
+    """Leaves what a kill in the middle of writing `optimizer.pt` leaves."""
+    for name in ("scheduler.pt", "rng_state.pth", STATE_NAME, MARK):
+        (checkpoint / name).unlink()
+    optimizer = checkpoint / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:1000])
+
+
+def test_resuming_takes_the_newest_complete_one(tmp_path, warned):
+    straight = run(tmp_path / "straight", "bias")
+    folder = tmp_path / "stopped"
+    run(folder, "bias", callbacks=[StopAt(4)])
+    break_off(folder / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"checkpoint-4'.* is not complete.*phb\.last_checkpoint\(output_dir\)"):
+        run(folder, "bias", resume=str(folder / "checkpoint-4"))
+    assert_same_outcome(run(folder, "bias", resume=True, seed=1), straight)
+    assert warned.about("newest complete one is checkpoint-2")
+    for checkpoint in folder.glob("checkpoint-*"):
+        break_off(checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint-6, checkpoint-4, checkpoint-2 in .*: none is complete.*=False"):
+        run(folder, "bias", resume=True)
+
+
+def test_without_any_checkpoint_the_trainer_says_so(tmp_path):
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        run(tmp_path, resume=True)
+
+
+# ---------------------------------------------------------------------- the order in which one is written
+
+
+class Watched(Trainer):
+    """Notes, when the files of a checkpoint begin to be written, whether it looks complete."""
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        self.looked_complete = (Path(output_dir) / MARK).is_file()
+        super().save_model(output_dir, _internal_call)
+
+
+def test_mark_comes_last_and_goes_first(tmp_path, monkeypatch):
+    """It is there when `Trainer` deletes older checkpoints, with all else, and gone while they are written again."""
+    rotate, seen = transformers.trainer.rotate_checkpoints, []
+
+    def watched_rotate(output_dir, **kwargs):
+        newest = Path(get_last_checkpoint(output_dir))
+        seen.append({path.name for path in newest.iterdir()})
+        rotate(output_dir, **kwargs)
+
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", watched_rotate)
+    for _ in range(2):
+        trainer = run(tmp_path, cls=Watched, callbacks=[StopAt(2)], save_total_limit=1)
+        assert not trainer.looked_complete
+    assert [files >= {MARK, STATE_NAME, "model.safetensors", "optimizer.pt", "rng_state.pth"} for files in seen] == [
+        True
+    ] * 2
+    assert not any(name.endswith(".partial") for files in seen for name in files)
+
+    plain = make_trainer(
+        tiny_model("qwen3_moe").train(), tmp_path, Watched, data=rows(14), callbacks=[StopAt(2)], **ARGUMENTS
+    )
+    plain.train()
+    assert plain.looked_complete  # of a `Trainer` by itself: what is being overwritten can be taken
+
+
+def test_checkpoint_beside_the_schedule_has_its_duals(tmp_path):
+    """As `enable_jit_checkpoint` writes one when the job is told to end: there is no `on_save`."""
+    trainer = run(tmp_path, callbacks=[StopAt(1)], save_strategy="no")
+    trainer._save_checkpoint(trainer.model, trial=None)
+    assert (tmp_path / "checkpoint-1" / STATE_NAME).is_file()
+    assert phb.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_run_that_was_over_stays_as_it_is(tmp_path):
+    """Killed after its last checkpoint and started again: nothing is trained, and nothing is written over."""
+    straight = run(tmp_path, "bias")
+    checkpoint = tmp_path / f"checkpoint-{STEPS}"
+    before = {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
+    assert_same_outcome(run(tmp_path, "bias", resume=True, seed=1), straight)
+    assert {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()} == before
+
+
+# ---------------------------------------------------------------------- ranks with disks of their own
+
+
+def checkpoint_taken(root):
+    """The checkpoint that a rank takes, whose disk has one that the other's has not."""
+    rank = dist.get_rank()
+    folder = Path(root) / str(rank)
+    make_checkpoints(folder, step_2=whole(2), step_4=whole(4), step_6=None if rank else whole(6))
+    trainer, taken = make_trainer(patched(), folder), []
+    trainer.train = lambda resume_from_checkpoint: taken.append(resume_from_checkpoint)
+    phb.attach(trainer)
+    trainer.train(resume_from_checkpoint=True)
+    return [str(Path(path).relative_to(root)) for path in taken]
+
+
+def test_ranks_take_the_same_checkpoint(tmp_path):
+    assert in_ranks(checkpoint_taken, 2, str(tmp_path)) == [["0/checkpoint-4"], ["1/checkpoint-4"]]
