@@ -226,7 +226,17 @@ class PhiBalancer:
         While open, the routers are told from outside what to choose, as reinforcement learning does that replays the experts
         of its rollout: the router's forward returns indices that are not its own top-k. What is returned counts as load, the
         price acts on the probabilities as ever, and the selection bias, which has no part in such a choice, neither acts
-        nor moves in that optimizer step.
+        nor moves in that optimizer step. Only the forwards of the update belong inside, not those of the rollout:
+
+        ```python
+        class ReplayingTrainer(GRPOTrainer):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                with phb.get_balancer(model).replaying(), replay(model, inputs["routed_experts"]):
+                    return super().compute_loss(model, inputs, *args, **kwargs)
+        ```
+
+        with `replay` the trainer's own way of making the routers return these experts and their weights. All data-parallel ranks
+        have to replay the same steps.
         """
         return self.meter.replaying()
 

@@ -57,4 +57,7 @@ class Ranks:
 
 def count_copies(root: nn.Module) -> int:
     """How many ranks see the same tokens, since transformers has split the tensors of `root` over them."""
-    return getattr(root, "_tp_size", None) or 1
+    if getattr(root, "_device_mesh", None) is None:
+        return 1
+    sizes = getattr(getattr(root, "config", None), "distributed_config", None)  # transformers 5.16 says it only there
+    return getattr(root, "_tp_size", None) or getattr(sizes, "tp_size", None) or 1
