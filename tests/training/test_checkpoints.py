@@ -1,11 +1,11 @@
 """A checkpoint is complete or not taken. The kills themselves are in `test_crash`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import transformers.trainer
 from invariance import in_ranks
 from test_resume import ARGUMENTS, STEPS, StopAt, assert_same_outcome, run
 from tiny import tiny_model
@@ -99,29 +99,32 @@ class Watched(Trainer):
         super().save_model(output_dir, _internal_call)
 
 
-def test_mark_comes_last_and_goes_first(tmp_path, monkeypatch):
-    """It is there when `Trainer` deletes older checkpoints, with all else, and gone while they are written again."""
-    rotate, seen = transformers.trainer.rotate_checkpoints, []
-
-    def watched_rotate(output_dir, **kwargs):
-        newest = Path(get_last_checkpoint(output_dir))
-        seen.append({path.name for path in newest.iterdir()})
-        rotate(output_dir, **kwargs)
-
-    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", watched_rotate)
+def test_mark_goes_before_anything_is_written_again(tmp_path):
     for _ in range(2):
-        trainer = run(tmp_path, cls=Watched, callbacks=[StopAt(2)], save_total_limit=1)
+        trainer = run(tmp_path, cls=Watched, callbacks=[StopAt(2)])
         assert not trainer.looked_complete
-    assert [files >= {MARK, STATE_NAME, "model.safetensors", "optimizer.pt", "rng_state.pth"} for files in seen] == [
-        True
-    ] * 2
-    assert not any(name.endswith(".partial") for files in seen for name in files)
-
+        assert phb.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     plain = make_trainer(
         tiny_model("qwen3_moe").train(), tmp_path, Watched, data=rows(14), callbacks=[StopAt(2)], **ARGUMENTS
     )
     plain.train()
     assert plain.looked_complete  # of a `Trainer` by itself: what is being overwritten can be taken
+
+
+def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    deleted, remove = [], shutil.rmtree
+
+    def watched_remove(path, **kwargs):
+        rest = [other for other in tmp_path.glob("checkpoint-*") if other != Path(path)]
+        deleted.append((Path(path).name, {other.name: {file.name for file in other.iterdir()} for other in rest}))
+        remove(path, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", watched_remove)
+    run(tmp_path, callbacks=[StopAt(4)], save_total_limit=1)
+    [(name, rest)] = deleted
+    assert name == "checkpoint-2"
+    assert rest["checkpoint-4"] >= {MARK, STATE_NAME, "model.safetensors", "optimizer.pt", "rng_state.pth"}
+    assert not any(file.endswith(".partial") for file in rest["checkpoint-4"])
 
 
 def test_checkpoint_beside_the_schedule_has_its_duals(tmp_path):
