@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+ROUNDING = 1e-4  # beyond its reach a bias was brought by somebody; by less, by rounding, which must not add up
+
+
 def step_within(bias_LE: Tensor, step_LE: Tensor, reach_LE: Tensor) -> Tensor:
     """
     `bias + step`, projected onto the vectors that have its mean and keep within reach of it, `(L, E)`.
@@ -24,7 +27,8 @@ def step_within(bias_LE: Tensor, step_LE: Tensor, reach_LE: Tensor) -> Tensor:
         step_LE (`torch.Tensor` of shape `(L, E)`): what is to be added; of one longer than twice the reach the direction.
         reach_LE (`torch.Tensor` of shape `(L, E)`): how far a bias may be from the mean of its router.
     """
-    limit_LE = torch.maximum(reach_LE, _off_mean(bias_LE).abs())
+    off_LE = _off_mean(bias_LE).abs()
+    limit_LE = torch.where(off_LE > reach_LE * (1 + ROUNDING), off_LE, reach_LE)
     longest_L1 = step_LE.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
     moved_LE = bias_LE + step_LE * (2 * limit_LE.amax(dim=-1, keepdim=True) / longest_L1).clamp(max=1.0)
     off_LE = _off_mean(moved_LE)

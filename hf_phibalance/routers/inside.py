@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 TOPKS = (torch.topk, Tensor.topk)
 SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
 CASTS = (Tensor.float, Tensor.to)
+FAINT = 1e-30  # a probability by which one can still divide, forwards and backwards, in fp32
 
 
 class Softmax:
@@ -49,7 +50,7 @@ class RouterMode(TorchFunctionMode):
     Args:
         num_experts (`int`): E.
         bias (`torch.Tensor` of shape `(E,)`, *optional*): added to the scores, in fp32.
-        zero_is_masked (`bool`): whether a score of exactly 0 marks an expert outside the chosen groups.
+        zero_is_masked (`bool`): whether a score of 0 marks an expert outside the chosen groups, whatever is ranked.
         notes_softmax (`bool`): whether to look for the softmax.
     """
 
@@ -114,6 +115,14 @@ class RouterMode(TorchFunctionMode):
 
 @torch.no_grad()
 def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False) -> Tensor:
-    """What the biased selection ranks, `(..., E)` in fp32."""
+    """
+    What the biased selection ranks, `(..., E)` in fp32.
+
+    An expert of no probability (its logit is masked, or far below that of a router that has collapsed) would have no part
+    in the output, and weights that are renormalised over such experts only are 0/0. So no bias is enough for it.
+    """
     ranked = scores.float() + bias.to(scores.device)
-    return ranked.masked_fill(scores == 0, float("-inf")) if zero_is_masked else ranked
+    faint = scores.abs() <= FAINT
+    if not zero_is_masked:  # there logits may be ranked, of which 0 is one like any other
+        faint &= (scores.amin(dim=-1, keepdim=True) >= 0) & (scores.amax(dim=-1, keepdim=True) > FAINT)
+    return ranked.masked_fill(faint, float("-inf"))

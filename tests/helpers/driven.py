@@ -35,10 +35,6 @@ def tally_of(duals, probs, load, scores=()):
     return tally
 
 
-def drive(duals, probs, load):
-    duals.update(tally_of(duals, probs, load), FINITE)
-
-
 def off_mean(duals, flat):
     """Differences of each router's values from their mean, flat."""
     return torch.cat([flat[span] - flat[span].mean() for span in duals.layout.spans])
