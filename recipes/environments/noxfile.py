@@ -9,6 +9,7 @@ nox -f recipes/environments/noxfile.py -s "tool(axolotl)"             # one tool
 CPU build of torch is installed first, so that nothing else pulls in a CUDA build.
 """
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -44,4 +45,9 @@ def core(session: nox.Session, versions: str) -> None:
 def tool(session: nox.Session, name: str) -> None:
     """The tests of an integration, with the tool that it is for."""
     install(session, f"{name}.txt")
+    alone = HERE / f"{name}-alone.txt"  # what must not bring along what it asks for
+    if alone.is_file():
+        session.install("--no-deps", "-r", str(alone))
+    for libraries in Path(session.virtualenv.location).glob("lib/*/site-packages/torchaudio/lib"):
+        shutil.rmtree(libraries)  # for CUDA; torchaudio imports without them
     session.run("pytest", "-q", str(ROOT / "tests" / "integrations" / TOOLS[name]), *session.posargs, env=OFFLINE)

@@ -1,0 +1,142 @@
+"""
+LLaMA-Factory itself, from the command line, on tiny models and made problems.
+
+Runs where LLaMA-Factory is installed: `nox -f recipes/environments/noxfile.py -s "tool(llamafactory)"`, or there
+`python -m pytest tests/integrations/test_llamafactory.py`.
+"""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+pytest.importorskip("llamafactory", reason="LLaMA-Factory pins versions of its own: see recipes/environments")
+
+from tool_runs import COEF, effective, log_of, run, write_inputs
+
+
+OURS = [sys.executable, "-m", "hf_phibalance.integrations.llamafactory", "train"]
+THEIRS = ["llamafactory-cli", "train"]
+OPTIONS = {
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": "full",
+    "dataset": "made",
+    "template": "default",
+    "cutoff_len": 512,
+    "overwrite_cache": True,
+    "preprocessing_num_workers": 1,
+    "dataloader_num_workers": 0,
+    "flash_attn": "sdpa",
+    "output_dir": "out",
+    "report_to": "none",
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 0.0,
+    "max_grad_norm": 0.0,
+    "save_steps": 1,
+    "logging_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llamafactory")
+    rows = write_inputs(folder)
+    made = [{"instruction": row["question"], "input": "", "output": row["answer"]} for row in rows]
+    (folder / "made.json").write_text(json.dumps(made))
+    (folder / "dataset_info.json").write_text(json.dumps({"made": {"file_name": "made.json"}}))
+    return folder
+
+
+def train(inputs, out, family, balance=None, record=False, overrides=(), environment=None, **changes):
+    """Trains by our command, or without `balance` by LLaMA-Factory's; returns the folder of the run."""
+    folder = inputs / out
+    folder.mkdir()
+    options = OPTIONS | {"model_name_or_path": str(inputs / family), "dataset_dir": str(inputs)} | changes
+    if balance is not None:
+        options["phi_balance"] = balance
+    (folder / "config.yaml").write_text(json.dumps(options))  # JSON is YAML
+    command = [*(THEIRS if balance is None else OURS), "config.yaml", *overrides]
+    (folder / "printed").write_text(run(command, folder, record, **(environment or {})))
+    return folder
+
+
+LORA = {"finetuning_type": "lora", "lora_rank": 4}
+CASES = {
+    "full": ("mixtral", {}, {}),
+    "no-checkpointing": ("qwen3_moe", {"disable_gradient_checkpointing": True}, {}),
+    "lora": ("mixtral", {**LORA, "lora_target": "all"}, {}),
+    "lora-router": ("qwen3_moe", {**LORA, "lora_target": "q_proj,v_proj", "additional_target": "gate"}, {}),
+    "packed": ("mixtral", {"packing": True, "neat_packing": True}, {}),
+    "two-ranks": ("qwen3_moe", {}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sft_receives_the_coefficient(inputs, case):
+    family, changes, environment = CASES[case]
+    settings = {"record": True, "environment": environment, **changes}
+    balanced = train(inputs, case, family, {"coef": COEF}, **settings)
+    plain = train(inputs, f"{case}-plain", family, **settings)
+    found = effective(inputs / family, balanced, plain, balanced / "out" / "checkpoint-1")
+    assert found.padding > 0
+    assert found.ratio == pytest.approx(1, abs=1e-4) and found.residual < 1e-4
+    last = log_of(balanced / "out")[1]
+    assert last["moe/tokens"] == found.tokens and last["moe/balance_loss"] > 0
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner):
+    changes = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.001, "finetuning_type": tuner}
+    whole = train(inputs, f"whole-{tuner}", "qwen3_moe", {"coef": 0.01}, **changes)
+    resume = [f"resume_from_checkpoint={whole / 'out' / 'checkpoint-2'}"]
+    resumed = train(inputs, f"resumed-{tuner}", "qwen3_moe", {"coef": 0.01}, overrides=resume, **changes)
+    weights = "model.safetensors" if tuner == "full" else "adapter_model.safetensors"
+    for name in ("phi_balance.safetensors", weights):
+        expected, found = (load_file(run / "out" / "checkpoint-4" / name) for run in (whole, resumed))
+        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_overrides_reach_the_configuration(inputs):
+    """`phi_balance.coef=0` on the command line: counted, and nothing charged."""
+    out = train(inputs, "overridden", "mixtral", {"coef": COEF}, overrides=["phi_balance.coef=0"]) / "out"
+    assert json.loads((out / "config.json").read_text()).get("phi_balance", {"coef": 0})["coef"] == 0
+    assert all(row["moe/balance_loss"] == 0 for row in log_of(out) if "loss" in row)
+
+
+REFUSED = {
+    "both losses": (
+        {"coef": 0.01},
+        {"moe_aux_loss_coef": 0.01},
+        "moe_aux_loss_coef: 0.01 adds a second auxiliary loss",
+    ),
+    "padded packs": ({"coef": 0.01}, {"packing": True}, "packing: true without neat_packing"),
+    "another loop": ({"coef": 0.01}, {"stage": "ppo"}, "stage: ppo has a training loop of its own"),
+    "other processes": ({"coef": 0.01}, {"use_ray": True}, "use_ray: true does not train"),
+    "wrong field": ({"coeff": 0.01}, {}, "unknown PhiBalanceConfig field"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case, tmp_path, monkeypatch):
+    from hf_phibalance.integrations import llamafactory
+
+    balance, changes, message = REFUSED[case]
+    (tmp_path / "config.yaml").write_text(json.dumps(OPTIONS | changes | {"phi_balance": balance}))
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "config.yaml")])
+    with pytest.raises(ValueError, match=message):
+        llamafactory.run(lambda options: pytest.fail("LLaMA-Factory was started"))
+
+
+def test_a_config_without_phi_balance_is_refused(tmp_path, monkeypatch):
+    from hf_phibalance.integrations import llamafactory
+
+    (tmp_path / "config.yaml").write_text(json.dumps(OPTIONS))
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "config.yaml")])
+    with pytest.raises(ValueError, match="`phi_balance` is missing"):
+        llamafactory.run(lambda options: pytest.fail("LLaMA-Factory was started"))

@@ -1,0 +1,163 @@
+"""
+ms-swift itself, from its own command line, on tiny models and made problems.
+
+Runs where ms-swift is installed: `nox -f recipes/environments/noxfile.py -s "tool(ms-swift)"`, or there
+`python -m pytest tests/integrations/test_swift.py`.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+pytest.importorskip("swift", reason="ms-swift pins versions of its own: see recipes/environments")
+
+from tool_runs import COEF, effective, log_of, run, write_inputs
+
+
+PLUGIN = f"from hf_phibalance.integrations import swift\n\nswift.register(coef={COEF})\n"
+REWARD = """
+from swift.rewards import ORM, orms
+
+
+class Vowels(ORM):
+    def __call__(self, completions, **kwargs):
+        return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+orms["vowels"] = Vowels
+"""
+# ms-swift packs for flash attention only, which has no build for the CPU: the check is off, sdpa takes its place
+PACKING = """
+from swift.arguments import SftArguments
+
+
+def check_padding_free(self):
+    self.padding_free = self.padding_free or self.packing
+
+
+SftArguments._check_padding_free = check_padding_free
+"""
+BALANCED = ["--external_plugins", "plugin.py", "--callbacks", "phi_balance"]
+OPTIONS = {
+    "template": "qwen",
+    "torch_dtype": "float32",
+    "attn_impl": "sdpa",
+    "use_hf": "true",
+    "use_cpu": "true",
+    "max_length": "512",
+    "split_dataset_ratio": "0",
+    "dataset_num_proc": "1",
+    "dataloader_num_workers": "0",
+    "add_version": "false",
+    "report_to": "none",
+    "max_steps": "2",
+    "per_device_train_batch_size": "2",
+    "gradient_accumulation_steps": "2",
+    "learning_rate": "0",
+    "max_grad_norm": "0",
+    "save_steps": "1",
+    "logging_steps": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swift")
+    rows = write_inputs(folder)
+    asked = [[{"role": "user", "content": row["question"]}] for row in rows]
+    told = [[*ask, {"role": "assistant", "content": row["answer"]}] for ask, row in zip(asked, rows)]
+    for name, conversations in (("sft", told), ("rl", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations))
+    for name, text in (("plugin", PLUGIN), ("reward", REWARD), ("packing", PACKING)):
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def train(inputs, out, family, *more, method=("sft",), data="sft", record=False, changes=(), **environment):
+    """Trains by the command of ms-swift; returns the folder of the run, `out` in it being the one of the command."""
+    folder = inputs / out
+    folder.mkdir()
+    for path in [*inputs.glob("*.py"), inputs / f"{data}.jsonl"]:
+        (folder / path.name).symlink_to(path)
+    options = OPTIONS | dict(changes) | {"model": str(inputs / family), "model_type": family, "output_dir": "out"}
+    options["dataset"] = f"{data}.jsonl"
+    command = ["swift", *method, *(word for name, value in options.items() for word in (f"--{name}", value)), *more]
+    folder.joinpath("printed").write_text(run(command, folder, record, **environment))
+    return folder
+
+
+LORA = ["--tuner_type", "lora", "--lora_dropout", "0"]
+CASES = {
+    "full": ("mixtral", ["--tuner_type", "full"], {}),
+    "checkpointing": ("qwen3_moe", ["--tuner_type", "full", "--gradient_checkpointing", "true"], {}),
+    "lora": ("mixtral", [*LORA, "--target_modules", "all-linear"], {}),
+    "lora-router": ("qwen3_moe", [*LORA, "--target_modules", "q_proj", "--modules_to_save", "gate"], {}),
+    "two-ranks": ("mixtral", ["--tuner_type", "full"], {"NPROC_PER_NODE": "2"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sft_receives_the_coefficient(inputs, case):
+    family, more, environment = CASES[case]
+    balanced = train(inputs, case, family, *more, *BALANCED, record=True, **environment)
+    plain = train(inputs, f"{case}-plain", family, *more, record=True, **environment)
+    found = effective(inputs / family, balanced, plain, balanced / "out" / "checkpoint-1")
+    assert found.padding > 0
+    assert found.ratio == pytest.approx(1, abs=1e-4) and found.residual < 1e-4
+    last = log_of(balanced / "out")[1]
+    assert last["moe/tokens"] == found.tokens and last["moe/balance_loss"] > 0
+    printed = (balanced / "printed").read_text()
+    assert ("0 of 2 routers learn" in printed or "frozen" in printed) == (case == "lora")
+
+
+def test_packs_receive_the_coefficient(inputs):
+    more = ["--tuner_type", "full", "--packing", "true", "--external_plugins", "packing.py"]
+    balanced = train(inputs, "packed", "qwen3_moe", *more, "plugin.py", "--callbacks", "phi_balance", record=True)
+    plain = train(inputs, "packed-plain", "qwen3_moe", *more, record=True)
+    found = effective(inputs / "qwen3_moe", balanced, plain, balanced / "out" / "checkpoint-1")
+    assert found.ratio == pytest.approx(1, abs=1e-4) and found.residual < 1e-4
+    assert log_of(balanced / "out")[1]["moe/tokens"] == found.tokens and found.padding == 0
+
+
+def test_grpo_receives_the_coefficient(inputs):
+    """Micro-batches are generated one after the other, so each is charged its own mean."""
+    pytest.importorskip("msgspec", reason="GRPO of ms-swift imports it without asking for it")
+    more = ["--rlhf_type", "grpo", "--reward_funcs", "vowels", "--tuner_type", "full"]
+    more += ["--num_generations", "2", "--max_completion_length", "12", "--external_plugins", "reward.py"]
+    settings = {"method": ["rlhf"], "data": "rl", "record": True}
+    balanced = train(inputs, "grpo", "mixtral", *more, "plugin.py", "--callbacks", "phi_balance", **settings)
+    plain = train(inputs, "grpo-plain", "mixtral", *more, **settings)
+    found = effective(inputs / "mixtral", balanced, plain, balanced / "out" / "checkpoint-1", means=True)
+    assert found.ratio == pytest.approx(1, abs=1e-4) and found.residual < 1e-4
+    assert log_of(balanced / "out")[1]["moe/tokens"] == found.tokens
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner):
+    changes = {"max_steps": "4", "save_steps": "2", "learning_rate": "0.001", "tuner_type": tuner}
+    whole = train(inputs, f"whole-{tuner}", "qwen3_moe", *BALANCED, changes=changes)
+    resume = ["--resume_from_checkpoint", str(whole / "out" / "checkpoint-2")]
+    resumed = train(inputs, f"resumed-{tuner}", "qwen3_moe", *BALANCED, *resume, changes=changes)
+    weights = "model.safetensors" if tuner == "full" else "adapter_model.safetensors"
+    for name in ("phi_balance.safetensors", weights):
+        expected, found = (load_file(run / "out" / "checkpoint-4" / name) for run in (whole, resumed))
+        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    assert not torch.equal(*(
+        load_file(whole / "out" / f"checkpoint-{step}" / "phi_balance.safetensors")["model.layers.0.mlp.gate.mean_probs"]
+        for step in (2, 4)
+    ))  # fmt: skip
+
+
+def test_a_second_auxiliary_loss_is_refused(inputs):
+    with pytest.raises(RuntimeError, match=r"--router_aux_loss_coef 0\.01 adds a second auxiliary loss"):
+        train(inputs, "refused", "qwen3_moe", *BALANCED, "--router_aux_loss_coef", "0.01")
+
+
+def test_a_wrong_field_stops_the_command_before_the_model_is_loaded():
+    from hf_phibalance.integrations import swift
+
+    with pytest.raises(ValueError, match="unknown PhiBalanceConfig field"):
+        swift.register(coeff=0.1)
