@@ -1,0 +1,106 @@
+"""
+Axolotl: `plugins: [hf_phibalance.integrations.axolotl.PhiBalancePlugin]` and `phi_balance: {coef: 0.01}` in the YAML.
+
+`phi_balance` takes the fields of [`PhiBalanceConfig`], or `true` for the defaults; Axolotl validates it with the rest.
+
+Axolotl trains on without a plugin that it cannot import. So whatever that could happen to, for instance on an old
+transformers, is imported by the methods, whose errors end the run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel, field_validator, model_validator
+
+
+BUILT_IN_LOSS = ("output_router_logits", "router_aux_loss_coef", "aux_loss_coef")  # in `overrides_of_model_config`
+SHARED = ("context_parallel_size", "expert_parallel_size")
+
+
+class PhiBalanceArgs(BaseModel):
+    """What the plugin adds to Axolotl's schema."""
+
+    phi_balance: dict[str, Any]
+
+    @field_validator("phi_balance", mode="before")
+    @classmethod
+    def check_fields(cls, value: Any) -> dict[str, Any]:
+        """Errors are those of [`PhiBalanceConfig`]; the fields left out are logged with the rest of Axolotl's config."""
+        from ..config import PhiBalanceConfig
+
+        return PhiBalanceConfig.from_any(value).to_dict()
+
+    @model_validator(mode="after")
+    def refuse_impossible(self) -> Any:
+        """Refuses what the YAML asks for besides and under which the coefficient would not be what it says."""
+        from ..config import PhiBalanceConfig
+
+        asked: Any = self
+        config = PhiBalanceConfig.from_dict(self.phi_balance)
+        for name, value in (asked.overrides_of_model_config or {}).items():
+            if config.is_on and name in BUILT_IN_LOSS and value:
+                raise ValueError(
+                    f"overrides_of_model_config: {name}: {value} adds a second auxiliary loss to phi_balance. Remove one "
+                    "of them."
+                )
+        for name in SHARED:
+            if (getattr(asked, name, None) or 1) > 1:
+                raise ValueError(
+                    f"{name}: {getattr(asked, name)} lets ranks share tokens or experts, so that the tokens of a step cannot "
+                    f"be told from the world size. Remove {name} or phi_balance."
+                )
+        if asked.merge_lora and config.bias_coef > 0 and asked.merge_method != "legacy":
+            raise ValueError(
+                f"merge_method: {asked.merge_method} merges files without loading the model, and would leave out the selection "
+                f"bias (phi_balance: bias_coef: {config.bias_coef}). Set merge_method: legacy."
+            )
+        return self
+
+
+class PhiBalancePlugin(BasePlugin):
+    """Patches the model that Axolotl has loaded, adapter included, and attaches to the trainer that it builds."""
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.{PhiBalanceArgs.__name__}"
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        from ..balancing import STATE_NAME, get_balancer, patch
+
+        patch(model, cfg.phi_balance.to_dict())
+        for folder in (cfg.base_model, cfg.lora_model_dir):
+            if folder and (Path(folder) / STATE_NAME).is_file():
+                get_balancer(model).load(folder)
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        from ..training import attach
+
+        attach(trainer)
+        if cfg.sample_packing:
+            keep_attention_mask(trainer)
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """For the ways of saving that write nothing but the tensors of an adapter."""
+        from ..balancing import get_balancer
+
+        if cfg.local_rank == 0:
+            get_balancer(model).save(cfg.output_dir)
+
+
+def keep_attention_mask(trainer: Any) -> None:
+    """
+    Axolotl fills packed rows up and drops their attention mask, so that attention tells the samples apart by position: the
+    padding would count and pay. Here the mask stays in the batch and is dropped where attention would look at it.
+    """
+    from ..balancing import get_balancer
+    from ..routers import find_backbone
+
+    def drop(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        packed = kwargs.get("position_ids") is not None and kwargs.get("past_key_values") is None
+        return (args, {**kwargs, "attention_mask": None}) if packed else None
+
+    balancer = get_balancer(trainer.model)
+    find_backbone(balancer.root, balancer.sites).register_forward_pre_hook(drop, with_kwargs=True)
+    trainer.args.sample_packing_drop_attention_mask = False
