@@ -63,7 +63,7 @@ def trained(folder, cls, verify=False, doctor=False, **arguments):
     left = {
         "weights": weights(model),
         "duals": phb.get_balancer(model).state_dict(),
-        "optimizer": {str(i): {k: v for k, v in entry.items()} for i, entry in optimizer.items()},
+        "optimizer": {str(number): dict(entry) for number, entry in optimizer.items()},
         "random": {"torch": torch.get_rng_state(), "numpy": torch.tensor(np.random.get_state()[1].astype(np.int64))},
         "python": {"state": torch.tensor(random.getstate()[1])},
         "loads": phb.get_balancer(model).loads(),
