@@ -25,6 +25,7 @@ def refuse_impossible(root: nn.Module, sites: Sequence[RouterSite], config: PhiB
         ValueError: naming the router, the reason and the remedy.
     """
     _refuse_pipeline(root)
+    _refuse_local_choices(root)
     _refuse_bypassed(root, sites)
     for site in sites:
         if config.bias_coef > 0:
@@ -48,6 +49,19 @@ def _refuse_pipeline(root: nn.Module) -> None:
             f"pp_size={stage.pp_size} leaves on each rank a part of the routers of {type(root).__name__}, and the pipeline of "
             "transformers returns no loss to train on. Load the model without pp_size (DistributedConfig(fsdp_size=...) or "
             "tp_size=... spread it over the ranks as well)."
+        )
+
+
+def _refuse_local_choices(root: nn.Module) -> None:
+    """Can go with transformers 5.20, the last that has such a style."""
+    sizes = getattr(getattr(root, "config", None), "distributed_config", None)
+    plan = getattr(root, "_ep_plan", None) or {}
+    styles = sorted({style for style in plan.values() if style.endswith("_router")})
+    if styles and getattr(root, "_device_mesh", None) is not None and getattr(sizes, "enable_expert_parallel", False):
+        raise ValueError(
+            f"this version of transformers spreads the experts of {type(root).__name__} by {styles[0]!r}, which numbers a router's "
+            "choice anew on each rank and gives it a part of its gradient: neither loads nor coefficient would be right. "
+            "Upgrade to transformers 5.23, or load the model without enable_expert_parallel."
         )
 
 

@@ -50,6 +50,7 @@ LAUNCHES = {
     "ddp": ["--config_file", CONFIGS / "cpu_2_processes.yaml"],
     "fsdp2": ["--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", 2, "--mixed_precision", "no"],
     "zero3": ["--config_file", CONFIGS / "zero3.yaml", "--num_processes", 2, "--mixed_precision", "no"],
+    "zero2": ["--use_deepspeed", "--zero_stage", 2, "--num_processes", 2, "--mixed_precision", "no"],
 }
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
@@ -57,14 +58,14 @@ needs_deepspeed = pytest.mark.skipif(
 KINDS = ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
 CASES = [
     *itertools.product(("ddp", "fsdp2"), RECIPES),
-    *(pytest.param("zero3", name, marks=needs_deepspeed) for name in RECIPES),
+    *(pytest.param(kind, name, marks=needs_deepspeed) for kind in ("zero2", "zero3") for name in RECIPES),
 ]
 
 
 def launch(kind, *runs):
     """`runs` (lists of options) one after another in two processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if kind == "zero3":
+    if kind.startswith("zero"):
         environment |= {"DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHES[kind], "--main_process_port", 0]
     use_cpu = ["--use_cpu", "true" if kind == "ddp" else "false"]  # see launched.py

@@ -3,6 +3,8 @@ Layouts of real processes: models spread over them by transformers, batches that
 for themselves. The coefficient is exact in all of them; pipelines are refused.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -155,3 +157,16 @@ def test_parts_of_rows_are_refused_in_a_trainer(name, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, f"get_{name}", lambda: 2)
     with pytest.raises(ValueError, match=f"{name}=2: ranks hold parts of the same rows"):
         phb.attach(trainer)
+
+
+def test_choices_numbered_anew_on_each_rank_are_refused():
+    """The expert parallelism of transformers up to 5.20, as it leaves a model behind."""
+    model = tiny_model("mixtral")
+    model._ep_plan = {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": "moe_tp_experts"}
+    model.config.distributed_config = SimpleNamespace(enable_expert_parallel=True)
+    phb.unpatch(phb.patch(model))  # not spread over anything
+    model._device_mesh = object()
+    with pytest.raises(ValueError, match="'ep_router', which numbers a router's choice anew"):
+        phb.patch(model)
+    model.config.distributed_config.enable_expert_parallel = False
+    phb.patch(model)
