@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch.distributed as dist
 from swift.callbacks import callbacks_map
 
 from ..balancing import patch
@@ -51,6 +52,11 @@ class SwiftCallback(PhiBalanceCallback):
         self.config = config
         self.trainer = trainer
 
-    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, *others: Any, **kwargs: Any) -> None:
+        if dist.is_initialized() and dist.get_world_size() != args.world_size:
+            raise RuntimeError(
+                f"{dist.get_world_size()} processes would train without exchanging gradients: transformers takes each for the "
+                "only one, as it does on a CPU unless told so. Set --use_cpu true there."
+            )
         patch(self.trainer.model, self.config)
         attach(self.trainer)

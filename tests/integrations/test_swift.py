@@ -156,6 +156,12 @@ def test_a_second_auxiliary_loss_is_refused(inputs):
         train(inputs, "refused", "qwen3_moe", *BALANCED, "--router_aux_loss_coef", "0.01")
 
 
+def test_ranks_that_would_train_apart_are_refused(inputs):
+    """On the CPU, with the process group that ms-swift makes, transformers needs to be told."""
+    with pytest.raises(RuntimeError, match="2 processes would train without exchanging gradients"):
+        train(inputs, "apart", "mixtral", *BALANCED, changes={"use_cpu": "false"}, NPROC_PER_NODE="2")
+
+
 def test_a_wrong_field_stops_the_command_before_the_model_is_loaded():
     from hf_phibalance.integrations import swift
 
