@@ -26,9 +26,13 @@ TOOLS = {"axolotl": "test_axolotl.py", "ms-swift": "test_swift.py", "llamafactor
 nox.options.default_venv_backend = "venv"
 
 
-def install(session: nox.Session, requirements: str) -> None:
+def install(session: nox.Session, name: str) -> None:
+    """Installs NAME.txt, and of NAME-alone.txt, where there is one, the packages without what they ask for."""
     session.install(TORCH)
-    session.install("-r", str(HERE / requirements))
+    session.install("-r", str(HERE / f"{name}.txt"), TORCH)
+    alone = HERE / f"{name}-alone.txt"
+    if alone.is_file():
+        session.install("--no-deps", "-r", str(alone))
     session.install("-e", str(ROOT))
 
 
@@ -36,7 +40,7 @@ def install(session: nox.Session, requirements: str) -> None:
 @nox.parametrize("versions", VERSIONS, ids=VERSIONS)
 def core(session: nox.Session, versions: str) -> None:
     """Every family of this version of transformers, and the core's tests; arguments after `--` go to examine.py."""
-    install(session, f"{versions}.txt")
+    install(session, versions)
     session.run("python", str(HERE / "examine.py"), versions, str(RESULTS), *session.posargs, env=OFFLINE)
 
 
@@ -44,7 +48,11 @@ def core(session: nox.Session, versions: str) -> None:
 @nox.parametrize("name", list(TOOLS), ids=list(TOOLS))
 def tool(session: nox.Session, name: str) -> None:
     """The tests of an integration, with the tool that it is for."""
-    install(session, f"{name}.txt")
+    install(session, name)
+    if name == "llamafactory":  # it imports torchaudio, whose libraries want CUDA
+        shutil.rmtree(
+            next(Path(session.virtualenv.location).glob("lib/*/site-packages/torchaudio/lib")), ignore_errors=True
+        )
     alone = HERE / f"{name}-alone.txt"  # what must not bring along what it asks for
     if alone.is_file():
         session.install("--no-deps", "-r", str(alone))
