@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """
 Invariance matrix: does one optimizer step receive the declared coefficient, however the step is carried out? What is
 measured, and against what, is said in the folder of the same name.

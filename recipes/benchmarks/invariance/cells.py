@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """The matrix: every way to carry out one optimizer step."""
 
 from __future__ import annotations

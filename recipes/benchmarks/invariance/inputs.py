@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """What every cell trains, the same in every process: a tiny model, and 16 rows dealt to micro-batches."""
 
 from __future__ import annotations

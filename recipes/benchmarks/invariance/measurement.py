@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """What a cell shows: the gradient that its optimizer got, against the definition."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """Real processes on this machine that form a gloo group."""
 
 from __future__ import annotations

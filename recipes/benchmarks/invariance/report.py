@@ -1,5 +1,3 @@
-# Copyright 2026 The hf_phibalance authors.
-# SPDX-License-Identifier: Apache-2.0
 """What is printed of the results: the table, the worst cells, machine and versions."""
 
 from __future__ import annotations
