@@ -17,6 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
     the one that was there before, and after the block it is the new one, also if the power fails.
     """
     partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)  # a link to something else, in a folder from somewhere else, is not written through
     try:
         yield partial
         flush(partial)

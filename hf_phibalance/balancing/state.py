@@ -37,10 +37,11 @@ SUM_TOLERANCE = 1e-3  # by which the sum of a mean may miss 1
 
 @dataclass(frozen=True)
 class StateFile:
-    """What [`read_state`] found: the tensors, and what the file says of the model that they belong to."""
+    """What [`read_state`] found: the tensors, and what the file says of where they come from."""
 
     tensors: dict[str, Tensor]
     model: dict[str, Any] | None
+    config: dict[str, Any]  # that led to them
 
 
 def describe_model(root: nn.Module, sites: Sequence[RouterSite]) -> dict[str, Any]:
@@ -119,26 +120,24 @@ def read_state(directory: str | os.PathLike) -> StateFile:
         raise _damaged(path, str(error)) from error
     if not whole:
         raise _damaged(path, "its checksum does not fit its content")
-    return StateFile(tensors, _model_in(path, header))
-
-
-def _model_in(path: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
-    """What the file says of its model; `None` in one of version 0.1.0."""
-    if "model" not in header:
-        return None
     try:
-        model = parse_json(header["model"])
+        config = parse_json(header["config"])
+        model = parse_json(header["model"]) if "model" in header else None
     except ValueError as error:
-        raise _damaged(path, f"what it says of its model is no JSON: {error}") from error
-    is_whole = (
+        raise _damaged(path, f"its header holds no JSON: {error}") from error
+    if not isinstance(config, dict) or not (model is None or _describes_model(model)):
+        raise _damaged(path, "it does not say what configuration, model and routers it belongs to")
+    return StateFile(tensors, model, config)
+
+
+def _describes_model(model: Any) -> bool:
+    """Whether this is what [`describe_model`] says of some model."""
+    return (
         isinstance(model, dict)
         and isinstance(model.get("type"), str)
         and isinstance(model.get("routers"), dict)
         and all(isinstance(router, list) and len(router) == 3 for router in model["routers"].values())
     )
-    if not is_whole:
-        raise _damaged(path, "it does not say what model and what routers it belongs to")
-    return model
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
@@ -168,19 +167,9 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
         )
 
 
-def config_in(path: str | os.PathLike) -> dict[str, Any] | None:
-    """
-    The configuration that wrote the state file `path`: an adapter has no config.json to keep it in. `None` if the file is
-    damaged, which loading it will say.
-    """
-    if os.stat(path).st_size > LARGEST:
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = parse_json((file.metadata() or {}).get("config", "null"))
-    except (SafetensorError, ValueError):
-        return None
-    return config if isinstance(config, dict) else None
+def config_in(path: str | os.PathLike) -> dict[str, Any]:
+    """The configuration that wrote the state file `path`: an adapter has no config.json to keep it in. Raises as [`read_state`]."""
+    return read_state(path).config
 
 
 # ---------------------------------------------------------------------- whether it fits

@@ -74,14 +74,13 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
     """Patches a freshly loaded model as `phi_balance` asks and gives it the state that was saved beside its weights."""
     saved = getattr(model.config, "phi_balance", None)
     if source is not None:
-        vars(model.config).pop(
-            "phi_balance", None
-        )  # what unpatched, or not patched at all, is saved as an ordinary model
+        # so that what is unpatched later, or not patched at all, is saved as an ordinary model
+        vars(model.config).pop("phi_balance", None)
     if phi_balance is None or phi_balance is False:
         return
     state = None if source is None else _find_state(source, kwargs)
     if state is not None and _is_adapter(model):
-        saved = config_in(state) or saved
+        saved = config_in(state)
     patch(model, _usable(saved, source) if saved and phi_balance is True else phi_balance)
     if state is not None:
         get_balancer(model).load(state)

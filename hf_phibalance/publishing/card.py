@@ -85,14 +85,15 @@ def model_card(
         columns=[run.name] if baseline is None else [baseline.name, run.name],
         rows=[row for row in summary_rows(run, baseline) if row[0] != "seconds"],  # of a machine that nobody knows
         command=without_paths(summary.get("command")),
-        has_exact_match=(summary.get("exact_match") or {}).get("trained") is not None,
+        has_exact_match=(summary.get("exact_match") or {}).get("trained") is not None
+        and bool(summary.get("problems")),
         layer_table=layer_table(run, baseline),
         balance=balance_text(balance) if balance else None,
         routers=routers_text(balance) if balance else None,
         flag=_flag(balance) if library_name == "peft" else "True",
         mark=CARD_MARK,
         evaluations=[evaluation_text(evaluation) for evaluation in run.evaluations],
-        has_bias=bool(balance and balance["bias_coef"]),
+        has_bias=bool(balance and balance.get("bias_coef")),
         is_adapter=library_name == "peft",
         licence=licence.get("license_name") or licence.get("license"),
         repo_id=repo_id,

@@ -86,6 +86,10 @@ def _number(value: Any) -> str | None:
     return None if fits and not isinstance(value, bool) else f"must be a number, got {value!r:.80}"
 
 
+def _no_number_beyond_measure(value: Any) -> str | None:
+    return _number(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def _maybe(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
 
@@ -173,7 +177,7 @@ HISTORY = _fields(
     optional={},
 )
 EVALUATION = _fields(
-    required={"metrics": _is(dict, "an object")},
+    required={"metrics": _all_named(_no_number_beyond_measure)},
     optional={
         "task": _maybe(_text),
         "settings": _maybe(_is(dict, "an object")),

@@ -93,7 +93,8 @@ def _read(path: Path) -> Corpus:
     except FileNotFoundError:
         raise
     except Exception as error:  # of as many kinds as there are ways to be damaged
-        raise ValueError(f"{path} cannot be read ({error}); remove it, and it is made again.") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} cannot be read ({reason}); remove it, and it is made again.") from error
 
 
 def train_tokenizer(parts: Sequence[Sequence[str]], vocab_size: int):
