@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checks import assert_same
+from peft import get_peft_model
 from references import forward
 from steps import FAMILIES, build, micro_batches, router_parameters, step_gradient
 
@@ -37,6 +38,15 @@ def test_unpatch_restores_what_was_frozen_before():
         assert [p.requires_grad for p in params] == expected
     phb.unpatch(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["adapter", "unloaded"])
+def test_unpatch_does_not_train_what_an_adapter_has_frozen_since(ended):
+    model = phb.patch(build("mixtral"), {"method": "frozen"})
+    wrapped = get_peft_model(model, phb.lora_config(model, targets="attention"))
+    wrapped = phb.unpatch(wrapped.unload() if ended else wrapped)
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    assert all("lora_" in name for name in trained) and bool(trained) is not ended
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

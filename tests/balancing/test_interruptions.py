@@ -93,6 +93,17 @@ def test_modes_of_others_survive():
         assert _get_current_function_mode_stack() == [mode]
 
 
+def test_unpatching_after_ctrl_c_gives_back_the_operators():
+    """Ctrl-C in a router runs no hook: its bias would act on every `topk` of so many scores, also of others."""
+    model = priced("mixtral", {"bias_coef": 0.3})
+    gradients(model, tiny_batch(model))
+    phb.get_balancer(model).step()
+    with broken(model.model.layers[1].mlp.gate, KeyboardInterrupt(), after=False), pytest.raises(KeyboardInterrupt):
+        model(**tiny_batch(model))
+    phb.unpatch(model)
+    assert _get_current_function_mode_stack() == []
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_logits_move_nothing(value, warned):
     model = priced("mixtral", {"bias_coef": 0.1})
