@@ -1,8 +1,8 @@
 """
 Axolotl itself, from its own command line, on tiny models and made problems.
 
-Runs where Axolotl is installed (`python recipes/environments/make.py axolotl`), with pytest and nothing else:
-`python -m pytest tests/integrations/test_axolotl.py`.
+`nox -f recipes/environments/noxfile.py -s "tool(axolotl)"` makes the environment and runs them; in one that has Axolotl,
+`python -m pytest tests/integrations/test_axolotl.py` does.
 """
 
 import json
