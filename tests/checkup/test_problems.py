@@ -324,3 +324,13 @@ def test_micro_batches_that_do_not_say_their_tokens(tmp_path):
     report = phb.doctor(trainer)
     assert_found(report, "coefficient", "warning", "charged its own mean")
     assert report.coefficient.residual > 1e-2
+
+
+def test_sharded_training_is_not_tried_out(tmp_path):
+    """Gradients that DeepSpeed or FSDP keep to themselves: nothing is run, and that is said."""
+    trainer = make_trainer(build(), tmp_path)
+    phb.attach(trainer)
+    trainer.is_deepspeed_enabled = True
+    report = phb.doctor(trainer)
+    assert_found(report, "coefficient", "warning", "sharded", remedy="one process")
+    assert report.measured == "nothing was run" and check(report, "routers that learn").status == "ok"
