@@ -107,8 +107,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner):
 def test_overrides_reach_the_configuration(inputs):
     """`phi_balance.coef=0` on the command line: counted, and nothing charged."""
     out = train(inputs, "overridden", "mixtral", {"coef": COEF}, overrides=["phi_balance.coef=0"]) / "out"
-    assert json.loads((out / "config.json").read_text()).get("phi_balance", {"coef": 0})["coef"] == 0
-    assert all(row["moe/balance_loss"] == 0 for row in log_of(out) if "loss" in row)
+    rows = [row for row in log_of(out) if "loss" in row]
+    assert len(rows) == 2 and all("moe/max_vio" in row and "moe/balance_loss" not in row for row in rows)
 
 
 REFUSED = {
