@@ -33,10 +33,8 @@ def two_ranks(folder):
     return in_ranks(on_two_ranks, 2, TWO_RANKS, str(folder))
 
 
-def assert_exact(results, names):
-    assert {(result.layout, result.trainer) for result in results} == {
-        (name, trainer) for name in names for trainer in TRAINERS
-    }
+def assert_exact(results, names, trainers):
+    assert [(r.layout, r.trainer) for r in results] == [(name, trainer) for name in names for trainer in trainers]
     for result in results:
         assert result.ratio == pytest.approx(1, abs=1e-5), result
         assert result.residual < 1e-5, result
@@ -46,12 +44,13 @@ def assert_exact(results, names):
 def test_spread_over_two_ranks(two_ranks):
     """Ranks that share tokens, or experts, or both: effective over declared coefficient, and each token counted once."""
     for results in two_ranks:
-        assert_exact(results["layouts"], TWO_RANKS)
+        assert_exact(results["layouts"], TWO_RANKS, TRAINERS)
 
 
 def test_spread_over_four_ranks(folder):
-    for results in in_ranks(measure_layouts, 4, FOUR_RANKS, TRAINERS, str(folder), "mixtral"):
-        assert_exact(results, FOUR_RANKS)
+    """In a loop only: a `Trainer` takes long to import four times. `recipes/reliability/layouts.py` has it too."""
+    for results in in_ranks(measure_layouts, 4, FOUR_RANKS, TRAINERS[:1], str(folder), "mixtral"):
+        assert_exact(results, FOUR_RANKS, TRAINERS[:1])
 
 
 # ---------------------------------------------------------------------- batches that are not even
