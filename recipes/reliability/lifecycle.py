@@ -12,7 +12,7 @@ Usage:
     python recipes/reliability/lifecycle.py
     python recipes/reliability/lifecycle.py --examples 500 --steps 30 --seed 7 --model_types mixtral
 
-CPU, no network; 100 examples of 20 steps take about a quarter of an hour on one core, for each model type.
+CPU, no network; 100 examples of 20 events take about ten minutes of one core, for each model type.
 """
 
 import argparse
