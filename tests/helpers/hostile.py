@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 # The same examples each time, so that the tests are as reliable as any; PHB_EXAMPLES=1000 tries more.
 CALM = settings(
     derandomize=True,
-    max_examples=int(os.environ.get("PHB_EXAMPLES", 40)),
+    max_examples=int(os.environ.get("PHB_EXAMPLES", 25)),
     deadline=None,
     database=None,
     phases=(Phase.explicit, Phase.generate),
