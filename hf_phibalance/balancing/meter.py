@@ -214,7 +214,8 @@ class Meter:
         pays = self.config.charges and tokens.trains
         probs = None
         with torch.no_grad():
-            if tokens.trains:  # also where nobody asks for them: what is not finite shows in them, and not in the choice
+            if tokens.trains:
+                # also where nobody asks for them: what is not finite shows in them, and not in the choice
                 probs = routing_probs(logits, site.scoring) if softmax is None else softmax.probs.detach()
             if tokens.in_forward:
                 self._count(index, logits, probs, selected, tokens)
@@ -312,7 +313,13 @@ class Meter:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the forward and the evaluation under way."""
         fleeting = {"_forwarding": False, "_tokens": None, "_latest": None, "_labels": None, "softmax": None}
-        fleeting |= {"_replayer": None, "_thread": None, "_before_forward": None, "_measuring": False, "eval_tally": None}
+        fleeting |= {
+            "_replayer": None,
+            "_thread": None,
+            "_before_forward": None,
+            "_measuring": False,
+            "eval_tally": None,
+        }
         return {**{name: value for name, value in vars(self).items() if name != "_here"}, **fleeting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
