@@ -28,7 +28,7 @@ def run(model_type, folder):
             ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).flatten().bool()
             choices = rollouts.of(ids)
-            updates.append((mask, choices, balancer))
+            updates.append((mask, choices))
             with balancer.replaying(), replayed(model, choices):
                 return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -84,7 +84,7 @@ def test_grpo_replays_its_rollouts(model_type, tmp_path):
     model, trainer, updates, loads, biases, native, prices = run(model_type, tmp_path)
     balancer = phb.get_balancer(model)
     assert len(updates) == len(loads) == STEPS == balancer.steps
-    for (mask, choices, _), load in zip(updates, loads):
+    for (mask, choices), load in zip(updates, loads):
         for name, chosen in choices.items():
             found = Counter(chosen[mask].flatten().tolist())
             assert load[name].tolist() == [float(found[e]) for e in range(8)]
@@ -92,5 +92,5 @@ def test_grpo_replays_its_rollouts(model_type, tmp_path):
     assert all(torch.equal(routers(model)[name].e_score_correction_bias, bias) for name, bias in native.items())
     assert all(not torch.equal(price, prices[name]) for name, price in balancer.prices().items())
     assert [entry["moe/tokens"] for entry in trainer.state.log_history if "moe/tokens" in entry] == [
-        float(mask.sum()) for mask, _, _ in updates
+        float(mask.sum()) for mask, _ in updates
     ]
