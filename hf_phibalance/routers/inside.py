@@ -122,7 +122,9 @@ def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False) -> T
     in the output, and weights that are renormalised over such experts only are 0/0. So no bias is enough for it.
     """
     ranked = scores.float() + bias.to(scores.device)
-    faint = scores.abs() <= FAINT
-    if not zero_is_masked:  # there logits may be ranked, of which 0 is one like any other
-        faint &= (scores.amin(dim=-1, keepdim=True) >= 0) & (scores.amax(dim=-1, keepdim=True) > FAINT)
-    return ranked.masked_fill(faint, float("-inf"))
+    if zero_is_masked:
+        return ranked.masked_fill(scores.abs() <= FAINT, float("-inf"))
+    # Where logits are ranked, 0 is one like any other: so only in rows that could be of probabilities, and are not all 0.
+    low, high = scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
+    nothing = torch.where((low >= 0) & (high > FAINT), FAINT, float("-inf"))
+    return torch.where(scores <= nothing, float("-inf"), ranked)
