@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from invariance import Layout, load_spread, measure_layouts
 from references import naive_training
-from tiny import tiny_batch, tiny_model
+from tiny import set_prices, tiny_batch, tiny_model
 from torch.distributed import pipelining
 from torch.utils.data import SequentialSampler
 from training import make_trainer, rows
+from transformers import AttentionInterface
 
 import hf_phibalance as phb
 from hf_phibalance import PhiBalanceConfig
@@ -134,6 +135,67 @@ def _numpy(by_name):
     return {name: value.numpy() for name, value in by_name.items()}
 
 
+# ---------------------------------------------------------------------- parts of rows
+
+
+class Gather(torch.autograd.Function):
+    """The parts of all ranks side by side; each part gets the gradients that it has on all of them."""
+
+    @staticmethod
+    def forward(ctx, part):
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, part)
+        return torch.cat(parts, dim=2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size(), dim=2)[dist.get_rank()]
+
+
+def attend_to_all_parts(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Causal attention of the queries of this rank to the keys of all, as context parallelism has it."""
+    key, value = (Gather.apply(part.contiguous()) for part in (key, value))
+    start, width = dist.get_rank() * query.shape[2], key.shape[2]
+    queries = torch.arange(start, start + query.shape[2])
+    hidden = query @ key.transpose(2, 3) * scaling + torch.where(
+        queries[:, None] >= torch.arange(width), 0.0, -torch.inf
+    )
+    return (hidden.softmax(-1) @ value).transpose(1, 2), None
+
+
+def gradient_of_parts(balanced):
+    """Averaged over the ranks, each of which has one half of the columns of the batch; the prices, the balancer."""
+    AttentionInterface.register("parts", attend_to_all_parts)
+    model = tiny_model("mixtral", num_key_value_heads=4).train()
+    model.set_attn_implementation("parts")
+    balancer, prices = None, {}
+    if balanced:
+        balancer = set_prices(phb.patch(model, {"coef": 5.0}))
+        prices = balancer.prices()
+    ids = whole_rows(model)
+    columns = torch.arange(ids.shape[1]).chunk(dist.get_world_size())[dist.get_rank()]
+    part = {"input_ids": ids[:, columns], "attention_mask": torch.ones_like(ids[:, columns])}
+    if balancer is not None:
+        balancer.begin_step([part])
+    model(**part, position_ids=columns[None], use_cache=False).logits.square().mean().backward()
+    if balancer is not None:
+        balancer.step()
+    return {name: _average(p.grad) for name, p in model.named_parameters() if p.grad is not None}, prices, balancer
+
+
+def whole_rows(model):
+    return tiny_batch(model, 3, 12, padded=False)["input_ids"]
+
+
+def train_on_parts():
+    plain, *_ = gradient_of_parts(balanced=False)
+    balanced, prices, balancer = gradient_of_parts(balanced=True)
+    added = {name: (balanced[name] - plain[name]).numpy() for name in balanced}
+    return {"added": added, "prices": _numpy(prices), "tokens": balancer.metrics()["tokens"]}
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -201,6 +263,7 @@ def on_two_ranks(names, folder):
         "layouts": measure_layouts(names, TRAINERS, folder, "mixtral"),
         "uneven": train_unevenly(folder),
         "local": train_locally(),
+        "parts": train_on_parts(),
         "stage of transformers": refusal(patch_stage_of_transformers, folder),
         "pipelining": refusal(train_in_a_pipeline),
         "other strength": refusal(train_different_models, 2.0, 3),

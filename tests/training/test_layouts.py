@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from invariance import in_ranks, measure_layouts, save_models
-from spread import LOCAL_STEPS, RUNS, TRAINERS, on_two_ranks
+from spread import LOCAL_STEPS, RUNS, TRAINERS, on_two_ranks, whole_rows
 from steps import assert_gradient
 from tiny import tiny_model
 from training import make_trainer, pad
@@ -56,14 +56,11 @@ def test_spread_over_four_ranks(folder):
 # ---------------------------------------------------------------------- batches that are not even
 
 
-def definition(steps_of_ranks):
-    """Gradient of coef · Σ_layers mean_tokens ⟨q, p⟩ over all rows that all ranks had in this step, on a plain model."""
-    (_, prices, _), *_ = steps_of_ranks
-    model = tiny_model("mixtral").train()
+def definition(model, batch, prices):
+    """Gradient of coef · Σ_layers mean_tokens ⟨q, p⟩ over the whole `batch`, on a plain model."""
     logits = {}
     for name in prices:
         model.get_submodule(name).register_forward_hook(lambda _, a, out, name=name: logits.update({name: out[0]}))
-    batch = pad([{"input_ids": ids} for _, _, seen in steps_of_ranks for rows in seen for ids in rows])
     model(**batch)
     counted = batch["attention_mask"].flatten().bool()
     term = sum((logits[name].softmax(-1)[counted] @ torch.from_numpy(q)).mean() for name, q in prices.items())
@@ -83,7 +80,9 @@ def test_uneven_batches(two_ranks, run):
     for step, steps_of_ranks in enumerate(by_step):
         if step == 0:
             continue  # no prices yet
-        expected = definition(steps_of_ranks)
+        (_, prices, _), *_ = steps_of_ranks
+        batch = pad([{"input_ids": ids} for _, _, seen in steps_of_ranks for rows in seen for ids in rows])
+        expected = definition(tiny_model("mixtral").train(), batch, prices)
         for added, _, _ in steps_of_ranks:
             assert_gradient({name: torch.from_numpy(value) for name, value in added.items()}, expected)
 
@@ -131,7 +130,24 @@ def test_averaged_duals_are_loaded(two_ranks):
             np.testing.assert_allclose(found["averaged prices"][name], price - price.mean(), atol=1e-4)
 
 
+# ---------------------------------------------------------------------- parts of rows
+
+
+def test_parts_of_rows_in_a_loop(two_ranks):
+    """Context parallelism written out (torch's has no kernels for the CPU): begin_step() gets the parts."""
+    model = tiny_model("mixtral", num_key_value_heads=4).train()
+    ids = whole_rows(model)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for results in two_ranks:
+        found = results["parts"]
+        assert found["tokens"] == ids.numel()
+        added = {name: torch.from_numpy(value) for name, value in found["added"].items()}
+        assert_gradient(added, definition(model, batch, found["prices"]))
+        model.zero_grad()
+
+
 # ---------------------------------------------------------------------- what is refused
+
 
 REFUSALS = {
     "stage of transformers": ["ValueError: pp_size=2 leaves on each rank a part of the routers", "without pp_size"],
