@@ -7,7 +7,6 @@ python recipes/environments/examine.py NAME results/environments [--families mix
 """
 
 import argparse
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
 CORE = (
     "tests/test_config.py",
     "tests/routers/test_contract.py",
@@ -29,16 +27,6 @@ CORE = (
     "tests/models/test_auto.py",
     "tests/training/test_resume.py",
 )
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def examine_families(names: list[str]) -> dict[str, list[str]]:
@@ -86,6 +74,8 @@ def main() -> int:
         "--families", nargs="*", default=[], help="model types; all that this version has unless given"
     )
     args = parser.parse_args()
+    from hf_phibalance.reporting import versions  # of this environment
+
     result = {"versions": versions(), "families": examine_families(args.families), "tests": run_tests()}
     args.folder.mkdir(parents=True, exist_ok=True)
     (args.folder / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,24 +1,14 @@
 """Copies and pickles of a patched model: each has a balancer of its own and goes on as the original would have."""
 
 import copy
-import io
 
 import pytest
 import torch
 from charging import gradients, priced
-from checks import assert_same, ours
+from checks import assert_same, ours, rebuilt
 from tiny import tiny_batch, tiny_model
 
 import hf_phibalance as phb
-
-
-def rebuilt(model, how):
-    if how == "deepcopy":
-        return copy.deepcopy(model)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

@@ -1,5 +1,8 @@
 """What several tests check: equal tensors, and whether a model is patched."""
 
+import copy
+import io
+
 import torch
 
 import hf_phibalance as phb
@@ -32,3 +35,13 @@ def ours(model):
 def assert_same_duals(left, right):
     left, right = phb.get_balancer(left).state_dict(), phb.get_balancer(right).state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def rebuilt(model, how):
+    """A copy of `model`, by `"deepcopy"` or `"pickle"`."""
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
