@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, extract_model_from_parallel
+from packaging.requirements import Requirement
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -18,6 +20,32 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 
 logger = logging.get_logger(__name__)
+DEPENDED_ON = ("torch", "transformers", "accelerate")
+
+
+def refuse_unsupported_versions() -> None:
+    """
+    Says at import which version is outside the range that the installed package asks for, instead of failing inside.
+
+    Raises:
+        ImportError: naming the version, the range and the remedy.
+    """
+    try:
+        asked = [Requirement(line) for line in importlib.metadata.requires("hf_phibalance") or ()]
+    except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
+        return
+    for requirement in asked:
+        if requirement.name not in DEPENDED_ON or requirement.marker is not None:
+            continue
+        present = importlib.metadata.version(requirement.name)
+        if not requirement.specifier.contains(present, prereleases=True):
+            raise ImportError(
+                f"hf_phibalance does not support {requirement.name} {present}: it works with {requirement.specifier}. "
+                f"pip install '{requirement}'"
+            )
+
+
+refuse_unsupported_versions()
 
 
 def unwrap_parallel(model: nn.Module) -> nn.Module:
