@@ -92,8 +92,8 @@ def test_parallelism_without_process_group(tmp_path):
 
 def test_versions(monkeypatch):
     real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.1.0" if name == "transformers" else real(name))
-    assert_found(phb.doctor(build()), "versions", "problem", "transformers 5.1.0", remedy="pip install")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name))
+    assert_found(phb.doctor(build()), "versions", "problem", "transformers 4.57.1", remedy="pip install")
 
 
 def test_a_selection_bias_that_a_plain_load_loses():
