@@ -132,6 +132,8 @@ def test_softmax_of_the_family_is_used(model_type, carries, dtype):
 def test_no_second_softmax():
     """One softmax per layer beside attention's, forward and backward, as in the unpatched model."""
     model = tiny_model("mixtral").train()
+    if phb.routers.find_routers(model)[0].scoring == "probs":
+        pytest.skip("routers of this version of transformers return probabilities")
     batch = tiny_batch(model)
 
     def softmaxes():
