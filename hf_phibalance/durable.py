@@ -17,7 +17,8 @@ def replacing(path: Path) -> Iterator[Path]:
     the one that was there before, and after the block it is the new one, also if the power fails.
     """
     partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)  # a link to something else, in a folder from somewhere else, is not written through
+    # a link to something else, in a folder from somewhere else, is not written through
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         flush(partial)
