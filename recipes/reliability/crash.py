@@ -7,7 +7,7 @@ Usage:
     python recipes/reliability/crash.py
     python recipes/reliability/crash.py --kills 5 --moments checkpoint state --ranks 2
 
-Linux, no network, about an hour on 2 CPU cores. Exits with 1 if anything was lost or differs.
+Linux, no network, about half an hour on 2 CPU cores. Exits with 1 if anything was lost or differs.
 """
 
 import os
