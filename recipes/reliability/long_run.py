@@ -20,7 +20,7 @@ Usage:
     python recipes/reliability/long_run.py
     python recipes/reliability/long_run.py --steps 1000000 --ema_rate 0.01
 
-CPU, no network; 20,000 steps take about five minutes on one core. Exit status 1 if a bound does not hold.
+CPU, no network; 20,000 steps take about six minutes on one core. Exit status 1 if a bound does not hold.
 """
 
 from __future__ import annotations
