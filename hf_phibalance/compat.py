@@ -23,6 +23,20 @@ logger = logging.get_logger(__name__)
 DEPENDED_ON = ("torch", "transformers", "accelerate")
 
 
+def dependencies() -> list[tuple[Requirement, str]]:
+    """What the installed package asks for of `DEPENDED_ON`, and the version that is there; empty in a bare source tree."""
+    try:
+        asked = [Requirement(line) for line in importlib.metadata.requires("hf_phibalance") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    own = [requirement for requirement in asked if requirement.name in DEPENDED_ON and requirement.marker is None]
+    return [(requirement, importlib.metadata.version(requirement.name)) for requirement in own]
+
+
+def is_supported(requirement: Requirement, present: str) -> bool:
+    return requirement.specifier.contains(present, prereleases=True)
+
+
 def refuse_unsupported_versions() -> None:
     """
     Says at import which version is outside the range that the installed package asks for, instead of failing inside.
@@ -30,15 +44,8 @@ def refuse_unsupported_versions() -> None:
     Raises:
         ImportError: naming the version, the range and the remedy.
     """
-    try:
-        asked = [Requirement(line) for line in importlib.metadata.requires("hf_phibalance") or ()]
-    except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
-        return
-    for requirement in asked:
-        if requirement.name not in DEPENDED_ON or requirement.marker is not None:
-            continue
-        present = importlib.metadata.version(requirement.name)
-        if not requirement.specifier.contains(present, prereleases=True):
+    for requirement, present in dependencies():
+        if not is_supported(requirement, present):
             raise ImportError(
                 f"hf_phibalance does not support {requirement.name} {present}: it works with {requirement.specifier}. "
                 f"pip install '{requirement}'"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
-from packaging.requirements import Requirement
 from torch import nn
 
 from ..balancing import STATE_NAME, find_patch
+from ..compat import dependencies, is_supported
 from ..routers import REMOTE_TRAITS, RouterHook, find_routers
 from .report import Check
 from .subject import Subject, many
@@ -20,24 +19,16 @@ VANISHING = 1e-200  # a coefficient that stands for 0
 
 
 def versions(subject: Subject) -> Iterator[Check]:
-    try:
-        required = [Requirement(line) for line in importlib.metadata.requires("hf_phibalance") or ()]
-    except importlib.metadata.PackageNotFoundError:
+    found = dependencies()
+    if not found:
         return
-    wrong, shown = [], []
-    for requirement in required:
-        if requirement.name not in ("torch", "transformers", "accelerate"):
-            continue
-        present = importlib.metadata.version(requirement.name)
-        shown.append(f"{requirement.name} {present}")
-        if not requirement.specifier.contains(present, prereleases=True):
-            wrong.append(requirement)
+    wrong = [(requirement, present) for requirement, present in found if not is_supported(requirement, present)]
     if wrong:
-        names = ", ".join(f"{r.name} {importlib.metadata.version(r.name)}" for r in wrong)
-        wanted = " ".join(f'"{r.name}{r.specifier}"' for r in wrong)
+        names = ", ".join(f"{r.name} {present}" for r, present in wrong)
+        wanted = " ".join(f'"{r.name}{r.specifier}"' for r, _ in wrong)
         yield Check("versions", "problem", f"{names} is outside the supported range", f"pip install {wanted}")
     else:
-        yield Check("versions", "ok", ", ".join(shown))
+        yield Check("versions", "ok", ", ".join(f"{r.name} {present}" for r, present in found))
 
 
 def patched(subject: Subject) -> Iterator[Check]:
