@@ -217,6 +217,11 @@ class PhiBalancer:
         """Whether `begin_step` has announced the step under way."""
         return self._steps.now.announced
 
+    @property
+    def is_trained_on(self) -> bool:
+        """Whether a training forward of the step under way has run."""
+        return self._steps.now.trained
+
     def labels_of(self, labels: Tensor | None) -> AbstractContextManager[None]:
         """While open, forwards of the backbone, which never sees labels, belong to these `labels (B, S)`."""
         return self.meter.labels_of(labels)

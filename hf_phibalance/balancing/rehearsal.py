@@ -160,10 +160,10 @@ class Rehearsal:
         return None if tokens is None else float(tokens)
 
     def announce(self, loss_scale: float | None = None) -> None:
-        """Opens the announced step anew, with another `loss_scale` if one is given."""
+        """Opens the step anew as it was announced last, with another `loss_scale` than at first if one is given."""
         self._steps.tally.flat.zero_()
         self._steps.now = dataclasses.replace(
-            self._announced,
+            self._steps.now,
             trained=False,
             replayed=False,
             deferred=[],

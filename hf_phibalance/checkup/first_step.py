@@ -72,7 +72,8 @@ def _judge(subject: Subject, found: Coefficient) -> Check:
             "coefficient",
             "warning",
             f"{text}. The micro-batches do not say how many tokens they hold, so each is charged its own mean",
-            "one micro-batch a step makes it exact; with micro-batches of similar length it is close",
+            "one micro-batch a step makes it exact; with micro-batches of similar length it is close. phb.attach(trainer) "
+            "knows their tokens, in trl's GRPO and RLOO if steps_per_generation is a multiple of gradient_accumulation_steps",
         )
     worst = sorted(off, key=lambda name: -abs(off[name] - 1))
     at = f"; {many([f'{name} {off[name]:.4f}' for name in worst])}" if worst else ""

@@ -18,6 +18,7 @@ from ..publishing import complete_uploads
 from .callback import PhiBalanceCallback
 from .checkpoints import keep_whole
 from .examining import verify_first_step
+from .generated import announce_when_generated, generates
 from .refusals import refuse_ranks_apart, refuse_unknown_scaling
 
 
@@ -63,6 +64,7 @@ def attach(
 
     get_batch_samples, log, evaluate = trainer.get_batch_samples, trainer.log, trainer.evaluate
     load_optimizer: Any = trainer._load_optimizer_and_scheduler
+    is_generated = generates(trainer)
 
     def current() -> PhiBalancer | None:
         """The balancer of the model as it is now: patched again with another configuration, or not any more."""
@@ -81,7 +83,8 @@ def attach(
             refuse_ranks_apart(trainer)
         balancer = current()
         if batches and balancer is not None:
-            balancer.begin_step(_model_inputs(batches), loss_scale=callback.loss_scale)
+            micro_batches = len(batches) if is_generated else _model_inputs(batches)
+            balancer.begin_step(micro_batches, loss_scale=callback.loss_scale)
             if callback.verifies and callback.report is None:
                 callback.report = verify_first_step(trainer, callback, batches, items)
                 _act_on(callback.report, balancer, trainer.is_world_process_zero())
@@ -113,6 +116,8 @@ def attach(
     }
     for name, wrapper in wrappers.items():
         setattr(trainer, name, wrapper)
+    if is_generated:
+        announce_when_generated(trainer, current, lambda: callback.loss_scale)
     keep_whole(trainer, callback, current)
     complete_uploads(trainer, callback.history)
     return callback

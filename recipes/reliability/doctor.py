@@ -8,8 +8,7 @@ Usage:
     python recipes/reliability/doctor.py --trainers "SFT packed" GRPO --accumulation 1 8
 
 Made-up models and texts, no network; two minutes on one core. Exits with 1 if a sound trainer is off by more than 1e-4
-without a warning that says why, or a planted fault is not reported. (GRPO does not know the tokens of a step before it has
-generated them, so of several micro-batches each is charged its own mean: the one warning to be expected.)
+without a warning that says why, or a planted fault is not reported.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 import hf_phibalance as phb
 from hf_phibalance.models import build_model, train_tokenizer
@@ -96,9 +95,10 @@ def make_trainer(name, model, tokenizer, folder, accumulation):
         data = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " 0"} for r in sft]
         arguments = DPOConfig(**trl)
         return DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
-    arguments = GRPOConfig(**trl, num_generations=2, max_completion_length=8)
+    cls, config = (GRPOTrainer, GRPOConfig) if name == "GRPO" else (RLOOTrainer, RLOOConfig)
     data = Dataset.from_list([{"prompt": row["prompt"]} for row in sft])
-    return GRPOTrainer(model, longer, args=arguments, train_dataset=data, processing_class=tokenizer)
+    arguments = config(**trl, num_generations=2, max_completion_length=8)
+    return cls(model, reward_funcs=longer, args=arguments, train_dataset=data, processing_class=tokenizer)
 
 
 TRAINERS = (
@@ -108,6 +108,7 @@ TRAINERS = (
     "SFT padding-free, NEFTune",
     "DPO",
     "GRPO",
+    "RLOO",
     "planted: half of every gradient",
 )
 
@@ -119,7 +120,7 @@ def examine(name, accumulation, tokenizer):
         model = build_model("mixtral", FIELDS, tokenizer).train()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        model.name_or_path = model.config._name_or_path = folder  # where GRPO looks for a tokenizer
+        model.name_or_path = model.config._name_or_path = folder  # where GRPO and RLOO look for a tokenizer
         trainer = make_trainer(name, phb.patch(model, {"coef": COEF}), tokenizer, folder, accumulation)
         trainer.remove_callback(PrinterCallback)
         phb.attach(trainer)

@@ -1,0 +1,82 @@
+"""Optimizer steps whose tokens are generated: in trl's GRPO and RLOO they are known once the first micro-batch is prepared."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..balancing import PhiBalancer
+
+
+logger = logging.get_logger(__name__)
+
+GENERATING = {"GRPOTrainer", "RLOOTrainer"}
+
+
+def generates(trainer: Any) -> bool:
+    """Whether the batches of `trainer` are prompts, and what it trains on is generated when it prepares them."""
+    names = {cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")}
+    return bool(names & GENERATING) and hasattr(trainer, "_buffered_inputs")
+
+
+def announce_when_generated(
+    trainer: Any, current: Callable[[], PhiBalancer | None], loss_scale: Callable[[], float | Tensor]
+) -> None:
+    """
+    Lets `trainer` announce the tokens of each optimizer step after its first micro-batch has been prepared, and before the
+    model has seen it: by then everything that the step will train on has been generated.
+
+    Args:
+        trainer (`trl.GRPOTrainer` or `trl.RLOOTrainer`): which has opened the step with the number of its micro-batches.
+        current (`Callable`): returns the balancer, if there is one.
+        loss_scale (`Callable`): returns the scale of the `GradScaler` in use, else 1.
+    """
+    prepare = trainer._prepare_inputs
+
+    @functools.wraps(prepare)
+    def prepare_and_announce(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        balancer = current()
+        if balancer is not None and balancer.is_open and not balancer.is_trained_on and trainer.model.training:
+            micro_batches = generated_step(trainer)
+            if micro_batches is not None:
+                balancer.begin_step(micro_batches, loss_scale=loss_scale())
+            else:
+                logger.warning_once(
+                    "Not all that an optimizer step trains on has been generated when it begins, so each micro-batch is "
+                    "charged its own mean instead of its exact share of the step's tokens. In trl's GRPOTrainer and "
+                    "RLOOTrainer it has, if steps_per_generation is a multiple of gradient_accumulation_steps (the default)."
+                )
+        return inputs
+
+    trainer._prepare_inputs = prepare_and_announce
+
+
+def generated_step(trainer: Any) -> list[dict[str, Tensor]] | None:
+    """The micro-batches of the step that begins, as the model will get them; `None` if they are not all there."""
+    try:  # attributes of trl's own, the same on all ranks
+        first, count = trainer._step, trainer.current_gradient_accumulation_steps
+        buffered, per_generation = trainer._buffered_inputs, trainer.args.steps_per_generation
+        every = per_generation * trainer.num_iterations
+        if len(buffered) != per_generation or first % every + count > every:
+            return None  # the next ones are generated in the middle of the step
+        return [_model_inputs(buffered[(first + number) % per_generation]) for number in range(count)]
+    except (AttributeError, KeyError, TypeError):
+        return None
+
+
+def _model_inputs(micro_batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`micro_batch` as trl concatenates it; only what has been generated has labels."""
+    prompt_ids, completion_ids = micro_batch["prompt_ids"], micro_batch["completion_ids"]
+    prompt_mask, completion_mask = micro_batch["prompt_mask"], micro_batch["completion_mask"]
+    labels = completion_ids.masked_fill(completion_mask == 0, -100)
+    return {
+        "input_ids": torch.cat([prompt_ids, completion_ids], dim=1),
+        "attention_mask": torch.cat([prompt_mask, completion_mask], dim=1),
+        "labels": torch.cat([torch.full_like(prompt_ids, -100), labels], dim=1),
+    }
