@@ -240,8 +240,8 @@ class PhiBalancer:
                     return super().compute_loss(model, inputs, *args, **kwargs)
         ```
 
-        with `replay` the trainer's own way of making the routers return these experts and their weights. All data-parallel ranks
-        have to replay the same steps.
+        with `replay` the trainer's own way of making the routers return these experts and their weights. If any data-parallel rank
+        replays any micro-batch of a step, the biases hold on all.
         """
         return self.meter.replaying()
 

@@ -72,7 +72,8 @@ class Duals:
         self.price = torch.zeros(self.layout.total)
         self.toll = torch.zeros(self.layout.total)  # coef · price, what a token is charged
         self.bias = torch.zeros(self.layout.total)
-        self._reach: Tensor | None = None  # span of the scores that each bias is added to, from the first step on
+        self._reach: Tensor | None = None  # span of the scores that each bias is added to, as far as it is known
+        self._widths: list[float] = []  # that it was made of
         self.read_native_biases()
         self.has_bias = config.bias_coef > 0
         self._potential = config.build_potential()
@@ -90,22 +91,20 @@ class Duals:
     # ------------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def update(self, tally: Tally, finite: Tensor, bias_acted: bool = True) -> None:
+    def update(self, tally: Tally, finite: Tensor) -> None:
         """
         m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b by the rule of the method, for φ b <- b - bias_coef · q
         (arXiv 2605.15403, Algorithm 1).
 
         Args:
-            tally (`Tally`): sums over the step's tokens, of which s is the share.
+            tally (`Tally`): sums over the step's tokens, of which s is the share. If any of them replayed, the biases stay.
             finite (`torch.Tensor` of shape `()`): whether they can be used; else nothing moves.
-            bias_acted (`bool`, *optional*, defaults to `True`):
-                Whether the bias had a part in the choices of the step; else it stays.
         """
         self._fold(tally.by_statistic(self.config.statistics), finite)
         self._set_price()
-        if self.config.bias_coef > 0 and bias_acted:
+        if self.config.bias_coef > 0:
             self.read_native_biases()
-            self._move_biases(tally, finite)
+            self._move_biases(tally, finite & (tally.replayed == 0))
             self._write_native_biases()
         self.steps += 1
 
@@ -125,14 +124,15 @@ class Duals:
         parts = [centred_price(self._potential, mean[span].view(shape)).view(-1) for span, shape in self.layout.runs()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _move_biases(self, tally: Tally, finite: Tensor) -> None:
-        """Adds the step to the biases, as far as they reach; a router that saw no token keeps its own."""
+    def _move_biases(self, tally: Tally, acted: Tensor) -> None:
+        """Adds the step to the biases that `acted`, as far as they reach; a router that saw no token keeps its own."""
         step = self._bias_step(tally)
-        if self._reach is None:
-            self._reach = self._by_expert([site.score_width or LOGIT_WIDTH for site in self.sites])
+        widths = [site.score_width or LOGIT_WIDTH for site in self.sites]
+        if self._reach is None or widths != self._widths:  # a router that replays does not show its scores
+            self._reach, self._widths = self._by_expert(widths), widths
         for span, shape in self.layout.runs():
             bias_LE, step_LE, reach_LE = (flat[span].view(shape) for flat in (self.bias, step, self._reach))
-            acts_L1 = (tally.load[span].view(shape).sum(dim=-1, keepdim=True) > 0) & finite
+            acts_L1 = (tally.load[span].view(shape).sum(dim=-1, keepdim=True) > 0) & acted
             bias_LE.copy_(torch.where(acts_L1, step_within(bias_LE, step_LE, reach_LE), bias_LE))
 
     def _bias_step(self, tally: Tally) -> Tensor:

@@ -157,8 +157,9 @@ class Meter:
         if not self.steps.now.announced:
             self.steps.begin_implicitly()
         self.steps.now.trained = True
-        self.steps.now.replayed |= self._is_replaying
         self.steps.tally.tokens.add_(mask.sum())
+        if self._is_replaying:
+            self.steps.tally.replayed.add_(1)
         self._tokens = Tokens(mask, self.steps.rate(mask), batch_size)
         if self.config.rules.pooled:
             if torch.compiler.is_compiling():

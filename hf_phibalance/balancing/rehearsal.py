@@ -165,7 +165,6 @@ class Rehearsal:
         self._steps.now = dataclasses.replace(
             self._steps.now,
             trained=False,
-            replayed=False,
             deferred=[],
             weights_version=OptimizerStep.weights_version,
             loss_scale=self._announced.loss_scale if loss_scale is None else loss_scale,

@@ -35,7 +35,6 @@ class OptimizerStep:
     tokens: Tensor | None = None  # () number of tokens that count, over all micro-batches and ranks
     loss_scale: float | Tensor = 1.0  # what gradients are divided by before the optimizer sees them
     trained: bool = False  # whether a training forward has run
-    replayed: bool = False  # whether the choices of one came from outside, so that the bias had no part in them
     deferred: list[Tokens] = field(default_factory=list)  # forwards under reentrant checkpointing
     weights_version: int = -1  # of a trainable parameter, at the latest forward
 
@@ -148,7 +147,7 @@ class Steps:
         self._bad += ~finite
         if self.config.coef > 0:
             self.last_price.copy_(self.duals.price)
-        self.duals.update(tally, finite, bias_acted=not self.now.replayed)
+        self.duals.update(tally, finite)
         self.discard()
 
     def _any_rank(self, skipped: bool) -> bool:

@@ -16,8 +16,8 @@ from .tokens import Tokens
 
 class Tally:
     """
-    Sums over tokens: routing probabilities and top-k assignments of every expert, tokens, what they paid, and a
-    histogram per expert where one is needed. All is kept in `flat`, of which the properties and methods return views.
+    Sums over tokens: routing probabilities and top-k assignments of every expert, tokens, what they paid, a histogram per
+    expert where one is needed; and the number of forwards that replayed. All is kept in `flat`, of which the properties and methods return views.
 
     Args:
         sizes (`Sequence[int]`): Number of experts of each router.
@@ -29,7 +29,7 @@ class Tally:
         self.total = sum(sizes)
         starts = itertools.accumulate(sizes, initial=0)
         self._spans = [(start, start + size) for start, size in zip(starts, sizes)]
-        self.flat = torch.zeros((2 + bins) * self.total + 2)
+        self.flat = torch.zeros((2 + bins) * self.total + 3)
 
     @property
     def probs(self) -> Tensor:
@@ -57,9 +57,14 @@ class Tally:
         return self.flat[2 * self.total + 1]
 
     @property
+    def replayed(self) -> Tensor:
+        """Forwards whose choices came from outside, so that the bias had no part in them, `()`."""
+        return self.flat[2 * self.total + 2]
+
+    @property
     def margins(self) -> Tensor:
         """The histograms, router after router, `(sum of sizes, H)`."""
-        return self.flat[2 * self.total + 2 :].view(self.total, self.bins)
+        return self.flat[2 * self.total + 3 :].view(self.total, self.bins)
 
     def probs_of(self, index: int) -> Tensor:
         """Routing probabilities of router `index`, `(E,)`."""

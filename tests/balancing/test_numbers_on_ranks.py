@@ -1,5 +1,7 @@
 """Two real ranks of which one has trouble: both do the same, nothing hangs, and the coefficient stays what it is."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -40,7 +42,12 @@ def step(model, batches, items, skipped=None):
 
 
 def on_each_rank(folder):
-    return {"trouble": in_trouble(), "uneven": on_uneven_ranks(), "scaler": with_scaler(folder)}
+    return {
+        "trouble": in_trouble(),
+        "replay": replaying_on_one(),
+        "uneven": on_uneven_ranks(),
+        "scaler": with_scaler(folder),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,41 @@ def test_what_one_rank_suffers_moves_nothing_on_any(ranks):
         assert all(torch.isfinite(tensor).all() for tensor in later.values())
         assert not any(torch.equal(later[name], after[name]) for name in after)
         assert [int(state["steps"]) for state in first] == ([1, 1, 2] if case == "skipped" else [1, 2, 3])
+
+
+# ---------------------------------------------------------------------- one rank replays its rollout
+
+
+def replaying_on_one():
+    """The duals after each of three steps, in the second of which a micro-batch of rank 0 is replayed."""
+    results = {}
+    for model_type in ("mixtral", "deepseek_v3"):
+        model = phb.patch(build(model_type), BIASED)
+        balancer, rank = phb.get_balancer(model), dist.get_rank()
+        states = results[model_type] = []
+        for turn in range(3):
+            batches = micro_batches(model, SHAPES[:2], seed=10 * turn + rank)
+            balancer.begin_step(batches)
+            model(**batches[0]).loss.backward()
+            with balancer.replaying() if turn == 1 and rank == 0 else nullcontext():
+                model(**batches[1]).loss.backward()
+            model.zero_grad()
+            balancer.step()
+            states.append(plain(balancer.state_dict()))
+    return results
+
+
+def test_a_replay_on_one_rank_holds_the_biases_of_all(ranks):
+    for model_type in ("mixtral", "deepseek_v3"):
+        for left, right in zip(*(rank["replay"][model_type] for rank in ranks)):
+            assert left.keys() == right.keys() and all((left[name] == right[name]).all() for name in left)
+        first, held, later = ranks[0]["replay"][model_type]
+        for name in first:
+            assert (first[name] == held[name]).all() == name.endswith(".bias")
+            assert (held[name] != later[name]).any()
+
+
+# ---------------------------------------------------------------------- one rank overflows
 
 
 class Overflow(TrainerCallback):

@@ -132,7 +132,7 @@ def test_one_all_reduce_a_step(case, two_ranks):
                     step(model, batches, balancer)
             collectives = {name: count for (name, space), count in operators.seen.items() if space.startswith("c10d")}
             assert collectives == {"allreduce_": 2 + len(once)}
-            assert sizes == [1, *once, 2 * 8 * layers + 2]  # probs, load, tokens, and what they paid
+            assert sizes == [1, *once, 2 * 8 * layers + 3]  # probs, load, tokens, what they paid, replays
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
