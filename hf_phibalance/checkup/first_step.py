@@ -181,7 +181,7 @@ def routers_run(subject: Subject) -> Iterator[Check]:
                 "routers that learn",
                 "problem",
                 f"method='frozen', but {len(learning)} routers are trained: {many(learning)}",
-                "patch after adding the adapter, or leave the routers out of it",
+                "leave the routers out of the adapter, e.g. by phb.lora_config(model, router='frozen'), or choose another method",
             )
         return
     unmoved = [row.name for row in rows if not row.parameters and not row.below]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from ..balancing import find_patch
 from ..compat import names_rewritten_by_peft
 from ..routers import NATIVE_BIAS_NAMES, RouterSite, class_source, find_routers, unwrap
 
@@ -75,14 +76,15 @@ def lora_config(
 
     Raises:
         ValueError: if an option is unknown or would do nothing, if PEFT cannot do it for parameters (`lora_dropout`),
-            if the model has no router or nothing of the kind asked for, if a matrix is quantised that must not be, or if
-            the model already carries an adapter.
+            if the model has no router or nothing of the kind asked for, if a matrix is quantised that must not be, if the
+            routers are to learn that `method="frozen"` holds still, or if the model already carries an adapter.
     """
     from peft import LoraConfig
 
     _check_options(router, targets, kwargs)
     root = unwrap(model)[-1]
     _refuse_adapted(root)
+    _refuse_frozen(root, router)
     sites = find_routers(root)
     chosen: tuple[str, ...] = TARGETS[1:] if targets in (None, "all") else (str(targets),)
     chosen = () if router == "router-only" else chosen
@@ -138,6 +140,15 @@ def _refuse_adapted(root: nn.Module) -> None:
                 f"{type(root).__name__} already carries an adapter (at {name!r}), which hides the names of what it "
                 "wraps. Make the configuration before get_peft_model, or unload the adapter first."
             )
+
+
+def _refuse_frozen(root: nn.Module, router: str) -> None:
+    present = find_patch(root)
+    if router != "frozen" and present is not None and present.balancer.config.rules.freezes:
+        raise ValueError(
+            f"router={router!r} would train the routers that method={present.balancer.config.method!r} holds still. Choose "
+            "router='frozen', or patch the model with another method."
+        )
 
 
 def _refuse_out_of_reach(root: nn.Module, part: str, modules: list[str], parameters: list[str]) -> None:

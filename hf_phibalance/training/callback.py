@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..balancing import STATE_NAME, PhiBalancer, find_patch, get_balancer, patch
 from ..checkup import DoctorReport
 from ..compat import reload_converted_weights
+from .refusals import refuse_trained_routers
 
 
 logger = logging.get_logger(__name__)
@@ -75,6 +76,7 @@ class PhiBalanceCallback(TrainerCallback):
         self._balancer = get_balancer(model)
         patch(model)  # no change to the routers; covers wrappers added since, and losses that a trainer switched on
         self.balancer.discard_step()
+        refuse_trained_routers(self.balancer)
         self.report = None
         self._scaler = getattr(optimizer, "scaler", None)
         if not self.attached and self.balancer.config.is_on and adds_auxiliary_loss(args, model):

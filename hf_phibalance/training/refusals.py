@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from transformers import Trainer
 
+from ..balancing import PhiBalancer, describe_router
+
 
 def refuse_ranks_apart(trainer: Trainer) -> None:
     """A `Trainer` that has evaluated before it trains leaves the model out of `DistributedDataParallel`."""
@@ -16,6 +18,24 @@ def refuse_ranks_apart(trainer: Trainer) -> None:
             f"{trainer.args.world_size} processes train without exchanging gradients, since trainer.evaluate() ran before "
             "trainer.train() (transformers then skips DistributedDataParallel). Evaluate with another Trainer, or after "
             "training."
+        )
+
+
+def refuse_trained_routers(balancer: PhiBalancer) -> None:
+    """
+    Refuses adapters on routers that `method="frozen"` holds still: it stops what a router has of its own, not what is put on it.
+
+    Raises:
+        ValueError: naming the routers and the remedy.
+    """
+    if not balancer.config.rules.freezes:
+        return
+    rows = [describe_router(name, balancer.root) for name in balancer.layer_names]
+    trained = [f"{row.name} ({row.how})" for row in rows if row.how != "frozen"]
+    if trained:
+        raise ValueError(
+            f"method={balancer.config.method!r}, but {len(trained)} of {len(rows)} routers are trained: {', '.join(trained[:4])}. "
+            "Leave them out of the adapter, e.g. by phb.lora_config(model, router='frozen'), or choose another method."
         )
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from adapters import POLICIES, WRAPPER, assert_all_learn, balanced
 from charging import COEF
-from checks import assert_same_duals
-from peft import PeftModel, prepare_model_for_kbit_training
+from checks import assert_same, assert_same_duals
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from remote import remote_model
 from tiny import MODEL_TYPES, tiny_model
 from trained import logits_of
+from training import make_trainer, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_phibalance as phb
@@ -146,6 +147,38 @@ def test_what_would_do_nothing_or_fail_later_is_refused(options, message):
 def test_out_of_reach_is_refused_by_name(model_type, options, message):
     with pytest.raises(ValueError, match=message):
         phb.lora_config(tiny_model(model_type), **options)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize(
+    "how, by_hand", [("lora", {"target_parameters": ["gate.weight"]}), ("full", {"modules_to_save": ["gate"]})]
+)
+def test_an_adapter_on_frozen_routers_is_refused(how, by_hand, attached, tmp_path):
+    """By `lora_config`; where it is made by hand, before the first step, and by the doctor."""
+    model = phb.patch(tiny_model("mixtral").train(), {"method": "frozen"})
+    with pytest.raises(ValueError, match=rf"router='{how}' would train the routers that method='frozen' holds still"):
+        phb.lora_config(model, router=how)
+    model = get_peft_model(model, LoraConfig(target_modules=["o_proj"], r=2, **by_hand))
+    (check,) = (check for check in phb.doctor(model).problems if check.name == "routers that learn")
+    assert "method='frozen', but 3 routers are trained" in check.finding and "router='frozen'" in check.remedy
+    trainer = make_trainer(model, tmp_path, callbacks=[] if attached else [phb.PhiBalanceCallback()], max_steps=1)
+    if attached:
+        phb.attach(trainer)
+    before = weights(model)
+    with pytest.raises(
+        ValueError, match=rf"method='frozen', but 3 of 3 routers are trained: .*gate \({how}\).*router='frozen'"
+    ):
+        trainer.train()
+    assert_same(weights(model), before)
+
+
+def test_an_adapter_beside_frozen_routers_trains(tmp_path):
+    model = phb.patch(tiny_model("mixtral").train(), {"method": "frozen"})
+    model = get_peft_model(model, phb.lora_config(model, targets="attention"))
+    trainer = make_trainer(model, tmp_path, max_steps=1)
+    phb.attach(trainer)
+    trainer.train()
+    assert phb.get_balancer(model).steps == 1
 
 
 def test_a_model_with_an_adapter_is_refused():
