@@ -21,6 +21,7 @@ from .lazy import lazy_door
 if TYPE_CHECKING:
     from .balancing import PhiBalancer, get_balancer, learning_report, patch, unpatch
     from .config import PhiBalanceConfig
+    from .forwards import FoldReport, fold
     from .maths import POTENTIALS
     from .methods import METHODS
     from .models import AutoModelForCausalLM, disable, enable
@@ -33,6 +34,7 @@ __all__ = [
     "METHODS",
     "POTENTIALS",
     "AutoModelForCausalLM",
+    "FoldReport",
     "PhiBalanceCallback",
     "PhiBalanceConfig",
     "PhiBalancer",
@@ -41,6 +43,7 @@ __all__ = [
     "doctor",
     "enable",
     "get_balancer",
+    "fold",
     "last_checkpoint",
     "learning_report",
     "lora_config",
@@ -55,6 +58,7 @@ _ROOMS = {
     "POTENTIALS": "maths",
     "AutoModelForCausalLM": "models",
     "PhiBalanceCallback": "training",
+    "FoldReport": "forwards",
     "PhiBalanceConfig": "config",
     "PhiBalancer": "balancing",
     "attach": "training",
@@ -63,6 +67,7 @@ _ROOMS = {
     "enable": "models",
     "get_balancer": "balancing",
     "last_checkpoint": "training",
+    "fold": "forwards",
     "learning_report": "balancing",
     "lora_config": "training",
     "patch": "balancing",

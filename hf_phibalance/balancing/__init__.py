@@ -28,6 +28,7 @@ from .learning import LearningReport, describe_router
 from .patching import Patch, find_patch, get_balancer, learning_report, patch, unpatch
 from .rehearsal import Forward, RandomState, Rehearsal, Routed
 from .state import STATE_NAME, config_in
+from .tokens import count_mask
 
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Routed",
     "announce_switched_off",
     "config_in",
+    "count_mask",
     "describe_router",
     "find_patch",
     "get_balancer",

@@ -300,6 +300,38 @@ class PhiBalancer:
         """Goes on from the duals of `other`, a balancer of the same routers, as far as this method keeps them."""
         self._duals.take_over(other._duals)
 
+    # ------------------------------------------------------------------ set from outside, between steps
+
+    @contextmanager
+    def without_bias(self) -> Iterator[None]:
+        """While open, selection biases that are ours do not act, as after a plain load; a family's own do."""
+        had, self._duals.has_bias = self._duals.has_bias, False
+        try:
+            yield
+        finally:
+            self._duals.has_bias = had
+
+    def set_means(self, sums: Mapping[str, Tensor]) -> None:
+        """
+        Sets the means, and so the prices.
+
+        Args:
+            sums (`Mapping[str, Tensor]`): for each statistic that is kept its sum over tokens, of all routers one after the
+                other. A router without any keeps its mean.
+        """
+        self._steps.move_to_model()
+        self._duals.set_means(sums)
+
+    def set_biases(self, biases: Mapping[str, Tensor]) -> None:
+        """Sets the selection biases by layer name, each `(E,)`; a family's own where it has one."""
+        self._steps.move_to_model()
+        self._duals.set_biases(biases)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """`values` summed over the data-parallel ranks, in place."""
+        self._ranks.sum_(values)
+        return values
+
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes `phi_balance.safetensors` into `directory` (made if missing) and returns its path."""
         return save_state(self.state_dict(), self.config, describe_model(self.root, self.sites), directory)

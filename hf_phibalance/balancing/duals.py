@@ -217,6 +217,23 @@ class Duals:
         """Refuses what [`load_state_dict`] cannot take."""
         biased = any(key.endswith(".bias") for key in state)
         check_state(state, self.sites, [f"mean_{statistic}" for statistic in self.means] + ["bias"] * biased)
+    @torch.no_grad()
+    def set_means(self, sums: Mapping[str, Tensor]) -> None:
+        """See [`PhiBalancer.set_means`]."""
+        for statistic, mean in self.means.items():
+            for span in self.layout.spans:
+                total = sums[statistic][span].sum()
+                mean[span] = torch.where(total > 0, sums[statistic][span] / total, mean[span].to(total)).to(mean)
+        self._set_price()
+
+    @torch.no_grad()
+    def set_biases(self, biases: Mapping[str, Tensor]) -> None:
+        """See [`PhiBalancer.set_biases`]."""
+        for name, span in zip(self.layout.names, self.layout.spans):
+            self.bias[span] = biases[name].to(self.bias)
+        self.has_bias = self.config.bias_coef > 0 or bool(self.bias.any())
+        self._write_native_biases()
+
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.check_state_dict(state)

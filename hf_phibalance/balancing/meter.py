@@ -6,7 +6,7 @@ Shapes: E experts, T tokens of a micro-batch, k experts per token.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,7 @@ class Meter:
         self._before_forward: Tensor | None = None  # the tally when the forward under way began, where needed
         self._measuring = False
         self._replayer: int | None = None  # thread whose choices come from outside
+        self._watch: Callable[[int, Tensor], None] | None = None  # who else wants to see what is ranked
 
     # ------------------------------------------------------------------ a forward of the backbone
 
@@ -279,6 +280,15 @@ class Meter:
     def _needs_scores(self) -> bool:
         """Whether the method wants to see the scores that the routers rank."""
         return self.steps.tally.bins > 0
+    @contextmanager
+    def showing_scores(self, watch: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """While open, `watch(index, scores)` sees the scores `(..., E)` to which the bias of router `index` is added."""
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = None
+
 
     @torch.no_grad()
     def observe_scores(self, index: int, scores: Tensor) -> None:
@@ -287,6 +297,8 @@ class Meter:
         if not self._needs_scores or tokens is None or not (tokens.in_forward and tokens.trains):
             return
         site, scores = self.sites[index], scores.detach().reshape(tokens.mask.numel(), -1).float()
+        if self._watch is not None and not torch.compiler.is_compiling():
+            self._watch(index, scores)
         if site.score_width is None:  # once, so the one read of the device does not matter
             site.score_width = 1.0 if bool(((scores >= 0) & (scores <= 1)).all()) else LOGIT_WIDTH
         bias_E = self.duals.bias[self._spans[index]].to(scores.device)
@@ -324,6 +336,7 @@ class Meter:
         return {**{name: value for name, value in vars(self).items() if name != "_here"}, **fleeting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+            "_watch": None,
         vars(self).update(state)
         self._here = _Here()
 

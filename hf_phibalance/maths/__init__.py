@@ -7,10 +7,20 @@ The maths: pure functions of tensors, without models, steps or trainers.
 | `pricing` | routing probabilities of logits, the gradient of what they are charged |
 | `windup` | a step of a bias, only as far as the scores can answer it |
 | `quantile` | the bias of quantile balancing, from histograms of margins |
+| `folding` | a selection bias as a part of the router's weight |
 | `metrics` | MaxVio, Gini and the other figures of a load |
 | `information` | what an expert tells about the domain of its token |
 """
 
+from .folding import (
+    FoldedShift,
+    ShiftMoments,
+    fold_shift,
+    logit_shift,
+    price_of_load,
+    score_slope,
+    selection_threshold,
+)
 from .information import mutual_information, mutual_information_bias
 from .metrics import (
     DEAD_THRESHOLD,
@@ -36,11 +46,15 @@ __all__ = [
     "SCORINGS",
     "ChargePrices",
     "ChargeProbs",
+    "FoldedShift",
     "Potential",
+    "ShiftMoments",
     "centred_price",
     "dead_experts",
+    "fold_shift",
     "get_potential",
     "gini",
+    "logit_shift",
     "margin_histogram",
     "max_relative_load",
     "max_vio",
@@ -49,9 +63,12 @@ __all__ = [
     "mutual_information_bias",
     "noise_floor",
     "price_gradient",
+    "price_of_load",
     "quantile_bias",
     "relative_load",
     "routing_probs",
+    "score_slope",
+    "selection_threshold",
     "sequence_price",
     "step_within",
     "summarise",

@@ -10,6 +10,7 @@ Routers: where they are in a model, what they return, and how to look and act in
 | `families` | the model types that have routers |
 | `inside` | the softmax and the top-k inside a router's forward |
 | `hooks` | hooks that show the routers to a meter, in and out |
+| `linear` | the matrix of a router, to be written to |
 | `wrapping` | what models come wrapped in |
 """
 
@@ -29,6 +30,7 @@ from .hooks import (
 )
 from .inside import Softmax
 from .sources import class_source
+from .linear import RouterLinear, find_linear, has_adapter, ranked_of
 from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS
 from .wrapping import canonical_name, find_backbone, unwrap
 
@@ -40,6 +42,7 @@ __all__ = [
     "RouterHook",
     "RouterMeter",
     "RouterReader",
+    "RouterLinear",
     "RouterSite",
     "Softmax",
     "arguments_by_name",
@@ -50,10 +53,13 @@ __all__ = [
     "find_copies",
     "find_routers",
     "forget_compiled_code",
+    "find_linear",
     "hook_adapters",
     "install_hooks",
+    "has_adapter",
     "reading",
     "remove_hooks",
     "supported_families",
+    "ranked_of",
     "unwrap",
 ]

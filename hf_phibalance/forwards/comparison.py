@@ -1,0 +1,139 @@
+"""Variants of a model on the same batches: loss, loads, and the choices that differ from those of the first.
+
+Shapes: T tokens, E experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..maths import max_vio
+from .looking import Batch, Look, looking
+
+
+Variant = Callable[[], AbstractContextManager]
+
+
+@dataclass
+class Figures:
+    """
+    How one variant does.
+
+    Attributes:
+        loads (`dict[str, Tensor]`): assignments per expert by layer name, `(E,)`.
+        changed (`dict[str, float]`): share of a layer's assignments that the first variant does not make.
+        loss (`float`, *optional*): mean over the tokens to be predicted, if it was asked for.
+        tokens (`int`): that counted.
+    """
+
+    loads: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, float] = field(default_factory=dict)
+    loss: float | None = None
+    tokens: int = 0
+
+    @property
+    def max_vio(self) -> dict[str, float]:
+        """MaxVio over all batches together, by layer name."""
+        return {name: float(max_vio(load_E[None])) for name, load_E in self.loads.items()}
+
+    @property
+    def max_vio_global(self) -> float:
+        """Its mean over the layers."""
+        return statistics.fmean(self.max_vio.values())
+
+    @property
+    def changed_share(self) -> float:
+        """Share of all assignments that the first variant does not make."""
+        return statistics.fmean(self.changed.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain numbers, without the loads."""
+        return {
+            "loss": self.loss,
+            "max_vio_global": self.max_vio_global,
+            "changed": self.changed_share,
+            "tokens": self.tokens,
+        }
+
+
+def compare(
+    model: nn.Module, batches: Iterable[Batch], variants: Mapping[str, Variant], with_loss: bool = False
+) -> dict[str, Figures]:
+    """
+    Runs every variant of `model` on every batch, one after the other, so that no choice need be kept.
+
+    Args:
+        model (`torch.nn.Module`): a patched model.
+        batches (`Iterable[Mapping]`): what the model takes.
+        variants (`Mapping[str, Callable]`): what makes a context in which the model is that variant.
+        with_loss (`bool`, *optional*, defaults to `False`):
+            Whether to measure the loss as well, of the labels in a batch, or of its own next tokens.
+
+    Returns:
+        `dict[str, Figures]`: by the names of the variants.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    counts = {name: _Counts() for name in variants}
+    with looking(model) as look:
+        for batch in batches:
+            first: dict[int, Tensor] = {}
+            for name, variant in variants.items():
+                counted = counts[name]
+
+                def note(index: int, logits: Tensor, chosen: Tensor, counted=counted, first=first) -> None:
+                    counted.add(index, chosen, look.mask, logits.shape[-1], first.setdefault(index, chosen))
+
+                look.on_choice = note
+                with variant():
+                    output = look.forward(batch, with_head=with_loss)
+                counted.tokens += int(look.mask.sum())
+                if with_loss:
+                    counted.add_loss(output.logits, batch)
+    if not any(counted.tokens for counted in counts.values()):
+        raise ValueError("there is nothing to measure on: `batches` hold no token that counts.")
+    return {name: counted.figures(look) for name, counted in counts.items()}
+
+
+class _Counts:
+    """Sums of one variant."""
+
+    def __init__(self) -> None:
+        self.loads: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}
+        self.tokens = 0
+        self.loss, self.predicted = 0.0, 0
+
+    def add(self, index: int, chosen_Tk: Tensor, mask_T: Tensor, experts: int, first_Tk: Tensor) -> None:
+        mask_T = mask_T.to(chosen_Tk.device)
+        counted_Nk = chosen_Tk[mask_T]
+        load_E = torch.bincount(counted_Nk.reshape(-1), minlength=experts)
+        kept = (counted_Nk.unsqueeze(-1) == first_Tk[mask_T].unsqueeze(-2)).any(-1).sum()
+        self.loads[index] = self.loads.get(index, 0) + load_E
+        self.kept[index] = self.kept.get(index, 0) + kept
+
+    def add_loss(self, logits_BSV: Tensor, batch: Batch) -> None:
+        labels_BS = batch.get("labels")
+        if labels_BS is None:
+            attention = batch.get("attention_mask")
+            labels_BS = (
+                batch["input_ids"] if attention is None else batch["input_ids"].masked_fill(attention == 0, -100)
+            )
+        wanted = labels_BS[:, 1:].to(logits_BSV.device).reshape(-1)
+        logits = logits_BSV[:, :-1].reshape(len(wanted), -1).float()
+        self.loss += float(nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum"))
+        self.predicted += int((wanted != -100).sum())
+
+    def figures(self, look: Look) -> Figures:
+        names = {index: look.sites[index].name for index in sorted(self.loads)}
+        loads = {name: self.loads[index].double().cpu() for index, name in names.items()}
+        changed = {name: 1 - float(self.kept[i]) / max(float(loads[name].sum()), 1.0) for i, name in names.items()}
+        return Figures(loads, changed, self.loss / self.predicted if self.predicted else None, self.tokens)
