@@ -331,12 +331,12 @@ class Meter:
             "_thread": None,
             "_before_forward": None,
             "_measuring": False,
+            "_watch": None,
             "eval_tally": None,
         }
         return {**{name: value for name, value in vars(self).items() if name != "_here"}, **fleeting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-            "_watch": None,
         vars(self).update(state)
         self._here = _Here()
 
