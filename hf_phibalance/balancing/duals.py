@@ -126,7 +126,7 @@ class Duals:
 
     def _move_biases(self, tally: Tally, acted: Tensor) -> None:
         """Adds the step to the biases that `acted`, as far as they reach; a router that saw no token keeps its own."""
-        step = self._bias_step(tally)
+        step = self._held_where_masked(self._bias_step(tally), tally)
         widths = [site.score_width or LOGIT_WIDTH for site in self.sites]
         if self._reach is None or widths != self._widths:  # a router that replays does not show its scores
             self._reach, self._widths = self._by_expert(widths), widths
@@ -152,6 +152,21 @@ class Duals:
                 target_LE = quantile_bias(tally.margins[span].view(*shape, -1), top_k_L1, bias_LE, width_L1)
                 step[span] = rate * (target_LE - bias_LE).view(-1)
         return step
+
+    def _held_where_masked(self, step: Tensor, tally: Tally) -> Tensor:
+        """
+        `step`, in which experts that no token of the step could choose, having no probability, keep their place among the others.
+        Only where the selection is the family's own: it adds the bias to their score of 0 too, and would choose them in the end.
+        """
+        if not any(site.native_bias for site in self.sites):
+            return step
+        held = step.clone()
+        for span, shape in self.layout.runs():
+            step_LE, open_LE = step[span].view(shape), tally.probs[span].view(shape) > 0
+            mean_L1 = (step_LE * open_LE).sum(-1, keepdim=True) / open_LE.sum(-1, keepdim=True).clamp(min=1)
+            centred_LE = (step_LE - mean_L1) * open_LE
+            held[span] = torch.where(open_LE.all(-1, keepdim=True), step_LE, centred_LE).view(-1)
+        return held
 
     def _by_expert(self, values: Sequence[float]) -> Tensor:
         """One value per router, repeated for its experts, flat."""
@@ -202,21 +217,6 @@ class Duals:
         for site, span in zip(self.sites, self.layout.spans):
             site.write_native_bias(self.bias[span])
 
-    # ------------------------------------------------------------------ persistence
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {"steps": torch.tensor(self.steps)}
-        for statistic, mean in self.means.items():
-            state |= {f"{name}.mean_{statistic}": m.cpu() for name, m in self.layout.by_layer(mean).items()}
-        if self.has_bias:
-            self.read_native_biases()
-            state |= {f"{name}.bias": b.cpu() for name, b in self.layout.by_layer(self.bias).items()}
-        return state
-
-    def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Refuses what [`load_state_dict`] cannot take."""
-        biased = any(key.endswith(".bias") for key in state)
-        check_state(state, self.sites, [f"mean_{statistic}" for statistic in self.means] + ["bias"] * biased)
     @torch.no_grad()
     def set_means(self, sums: Mapping[str, Tensor]) -> None:
         """See [`PhiBalancer.set_means`]."""
@@ -234,6 +234,21 @@ class Duals:
         self.has_bias = self.config.bias_coef > 0 or bool(self.bias.any())
         self._write_native_biases()
 
+    # ------------------------------------------------------------------ persistence
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"steps": torch.tensor(self.steps)}
+        for statistic, mean in self.means.items():
+            state |= {f"{name}.mean_{statistic}": m.cpu() for name, m in self.layout.by_layer(mean).items()}
+        if self.has_bias:
+            self.read_native_biases()
+            state |= {f"{name}.bias": b.cpu() for name, b in self.layout.by_layer(self.bias).items()}
+        return state
+
+    def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Refuses what [`load_state_dict`] cannot take."""
+        biased = any(key.endswith(".bias") for key in state)
+        check_state(state, self.sites, [f"mean_{statistic}" for statistic in self.means] + ["bias"] * biased)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.check_state_dict(state)

@@ -36,7 +36,9 @@ NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
     """
     The newest complete checkpoint in `folder`, or `None` if there is none. What a killed run left unfinished is passed
-    over, with a warning; `transformers.trainer_utils.get_last_checkpoint` takes it.
+    over, with a warning; `transformers.trainer_utils.get_last_checkpoint` takes it. As there, the newest is the one with the
+    largest number: what an older, longer run has left in the same folder comes before all that a new one writes, so start anew in
+    an empty folder.
 
     ```python
     phb.attach(trainer)

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from charging import COEF, assert_charged_as_defined, by_definition, collect, priced
 from checks import assert_same
 from driven import FINITE, make_duals, tally_of
 from references import routers
 from shifted import choosing, shifted
+from steps import UNGROUPED
 from tiny import set_prices, tiny_batch, tiny_model
 
 import hf_phibalance as phb
@@ -169,6 +171,39 @@ def test_a_bias_comes_back_after_its_expert_was_masked(method):
         assert steps > 0 or wound_up < 0.5 or balancer.loads()[name][2] == tokens  # the bias outweighs every score
         steps += 1
     assert steps <= allowed
+
+
+@pytest.mark.parametrize("config", [{"coef": 0.0, "bias_coef": RATE}, BACK["loss_free"][0]], ids=["phi", "loss_free"])
+def test_a_masked_expert_is_never_chosen_by_a_family_that_adds_the_bias_itself(config, monkeypatch):
+    """DeepSeek-V3 adds it to a score of 0 as well: the bias keeps its place among the others, and does not wander off with them."""
+    sizes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "mlp_layer_types": ["sparse"]}
+    model = phb.patch(tiny_model("deepseek_v3", **UNGROUPED, **sizes).train(), config)
+    balancer, batch = phb.get_balancer(model), tiny_batch(model, 8, 32)
+    ((name, router),) = routers(model).items()
+    model.requires_grad_(False)
+    for _ in range(5):
+        count(model, batch)
+    before = balancer.biases()[name]
+    linear, others = F.linear, [e for e in range(8) if e != 2]
+
+    def masked(hidden, weight, *args):
+        logits = linear(hidden, weight, *args)
+        return logits.index_fill(-1, torch.tensor(2), -torch.inf) if torch.equal(weight, router.weight) else logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", masked)
+        spread = []
+        for _ in range(100):
+            count(model, batch)
+            load = balancer.loads()[name]
+            assert load[2] == 0
+            spread.append(load[others].max() - load[others].min())
+    bias = balancer.biases()[name]
+    assert bias[2] == before[2] == router.e_score_correction_bias[2]
+    torch.testing.assert_close(bias[others].mean(), before[others].mean(), rtol=0, atol=1e-4)
+    assert max(spread[-10:]) < max(spread[:10])  # the others go on being balanced
+    count(model, batch)
+    assert balancer.loads()[name][2] > 0
 
 
 def test_a_bias_holds_while_choices_are_replayed():
