@@ -12,7 +12,8 @@ python recipes/compare.py recipes/compare/main.yaml --list
 python recipes/compare.py recipes/compare/main.yaml --tables --pictures
 python recipes/compare.py recipes/compare/main.yaml --refresh recipes/compare/README.md
 
-A plan is a product of methods, models, streams and seeds (see recipes/compare/plans.py). Each finished run is one line of
+A plan is a product of methods, models, streams and seeds (see recipes/compare/plans.py); in a file that has `bases`, of
+methods, bases, tasks, ways to fine-tune and seeds (see recipes/compare/finetuning/plans.py). Each finished run is one line of
 `<output>/results.jsonl`, found again by everything it depends on; a run that was interrupted starts anew. Every worker is
 a process of one torch thread. `<output>/<plan>.md` has a table for each model and stream: means and standard deviations
 over the seeds, and differences to the plan's baseline paired by seed.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .plans import Plan, load_plans
+from .plans import Plan, load_plans, read_plans_file
 from .records import Results
 from .workers import execute
 
@@ -33,6 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console()
+    if "bases" in read_plans_file(args.plans_file):
+        from .finetuning.command import main as compare_tunings
+
+        return compare_tunings(args, console)
     output, plans = load_plans(args.plans_file)
     output = Path(args.output_dir or output)
     if args.plans:
@@ -59,14 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished ({results.path})")
         if args.list:
             for run in todo:
-                console.print(
-                    f"{run.key}  {run.model} {run.stream} seed {run.seed}  {run.method}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                console.print(f"{run.key}  {run}", highlight=False, soft_wrap=True)
             return 0
+        from .loop import train_on
+
         try:
-            failed = execute(todo, results, output, args.workers, console)
+            failed = execute(todo, results, output, args.workers, console, train_on)
         except KeyboardInterrupt:
             console.print("Interrupted. What is finished is kept; the same command goes on with the rest.")
             return 130
@@ -84,6 +87,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plans", nargs="+", metavar="NAME", help="only these plans of the file")
     parser.add_argument("--models", nargs="+", help="of these plans, only what has these models")
     parser.add_argument("--streams", nargs="+", help="... these streams")
+    parser.add_argument("--tasks", nargs="+", help="... these tasks (of fine-tuning)")
+    parser.add_argument("--ways", nargs="+", help="... these ways (of fine-tuning)")
     parser.add_argument("--seeds", nargs="+", type=int, help="... these seeds")
     parser.add_argument(
         "--data",

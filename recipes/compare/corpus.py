@@ -63,8 +63,8 @@ def build_corpus(
     if path.is_file():
         return _read(path)
     tokenizer = train_tokenizer([train for train, _ in splits.values()], vocab_size)
-    train = {domain: _windows(tokenizer, split[0], window) for domain, split in splits.items()}
-    validation = {domain: _windows(tokenizer, split[1], window) for domain, split in splits.items()}
+    train = {domain: windows(tokenizer, split[0], window) for domain, split in splits.items()}
+    validation = {domain: windows(tokenizer, split[1], window) for domain, split in splits.items()}
     for domain, rows in validation.items():
         if len(rows) < validation_windows:
             raise ValueError(
@@ -97,8 +97,8 @@ def _read(path: Path) -> Corpus:
         raise ValueError(f"{path} cannot be read ({reason}); remove it, and it is made again.") from error
 
 
-def train_tokenizer(parts: Sequence[Sequence[str]], vocab_size: int):
-    """A byte-level BPE tokenizer that knows equally much (by characters) of every part."""
+def train_tokenizer(parts: Sequence[Sequence[str]], vocab_size: int, digits_alone: bool = False):
+    """A byte-level BPE tokenizer that knows equally much (by characters) of every part; each digit may be a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     share = min(sum(map(len, texts)) for texts in parts)
@@ -108,6 +108,9 @@ def train_tokenizer(parts: Sequence[Sequence[str]], vocab_size: int):
         equal += [text for text, size in zip(texts, sizes) if size <= share or text is texts[0]]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits_alone:
+        split = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, tokenizer.pre_tokenizer])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -119,7 +122,7 @@ def train_tokenizer(parts: Sequence[Sequence[str]], vocab_size: int):
     return tokenizer
 
 
-def _windows(tokenizer, documents: Sequence[str], window: int) -> Tensor:
+def windows(tokenizer, documents: Sequence[str], window: int) -> Tensor:
     """Documents joined, with an end-of-text token after each, and cut into rows `(N, window)`; the rest is dropped."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     ids: list[int] = []

@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 import hf_phibalance as phb
 from hf_phibalance.maths import max_vio
 
-from .corpus import Corpus
+from .corpus import Corpus, load_corpus
 from .documents import DOMAINS
 from .measures import balance_figures, changed_share, count_by_window, recorded_choices, steps_to_recover, thin
 from .models import build_model
@@ -31,6 +32,11 @@ SETTLED = 0.75  # the last quarter of the steps is what "in training" means
 
 class Diverged(Exception):
     """The loss is no longer a number."""
+
+
+def train_on(run: Run, output: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+    """[`train`] on the text that lies in `output`, for workers."""
+    return train(run, load_corpus(run.corpus, output / "text"), tell)
 
 
 def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
@@ -111,7 +117,7 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
             "loss_after_shift": statistics.fmean(losses[switch : switch + soon]),
         }
     curve = {
-        name: _rounded(thin(values, CURVE_POINTS, len(DOMAINS)))
+        name: rounded(thin(values, CURVE_POINTS, len(DOMAINS)))
         for name, values in (("loss", losses), ("max_vio", max_vios))
     }
     return {**record, "metrics": figures, "curve": curve, "experts": experts}
@@ -168,7 +174,7 @@ def examine(
     figures |= balance_figures(counts_DWLE, rows)
     by_domain_DLE = counts_DWLE.sum(1)
     shares_LDE = (by_domain_DLE / by_domain_DLE.sum(-1, keepdim=True)).transpose(0, 1)
-    return figures, [[_rounded(shares) for shares in layer] for layer in shares_LDE.tolist()]
+    return figures, [[rounded(shares) for shares in layer] for layer in shares_LDE.tolist()]
 
 
 def environment() -> dict[str, Any]:
@@ -178,5 +184,5 @@ def environment() -> dict[str, Any]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
 
 
-def _rounded(values: Sequence[float], digits: int = 5) -> list[float]:
+def rounded(values: Sequence[float], digits: int = 5) -> list[float]:
     return [round(value, digits) for value in values]

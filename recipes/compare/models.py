@@ -65,6 +65,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_nextn_predict_layers": 0,
         },
     ),
+    # softmax over many small experts, not normalised over the chosen, with a shared expert, as DeepSeek-MoE has it
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            "q_lora_rank": None,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 32,
+            "num_experts_per_tok": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "topk_method": "greedy",
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+        },
+    ),
 }
 
 

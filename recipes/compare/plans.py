@@ -101,6 +101,21 @@ class Plan(Training):
             yield self.run(method, model, stream, seed)
 
 
+def read_plans_file(path: Path) -> dict[str, Any]:
+    """
+    What a YAML file of plans holds.
+
+    Raises:
+        ValueError: if it has no plans.
+    """
+    import yaml
+
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("plans"), dict) or not content["plans"]:
+        raise ValueError(f"{path} must hold a mapping with `plans`, a mapping of plans by name.")
+    return content
+
+
 def load_plans(path: Path) -> tuple[str, list[Plan]]:
     """
     The results folder and the plans of a YAML file.
@@ -108,11 +123,7 @@ def load_plans(path: Path) -> tuple[str, list[Plan]]:
     Raises:
         ValueError: if something in it is unknown or does not fit; the message names the plan and the remedy.
     """
-    import yaml
-
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("plans"), dict) or not content["plans"]:
-        raise ValueError(f"{path} must hold a mapping with `plans`, a mapping of plans by name.")
+    content = read_plans_file(path)
     unknown = sorted(set(content) - {"output", "plans", "defaults"})
     if unknown:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; known are output, defaults, plans.")

@@ -70,12 +70,7 @@ class Run(Training):
     @property
     def settings(self) -> dict[str, Any]:
         """All of it as plain JSON values, with what `PhiBalanceConfig` adds to `method`."""
-        resolved = self.config.to_dict()
-        read = {*READ_BY_ALL, *self.method}
-        if resolved["method"] == "phi":
-            read |= {*READ_BY_PHI, *(name for lever, names in READ_WITH.items() if resolved[lever] for name in names)}
-        method = {name: resolved[name] for name in sorted(read)}
-        return {**dataclasses.asdict(self), "method": method}
+        return {**dataclasses.asdict(self), "method": method_settings(self.method)}
 
     @property
     def key(self) -> str:
@@ -85,6 +80,19 @@ class Run(Training):
     @property
     def config(self) -> phb.PhiBalanceConfig:
         return phb.PhiBalanceConfig(**self.method)
+
+    def __str__(self) -> str:
+        method = " ".join(f"{name}={value}" for name, value in self.method.items()) or "defaults"
+        return f"{self.model} {self.stream} seed {self.seed}  {method}"
+
+
+def method_settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `PhiBalanceConfig` with what it adds to them that a result depends on."""
+    resolved = phb.PhiBalanceConfig(**arguments).to_dict()
+    read = {*READ_BY_ALL, *arguments}
+    if resolved["method"] == "phi":
+        read |= {*READ_BY_PHI, *(name for lever, names in READ_WITH.items() if resolved[lever] for name in names)}
+    return {name: resolved[name] for name in sorted(read)}
 
 
 def key_of(settings: dict[str, Any]) -> str:

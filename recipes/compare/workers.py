@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
+from typing import Any
 
 from .records import Results
 
 
+Train = Callable[[Any, Path, Callable[[int], None]], dict]
 ATTEMPTS = 3  # a run whose worker was killed is tried so often
 # glibc in the workers keeps what is freed: giving it back and faulting it in again costs up to a third of such small steps
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 
 
-def execute(runs, results: Results, output: Path, workers: int, console) -> int:
-    """Trains `runs`, `workers` at a time, and keeps each result as it comes; returns how many failed."""
+def execute(runs, results: Results, output: Path, workers: int, console, train: Train) -> int:
+    """
+    Trains `runs`, `workers` at a time, and keeps each result as it comes; returns how many failed.
+
+    Args:
+        train (`Callable`): A function of a module, `train(run, output, tell)`, which returns the line of a result;
+            `tell(step)` says how far it is.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -46,7 +55,7 @@ def execute(runs, results: Results, output: Path, workers: int, console) -> int:
         while waiting:
             pool = ProcessPoolExecutor(min(workers, len(waiting)), context, initialize, (steps_done,))
             try:
-                futures = {pool.submit(work, index, run, str(output)): index for index, run in waiting.items()}
+                futures = {pool.submit(work, train, index, run, str(output)): index for index, run in waiting.items()}
                 broken = False
                 while futures and not broken:
                     finished, _ = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -61,11 +70,11 @@ def execute(runs, results: Results, output: Path, workers: int, console) -> int:
                         except Exception as error:
                             waiting.pop(index)
                             failed += 1
-                            console.print(f"[red]{describe(runs[index])}: {type(error).__name__}: {error}")
+                            console.print(f"[red]{runs[index]}: {type(error).__name__}: {error}")
                             continue
                         waiting.pop(index)
                         results.add(record)
-                        console.print(f"{describe(runs[index])}  {summary(record)}", highlight=False, soft_wrap=True)
+                        console.print(f"{runs[index]}  {summary(record)}", highlight=False, soft_wrap=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # what still waits must not start after Ctrl-C
                 raise
@@ -79,14 +88,9 @@ def execute(runs, results: Results, output: Path, workers: int, console) -> int:
                     if attempts[index] == ATTEMPTS:
                         waiting.pop(index)
                         failed += 1
-                        console.print(f"[red]{describe(runs[index])}: its worker was killed {ATTEMPTS} times")
+                        console.print(f"[red]{runs[index]}: its worker was killed {ATTEMPTS} times")
                 console.print(f"[yellow]A worker was killed (out of memory?); {len(waiting)} runs go on.")
     return failed
-
-
-def describe(run) -> str:
-    method = " ".join(f"{name}={value}" for name, value in run.method.items()) or "defaults"
-    return f"{run.model} {run.stream} seed {run.seed}  {method}"
 
 
 def summary(record: dict) -> str:
@@ -113,12 +117,10 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def work(index: int, run, output: str) -> dict:
+def work(train: Train, index: int, run, output: str) -> dict:
     """One run, in a worker."""
-    from .corpus import load_corpus
-    from .loop import train
 
     def tell(step: int) -> None:
         _steps_done[index] = step
 
-    return train(run, load_corpus(run.corpus, Path(output) / "text"), tell)
+    return train(run, Path(output), tell)

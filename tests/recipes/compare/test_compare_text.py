@@ -27,7 +27,7 @@ def test_documents_are_held_out_as_a_whole(house, documents):
 def test_windows_hold_the_documents_in_order(house, corpus, documents):
     train, _ = house["documents"].split_documents(documents["prose"])
     tokenizer = house["corpus"].train_tokenizer([documents["prose"]], 300)
-    windows = house["corpus"]._windows(tokenizer, train, 16)
+    windows = house["corpus"].windows(tokenizer, train, 16)
     ids = [i for text in train for i in [*tokenizer.encode(text).ids, tokenizer.token_to_id("<|endoftext|>")]]
     assert windows.flatten().tolist() == ids[: len(ids) // 16 * 16]
     parts = tokenizer.decode(windows.flatten().tolist(), skip_special_tokens=False).split("<|endoftext|>")

@@ -1,0 +1,179 @@
+"""Tables of finished fine-tuning, in Markdown: differences to a baseline, paired by base, task, way and seed."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..paired import is_told, mean_spread
+from ..records import Results
+from .finished import Cell, Figures, finished, pairs, untouched
+from .plans import Plan
+
+
+def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
+    """`<output>/<plan>.md`, if any run of the plan is finished."""
+    found = finished(plan, results)
+    if not found:
+        return []
+    parts = [f"# {plan.question or plan.name}", NOTE.format(plan=plan), bases_table(plan, results)]
+    for way in dict.fromkeys(way for _, _, way in found):
+        parts += [f"## {way}", way_table(plan, found, way), tasks_table(plan, found, way)]
+    for cell in found:
+        title = f"<details><summary>{', '.join(cell)}</summary>"
+        parts.append(f"{title}\n\n{cell_table(plan, found, cell)}\n\n</details>")
+    path = output / f"{plan.name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return [path]
+
+
+NOTE = (
+    "{plan.steps} steps of about {plan.tokens} tokens. Differences to `{plan.baseline}` are paired by base, task, way and "
+    "seed; mean ± standard error, `*` where a t-test at 5 % tells them from 0. *Forgotten*: growth of the loss on the text "
+    "of the bases. *Score*: exact match, or pass@1 of functions."
+)
+
+
+def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
+    """
+    `text` with its marked tables made anew: `<!-- table: plan, bases -->` ... `<!-- /table -->` are the bases as they were,
+    `plan, way` all tasks and bases together, `plan, way, tasks` each task, and `plan, base, task, way` one cell.
+
+    Raises:
+        ValueError: if a mark names a plan, or runs, of which nothing is finished.
+    """
+    by_name = {plan.name: plan for plan in plans}
+
+    def renew(match: re.Match) -> str:
+        name, *at = match[2].split("; ")
+        plan = by_name.get(name)
+        found = finished(plan, results) if plan else {}
+        ways = {way for _, _, way in found}
+        if plan and found and at == ["bases"]:
+            made = bases_table(plan, results)
+        elif plan and len(at) == 1 and at[0] in ways:
+            made = way_table(plan, found, at[0])
+        elif plan and len(at) == 2 and at[0] in ways and at[1] == "tasks":
+            made = tasks_table(plan, found, at[0])
+        elif plan and tuple(at) in found:
+            made = cell_table(plan, found, (at[0], at[1], at[2]))
+        else:
+            raise ValueError(
+                f"the mark '{match[1].strip()}' asks for runs of which none is finished, or no such plan."
+            )
+        return f"{match[1]}{made}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", renew, text, flags=re.DOTALL)
+
+
+def bases_table(plan: Plan, results: Results) -> str:
+    """The bases as they were: loss / score on each task, loss and MaxVio on their own text."""
+    before = untouched(plan, results)
+    lines = ["| base | " + " | ".join(plan.tasks) + " | own text: loss | MaxVio | information, bits |"]
+    lines.append("|---|" + "---:|" * (len(plan.tasks) + 3))
+    for base in plan.bases:
+        at = {task: before[base.name, task] for task in plan.tasks if (base.name, task) in before}
+        if not at:
+            continue
+        cells = [_loss_and_score(at[task]) if task in at else "–" for task in plan.tasks]
+        own = next(iter(at.values()))
+        cells += [f"{own['base_loss']:.3f}", f"{own['base_max_vio']:.2f}", f"{own['domain_information']:.3f}"]
+        lines.append(f"| {base.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _loss_and_score(figures: Figures) -> str:
+    return f"{figures['loss']:.3f}" + (f" / {figures['score']:.0%}" if "score" in figures else "")
+
+
+def way_table(plan: Plan, found: Mapping[Cell, Mapping], way: str) -> str:
+    """Each method against the baseline over all bases, tasks and seeds of one way."""
+    heading = "| against {} | pairs | loss | lower | score | forgotten | MaxVio, task | MaxVio, own text | rerouted |"
+    lines = [heading.format(plan.baseline), "|---|" + "---:|" * 8]
+    for method in plan.methods:
+        some = list(pairs(found, method.label, plan.baseline, lambda cell: cell[2] == way))
+        if not some:
+            continue
+        mean = {name: statistics.fmean(own[name] for own, _ in some) for name in ("max_vio_global", "base_max_vio")}
+        is_baseline = method.label == plan.baseline
+        cells = [
+            f"{len(some)}",
+            "" if is_baseline else _difference(some, "loss", ".4f"),
+            "" if is_baseline else f"{sum(own['loss'] < base['loss'] for own, base in some)}",
+            f"{statistics.fmean(own['score'] for own, _ in some if 'score' in own):.1%}"
+            if is_baseline
+            else _difference([pair for pair in some if "score" in pair[0]], "score", ".1%"),
+            f"{statistics.fmean(own['forgotten'] for own, _ in some):.3f}"
+            if is_baseline
+            else _difference(some, "forgotten", ".3f"),
+            f"{mean['max_vio_global']:.2f}",
+            f"{mean['base_max_vio']:.2f}",
+            f"{statistics.fmean(own['rerouted'] for own, _ in some):.1%}",
+        ]
+        lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tasks_table(plan: Plan, found: Mapping[Cell, Mapping], way: str) -> str:
+    """Loss and score of each method on each task, over all bases and seeds of one way; differences for the others."""
+    tasks = [task for task in plan.tasks if any(cell[1:] == (task, way) for cell in found)]
+    lines = ["| method | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
+    for method in plan.methods:
+        cells = []
+        for task in tasks:
+            some = list(pairs(found, method.label, plan.baseline, lambda cell, task=task: cell[1:] == (task, way)))
+            if not some:
+                cells.append("–")
+            elif method.label == plan.baseline:
+                names = ["loss", "score"] if "score" in some[0][0] else ["loss"]
+                means = {name: statistics.fmean(own[name] for own, _ in some) for name in names}
+                cells.append(_loss_and_score(means))
+            else:
+                scored = "score" in some[0][0]
+                cells.append(_difference(some, "loss", ".3f") + f" / {_difference(some, 'score', '.1%')}" * scored)
+        if set(cells) != {"–"}:
+            lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+CELL_COLUMNS = (
+    ("loss", "loss", ".3f"),
+    ("score", "score", ".1%"),
+    ("forgotten", "forgotten", ".3f"),
+    ("max_vio_global", "MaxVio, task", ".2f"),
+    ("base_max_vio", "MaxVio, own text", ".2f"),
+    ("max_vio_train_batch", "MaxVio, batch", ".2f"),
+    ("rerouted", "rerouted", ".1%"),
+    ("domain_information", "information, bits", ".3f"),
+)
+
+
+def cell_table(plan: Plan, found: Mapping[Cell, Mapping], cell: Cell) -> str:
+    """All figures of one base, task and way: mean ± standard deviation over the seeds."""
+    columns = [
+        column for column in CELL_COLUMNS if any(column[0] in f for row in found[cell].values() for f in row.values())
+    ]
+    lines = ["| method | n | " + " | ".join(heading for _, heading, _ in columns) + " |"]
+    lines.append("|---|" + "---:|" * (len(columns) + 1))
+    for label, by_seed in found[cell].items():
+        cells = [f"{len(by_seed)}"]
+        for name, _, form in columns:
+            mean, spread = mean_spread([figures[name] for figures in by_seed.values()])
+            cells.append(f"{mean:{form}}" if math.isnan(spread) else f"{mean:{form}} ± {spread:{form}}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _difference(some: Sequence[tuple[Figures, Figures]], name: str, form: str) -> str:
+    """Mean difference ± standard error, with a star where it can be told from 0."""
+    if not some:
+        return "–"
+    mean, spread = mean_spread([own[name] - base[name] for own, base in some])
+    if math.isnan(spread):
+        return f"{mean:+{form}}"
+    told = is_told(mean, spread, len(some))
+    return f"{mean:+{form}} ± {spread / math.sqrt(len(some)):{form}}" + " *" * told
