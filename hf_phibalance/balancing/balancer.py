@@ -279,27 +279,6 @@ class PhiBalancer:
         self._ranks.sum_(tally.flat)
         return self._load_metrics(tally, per_layer) if float(tally.tokens) else {}
 
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Means and biases by `"{layer name}.{mean_probs | mean_load | bias}"`, and the number of steps."""
-        return self._duals.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """
-        Restores what [`~PhiBalancer.state_dict`] returned; nothing is changed if it does not fit.
-
-        Raises:
-            ValueError: if a tensor is missing, of another type or shape, not finite, no distribution where it has to be one,
-                or belongs to no router of this model.
-        """
-        find_copies(self.root, self.sites)
-        self._duals.load_state_dict(state)
-
-    def take_over(self, other: PhiBalancer) -> None:
-        """Goes on from the duals of `other`, a balancer of the same routers, as far as this method keeps them."""
-        self._duals.take_over(other._duals)
-
     # ------------------------------------------------------------------ set from outside, between steps
 
     @contextmanager
@@ -331,6 +310,27 @@ class PhiBalancer:
         """`values` summed over the data-parallel ranks, in place."""
         self._ranks.sum_(values)
         return values
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Means and biases by `"{layer name}.{mean_probs | mean_load | bias}"`, and the number of steps."""
+        return self._duals.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """
+        Restores what [`~PhiBalancer.state_dict`] returned; nothing is changed if it does not fit.
+
+        Raises:
+            ValueError: if a tensor is missing, of another type or shape, not finite, no distribution where it has to be one,
+                or belongs to no router of this model.
+        """
+        find_copies(self.root, self.sites)
+        self._duals.load_state_dict(state)
+
+    def take_over(self, other: PhiBalancer) -> None:
+        """Goes on from the duals of `other`, a balancer of the same routers, as far as this method keeps them."""
+        self._duals.take_over(other._duals)
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes `phi_balance.safetensors` into `directory` (made if missing) and returns its path."""

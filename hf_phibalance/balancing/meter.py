@@ -276,10 +276,6 @@ class Meter:
         usable = softmax is not None and softmax.is_of(logits) and softmax.probs.element_size() >= 4
         return softmax if usable else None
 
-    @property
-    def _needs_scores(self) -> bool:
-        """Whether the method wants to see the scores that the routers rank."""
-        return self.steps.tally.bins > 0
     @contextmanager
     def showing_scores(self, watch: Callable[[int, Tensor], None]) -> Iterator[None]:
         """While open, `watch(index, scores)` sees the scores `(..., E)` to which the bias of router `index` is added."""
@@ -289,16 +285,20 @@ class Meter:
         finally:
             self._watch = None
 
+    @property
+    def _needs_scores(self) -> bool:
+        """Whether the method wants to see the scores that the routers rank."""
+        return self.steps.tally.bins > 0
 
     @torch.no_grad()
     def observe_scores(self, index: int, scores: Tensor) -> None:
         """Notes what router `index` ranks, `scores (T, E)` without the bias, where the method needs it."""
+        if self._watch is not None and not torch.compiler.is_compiling():
+            self._watch(index, scores)
         tokens = self._current
         if not self._needs_scores or tokens is None or not (tokens.in_forward and tokens.trains):
             return
         site, scores = self.sites[index], scores.detach().reshape(tokens.mask.numel(), -1).float()
-        if self._watch is not None and not torch.compiler.is_compiling():
-            self._watch(index, scores)
         if site.score_width is None:  # once, so the one read of the device does not matter
             site.score_width = 1.0 if bool(((scores >= 0) & (scores <= 1)).all()) else LOGIT_WIDTH
         bias_E = self.duals.bias[self._spans[index]].to(scores.device)

@@ -9,8 +9,8 @@ Routers: where they are in a model, what they return, and how to look and act in
 | `sources` | what the source of a class says of it |
 | `families` | the model types that have routers |
 | `inside` | the softmax and the top-k inside a router's forward |
-| `hooks` | hooks that show the routers to a meter, in and out |
 | `linear` | the matrix of a router, to be written to |
+| `hooks` | hooks that show the routers to a meter, in and out |
 | `wrapping` | what models come wrapped in |
 """
 
@@ -29,8 +29,8 @@ from .hooks import (
     remove_hooks,
 )
 from .inside import Softmax
-from .sources import class_source
 from .linear import RouterLinear, find_linear, has_adapter, ranked_of
+from .sources import class_source
 from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS
 from .wrapping import canonical_name, find_backbone, unwrap
 
@@ -40,9 +40,9 @@ __all__ = [
     "REMOTE_TRAITS",
     "Family",
     "RouterHook",
+    "RouterLinear",
     "RouterMeter",
     "RouterReader",
-    "RouterLinear",
     "RouterSite",
     "Softmax",
     "arguments_by_name",
@@ -51,15 +51,15 @@ __all__ = [
     "count_groups",
     "find_backbone",
     "find_copies",
+    "find_linear",
     "find_routers",
     "forget_compiled_code",
-    "find_linear",
+    "has_adapter",
     "hook_adapters",
     "install_hooks",
-    "has_adapter",
+    "ranked_of",
     "reading",
     "remove_hooks",
     "supported_families",
-    "ranked_of",
     "unwrap",
 ]
