@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .forwards import FoldReport, fold
     from .maths import POTENTIALS
     from .methods import METHODS
-    from .models import AutoModelForCausalLM, disable, enable
+    from .models import AutoModelForCausalLM, AutoModelForImageTextToText, disable, enable
     from .publishing import push_to_hub
     from .routers import supported_families
     from .training import PhiBalanceCallback, attach, doctor, last_checkpoint, lora_config
@@ -34,6 +34,7 @@ __all__ = [
     "METHODS",
     "POTENTIALS",
     "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
     "FoldReport",
     "PhiBalanceCallback",
     "PhiBalanceConfig",
@@ -57,6 +58,7 @@ _ROOMS = {
     "METHODS": "methods",
     "POTENTIALS": "maths",
     "AutoModelForCausalLM": "models",
+    "AutoModelForImageTextToText": "models",
     "FoldReport": "forwards",
     "PhiBalanceCallback": "training",
     "PhiBalanceConfig": "config",

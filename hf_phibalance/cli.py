@@ -349,11 +349,11 @@ def load_model(args: argparse.Namespace, phi_balance: bool | None = None) -> Any
     """The model, balanced as `phi_balance` says: as it was saved, unless given."""
     import torch
 
-    from .models import AutoModelForCausalLM, register_deepseek_moe
+    from .models import load_any, register_deepseek_moe
 
     register_deepseek_moe()
     device_map = args.device_map or ("auto" if torch.accelerator.is_available() else None)
-    return AutoModelForCausalLM.from_pretrained(
+    return load_any(
         args.model,
         phi_balance=phi_balance,
         dtype=args.dtype,

@@ -126,7 +126,8 @@ class PhiBalancer:
 
     def metrics(self, per_layer: int = 16) -> dict[str, float]:
         """
-        Balance of the last optimizer step as plain numbers; reads them off the device, so call it when logging.
+        Balance of the last optimizer step as plain numbers; reads them off the device, so call it when logging. Those of routers
+        for images only, or in a vision tower, are apart: `vision/max_vio`, ..., and `vision/tokens`, what each of them routed.
 
         Args:
             per_layer (`int`, *optional*, defaults to `16`): At most so many layers, evenly spaced, are shown on their own.
@@ -141,9 +142,15 @@ class PhiBalancer:
 
     def _balance_loss(self) -> Tensor:
         """Value of the price gradient's term in the last step."""
-        if self.config.price_from == "previous":
-            return self._duals.charged(self._steps.last.probs, self._steps.last_price)
-        return self._steps.last.paid / self._steps.last.tokens.clamp(min=1)
+        last = self._steps.last
+        if self.config.price_from == "previous" and all(site.sees_all for site in self.sites):
+            return self._duals.charged(last.probs, self._steps.last_price)
+        paid = (
+            last.paid
+            if self.config.price_from != "previous"
+            else self.config.coef * last.probs @ self._steps.last_price
+        )
+        return paid / last.tokens.clamp(min=1)
 
     def learning_report(self) -> LearningReport:
         """
@@ -165,7 +172,21 @@ class PhiBalancer:
     def _load_metrics(self, tally: Tally, per_layer: int) -> dict[str, float]:
         loads = self._duals.layout.by_layer(tally.load.cpu())
         tokens = float(tally.tokens)
-        values = model_metrics(loads, [site.top_k for site in self.sites], max(tokens, 1.0), per_layer)
+        values: dict[str, float] = {}
+        for modality in sorted({site.modality for site in self.sites}):
+            sites = [site for site in self.sites if site.modality == modality]
+            top_k = [site.top_k for site in sites]
+            own = {site.name: loads[site.name] for site in sites}
+            routed = (
+                tokens
+                if all(site.sees_all for site in sites)
+                else float(sum(map(torch.sum, own.values()))) / sum(top_k)
+            )
+            prefix = "" if modality == "text" else f"{modality}/"
+            found = model_metrics(own, top_k, max(routed, 1.0), per_layer)
+            values |= {f"{prefix}{name}": value for name, value in found.items()}
+            if prefix:
+                values[f"{prefix}tokens"] = routed
         return {**values, "tokens": tokens}
 
     # ------------------------------------------------------------------ one optimizer step

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PhiBalanceConfig
 from ..maths import SCORINGS, margin_histogram, routing_probs
-from ..routers import RouterSite, Softmax
+from ..routers import RouterSite, Softmax, image_tokens
 from .charging import Charging
 from .duals import LOGIT_WIDTH, Duals
 from .learning import gradient_norms
@@ -148,20 +148,22 @@ class Meter:
                 "model, or set another token_mask in PhiBalanceConfig."
             )
         mask = mask_BS.reshape(-1).to(self.steps.move_to_model(), torch.float32)
+        image = image_tokens(inputs, self.sites)
         if evaluating and self.eval_tally is not None:
             self.eval_tally.tokens.add_(mask.sum())
-            self._tokens = Tokens(mask, mask, trains=False)
+            self._tokens = Tokens(mask, mask, trains=False, image=image)
         else:
-            self._open_training(mask, len(mask_BS))
+            self._open_training(mask, len(mask_BS), image)
 
-    def _open_training(self, mask: Tensor, batch_size: int) -> None:
+    def _open_training(self, mask: Tensor, batch_size: int, image: Tensor | None) -> None:
         if not self.steps.now.announced:
             self.steps.begin_implicitly()
         self.steps.now.trained = True
         self.steps.tally.tokens.add_(mask.sum())
         if self._is_replaying:
             self.steps.tally.replayed.add_(1)
-        self._tokens = Tokens(mask, self.steps.rate(mask), batch_size)
+        weight = self.steps.weight(mask)
+        self._tokens = Tokens(mask, mask * weight, batch_size, image=image, weight=weight)
         if self.config.rules.pooled:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
@@ -205,11 +207,13 @@ class Meter:
             if not tokens.deferred:
                 return self.charging.repeat(index, logits, softmax, carrier)
             self._check_recomputed(tokens)
-        if logits.shape != (tokens.mask.numel(), site.num_experts):
+        own = tokens.reaching(site, len(logits))
+        if logits.shape != (own.mask.numel(), site.num_experts):
             raise ValueError(
                 f"router {site.name!r} returned logits of shape {tuple(logits.shape)} where the token mask and the "
-                f"patch expect {(tokens.mask.numel(), site.num_experts)}; this model routes something else than its "
-                "(batch x sequence) tokens. Patching after changing the number of experts may help."
+                f"patch expect {(own.mask.numel(), site.num_experts)}; this model routes something else than its "
+                "(batch x sequence) tokens. Patching after changing the number of experts may help; so may input_ids that "
+                "hold a placeholder for each vector of an image, as the processor of the model makes them."
             )
         if softmax is not None and site.score_width is None:
             site.score_width = 1.0  # its softmax comes before its top-k
@@ -220,7 +224,7 @@ class Meter:
                 # also where nobody asks for them: what is not finite shows in them, and not in the choice
                 probs = routing_probs(logits, site.scoring) if softmax is None else softmax.probs.detach()
             if tokens.in_forward:
-                self._count(index, logits, probs, selected, tokens)
+                self._count(index, logits, probs, selected, own)
         if not pays:
             return carrier
         if not torch.is_grad_enabled():
@@ -230,7 +234,7 @@ class Meter:
             return carrier
         if not logits.requires_grad:
             return carrier
-        return self.charging.charge(index, logits, probs, selected, softmax, carrier, tokens)
+        return self.charging.charge(index, logits, probs, selected, softmax, carrier, own)
 
     def _count(self, index: int, logits: Tensor, probs: Tensor | None, selected: Tensor, tokens: Tokens) -> None:
         tally = self.steps.tally if tokens.trains else self.eval_tally
@@ -298,11 +302,12 @@ class Meter:
         tokens = self._current
         if not self._needs_scores or tokens is None or not (tokens.in_forward and tokens.trains):
             return
-        site, scores = self.sites[index], scores.detach().reshape(tokens.mask.numel(), -1).float()
+        site = self.sites[index]
+        scores = scores.detach().reshape(-1, site.num_experts).float()
         if site.score_width is None:  # once, so the one read of the device does not matter
             site.score_width = 1.0 if bool(((scores >= 0) & (scores <= 1)).all()) else LOGIT_WIDTH
         bias_E = self.duals.bias[self._spans[index]].to(scores.device)
-        mask = tokens.mask.to(scores.device)
+        mask = tokens.reaching(site, len(scores)).mask.to(scores.device)
         histogram = margin_histogram(scores, bias_E, site.top_k, mask, site.score_width)
         self.steps.tally.margins_of(index).add_(histogram.to(self.steps.tally.flat.device))
 
@@ -318,8 +323,8 @@ class Meter:
         """Notes the norms of the balancing gradient of router `index`, called as `module(hidden, ...)`."""
         if self._tokens is None or self.norms is None:
             return
-        mask = self._tokens.mask.to(logits.device)
-        rate = mask / mask.sum().clamp(min=1)
+        mask = self._tokens.reaching(self.sites[index], len(logits)).mask.to(logits.device)
+        rate = mask / self._tokens.mask.sum().clamp(min=1).to(logits.device)
         price = self.duals.toll[self._spans[index]].to(logits.device)
         self.norms[index] = gradient_norms(hidden, module, logits, price, rate, self.sites[index].scoring)
 

@@ -35,6 +35,17 @@ def refuse_impossible(root: nn.Module, sites: Sequence[RouterSite], config: PhiB
                 f"z_loss_coef={config.z_loss_coef} is not possible for {site.kind.target.__name__}: it returns "
                 "probabilities, and the z-loss is one of logits. Set z_loss_coef=0."
             )
+    parts = [site.name for site in sites if not site.sees_all]
+    if parts and (config.rules.pooled or config.sequence_coef > 0):
+        what = (
+            f"method={config.method!r} pools"
+            if config.rules.pooled
+            else f"sequence_coef={config.sequence_coef} balances"
+        )
+        raise ValueError(
+            f"{what} whole sequences, but {parts[0]!r} sees only a part of them. Use "
+            f"{'method=' + repr('switch') if config.rules.pooled else 'sequence_coef=0'}."
+        )
     if config.rules.pooled and len({(site.num_experts, site.top_k) for site in sites}) > 1:
         raise ValueError(
             f"method={config.method!r} pools the layers of a model, but those of {type(root).__name__} have different "
@@ -132,7 +143,8 @@ def check_first_step(
     load, tokens = tally.load, float(tally.tokens)
     if not tokens:
         return False
-    uncalled = [site.name for site, span in zip(sites, layout.spans) if not float(load[span].sum())]
+    seen = [bool(load[span].sum()) for span in layout.spans]
+    uncalled = [site.name for site, called in zip(sites, seen) if site.sees_all and not called]
     if uncalled:
         raise ValueError(
             f"{len(uncalled)} of {len(sites)} patched routers were never called in the first step: "
@@ -150,10 +162,10 @@ def check_first_step(
             f"begin_step() counted {float(announced):.0f} tokens, the routers saw {tokens:.0f}: the price "
             "gradient of such a step is scaled by their ratio. Pass begin_step() the batches as the model gets them."
         )
-    silent = [site.name for site in sites if not site.charged]
+    silent = [site.name for site, called in zip(sites, seen) if not site.charged and (called or site.sees_all)]
     strengths = {name: getattr(config, name) for name in ("coef", "z_loss_coef", "sequence_coef")}
     given = ", ".join(f"{name}={value}" for name, value in strengths.items() if value > 0)
-    if config.charges and len(silent) == len(sites):
+    if config.charges and not any(site.charged for site in sites):
         raise ValueError(
             f"{given} but no gradient path leads from any router to a trainable parameter (frozen "
             f"routers under LoRA?), so this does nothing. Train the routers, e.g. with "

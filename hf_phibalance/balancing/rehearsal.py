@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..routers import RouterReader, RouterSite, arguments_by_name, find_backbone, reading
+from ..routers import RouterReader, RouterSite, arguments_by_name, find_backbone, image_tokens, mask_of, reading
 from .meter import Meter
 from .step import OptimizerStep
 from .tokens import count_mask
@@ -72,6 +72,11 @@ class Forward:
     def autocast_dtype(self) -> torch.dtype | None:
         """Type that autocast computes in, `None` without it."""
         return self._autocast[2] if self._autocast[1] else None
+
+    def mask_of(self, site: RouterSite, routed: int) -> Tensor:
+        """`mask` of the `routed` vectors that reach router `site`."""
+        inputs = arguments_by_name(self.backbone, self.args, self.kwargs)
+        return mask_of(site, self.mask.reshape(-1), image_tokens(inputs, [site]), routed)
 
     def run(self) -> None:
         """Runs it again; leaves the random numbers where they then are."""

@@ -115,14 +115,14 @@ class Steps:
             )
         self.now.weights_version = -1 if probe is None else probe._version
 
-    def rate(self, mask: Tensor) -> Tensor:
-        """Weight of each token, so that the optimizer receives 1/N of its gradient whatever happens in between."""
+    def weight(self, mask: Tensor) -> Tensor:
+        """What a token weighs, `()`, so that the optimizer receives 1/N of its gradient whatever happens in between."""
         if self.now.tokens is not None:
             # gradients are averaged over the ranks afterwards
             per_token = self.ranks.count / self.now.tokens.clamp(min=1)
         else:
             per_token = 1 / (self.now.micro_batches * mask.sum().clamp(min=1))
-        return mask * (per_token * self.now.loss_scale)
+        return per_token * self.now.loss_scale
 
     def close(self, skipped: bool | None = None) -> None:
         """See [`PhiBalancer.step`]."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..routers import RouterSite, mask_of
+
 
 @dataclass
 class Tokens:
@@ -22,7 +24,21 @@ class Tokens:
     in_forward: bool = True  # False during a recomputation, which pays but is not counted again
     deferred: bool = False  # its routers ran without autograd, reentrant checkpointing will run them again
     recomputing: bool = False  # and has begun to
+    image: Tensor | None = None  # (T,) those that have routers of their own, in models that have such
+    weight: Tensor | None = None  # () of one token in `rate`
     _weights: dict[int, Tensor] = field(default_factory=dict)
+    _parts: dict[tuple[str, int], Tokens] = field(default_factory=dict)
+
+    def reaching(self, site: RouterSite, routed: int) -> Tokens:
+        """Those that router `site` gets, which gets `routed`; all weigh the same, in which router ever."""
+        if site.sees_all or (site.modality == "text" and self.image is None):
+            return self
+        key = (site.modality, routed)
+        if key not in self._parts:
+            mask = mask_of(site, self.mask, self.image, routed)
+            rate = mask if self.weight is None else mask * self.weight
+            self._parts[key] = Tokens(mask, rate, toll=self.toll, trains=self.trains)
+        return self._parts[key]
 
     def weights(self, chosen: Tensor) -> Tensor:
         """`mask` of each entry of `chosen (T·k,)`, the experts of one token after those of another."""

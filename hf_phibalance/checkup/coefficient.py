@@ -115,7 +115,7 @@ def definition(
 ) -> list[Tensor]:
     """Gradient of the definition over all `forwards` of all ranks, by autograd; on the device of the parameters, in fp32."""
     balancer = rehearsal.balancer
-    scorings = {site.name: site.scoring for site in balancer.sites}
+    sites = {site.name: site for site in balancer.sites}
     total = [_zeros(parameter) for parameter in compared.parameters]
     rehearsal.set_prices(None)
     with without_reentrant_checkpointing(balancer.root), torch.enable_grad():
@@ -123,11 +123,11 @@ def definition(
             rehearsal.announce(loss_scale=0.0)  # nothing is charged, extra losses neither
             with rehearsal.watching() as routed:
                 forward.run()
-            mask = forward.mask.reshape(-1)
             term: Tensor | None = None
             for name, found in routed.items():
-                probs_TE = routing_probs(found.logits, scorings[name])
-                paid = (probs_TE @ prices[name].to(probs_TE))[mask.to(probs_TE.device)].sum()
+                probs_TE = routing_probs(found.logits, sites[name].scoring)
+                mask = forward.mask_of(sites[name], len(probs_TE)).to(probs_TE.device)
+                paid = (probs_TE @ prices[name].to(probs_TE))[mask].sum()
                 term = paid if term is None else term + paid.to(term.device)
             if term is None or not term.requires_grad:
                 continue

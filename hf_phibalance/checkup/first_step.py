@@ -162,7 +162,9 @@ def routers_run(subject: Subject) -> Iterator[Check]:
         return
     names = balancer.layer_names
     if seen is not None and seen.forwards and seen.tokens:
-        silent = [name for name in names if not seen.loads.get(name)]
+        unseen = [site.name for site in balancer.sites if not seen.loads.get(site.name)]
+        elsewhere = {site.name for site in balancer.sites if not site.sees_all}  # not called where there is no image
+        silent = [name for name in unseen if name not in elsewhere]
         if silent:
             yield Check(
                 "routers that run",
@@ -172,7 +174,8 @@ def routers_run(subject: Subject) -> Iterator[Check]:
                 "switch that off, or phb.unpatch(model)",
             )
         else:
-            yield Check("routers that run", "ok", f"all {len(names)}")
+            but = f" but {many(unseen)}, which had nothing to route" if unseen else ""
+            yield Check("routers that run", "ok", f"all {len(names)}{but}")
     rows = [describe_router(name, subject.root) for name in names]
     if balancer.config.rules.freezes or not balancer.config.charges:
         learning = [row.name for row in rows if row.how != "frozen"]

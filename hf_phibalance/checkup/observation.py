@@ -115,11 +115,11 @@ def _compare_choices(seen: Observation, rehearsal: Rehearsal, forward: Forward) 
     """What the routers would choose in fp32, and without the selection biases that a plain load leaves out."""
     lost = any(not site.native_bias for site in rehearsal.sites) and rehearsal.balancer.has_bias
     routed = _route(rehearsal, forward)
-    mask = forward.mask.reshape(-1)
-    seen.rounded = _share(routed, mask, _in_fp32(rehearsal, routed))
+    masks = {s.name: forward.mask_of(s, len(routed[s.name].logits)) for s in rehearsal.sites if s.name in routed}
+    seen.rounded = _share(routed, masks, _in_fp32(rehearsal, routed))
     if lost:
         rehearsal.drop_bias()
-        seen.unbiased = _share(routed, mask, {name: r.selected for name, r in _route(rehearsal, forward).items()})
+        seen.unbiased = _share(routed, masks, {name: r.selected for name, r in _route(rehearsal, forward).items()})
 
 
 def _route(rehearsal: Rehearsal, forward: Forward) -> dict[str, Routed]:
@@ -158,12 +158,12 @@ def _is_rounded(logits: Tensor) -> bool:
     return any(torch.equal(logits.to(dtype).float(), logits) for dtype in LOW)
 
 
-def _share(routed: Mapping[str, Routed], mask: Tensor, others: Mapping[str, Tensor]) -> float | None:
+def _share(routed: Mapping[str, Routed], masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float | None:
     """Share of the choices of counted tokens that are not among `others`."""
     missing = total = 0
     for name, other in others.items():
-        mine = routed[name].selected[mask.to(other.device)]
-        theirs = other[mask.to(other.device)]
+        mask = masks[name].to(other.device)
+        mine, theirs = routed[name].selected[mask], other[mask]
         missing += int((mine.unsqueeze(-1) != theirs.unsqueeze(-2)).all(-1).sum())
         total += mine.numel()
     return missing / total if total else None

@@ -79,6 +79,11 @@ def made_batch(model: nn.Module) -> dict[str, Tensor]:
     pad = config.pad_token_id
     ids = torch.randint(min(3, config.vocab_size - 1), config.vocab_size, (ROWS, LONGEST), generator=generator)
     mask = torch.arange(LONGEST) < LONGEST - 5 * torch.arange(ROWS)[:, None]
+    special = [
+        v for n, v in vars(root.config).items() if n.endswith(("_token_id", "_token_index")) and isinstance(v, int)
+    ]
+    plain = next(i for i in range(min(3, config.vocab_size - 1), config.vocab_size) if i not in special)
+    ids[torch.isin(ids, torch.tensor(special, dtype=ids.dtype))] = plain  # there are no images for their places
     filler = pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0
     return {
         "input_ids": ids.masked_fill(~mask, filler),

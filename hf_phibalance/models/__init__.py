@@ -1,7 +1,8 @@
 """
 Models: loading them balanced, and those that transformers does not bring.
 
-- [`AutoModelForCausalLM`], or transformers' own auto classes after [`enable`]: `from_pretrained(..., phi_balance=...)`.
+- [`AutoModelForCausalLM`], [`AutoModelForImageTextToText`], or transformers' own auto classes after [`enable`]: `from_pretrained(..., phi_balance=...)`.
+- [`load_any`]: the right one of these for a checkpoint.
 - [`register_deepseek_moe`]: a class for the first DeepSeek-MoE.
 - [`build_model`] and [`train_tokenizer`]: tiny models from scratch, for the CPU recipes and tests.
 
@@ -9,11 +10,21 @@ This room may know `balancing`, which it patches with, but no trainer and no tas
 """
 
 from ..compat import has_decoder_of_deepseek_moe
-from .auto import AutoModelForCausalLM, disable, enable
+from .auto import AutoModelForCausalLM, AutoModelForImageTextToText, auto_class_for, disable, enable, load_any
 from .tiny import build_model, train_tokenizer
 
 
-__all__ = ["AutoModelForCausalLM", "build_model", "disable", "enable", "register_deepseek_moe", "train_tokenizer"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "auto_class_for",
+    "build_model",
+    "disable",
+    "enable",
+    "load_any",
+    "register_deepseek_moe",
+    "train_tokenizer",
+]
 
 
 def register_deepseek_moe() -> None:

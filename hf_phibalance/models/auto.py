@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file, logging
 
@@ -19,14 +22,16 @@ logger = logging.get_logger(__name__)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class AutoModelForCausalLM:
+class _AutoModel:
     """
-    `transformers.AutoModelForCausalLM` whose models come back φ-balanced.
+    An auto class of transformers whose models come back φ-balanced.
 
     `phi_balance` may be a [`PhiBalanceConfig`], a dict of its fields, `True` (what config.json says, else the
     defaults), `False` (the ordinary model), or be left out: then a model that was saved while patched is patched again.
     The same holds for the folder of an adapter, whose configuration is kept in `phi_balance.safetensors`.
     """
+
+    plain: type[_BaseAutoModelClass]  # that of transformers
 
     @classmethod
     def from_pretrained(
@@ -36,13 +41,13 @@ class AutoModelForCausalLM:
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub name.
             phi_balance (`PhiBalanceConfig`, `dict` or `bool`, *optional*): see the class.
-            kwargs: handed to `transformers.AutoModelForCausalLM.from_pretrained`.
+            kwargs: handed to the `from_pretrained` of transformers' class of the same name.
 
         Raises:
             ValueError: if the configuration is invalid, the model has no router, or its state does not fit it.
         """
         PhiBalanceConfig.from_any(phi_balance or True)  # bad input fails before the weights are loaded
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = cls.plain.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if phi_balance is None:
             phi_balance = _was_patched(model, pretrained_model_name_or_path, kwargs)
@@ -52,11 +57,54 @@ class AutoModelForCausalLM:
     @classmethod
     def from_config(cls, config, *args, phi_balance: Any = None, **kwargs) -> nn.Module:
         """A model with random weights; see `from_pretrained` for `phi_balance`."""
-        model = transformers.AutoModelForCausalLM.from_config(config, *args, **kwargs)
+        model = cls.plain.from_config(config, *args, **kwargs)
         if phi_balance is None:
             phi_balance = getattr(config, "phi_balance", None) is not None
         _patch_loaded(model, None, phi_balance, kwargs)
         return model
+
+
+class AutoModelForCausalLM(_AutoModel):
+    __doc__ = str(_AutoModel.__doc__).replace("An auto class of transformers", "`transformers.AutoModelForCausalLM`")
+    plain = transformers.AutoModelForCausalLM
+
+
+class AutoModelForImageTextToText(_AutoModel):
+    __doc__ = str(_AutoModel.__doc__).replace(
+        "An auto class of transformers", "`transformers.AutoModelForImageTextToText`"
+    )
+    plain = transformers.AutoModelForImageTextToText
+
+
+def auto_class_for(config: Any) -> type[_AutoModel]:
+    """
+    The auto class for a checkpoint with this `config`: [`AutoModelForImageTextToText`] if it was saved as such a model, or if
+    transformers has no causal LM of its type; else [`AutoModelForCausalLM`].
+    """
+    saved_as = set(getattr(config, "architectures", None) or ())
+    text, images = (
+        _class_name(auto, config) for auto in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    )
+    reads_images = images is not None and (text is None or (images in saved_as and text not in saved_as))
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+
+
+def _class_name(mapping: Mapping[type, Any], config: Any) -> str | None:
+    """Name of the class that `mapping` has for the type of `config`."""
+    found = mapping.get(type(config), None)
+    return None if found is None else (found[0] if isinstance(found, tuple) else found).__name__
+
+
+def load_any(source: str, *args, **kwargs) -> nn.Module:
+    """`from_pretrained` of the auto class that `source`, a checkpoint or an adapter on one, is for; see [`auto_class_for`]."""
+    loading = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
+    adapter = cached_file(source, "adapter_config.json", **_quietly(kwargs))
+    base = source if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+    if adapter is not None:
+        loading.pop("revision", None)
+    return auto_class_for(transformers.AutoConfig.from_pretrained(base, **loading)).from_pretrained(
+        source, *args, **kwargs
+    )
 
 
 def _was_patched(model: nn.Module, source: str, kwargs: dict[str, Any]) -> bool:
@@ -104,14 +152,16 @@ def _usable(saved: Any, source: str | None) -> PhiBalanceConfig:
 
 def _find_state(source: str, kwargs: dict[str, Any]) -> str | None:
     """Path of the state beside the weights in `source`, a folder or a name on the Hub."""
-    return cached_file(
-        source,
-        STATE_NAME,
-        **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs},
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    return cached_file(source, STATE_NAME, **_quietly(kwargs))
+
+
+def _quietly(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `cached_file`, out of those of `from_pretrained`, with which a file may be missing."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs} | {
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
 
 
 # ---------------------------------------------------------------------- transformers' own entry points

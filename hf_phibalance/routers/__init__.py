@@ -6,6 +6,7 @@ Routers: where they are in a model, what they return, and how to look and act in
 | `discovery` | the routers of a model, and what is what among their outputs |
 | `traits` | how a router class scores, and the table of those that depart from the rule |
 | `contract` | routers that the installed transformers does not declare |
+| `parts` | routers that do not see every token |
 | `sources` | what the source of a class says of it |
 | `families` | the model types that have routers |
 | `inside` | the softmax and the top-k inside a router's forward |
@@ -30,6 +31,7 @@ from .hooks import (
 )
 from .inside import Softmax
 from .linear import RouterLinear, find_linear, has_adapter, ranked_of
+from .parts import image_tokens, mask_of, modality_of
 from .sources import class_source
 from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS
 from .wrapping import canonical_name, find_backbone, unwrap
@@ -56,7 +58,10 @@ __all__ = [
     "forget_compiled_code",
     "has_adapter",
     "hook_adapters",
+    "image_tokens",
     "install_hooks",
+    "mask_of",
+    "modality_of",
     "ranked_of",
     "reading",
     "remove_hooks",

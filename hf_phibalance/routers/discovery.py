@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from .contract import by_contract, expert_count, experts_beside
+from .parts import modality_of
 from .sources import returned_values, takes_top_k
 from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS, RouterKind, RouterTraits, declared_kinds
 from .wrapping import canonical_name
@@ -45,6 +46,20 @@ class RouterSite:
     not_logits: tuple[int, ...] = ()  # positions in the return value of what is as wide as the logits
     experts: nn.Module | None = None  # which are handed the choice, where the router does not return it
     noted: Tensor | None = None  # the logits, until the experts are handed the choice
+    modality: str = field(init=False)  # "text", or "vision" or "audio" if it routes nothing else
+
+    def __post_init__(self) -> None:
+        self.modality = modality_of(self.name)
+
+    @property
+    def in_tower(self) -> bool:
+        """Whether it routes the patches of a vision tower, or frames of sound, instead of the tokens of the sequence."""
+        return self.modality != "text" and self.kind.traits.parted_by is None
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether it routes every token of the sequence."""
+        return self.modality == "text" and self.kind.traits.parted_by is None
 
     def read(self, parts: Sequence[Any]) -> Reading:
         """What is what among `parts`, by type and shape: families, and versions of them, order it differently."""
@@ -150,7 +165,7 @@ def find_copies(root: nn.Module, sites: Sequence[RouterSite]) -> None:
 
 
 def _matches(root: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
-    """Modules of `root` that are routers: as transformers declares, or else by their contract."""
+    """Modules of `root` that are routers: as transformers declares, or else by their contract, and so in its towers."""
     found = list(_declared(root))
     routers = {id(module) for _, module, _ in found}
     blocks = {
@@ -159,7 +174,9 @@ def _matches(root: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
         if any(id(inner) in routers for inner in module.modules() if inner is not module) or any(by_contract(module))
     }
     kept = [match for match in found if id(match[1]) not in blocks]  # the declared module may hold the router
-    return kept or list(by_contract(root))
+    known = {id(module) for _, module, _ in kept}
+    rest = [match for match in by_contract(root) if id(match[1]) not in known]
+    return [*kept, *(match for match in rest if modality_of(match[0]) != "text")] if kept else rest
 
 
 def _declared(root: nn.Module) -> Iterator[tuple[str, nn.Module, RouterKind]]:

@@ -37,6 +37,9 @@ class RouterTraits:
         biases (`str`, *optional*, defaults to `"scores"`):
             What the family's own selection bias is added to: `"scores"` or `"logits"`.
         experts (`str`, *optional*): attribute holding the width of the logits, where it is not the usual one.
+        parted_by (`str`, *optional*):
+            Where a layer has one router for images and one for the rest: the argument of the model that is not 0 for tokens
+            of images.
         no_bias (`str`, *optional*): reason why a selection bias cannot work here.
         refused (`str`, *optional*): reason why the family cannot be balanced at all.
     """
@@ -46,6 +49,7 @@ class RouterTraits:
     ranks: str = "logits"
     biases: str = "scores"
     experts: str | None = None
+    parted_by: str | None = None
     no_bias: str | None = None
     refused: str | None = None
 
@@ -65,9 +69,14 @@ def _score_activation(module: nn.Module) -> str:
 
 TRAITS: dict[str, RouterTraits] = {
     "Cohere2MoeTopKRouter": RouterTraits(scoring=_selection_fn),
+    "DiffusionGemmaTextRouter": RouterTraits(
+        refused="its encoder and its decoder route different tokens through the same weights, which would need two means"
+    ),
     "DogeCDMoE": RouterTraits(
         refused="its product keys score two half-experts, there is no distribution over experts"
     ),
+    "Ernie4_5_VLMoeMoeTopKRouter": RouterTraits(parted_by="moe_mm_token_type_ids"),
+    "Ernie4_5_VL_MoeMoeTopKRouter": RouterTraits(parted_by="moe_mm_token_type_ids"),  # before transformers 5.6
     "Kolibri1TopKRouter": RouterTraits(biases="logits"),
     "LongcatFlashTopkRouter": RouterTraits(experts="n_routed_experts"),  # its identity experts are routed to as well
     "PhimoeTopKRouter": RouterTraits(no_bias="sparsemixer samples the experts, there is no top-k to bias"),

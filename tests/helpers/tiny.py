@@ -212,18 +212,25 @@ def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
     if "text_config" in cls.sub_configs:
         text_config = tiny_config(cls.sub_configs["text_config"].model_type, **overrides)
         return cls(text_config=text_config.to_dict(), **OVERRIDES.get(model_type, {}))
+    return shrunk(cls, SHRINK, OVERRIDES.get(model_type, {}), overrides)
+
+
+def shrunk(cls: type[PreTrainedConfig], *sizes: dict) -> PreTrainedConfig:
+    """A config of `cls` with the fields in `sizes`, later ones first; the first may hold some that it does not have."""
     # in transformers 5.0 configs are ordinary classes
     fields = (
         {f.name for f in dataclasses.fields(cls)}
         if dataclasses.is_dataclass(cls)
         else set(inspect.signature(cls).parameters)
     )
-
-    def own(values: dict) -> dict:
-        return {name if name in fields else cls.attribute_map.get(name, name): values[name] for name in values}
-
-    values = {name: value for name, value in own(SHRINK).items() if name in fields}
-    return cls(**(values | own(OVERRIDES.get(model_type, {})) | own(overrides)))
+    common, *own = (
+        {name if name in fields else cls.attribute_map.get(name, name): value for name, value in part.items()}
+        for part in sizes
+    )
+    values = {name: value for name, value in common.items() if name in fields}
+    for part in own:
+        values |= part
+    return cls(**values)
 
 
 def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
@@ -233,9 +240,14 @@ def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float3
     Every trainable parameter is random. Selection biases are not trainable and keep their initial value, mostly zero.
     """
     config = tiny_config(model_type, **overrides)
+    return random_model(AutoModelForCausalLM, config, seed, dtype)
+
+
+def random_model(auto, config: PreTrainedConfig, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of the class that `auto` has for `config`, every trainable parameter of it random."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = auto.from_config(config, dtype=dtype)
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             if any(
                 part in name for part in getattr(model, "_get_dtype_plan", lambda _: ())(dtype)
@@ -251,7 +263,8 @@ def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float3
                 param.copy_(noise * (0.5 if ROUTER.search(name) else 0.2))
         for name, buffer in model.named_buffers():
             if name.endswith("tid2eid"):  # expert indices by token id, zero until loaded
-                buffer.copy_(torch.rand(buffer.shape[0], config.num_local_experts).argsort()[:, : buffer.shape[1]])
+                experts = config.get_text_config().num_local_experts
+                buffer.copy_(torch.rand(buffer.shape[0], experts).argsort()[:, : buffer.shape[1]])
     return model.eval()
 
 
