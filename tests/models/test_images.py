@@ -1,0 +1,123 @@
+"""Models that read images, each on real images beside text: what is counted and charged is what their routers route."""
+
+import pytest
+import torch
+from tiny import set_prices
+from tiny_vlm import IMAGE_TEXT_TYPES, image_batch, tiny_image_model
+
+import hf_phibalance as phb
+from hf_phibalance.maths import routing_probs
+
+
+COEF = 2.0
+REFUSED = {"diffusion_gemma": "two means"}
+BALANCED = [model_type for model_type in IMAGE_TEXT_TYPES if model_type not in REFUSED]
+STEP = (((24, 16), None), (None, (16, 32), (16, 16)), (None,))  # pictures of the rows of three unequal micro-batches
+
+
+def step_of(model):
+    return [image_batch(model, pictures, words=3 + i, seed=i) for i, pictures in enumerate(STEP)]
+
+
+class Recorder:
+    """What each router returned in each forward, noted by hooks of the test: `[{name: [(logits, chosen)]}]`."""
+
+    def __init__(self, sites):
+        self.sites, self.forwards = sites, []
+        self.handles = [s.modules[0].register_forward_hook(self.noting(s)) for s in sites]
+
+    def noting(self, site):
+        def note(module, args, output):
+            parts = output if isinstance(output, tuple) else (output,)
+            logits = parts[site.kind.index]
+            chosen = next((x for x in parts if x.dtype == torch.int64 and x.ndim == 2), None)
+            chosen = logits.topk(site.top_k).indices if chosen is None else chosen
+            self.forwards[-1].setdefault(site.name, []).append((logits, chosen))
+
+        return note
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+def counted(name, batch, routed):
+    """Which of the `routed` vectors of a router count: by the mask of the batch, or as patches of pictures."""
+    mask = batch["attention_mask"].reshape(-1).bool()
+    if "moe." in name:  # ernie: `text_moe` and `vision_moe`
+        image = batch["moe_mm_token_type_ids"].reshape(-1).bool()
+        mask = mask[image] if "vision_moe" in name else mask[~image]
+    if "vision_tower" in name:
+        assert routed == len(batch["pixel_values"])
+        return torch.ones(routed, dtype=torch.bool)
+    return mask
+
+
+def test_all_that_transformers_has_are_found():
+    assert len(IMAGE_TEXT_TYPES) >= 5 and {"ernie4_5_vl_moe", "glm4v_moe", "qwen3_vl_moe"} <= set(IMAGE_TEXT_TYPES)
+
+
+@pytest.mark.parametrize("model_type", [t for t in REFUSED if t in IMAGE_TEXT_TYPES])
+def test_refused(model_type):
+    with pytest.raises(ValueError, match=REFUSED[model_type]):
+        phb.patch(tiny_image_model(model_type))
+
+
+@pytest.mark.parametrize("model_type", BALANCED)
+def test_a_step_counts_and_charges_what_is_routed(model_type):
+    """Tokens, loads, means and gradient of a step of unequal micro-batches == sums over what hooks of the test saw."""
+    model = phb.patch(tiny_image_model(model_type).train(), {"coef": 0.0})
+    balancer, batches = phb.get_balancer(model), step_of(model)
+    assert all(b["input_ids"].shape == b["attention_mask"].shape for b in batches)
+    prices = set_prices(model).prices()
+    sites, tokens = balancer.sites, int(sum(b["attention_mask"].sum() for b in batches))
+
+    recorder = Recorder(sites)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    task, defined = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
+    loads = {site.name: torch.zeros(site.num_experts) for site in sites}
+    probs = {site.name: torch.zeros(site.num_experts) for site in sites}
+    for batch in batches:
+        recorder.forwards.append({})
+        torch.manual_seed(0)
+        loss, term = model(**batch)[0] / len(batches), 0.0
+        for site in sites:
+            for logits, chosen in recorder.forwards[-1].get(site.name, []):
+                mask = counted(site.name, batch, len(logits))
+                assert len(mask) == len(logits)
+                p = routing_probs(logits, site.scoring)[mask]
+                term = term + COEF / tokens * (p @ prices[site.name]).sum()
+                loads[site.name] += chosen[mask].reshape(-1).bincount(minlength=site.num_experts)
+                probs[site.name] += p.detach().sum(0)
+        for total, value in ((task, loss), (defined, term)):
+            found = torch.autograd.grad(
+                value, list(parameters.values()), retain_graph=value is loss, allow_unused=True
+            )
+            for gradient, name in zip(found, parameters):
+                if gradient is not None:
+                    total[name] += gradient
+    recorder.remove()
+    balancer.discard_step()
+
+    phb.patch(model, {"coef": COEF, "ema_rate": 1.0})
+    balancer = set_prices(model)
+    balancer.begin_step(batches)
+    for batch in batches:
+        torch.manual_seed(0)
+        (model(**batch)[0] / len(batches)).backward()
+    added = torch.cat([(p.grad - task[n]).double().reshape(-1) for n, p in parameters.items() if p.grad is not None])
+    expected = torch.cat([defined[n].double().reshape(-1) for n, p in parameters.items() if p.grad is not None])
+    assert expected.norm() > 1e-2
+    ratio = float(added @ expected / (expected @ expected))
+    assert abs(ratio - 1) < 1e-4 and (added - expected).norm() < 1e-3 * expected.norm(), ratio
+
+    balancer.step()
+    metrics = balancer.metrics()
+    assert metrics["tokens"] == tokens
+    for site in sites:
+        assert torch.equal(balancer.loads()[site.name], loads[site.name]), site.name
+        torch.testing.assert_close(balancer.means()[site.name], probs[site.name] / probs[site.name].sum())
+    apart = {site.modality for site in sites} - {"text"}
+    assert {name.split("/")[0] for name in metrics if name.endswith("/gini")} == apart
+    term = sum(float(probs[s.name] @ prices[s.name]) for s in sites) * COEF / tokens
+    assert metrics["balance_loss"] == pytest.approx(term, rel=1e-4, abs=1e-6)
