@@ -338,10 +338,12 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
     """The tokenizer; an adapter without one has that of its base model."""
     from transformers import AutoTokenizer
 
+    from .models import base_of_adapter
+
     name, revision = args.tokenizer or args.model, None if args.tokenizer else args.revision
     adapter = Path(name) / "adapter_config.json"
     if adapter.is_file() and not (Path(name) / "tokenizer_config.json").is_file():
-        name, revision = json.loads(adapter.read_text())["base_model_name_or_path"], None
+        name, revision = base_of_adapter(adapter), None
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from .files import LARGE, read_json
 
 
 logger = logging.get_logger(__name__)
@@ -124,7 +125,10 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
 def _written_keys(checkpoint: Path) -> set[str]:
     index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
-        return set(json.loads(index.read_text())["weight_map"])
+        names = read_json(index, "Write the checkpoint again, or resume from an earlier one.", LARGE).get("weight_map")
+        if not isinstance(names, dict):
+            raise ValueError(f"{index} has no weight_map. Write the checkpoint again, or resume from an earlier one.")
+        return set(names)
     if not (checkpoint / SAFE_WEIGHTS_NAME).is_file():
         return set()
     with safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt") as file:

@@ -139,11 +139,13 @@ class Arguments:
 def load_tokenizer(args):
     from transformers import AutoTokenizer
 
+    from hf_phibalance.models import base_of_adapter
+
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     name = args.model_name_or_path
     adapter = Path(name) / "adapter_config.json"
     if adapter.is_file() and not (Path(name) / "tokenizer_config.json").is_file():
-        name, source["revision"] = json.loads(adapter.read_text())["base_model_name_or_path"], "main"
+        name, source["revision"] = base_of_adapter(adapter), "main"
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,8 +1,9 @@
-"""What is said of versions that are not supported."""
+"""What is said of versions that are not supported, and of damaged files that are read for what others leave out."""
 
 import importlib.metadata
 
 import pytest
+import torch
 
 from hf_phibalance import compat
 
@@ -19,3 +20,10 @@ def test_an_unsupported_version_is_named_at_import(name, version, monkeypatch):
 
 def test_the_installed_versions_are_supported():
     compat.refuse_unsupported_versions()
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {"a": "model-0', "[]", '{"weight_map": ["a"]}', "{}"])
+def test_a_damaged_index_of_weights_is_refused_by_name(content, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json.*Write the checkpoint again"):
+        compat.reload_converted_weights(torch.nn.Linear(1, 1), tmp_path)

@@ -2,7 +2,7 @@
 Models: loading them balanced, and those that transformers does not bring.
 
 - [`AutoModelForCausalLM`], [`AutoModelForImageTextToText`], or transformers' own auto classes after [`enable`]: `from_pretrained(..., phi_balance=...)`.
-- [`load_any`]: the right one of these for a checkpoint.
+- [`load_any`]: the right one of these for a checkpoint; [`base_of_adapter`]: what an adapter is one of.
 - [`register_deepseek_moe`]: a class for the first DeepSeek-MoE.
 - [`build_model`] and [`train_tokenizer`]: tiny models from scratch, for the CPU recipes and tests.
 
@@ -10,7 +10,15 @@ This room may know `balancing`, which it patches with, but no trainer and no tas
 """
 
 from ..compat import has_decoder_of_deepseek_moe
-from .auto import AutoModelForCausalLM, AutoModelForImageTextToText, auto_class_for, disable, enable, load_any
+from .auto import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    auto_class_for,
+    base_of_adapter,
+    disable,
+    enable,
+    load_any,
+)
 from .tiny import build_model, train_tokenizer
 
 
@@ -18,6 +26,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
     "auto_class_for",
+    "base_of_adapter",
     "build_model",
     "disable",
     "enable",

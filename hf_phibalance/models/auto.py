@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -16,6 +15,7 @@ from transformers.utils import cached_file, logging
 
 from ..balancing import STATE_NAME, config_in, get_balancer, patch
 from ..config import PhiBalanceConfig
+from ..files import read_json
 
 
 logger = logging.get_logger(__name__)
@@ -99,12 +99,26 @@ def load_any(source: str, *args, **kwargs) -> nn.Module:
     """`from_pretrained` of the auto class that `source`, a checkpoint or an adapter on one, is for; see [`auto_class_for`]."""
     loading = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
     adapter = cached_file(source, "adapter_config.json", **_quietly(kwargs))
-    base = source if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+    base = source if adapter is None else base_of_adapter(adapter)
     if adapter is not None:
         loading.pop("revision", None)
     return auto_class_for(transformers.AutoConfig.from_pretrained(base, **loading)).from_pretrained(
         source, *args, **kwargs
     )
+
+
+def base_of_adapter(config: str | os.PathLike) -> str:
+    """
+    The base model, folder or Hub name, that the `adapter_config.json` `config` names.
+
+    Raises:
+        ValueError: if it names none, or is damaged.
+    """
+    remedy = "Save the adapter again with PEFT's save_pretrained."
+    base = read_json(config, remedy).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"base_model_name_or_path in {config} must be the name of a model, got {base!r}. {remedy}")
+    return base
 
 
 def _was_patched(model: nn.Module, source: str, kwargs: dict[str, Any]) -> bool:

@@ -80,6 +80,7 @@ def model_card(
         template_path=str(template or find_template()),
         title=title,
         summary=summary,
+        prompt=_literal(summary.get("example_prompt") or "Question: ...\nAnswer:"),
         base_name=base_name,
         dataset_text=dataset_text,
         columns=[run.name] if baseline is None else [baseline.name, run.name],
@@ -100,6 +101,12 @@ def model_card(
         loads_picture=LOADS_NAME if LOADS_NAME in pictures else None,
         curves_picture=CURVES_NAME if CURVES_NAME in pictures else None,
     )
+
+
+def _literal(text: str) -> str:
+    """`text` in Python, line by line where nothing in it would end the string, the code block, or mean something else."""
+    plain = text.replace("\n", "").isprintable() and not any(mark in text for mark in ("\\", '"""', "```", "~~~"))
+    return f'"""{text}"""' if plain and not text.endswith('"') else repr(text)
 
 
 def find_template() -> Path:

@@ -10,7 +10,6 @@ reached the disk. Only then does `Trainer` delete older checkpoints.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ from transformers.utils import logging
 
 from ..balancing import PhiBalancer
 from ..durable import flush, flush_tree, replacing
+from ..files import LARGE, read_json
 from .callback import PhiBalanceCallback
 
 
@@ -62,7 +62,7 @@ def is_complete(checkpoint: Path) -> bool:
 def _marked_step(checkpoint: Path) -> int | None:
     """The step of a complete checkpoint; a plain `Trainer` may have died within the mark itself."""
     try:
-        return json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())["global_step"]
+        return read_json(checkpoint / TRAINER_STATE_NAME, "", LARGE)["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -10,6 +10,7 @@ from transformers import MixtralForCausalLM, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 import hf_phibalance as phb
+from hf_phibalance.models import base_of_adapter, load_any
 
 
 @pytest.mark.parametrize("config", [GRADIENT, BIAS], ids=["gradient", "bias"])
@@ -196,3 +197,22 @@ def test_errors_do_not_leak_out_of_the_entry_points(enabled, tmp_path):
         auto.from_config(transformers.LlamaConfig(**DENSE), phi_balance=True)
     assert not is_patched(auto.from_config(tiny_config("mixtral")))
     assert not is_patched(auto.from_config(transformers.LlamaConfig(**DENSE)))
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ('{"base_model_name_or_path": "lab/ba', "not valid JSON"),
+        ('{"base_model_name_or_path": "a", "base_model_name_or_path": "b"}', "given twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "must hold a JSON object"),
+        ('{"r": 8}', "must be the name of a model, got None"),
+        ('{"base_model_name_or_path": ["lab/base"]}', "must be the name of a model"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_by_name(content, reason, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"adapter_config\.json.*{reason}.*Save the adapter again"):
+        base_of_adapter(tmp_path / "adapter_config.json")
+    with pytest.raises(ValueError, match=rf"adapter_config\.json.*{reason}"):
+        load_any(str(tmp_path))

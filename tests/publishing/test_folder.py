@@ -1,6 +1,8 @@
 """The folder that is uploaded: complete, the same for a dry run, and made without the network."""
 
+import ast
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from tiny import tiny_model
 from training import tokenizer
 
 import hf_phibalance as phb
-from hf_phibalance.publishing import push_to_hub
+from hf_phibalance.publishing import Run, push_to_hub
+from hf_phibalance.publishing.card import model_card
 
 
 def test_dry_run_is_complete_and_touches_no_network(trained, run_folder, no_network, tmp_path):
@@ -37,6 +40,21 @@ def test_dry_run_of_an_adapter(adapter, no_network, tmp_path):
     assert card.data.library_name == "peft" and card.data.base_model is None  # a folder is no name on the Hub
     assert (card.data.license, card.data.license_name) == ("other", "lab-terms")
     assert str(adapter.peft_config["default"].base_model_name_or_path) not in card.content
+
+
+@pytest.mark.parametrize(
+    "prompt", ['two """ quotes', "a fence\n```\nin it", 'ends with "', r"a\nb", "a\r\tb\x00", "plain\n  “text”"]
+)
+def test_any_prompt_in_the_code_of_the_card(prompt, run_folder):
+    """It stays a block of code, in which the prompt is what it was."""
+    run = Run.load(run_folder)
+    run.summary["example_prompt"] = prompt
+    text = model_card(run, title="tiny").text
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (assigned,) = (
+        node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Assign) and node.targets[0].id == "prompt"
+    )
+    assert ast.literal_eval(assigned.value) == prompt
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
