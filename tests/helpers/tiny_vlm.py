@@ -5,6 +5,7 @@ values come from the family's own image processor, or, where that one needs torc
 text gets one placeholder for each feature that the tower makes of them, as the family's processor would write it.
 """
 
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -103,13 +104,15 @@ PARTS: dict[str, dict] = {
     "llama4_vision_model": {"intermediate_size": 128},
     "muse_spark_audio": {"patch_sizes": [4], "hidden_sizes": [32], "depths": [1], "out_hidden_size": 32},
     "muse_spark_text": {"moe_hidden_size": 32},
+    "qwen3_vl_moe_text": {"pad_token_id": 0},  # which 5.0 reads and does not declare
     "radio": {"video_temporal_patch_size": 2, "patch_dim": 48, "video_patch_dim": 96, "num_registers": 1},
     "step3p5": {"share_expert_dim": 16, "sliding_window": 4},
     "unlimited_ocr_sam_vision_model": _SAM,
 }
 COMPOSITES: dict[str, dict] = {
     "aria": {"projector_patch_to_query_dict": {49: 8}},
-    "gemma4": {"vision_config": "gemma4_vision"},  # `None` unless asked for
+    "diffusion_gemma": {"vision_config": "gemma4_vision"},  # `None` unless asked for
+    "gemma4": {"vision_config": "gemma4_vision"},
     "kimi_k25": {"projection_hidden_size": 32},
     "minimax_m3_vl": {"projector_hidden_size": 32},
     "muse_spark": {"projector_hidden_size": 32, "out_hidden_size": 128},
@@ -130,7 +133,8 @@ def tiny_image_config(model_type: str, **overrides) -> PreTrainedConfig:
             parts[name] = _shrunk_part(type(part), name, overrides)
     special = iter(range(TEXT_VOCABULARY, SHRINK["vocab_size"]))
     ids = [name for name in inspect.signature(cls).parameters if name.endswith(("_token_id", "_token_index"))]
-    return cls(**parts, **({name: next(special) for name in ids} | own))
+    given = parts if dataclasses.is_dataclass(cls) else {name: part.to_dict() for name, part in parts.items()}
+    return cls(**given, **({name: next(special) for name in ids} | own))
 
 
 def _shrunk_part(cls: type[PreTrainedConfig], name: str, overrides: dict) -> PreTrainedConfig:
@@ -208,11 +212,14 @@ def image_processor(model_type: str):
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
     names = IMAGE_PROCESSOR_MAPPING_NAMES.get(SEEN_AS.get(model_type, model_type)) or {}
+    if isinstance(names, tuple):  # before transformers 5.4: with PIL, or with torchvision
+        names = {"pil": names[0]} if names[0] else {}
     if "pil" not in names:
         return None
     cls = getattr(transformers, names["pil"])
     sizes = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 1024}}
-    return cls(**({name: size for name, size in sizes.items() if hasattr(cls, name)} | SEEING.get(model_type, {})))
+    known = {name for name in sizes if hasattr(cls, name) or name in inspect.signature(cls).parameters}
+    return cls(**({name: sizes[name] for name in known} | SEEING.get(model_type, {})))
 
 
 def tiles(picture: Image.Image, side: int) -> torch.Tensor:
@@ -244,6 +251,8 @@ def count_features(model: PreTrainedModel, seen: dict) -> int:
     """How many vectors the tower of `model` makes of what it is given: as many as there have to be placeholders."""
     reader = model if hasattr(model, "get_image_features") else model.model
     takes = inspect.signature(reader.get_image_features).parameters
+    if "vision_feature_select_strategy" in takes:  # llama4, before transformers 5.14
+        seen = seen | {"vision_feature_select_strategy": "default"}
     with torch.no_grad():
         output = reader.get_image_features(**{name: value for name, value in seen.items() if name in takes})
     features = getattr(output, "pooler_output", None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import set_prices
 from tiny_vlm import IMAGE_TEXT_TYPES, image_batch, tiny_image_model
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_phibalance as phb
 from hf_phibalance.maths import routing_probs
@@ -29,7 +30,7 @@ class Recorder:
     def noting(self, site):
         def note(module, args, output):
             parts = output if isinstance(output, tuple) else (output,)
-            logits = parts[site.kind.index]
+            logits = parts[site.read(parts).logits]
             chosen = next((x for x in parts if x.dtype == torch.int64 and x.ndim == 2), None)
             chosen = logits.topk(site.top_k).indices if chosen is None else chosen
             self.forwards[-1].setdefault(site.name, []).append((logits, chosen))
@@ -66,6 +67,10 @@ def test_refused(model_type):
 @pytest.mark.parametrize("model_type", BALANCED)
 def test_a_step_counts_and_charges_what_is_routed(model_type):
     """Tokens, loads, means and gradient of a step of unequal micro-batches == sums over what hooks of the test saw."""
+    if model_type == "inkling_mm_model":
+        pytest.importorskip("scipy")  # its vision tower needs it
+    if model_type == "llama4" and not hasattr(CONFIG_MAPPING["llama4"](), "pad_token_id"):
+        pytest.skip("transformers before 5.14 reads a field of its config that is not there")
     model = phb.patch(tiny_image_model(model_type).train(), {"coef": 0.0})
     balancer, batches = phb.get_balancer(model), step_of(model)
     assert all(b["input_ids"].shape == b["attention_mask"].shape for b in batches)
