@@ -101,9 +101,12 @@ def measure_coefficient(
     added = [priced - plain for priced, plain in zip(compared.gradients(step.loss_scale), unpriced)]
     expected = [strength * gradient for gradient in expected]
     ratio, residual = compare(flat(added), flat(expected))
+    partial = {site.name for site in balancer.sites if not site.sees_all}
     by_router = {
         name: compare(compared.of_router(added, name), compared.of_router(expected, name))[0]
         for name in compared.by_router
+        if name not in partial
+        or compared.of_router(expected, name).any()  # without images, those for images have nothing to do
     }
     dtypes = {p.dtype for p in balancer.root.parameters()} | {f.autocast_dtype for f in forwards if f.autocast_dtype}
     precise = not dtypes & {torch.bfloat16, torch.float16}

@@ -42,7 +42,7 @@ class Coefficient:
         declared (`float`): `coef` of the configuration.
         ratio (`float`): effective over declared one: the projection of what balancing adds to the gradient on the definition.
         residual (`float`): norm of what is left of the added gradient, relative to the definition.
-        by_router (`dict[str, float]`): the ratio at the parameters of each router that learns.
+        by_router (`dict[str, float]`): the ratio at the parameters of each router that learns and had something to route.
         parameters (`str`): where the gradient was compared.
         precise (`bool`): whether everything was float32, so that the ratio must be 1 within 1e-3.
     """
