@@ -161,10 +161,10 @@ def routers_run(subject: Subject) -> Iterator[Check]:
     if balancer is None:
         return
     names = balancer.layer_names
+    # those for images only, if there was none
+    idle = [] if seen is None else [s.name for s in balancer.sites if not s.sees_all and not seen.loads.get(s.name)]
     if seen is not None and seen.forwards and seen.tokens:
-        unseen = [site.name for site in balancer.sites if not seen.loads.get(site.name)]
-        elsewhere = {site.name for site in balancer.sites if not site.sees_all}  # not called where there is no image
-        silent = [name for name in unseen if name not in elsewhere]
+        silent = [name for name in names if not seen.loads.get(name) and name not in idle]
         if silent:
             yield Check(
                 "routers that run",
@@ -174,7 +174,7 @@ def routers_run(subject: Subject) -> Iterator[Check]:
                 "switch that off, or phb.unpatch(model)",
             )
         else:
-            but = f" but {many(unseen)}, which had nothing to route" if unseen else ""
+            but = f" but {many(idle)}, which had nothing to route" if idle else ""
             yield Check("routers that run", "ok", f"all {len(names)}{but}")
     rows = [describe_router(name, subject.root) for name in names]
     if balancer.config.rules.freezes or not balancer.config.charges:
@@ -188,7 +188,7 @@ def routers_run(subject: Subject) -> Iterator[Check]:
             )
         return
     unmoved = [row.name for row in rows if not row.parameters and not row.below]
-    cut = [] if seen is None or not seen.forwards else [n for n in names if n not in seen.charged and n not in unmoved]
+    cut = [] if seen is None or not seen.forwards else [n for n in names if n not in (*seen.charged, *unmoved, *idle)]
     frozen = [row.name for row in rows if row.how == "frozen"]
     remedy = "phb.lora_config(model, router='lora') or 'full', or coef=0 and bias_coef > 0, which needs no gradient"
     if len(unmoved) == len(names):
