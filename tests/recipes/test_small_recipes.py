@@ -5,10 +5,9 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
+from forked import run_script
 from paths import ROOT
 
 from hf_phibalance.tasks import make_splits
@@ -54,9 +53,9 @@ def data(tmp_path):
 
 def test_commands_of_the_readme(data):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    given = commands()
-    assert len(given) == 4
-    for words in given:
+    readme = commands()
+    assert len(readme) == 4
+    for words in readme:
         short = []
         if words[1] == "recipes/sft.py":
             short = [
@@ -70,9 +69,8 @@ def test_commands_of_the_readme(data):
                 "4",
             ]
             short += ["--max_new_tokens", "4"]
-        command = [sys.executable, ROOT / words[1], *words[2:], *short]
-        command = [ROOT / word if str(word).endswith(".yaml") else word for word in command]
-        done = subprocess.run(command, cwd=data, env=environment, capture_output=True, text=True, timeout=300)
+        given = [ROOT / word if word.endswith(".yaml") else word for word in [*words[2:], *short]]
+        done = run_script(ROOT / words[1], *given, cwd=data, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         output = next((word for word in words if word.endswith(".json")), None)
         assert output is None or json.loads((data / output).read_text())["metrics"]

@@ -3,13 +3,12 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checks import assert_same
+from forked import call
 from tiny import tiny_model
 from training import make_trainer, patched, rows, weights
 from transformers import Trainer, TrainerCallback
@@ -161,17 +160,7 @@ def test_checkpoint_of_an_unbalanced_run_is_refused(tmp_path):
 def test_killed_run_resumes(tmp_path):
     """SIGKILL between two micro-batches of the step after a checkpoint; the process leaves nothing behind but its files."""
     straight = run(tmp_path / "straight", "native_bias")
-    code = (
-        "import sys, test_resume; test_resume.run(sys.argv[1], 'native_bias', callbacks=[test_resume.StopAt(4, True)])"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "killed")],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = call(run, tmp_path / "killed", "native_bias", True, Trainer, None, [StopAt(4, kill=True)])
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
     assert sorted(p.name for p in (tmp_path / "killed").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert_same_outcome(run(tmp_path / "killed", "native_bias", resume=True, seed=1), straight)

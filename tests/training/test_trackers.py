@@ -5,11 +5,9 @@ import json
 import os
 import socket
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from forked import call
 
 
 TRACKERS = ["tensorboard", "trackio", "wandb"]
@@ -73,7 +71,6 @@ def tracked(tmp_path_factory):
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
         "HOME": str(folder),
         "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
@@ -82,14 +79,7 @@ def tracked(tmp_path_factory):
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
     }
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-    )
+    done = call(train, folder, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, json.loads((folder / "written.json").read_text())
 
@@ -182,7 +172,3 @@ def test_tracker_has_every_metric(tracker, request):
 @pytest.mark.skipif(not INSTALLED, reason="no tracker is installed")
 def test_nothing_left_the_machine(tracked):
     assert tracked[1]["refused"] == []
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]))
