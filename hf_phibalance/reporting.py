@@ -1,4 +1,4 @@
-"""What every report says alike: layers by short names, versions, and a command without the paths of one machine."""
+"""What every report says alike: layers by short names, the class that loads a model, versions, and a command without the paths of one machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
+TEXT_CLASS, IMAGE_CLASS = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 PACKAGES_SHOWN = ("hf_phibalance", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -25,6 +26,27 @@ def layer_labels(names: Sequence[str]) -> list[str]:
     short = [short_layer(name) for name in names]
     seen = Counter(short)
     return [name if seen[label] > 1 else label for name, label in zip(names, short)]
+
+
+def auto_class_name(model_type: str, architectures: Sequence[str] | None) -> str:
+    """
+    The auto class for a checkpoint of `model_type`, of which config.json names the `architectures`: that for images and text if it
+    was saved as such a model, or if transformers has no causal LM of its type.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    text, images = (
+        set((names,) if isinstance(names, str) else names)
+        for names in (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ()),
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type, ()),
+        )
+    )
+    saved_as = set(architectures or ())
+    return IMAGE_CLASS if images and (not text or (images & saved_as and not text & saved_as)) else TEXT_CLASS
 
 
 def versions() -> dict[str, str]:

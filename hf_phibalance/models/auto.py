@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file, logging
 
 from ..balancing import STATE_NAME, config_in, get_balancer, patch
 from ..config import PhiBalanceConfig
 from ..files import read_json
+from ..reporting import auto_class_name
 
 
 logger = logging.get_logger(__name__)
@@ -77,22 +77,9 @@ class AutoModelForImageTextToText(_AutoModel):
 
 
 def auto_class_for(config: Any) -> type[_AutoModel]:
-    """
-    The auto class for a checkpoint with this `config`: [`AutoModelForImageTextToText`] if it was saved as such a model, or if
-    transformers has no causal LM of its type; else [`AutoModelForCausalLM`].
-    """
-    saved_as = set(getattr(config, "architectures", None) or ())
-    text, images = (
-        _class_name(auto, config) for auto in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    )
-    reads_images = images is not None and (text is None or (images in saved_as and text not in saved_as))
-    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
-
-
-def _class_name(mapping: Mapping[type, Any], config: Any) -> str | None:
-    """Name of the class that `mapping` has for the type of `config`."""
-    found = mapping.get(type(config), None)
-    return None if found is None else (found[0] if isinstance(found, tuple) else found).__name__
+    """The auto class for a checkpoint with this `config`, see [`reporting.auto_class_name`]."""
+    name = auto_class_name(config.model_type, getattr(config, "architectures", None))
+    return next(cls for cls in (AutoModelForCausalLM, AutoModelForImageTextToText) if cls.__name__ == name)
 
 
 def load_any(source: str, *args, **kwargs) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import PhiBalanceConfig
 from ..methods import METHODS
-from ..reporting import without_paths
+from ..reporting import TEXT_CLASS, without_paths
 from .evaluations import evaluation_text, model_index
 from .pictures import CURVES_NAME, LOADS_NAME
 from .run import Run, method_of
@@ -64,7 +64,7 @@ def model_card(
         model_name=title,
         base_model=hub_base,
         library_name=library_name,
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if run.auto_class == TEXT_CLASS else "image-text-to-text",
         language="en" if dataset_text else None,
         tags=[*tags(balance), summary["model_type"]],
         datasets=[hub_dataset] if hub_dataset else None,
@@ -80,6 +80,7 @@ def model_card(
         template_path=str(template or find_template()),
         title=title,
         summary=summary,
+        auto_class=run.auto_class,
         prompt=_literal(summary.get("example_prompt") or "Question: ...\nAnswer:"),
         base_name=base_name,
         dataset_text=dataset_text,
@@ -148,7 +149,7 @@ def balance_section(run: Run) -> str:
         if balance
         else "The loads of the routers were counted; nothing was balanced.",
         "MaxVio is (greatest load of an expert − mean load) / mean load: 0 is balance.",
-        "`phb.AutoModelForCausalLM.from_pretrained(..., phi_balance=True)` of `hf_phibalance` brings back the prices and "
+        f"`phb.{run.auto_class}.from_pretrained(..., phi_balance=True)` of `hf_phibalance` brings back the prices and "
         "means from `phi_balance.safetensors`.",
     ]
     table = layer_table(run)

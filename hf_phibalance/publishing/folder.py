@@ -20,7 +20,7 @@ from .card import CARD_NAME, model_card
 from .evaluations import EVAL_RESULTS_FOLDER, eval_result_files
 from .licence import base_licence
 from .pictures import pictures_in
-from .run import SUMMARY_NAME, Run
+from .run import SUMMARY_NAME, Run, described
 
 
 def write_folder(
@@ -81,7 +81,7 @@ def load_run(model: nn.Module, run_folder: str | os.PathLike | None) -> tuple[Ru
     balancer = get_balancer(model)
     root: Any = balancer.root
     summary = {
-        "model_type": root.config.model_type,
+        **described(root),
         "parameters": sum(parameter.numel() for parameter in root.parameters()),
         "steps": balancer.steps,
         "balance": balancer.config.to_dict() if balancer.config.is_on else None,

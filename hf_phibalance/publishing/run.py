@@ -12,7 +12,8 @@ from typing import Any
 from transformers.utils import logging
 
 from ..config import PhiBalanceConfig
-from ..reporting import versions
+from ..reporting import IMAGE_CLASS, TEXT_CLASS, auto_class_name, versions
+from ..routers import unwrap
 from .stored import read_evaluation, read_history, read_summary
 
 
@@ -21,6 +22,16 @@ SUMMARY_NAME = "metrics.json"
 HISTORY_NAME = "history.json"
 EVALUATIONS = "eval-*.json"  # what recipes/evaluate.py writes
 BASELINE_FOLDERS = ("unbalanced", "baseline")
+
+
+def described(model: Any) -> dict[str, str]:
+    """What a summary says of a model, wrapped or not: its type, and the class that loads it."""
+    root: Any = unwrap(model)[-1]
+    model_type = str(root.config.model_type)
+    return {
+        "model_type": model_type,
+        "auto_class": auto_class_name(model_type, [cls.__name__ for cls in type(root).__mro__]),
+    }
 
 
 @dataclass
@@ -39,6 +50,11 @@ class Run:
     log_history: list[dict[str, Any]]
     loads: list[dict[str, Any]]
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def auto_class(self) -> str:
+        """Name of the class that loads the model."""
+        return IMAGE_CLASS if self.summary.get("auto_class") == IMAGE_CLASS else TEXT_CLASS
 
     @classmethod
     def of(
@@ -64,7 +80,7 @@ class Run:
         max_vio = [value for _, value in run.series("moe/max_vio")]
         tenth = max(1, len(max_vio) // 10)
         run.summary = {
-            "model_type": trainer.model.config.model_type,
+            **described(trainer.model),
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),  # ZeRO-3 or not
             "steps": trainer.state.global_step,
             "seed": trainer.args.seed,

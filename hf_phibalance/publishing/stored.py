@@ -154,6 +154,7 @@ SUMMARY = _fields(
         "versions": _all_named(_text),
     },
     optional={
+        "auto_class": _maybe(_text),
         "exact_match": _figures,
         "max_vio": _figures,
         "held_out": _figures,

@@ -3,12 +3,15 @@
 import pytest
 import torch
 import transformers
+from checks import assert_same, is_patched
 from packaging.version import Version
-from tiny import set_prices
+from peft import LoraConfig, get_peft_model
+from tiny import set_prices, tiny_model
 from tiny_vlm import IMAGE_TEXT_TYPES, image_batch, tiny_image_model
 
 import hf_phibalance as phb
 from hf_phibalance.maths import routing_probs
+from hf_phibalance.models import load_any
 
 
 COEF = 2.0
@@ -127,3 +130,66 @@ def test_a_step_counts_and_charges_what_is_routed(model_type):
     assert {name.split("/")[0] for name in metrics if name.endswith("/gini")} == apart
     term = sum(float(probs[s.name] @ prices[s.name]) for s in sites) * COEF / tokens
     assert metrics["balance_loss"] == pytest.approx(term, rel=1e-4, abs=1e-6)
+
+
+# ---------------------------------------------------------------------- loading, saving, publishing
+
+
+def trained_on_images(model_type):
+    model = phb.patch(tiny_image_model(model_type).train(), {"coef": 0.5, "bias_coef": 0.01})
+    for seed in range(2):
+        batch = image_batch(model, seed=seed)
+        model(**batch)[0].backward()
+        phb.get_balancer(model).step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "ernie4_5_vl_moe"])
+def test_comes_back_patched_with_its_duals(model_type, tmp_path):
+    model = trained_on_images(model_type)
+    model.save_pretrained(tmp_path)
+    batch = image_batch(model, seed=9)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for loaded in (
+            phb.AutoModelForImageTextToText.from_pretrained(tmp_path),
+            phb.AutoModelForImageTextToText.from_pretrained(tmp_path, phi_balance={"coef": 0.25, "bias_coef": 0.01}),
+            load_any(str(tmp_path)),
+            enabled_load(tmp_path),
+        ):
+            assert type(loaded) is type(model)
+            assert_same(phb.get_balancer(loaded).state_dict(), phb.get_balancer(model).state_dict())
+            torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+    plain = phb.AutoModelForImageTextToText.from_pretrained(tmp_path, phi_balance=False)
+    assert not is_patched(plain)
+
+
+def enabled_load(folder):
+    phb.enable()
+    try:
+        return transformers.AutoModelForImageTextToText.from_pretrained(folder, phi_balance=True)
+    finally:
+        phb.disable()
+
+
+def test_each_checkpoint_is_loaded_by_the_class_it_was_saved_with(tmp_path):
+    model_type = (
+        "qwen3_5_moe" if "qwen3_5_moe" in IMAGE_TEXT_TYPES else "llama4"
+    )  # transformers has two classes for it
+    for name, model in (("text", tiny_model(model_type)), ("images", tiny_image_model(model_type))):
+        model.save_pretrained(tmp_path / name)
+        assert type(load_any(str(tmp_path / name))) is type(model)
+    tiny_model("mixtral").save_pretrained(tmp_path / "mixtral")
+    assert not is_patched(load_any(str(tmp_path / "mixtral")))
+    adapter = get_peft_model(tiny_image_model("qwen3_vl_moe"), LoraConfig(target_modules=["q_proj"]))
+    adapter.get_base_model().save_pretrained(tmp_path / "base")
+    adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert type(load_any(str(tmp_path / "adapter"))) is type(adapter.get_base_model())
+
+
+def test_the_card_names_the_class(tmp_path):
+    phb.push_to_hub(trained_on_images("qwen3_vl_moe"), "me/sees", dry_run=tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "phb.AutoModelForImageTextToText.from_pretrained" in card and "AutoModelForCausalLM" not in card
+    assert "pipeline_tag: image-text-to-text" in card
