@@ -21,7 +21,7 @@ from .lazy import lazy_door
 if TYPE_CHECKING:
     from .balancing import PhiBalancer, get_balancer, learning_report, patch, unpatch
     from .config import PhiBalanceConfig
-    from .forwards import FoldReport, fold
+    from .forwards import FoldReport, calibrate, fold
     from .maths import POTENTIALS
     from .methods import METHODS
     from .models import AutoModelForCausalLM, AutoModelForImageTextToText, disable, enable
@@ -40,6 +40,7 @@ __all__ = [
     "PhiBalanceConfig",
     "PhiBalancer",
     "attach",
+    "calibrate",
     "disable",
     "doctor",
     "enable",
@@ -64,6 +65,7 @@ _ROOMS = {
     "PhiBalanceConfig": "config",
     "PhiBalancer": "balancing",
     "attach": "training",
+    "calibrate": "forwards",
     "disable": "models",
     "doctor": "training",
     "enable": "models",

@@ -24,6 +24,7 @@ The way of a step: `tokens` (who counts) -> `meter` (a forward) -> `tally` (sums
 
 from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off
+from .duals import LOGIT_WIDTH
 from .learning import LearningReport, describe_router
 from .patching import Patch, find_patch, get_balancer, learning_report, patch, unpatch
 from .rehearsal import Forward, RandomState, Rehearsal, Routed
@@ -32,6 +33,7 @@ from .tokens import count_mask
 
 
 __all__ = [
+    "LOGIT_WIDTH",
     "STATE_NAME",
     "Forward",
     "LearningReport",

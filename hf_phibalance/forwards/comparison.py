@@ -90,7 +90,8 @@ def compare(
                 counted = counts[name]
 
                 def note(index: int, logits: Tensor, chosen: Tensor, counted=counted, first=first) -> None:
-                    counted.add(index, chosen, look.mask, logits.shape[-1], first.setdefault(index, chosen))
+                    mask = look.mask_of(index, len(logits))
+                    counted.add(index, chosen, mask, logits.shape[-1], first.setdefault(index, chosen))
 
                 look.on_choice = note
                 with variant():

@@ -6,7 +6,7 @@ becomes a part of the weight, and why that is possible at all, is told in `maths
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..balancing import PhiBalancer, get_balancer
-from ..maths import FoldedShift, ShiftMoments, fold_shift, logit_shift, price_of_load, selection_threshold
+from ..maths import FoldedShift, ShiftMoments, fold_shift, logit_shift, selection_threshold
 from ..reporting import layer_labels
 from ..routers import RouterLinear, find_linear, has_adapter, ranked_of
+from .ascent import Ascent
 from .comparison import Figures, compare
 from .looking import Batch, Look, looking, repeatable
 
 
 LINEAR = 0.1  # greatest distance between what a router ranks and what its matrix makes, beyond all rounding
-RATE, DECAY = 0.3, 5  # of the rebalancing: RATE / (1 + t / DECAY) in the t-th iteration
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def fold(
             What the model takes (`input_ids`, and `attention_mask` where there is padding), of texts as it will see them;
             some ten thousand tokens. With several ranks each gives its own.
         rebalance (`int`, *optional*, defaults to `0`):
-            Iterations over `batches` that even out the loads of the folded routers, which takes their choices farther away
-            from those of the bias; 10 are enough.
+            Passes over `batches` that bring the loads of the folded routers nearer to those with the bias, which takes their
+            choices a little farther away from it; 5 are enough.
         held_out (`Iterable[Mapping]`, *optional*): batches to measure on; `batches` unless given, which flatters.
 
     Returns:
@@ -219,9 +219,10 @@ class _Regression:
                 "cannot be seen. Use a later version of transformers."
             )
         device = scores.device
-        mask_T = self.look.mask.to(device)
+        scores_TE = scores.reshape(-1, scores.shape[-1])
+        mask_T = self.look.mask_of(index, len(scores_TE)).to(device)
         x_NH = received.reshape(-1, received.shape[-1]).to(device)[mask_T].float()
-        scores_NE = scores.reshape(-1, scores.shape[-1])[mask_T].float()
+        scores_NE = scores_TE[mask_T].float()
         if not len(x_NH):
             return
         ranked = self.ranked[index] or self._checked(index, x_NH, scores_NE)
@@ -271,29 +272,29 @@ def _regress(
 
 
 class _Weights:
-    """The routers' weights: as they were, as they are to be in full precision, and in the model."""
+    """The routers' weights: as they were, and as they are to be."""
 
     def __init__(self, linears: list[RouterLinear]) -> None:
         self.linears = linears
         self._original = [
             (linear.weight.clone(), None if linear.bias is None else linear.bias.clone()) for linear in linears
         ]
-        self._exact = [(weight.double(), None if bias is None else bias.double()) for weight, bias in self._original]
+        self._new = list(self._original)
 
-    def shift(self, shifts: list[FoldedShift], steps: list[Tensor] | None = None) -> None:
-        """Adds `shifts`, or `steps (E,)` along the directions in which those are constant."""
-        for i, (linear, shift) in enumerate(zip(self.linears, shifts)):
-            weight, bias = self._exact[i]
-            if steps is None:
-                weight += shift.weight.to(weight)
-                added = shift.bias
-            else:
-                weight += torch.outer(steps[i].to(weight), shift.constant.to(weight))
-                added = steps[i]
-            linear.weight.copy_(weight)
-            if bias is not None and linear.bias is not None and added is not None:
-                bias += added.to(bias)
-                linear.bias.copy_(bias)
+    def shift(self, shifts: list[FoldedShift], constants: list[Tensor] | None = None) -> None:
+        """Puts into the model what was there with `shifts`, and with `constants (E,)` along their constant directions."""
+        for i, ((weight, bias), shift) in enumerate(zip(self._original, shifts)):
+            exact = weight.double() + shift.weight.to(weight.device, torch.float64)
+            added = None if shift.bias is None else shift.bias.to(weight.device, torch.float64)
+            if constants is not None:
+                constant_E = constants[i].to(exact)
+                exact += torch.outer(constant_E, shift.constant.to(exact))
+                added = None if added is None else added + constant_E
+            self._new[i] = (
+                exact.to(weight),
+                None if bias is None or added is None else (bias.double() + added).to(bias),
+            )
+        self._write(self._new)
 
     def restore(self) -> None:
         """Puts back what was there."""
@@ -312,7 +313,7 @@ class _Weights:
         try:
             yield
         finally:
-            self._write(self._exact)
+            self._write(self._new)
 
 
 def _even_out(
@@ -323,11 +324,16 @@ def _even_out(
     batches: Iterable[Batch],
     iterations: int,
 ) -> None:
-    """Dual ascent by forwards alone: the load of the folded routers moves them along the constant direction."""
-    for iteration in range(iterations):
-        loads = compare(model, batches, {"folded": balancer.without_bias})["folded"].loads
+    """Moves the folded routers along their constant directions to where `batches` are loaded as with the bias."""
+    sizes = [site.num_experts for site in balancer.sites]
+
+    def loads_of(variant: Any) -> Sequence[Tensor]:
+        loads = compare(model, batches, {"it": variant})["it"].loads
         summed = torch.cat(list(loads.values())).to(weights.linears[0].weight.device, torch.float32)
-        balancer.sum_over_ranks(summed)
-        rate = RATE / (1 + iteration / DECAY)
-        prices = [price_of_load(load_E) for load_E in summed.split([len(load_E) for load_E in loads.values()])]
-        weights.shift(shifts, [-rate * price_E for price_E in prices])
+        return balancer.sum_over_ranks(summed).split(sizes)
+
+    ascent = Ascent(sizes, wanted=loads_of(weights.originally))
+    for _ in range(iterations):
+        ascent.tell(loads_of(balancer.without_bias))
+        weights.shift(shifts, ascent.ask())
+    weights.shift(shifts, ascent.best)

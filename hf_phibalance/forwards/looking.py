@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..balancing import PhiBalancer, RandomState, count_mask, get_balancer
-from ..routers import RouterReader, find_backbone, reading
+from ..balancing import RandomState, count_mask, get_balancer
+from ..routers import RouterReader, find_backbone, image_tokens, mask_of, reading, unwrap
 
 
 Batch = Mapping[str, Any]
@@ -37,17 +37,22 @@ class Look(RouterReader):
     Who sees the routers of a patched model in forwards that only look; made by [`looking`].
 
     Attributes:
-        mask (`torch.Tensor` of shape `(T,)`): which tokens of the forward under way count, as booleans.
+        mask (`torch.Tensor` of shape `(T,)`):
+            Which tokens of the forward under way count, as booleans; [`~Look.mask_of`] tells those that reach a router.
         on_choice (`Callable[[int, Tensor, Tensor], None]`, *optional*):
             Called with the number of a router, its logits `(T, E)` and its choice `(T, k)`.
     """
 
     is_idle = is_measuring = False
 
-    def __init__(self, balancer: PhiBalancer) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        balancer = get_balancer(model)
         self.balancer, self.root, self.sites = balancer, balancer.root, balancer.sites
-        self.backbone = find_backbone(balancer.root, balancer.sites)
+        self._model = model
+        # what is sharded has to be entered from outside
+        self._headless = model if is_sharded(model) else find_backbone(balancer.root, balancer.sites)
         self.mask = torch.zeros(0, dtype=torch.bool)
+        self._image: Tensor | None = None
         self.on_choice: Callable[[int, Tensor, Tensor], None] | None = None
 
     def forward(self, batch: Batch, with_head: bool = False) -> Any:
@@ -67,9 +72,19 @@ class Look(RouterReader):
                 f"(token_mask={self.balancer.config.token_mask!r}): give batches with input_ids"
                 f"{', and labels' if self.balancer.config.token_mask == 'labels' else ''}, as the model gets them."
             )
-        self.mask = mask_BS.reshape(-1)
+        self.mask, self._image = mask_BS.reshape(-1), image_tokens(batch, self.sites)
         inputs = {name: part for name, part in batch.items() if name not in OF_TRAINING}
-        return (self.root if with_head else self.backbone)(**inputs, use_cache=False)
+        return (self._model if with_head else self._headless)(**inputs, use_cache=False)
+
+    def mask_of(self, index: int, routed: int) -> Tensor:
+        """Which of the `routed` vectors that reach router `index` count, `(routed,)` as booleans."""
+        mask_T = mask_of(self.sites[index], self.mask, self._image, routed)
+        if mask_T.numel() != routed:
+            raise ValueError(
+                f"router {self.sites[index].name!r} routed {routed} vectors where {mask_T.numel()} tokens were expected: this "
+                "model routes something else than its tokens."
+            )
+        return mask_T
 
     def measure(self, index: int, module: nn.Module, hidden: Tensor, logits: Tensor) -> None:
         """Nothing."""
@@ -79,12 +94,6 @@ class Look(RouterReader):
 
     def observe(self, index: int, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         if self.on_choice is not None:
-            if logits.shape != (self.mask.numel(), self.sites[index].num_experts):
-                raise ValueError(
-                    f"router {self.sites[index].name!r} returned logits of shape {tuple(logits.shape)} where "
-                    f"{self.mask.numel()} tokens and {self.sites[index].num_experts} experts were expected: this model "
-                    "routes something else than its tokens."
-                )
             self.on_choice(index, logits, selected.reshape(len(logits), -1))
         return carrier
 
@@ -105,12 +114,18 @@ def looking(model: nn.Module) -> Iterator[Look]:
             "an optimizer step is under way, whose gradients belong to the routers as they are: call this between two "
             "steps, after balancer.step()."
         )
-    look, random = Look(balancer), RandomState()
+    look, random = Look(model), RandomState()
     try:
         with evaluating(balancer.root), torch.no_grad(), torch.compiler.set_stance("force_eager"), reading(look):
             yield look
     finally:
         random.restore()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of `model` are spread over ranks: by FSDP, tensor parallelism or DeepSpeed."""
+    flat = any(type(module).__name__ == "FullyShardedDataParallel" for module in unwrap(model))
+    return flat or any(hasattr(p, "device_mesh") or hasattr(p, "ds_shape") for p in model.parameters())
 
 
 def repeatable(batches: Iterable[Batch]) -> Iterable[Batch]:

@@ -182,7 +182,7 @@ def _folded(
     return FoldedShift(slope_HE.T.contiguous(), bias_E, constant_H, r2, explained)
 
 
-def price_of_load(load_E: Tensor) -> Tensor:
-    """q = log(E · share), centred, of assignments `(E,)`; of an expert without any as if it had half of one."""
-    log_E = load_E.clamp(min=0.5).log()
+def price_of_load(load_E: Tensor, wanted_E: Tensor) -> Tensor:
+    """q = log(load / wanted), centred, of assignments `(E,)`; an expert without any counts as if it had half of one."""
+    log_E = load_E.clamp(min=0.5).log() - wanted_E.clamp(min=0.5).log()
     return log_E - log_E.mean()
