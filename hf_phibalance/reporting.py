@@ -1,4 +1,4 @@
-"""What every report says alike: layers by short names, the class that loads a model, versions, and a command without the paths of one machine."""
+"""What every report says alike: layers by short names, versions, the class that loads a model, commands without paths."""
 
 from __future__ import annotations
 

@@ -9,22 +9,22 @@ The names are found in the model, not listed by hand. Inside the stack of decode
   layers that stand in for it in hybrid models.
 
 Left alone are embeddings, the output head, norms, biases, convolutions, the indexers of sparse attention (they select,
-no gradient passes), gates of a single output, hash routers, hyper-connections, and whatever lies outside that stack
-(vision towers). A weight that the module around it reads, instead of calling its owner, is out of reach of an adapter,
+no gradient passes), gates of a single output, hash routers, hyper-connections, and whatever lies outside that stack:
+vision towers, unless asked for, and what leads from them to the language model. A weight that the module around it reads, instead of calling its owner, is out of reach of an adapter,
 which would silently do nothing: it is left alone in attention (`out_proj` of Mamba), and refused in routers and experts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from ..balancing import find_patch
 from ..compat import names_rewritten_by_peft
-from ..routers import NATIVE_BIAS_NAMES, RouterSite, class_source, find_routers, unwrap
+from ..routers import NATIVE_BIAS_NAMES, RouterSite, class_source, find_routers, modality_of, unwrap
 
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def lora_config(
     targets: str | None = None,
     r: int = 8,
     lora_alpha: int = 32,
+    vision: bool = False,
     **kwargs: Any,
 ) -> LoraConfig:
     """
@@ -69,6 +70,9 @@ def lora_config(
             `"experts"`, `"attention"` or `"all"` for both. Not with `router="router-only"`.
         r (`int`, *optional*, defaults to `8`): rank; of each expert where all experts are one parameter.
         lora_alpha (`int`, *optional*, defaults to `32`): the update is scaled by `lora_alpha / r`.
+        vision (`bool`, *optional*, defaults to `False`):
+            Whether the layers of a vision tower, and the routers in it, are trained like those of the language model. Experts
+            for images in the language model's own layers (ERNIE 4.5 VL) are trained in any case.
         kwargs: further fields of `peft.LoraConfig`; `modules_to_save` is added to the routers of `"full"`.
 
     Returns:
@@ -85,10 +89,10 @@ def lora_config(
     root = unwrap(model)[-1]
     _refuse_adapted(root)
     _refuse_frozen(root, router)
-    sites = find_routers(root)
+    sites = [site for site in find_routers(root) if vision or not site.in_tower]
     chosen: tuple[str, ...] = TARGETS[1:] if targets in (None, "all") else (str(targets),)
     chosen = () if router == "router-only" else chosen
-    parts = _parts(root, sites)
+    parts = _parts(root, sites, _towers(root) if vision else [])
     if router in ("lora", "router-only"):
         chosen = (*chosen, "router")
     for part in chosen:
@@ -202,10 +206,19 @@ def _refuse_quantised(root: nn.Module, parameters: list[str]) -> None:
 # ---------------------------------------------------------------------- finding the parts
 
 
-def _parts(root: nn.Module, sites: list[RouterSite]) -> dict[str, tuple[list[str], list[str]]]:
+def _towers(root: nn.Module) -> list[str]:
+    """Names of the stacks of layers in the vision tower of `root`."""
+    lists = [name for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [name for name in lists if modality_of(name) == "vision" and not re.search(r"\.\d+\.", name)]
+    if not found:
+        raise ValueError(f"{type(root).__name__} has no vision tower that could be trained. Leave vision=True out.")
+    return found
+
+
+def _parts(root: nn.Module, sites: list[RouterSite], towers: list[str]) -> dict[str, tuple[list[str], list[str]]]:
     """Linear modules and bare parameters to adapt, by full name, of `"router"`, `"experts"` and `"attention"`."""
     parts: dict[str, tuple[list[str], list[str]]] = {part: ([], []) for part in ("router", *TARGETS[1:])}
-    stack, rewritten, plain = Stack(root, sites), names_rewritten_by_peft(root, NAMES_OF_V4), _plain_forwards()
+    stack, rewritten, plain = Stack(root, sites, towers), names_rewritten_by_peft(root, NAMES_OF_V4), _plain_forwards()
     for name, module in root.named_modules():
         part = stack.part_of(name)
         if part is None or isinstance(module, nn.modules.conv._ConvNd):
@@ -225,13 +238,14 @@ def _parts(root: nn.Module, sites: list[RouterSite]) -> dict[str, tuple[list[str
 
 
 class Stack:
-    """The layers of `root` that hold its routers, and what each module in them belongs to."""
+    """The layers of `root` that hold its routers, and of its `towers`, and what each module in them belongs to."""
 
-    def __init__(self, root: nn.Module, sites: list[RouterSite]) -> None:
+    def __init__(self, root: nn.Module, sites: list[RouterSite], towers: Iterable[str] = ()) -> None:
         self._classes = {name: type(module).__name__ for name, module in root.named_modules()}
         names = {id(module): name for name, module in root.named_modules()}
         self._routers = {site.name for site in sites}
         self._stacks = {match[1] for name in self._routers if (match := re.match(r"(.*?\.)\d+\.", name))}
+        self._stacks |= {f"{tower}." for tower in towers}
         self._router_paths = {self._path(name) for name in self._routers}
         blocks = {names[id(site.parent)] for site in sites if site.parent is not None}
         self._blocks = {name for name in blocks if self._path(name)}  # in gemma4 a router's parent is the layer
