@@ -15,6 +15,15 @@ import transformers
 pytest.register_assert_rewrite("adapters", "charging", "checks", "steps", "training")
 
 
+def pytest_configure(config):
+    """With `-n`, the tests of a group go to one worker, which sets up what they share once."""
+    config.addinivalue_line("markers", "xdist_group(name): to be run by the same worker")
+    if hasattr(config, "workerinput"):
+        config.option.loadgroup = True  # as `--dist loadgroup`, which pytest without xdist would not know
+    elif getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadgroup"
+
+
 class Messages(logging.Handler):
     """Collects what transformers and this package log at warning level or above."""
 

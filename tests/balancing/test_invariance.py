@@ -10,8 +10,6 @@ import contextlib
 import functools
 import gc
 import itertools
-import os
-import pickle
 import tempfile
 
 import invariance
@@ -19,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from invariance import Cell, in_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -316,15 +313,12 @@ def on_each_rank():
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """What `on_each_rank` found on ranks 0 and 1; measured once, also if the tests are run in parallel."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return in_ranks(on_each_rank, 2)
-    path = tmp_path_factory.getbasetemp().parent / "two_ranks.pickle"
-    with FileLock(f"{path}.lock"):
-        if not path.is_file():
-            path.write_bytes(pickle.dumps(in_ranks(on_each_rank, 2)))
-    return pickle.loads(path.read_bytes())
+def two_ranks():
+    """What `on_each_rank` found on ranks 0 and 1."""
+    return in_ranks(on_each_rank, 2)
+
+
+in_one_place = pytest.mark.xdist_group("invariance_on_two_ranks")
 
 
 def test_the_subset_covers_every_pair():
@@ -337,29 +331,34 @@ def test_the_subset_covers_every_pair():
         assert covered == complete
 
 
+@in_one_place
 def test_coefficient_on_two_ranks(two_ranks):
     for results in two_ranks:
         assert {result.cell for result in results["matrix"]} >= set(covering_cells())
         assert [result for result in results["matrix"] if not result.ok] == []
 
 
+@in_one_place
 def test_built_in_loss_on_two_ranks(two_ranks):
     (stock,) = [result for result in two_ranks[0]["matrix"] if result.cell.balancing == "built-in"]
     assert stock.cell.accumulation * stock.cell.ranks == 16
     assert stock.ratio == pytest.approx(16, rel=0.1)
 
 
+@in_one_place
 def test_ranks_that_would_train_apart_are_refused(two_ranks):
     for results in two_ranks:
         assert "2 processes train without exchanging gradients" in results["refusal"]
 
 
+@in_one_place
 def test_coefficient_under_fsdp2(two_ranks):
     for results in two_ranks:
         assert results["sharded"].keys() == SHARDED.keys()
         assert max(results["sharded"].values()) < 1e-4, results["sharded"]
 
 
+@in_one_place
 @pytest.mark.parametrize("kind", DUALS)
 def test_duals_do_not_depend_on_ranks(kind, two_ranks):
     for results in two_ranks:

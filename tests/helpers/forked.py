@@ -11,7 +11,7 @@ from pathlib import Path
 from invariance.ranks import IMPORTED
 
 
-def run_script(script, *arguments, cwd, env=None, timeout=300):
+def run_script(script, *arguments, cwd=None, env=None, timeout=300):
     """As `subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)`, in half the time."""
     return call(_run, str(script), [*map(str, arguments)], cwd=cwd, env=env, timeout=timeout)
 

@@ -6,13 +6,13 @@ import json
 import os
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from evaluated import FIELDS, Scripted, biased_mixtral
+from forked import run_script
 from paths import ROOT
 
 import hf_phibalance as phb
@@ -235,9 +235,8 @@ def test_killed_and_resumed_is_as_uninterrupted(recipe, folder, tmp_path, monkey
     whole = run(recipe, folder, output_path=str(tmp_path / "whole.json"), **sampled)
     assert len({one["completion"] for one in whole["completions"]}) == 14
     own = options(folder, output_path=str(tmp_path / "killed.json"), **sampled)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, SCRIPT, json.dumps(own)], env=ENVIRONMENT, capture_output=True, text=True
-    )
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = run_script(tmp_path / "killed.py", SCRIPT, json.dumps(own), env=ENVIRONMENT)
     assert killed.returncode == -9, killed.stderr
     assert not (tmp_path / "killed.json").exists()
     lines = (tmp_path / "killed.completions.jsonl").read_text()

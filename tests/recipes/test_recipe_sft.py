@@ -3,10 +3,9 @@
 import importlib
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+from forked import run_script
 from matplotlib.image import imread
 from paths import ROOT
 
@@ -14,6 +13,8 @@ import hf_phibalance as phb
 from hf_phibalance.publishing import Run
 from hf_phibalance.tasks import make_splits
 
+
+pytestmark = pytest.mark.xdist_group("recipe_sft")
 
 SMALL = [
     *("--max_steps", "6", "--logging_steps", "1", "--eval_steps", "3", "--per_device_train_batch_size", "4"),
@@ -24,8 +25,7 @@ SMALL = [
 
 def run_recipe(*options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "recipes" / "sft.py"), *map(str, options)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return run_script(ROOT / "recipes" / "sft.py", *options, env=environment)
 
 
 @pytest.fixture(scope="module")
