@@ -139,6 +139,30 @@ def test_constant_shift_goes_into_the_bias_alone():
     assert folded.explained == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("ranked", ["logits", "probs"])
+def test_a_constant_input_is_as_good_as_a_bias(ranked):
+    """Every choice is that of the bias where logits are ranked; of probabilities all but those that the spread of τ can change."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(400, 5, generator=generator), torch.ones(400, 1)], 1).double()
+    weight = torch.randn(8, 6, generator=generator).double() * 0.5
+    bias = {"logits": 0.4, "probs": 0.03}[ranked] * torch.randn(8, generator=generator).double()
+    z = x @ weight.T
+    biased = FORWARD[ranked](z) + bias
+    threshold = selection_threshold(biased, 2)
+    shift = logit_shift(bias, threshold, ranked)
+    folded = fold_shift(gathered(x, shift), own_bias=False, ridge=1e-12)
+    plain = x @ (weight + folded.weight).T
+    assert folded.r2 == pytest.approx(1.0)
+    changed = (choice(plain) != choice(biased)).any(-1)
+    if ranked == "logits":
+        assert not changed.any()
+    else:
+        off = (plain - z - shift).abs().amax(-1)  # by how much the one shift of all tokens misses theirs
+        ahead = (z + shift).topk(3).values.diff(dim=-1)[:, 1].abs()
+        assert changed.any() and (ahead[changed] <= 2 * off[changed]).all()
+    assert changed.sum() < 0.5 * (choice(z) != choice(biased)).any(-1).sum()
+
+
 def test_no_token_is_refused():
     with pytest.raises(ValueError, match="no token"):
         fold_shift(ShiftMoments.zeros(3, 2, torch.zeros(0)), own_bias=False)
