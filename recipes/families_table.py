@@ -19,20 +19,21 @@ MARKERS = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)
 
 def table() -> str:
     """Families as markdown, one line for those that are alike."""
-    families = phb.supported_families().values()
+    families = [(family, 0) for family in phb.supported_families().values()]
+    families += [(family, 1) for family in phb.supported_families(images=True).values()]
 
-    def kind(family):
-        return (bool(family.refused), family.scoring, family.selection_bias)
+    def kind(entry):
+        family, _ = entry
+        return (bool(family.refused), family.scoring, family.selection_bias, family.refused or "")
 
-    lines = ["| model types | routing probabilities | dual bias |", "|---|---|---|"]
-    for (refused, scoring, bias), alike in groupby(sorted(families, key=kind), key=kind):
-        alike = list(alike)
-        names = ", ".join(f"`{family.model_type}`" for family in alike)
-        if refused:
-            lines.append(f"| {names} | refused: {alike[0].refused} | |")
-        else:
-            scoring = {"probs": "softmax, returned as such"}.get(scoring, scoring)
-            lines.append(f"| {names} | {scoring} | {bias} |")
+    lines = ["| causal LMs | models that read images | routing probabilities | dual bias |", "|---|---|---|---|"]
+    for (_, scoring, bias, refused), alike in groupby(sorted(families, key=kind), key=kind):
+        names: tuple[list[str], list[str]] = ([], [])
+        for family, column in alike:
+            names[column].append(f"`{family.model_type}`")
+        scoring = {"probs": "softmax, returned as such"}.get(scoring, scoring)
+        said = f"refused: {refused} | " if refused else f"{scoring} | {bias}"
+        lines.append(f"| {', '.join(names[0])} | {', '.join(names[1])} | {said} |")
     return "\n".join(lines) + "\n"
 
 

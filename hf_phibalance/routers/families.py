@@ -21,7 +21,7 @@ ROUTER_MADE = re.compile(r"self\.(?:gate|router) = (nn\.)?(\w+)\(")
 
 @dataclass(frozen=True)
 class Family:
-    """What is known about one causal-LM model type without building it; see `supported_families`."""
+    """What is known about one model type without building it; see `supported_families`."""
 
     model_type: str
     router: str
@@ -30,25 +30,55 @@ class Family:
     refused: str | None = None
 
 
-def supported_families() -> dict[str, Family]:
+def supported_families(images: bool = False) -> dict[str, Family]:
     """
     Every causal-LM model type of the installed transformers that has routers.
+
+    Args:
+        images (`bool`, *optional*, defaults to `False`):
+            Those that `AutoModelForImageTextToText` loads instead. A model whose config takes any language model (InternVL,
+            LLaVA, ...) is among them if that which it has by default has routers.
 
     Returns:
         `dict[str, Family]`: by model type, the refused ones included (with `refused` saying why).
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
+    text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    classes = {model_type: [names] for model_type, names in text.items()}
+    if images:
+        classes = {
+            model_type: [names, text.get(_language_model(model_type), ())]
+            for model_type, names in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
+            if _reads_images(model_type)
+        }
     families = {}
-    for model_type, class_name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
-        model_class = getattr(transformers, class_name if isinstance(class_name, str) else class_name[0], None)
-        if model_class is None:
-            continue
-        module = sys.modules[model_class.__module__]
-        kinds = _kinds_in(module)
-        if kinds:
-            families[model_type] = _family(model_type, kinds[0], inspect.getsource(module))
+    for model_type, candidates in sorted(classes.items()):
+        modules = [module for names in candidates if (module := _module_with(names)) is not None]
+        found = next(((kinds[0], module) for module in modules if (kinds := _kinds_in(module))), None)
+        if found is not None:
+            families[model_type] = _family(model_type, found[0], inspect.getsource(found[1]))
     return families
+
+
+def _module_with(class_names: str | tuple[str, ...]) -> Any:
+    """The modelling module of a class of transformers, `None` if it is not there."""
+    name = class_names if isinstance(class_names, str) else next(iter(class_names), "")
+    model_class = getattr(transformers, name, None)
+    return None if model_class is None else sys.modules.get(model_class.__module__)
+
+
+def _reads_images(model_type: str) -> bool:
+    """Whether the config of `model_type` has a vision tower: one language model is among those that read images as well."""
+    return "vision_config" in transformers.CONFIG_MAPPING[model_type].sub_configs
+
+
+def _language_model(model_type: str) -> str:
+    """Model type of the language model that a model of `model_type` has by default."""
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    if "text_config" not in config_class.sub_configs:
+        return ""
+    return str(getattr(config_class().text_config, "model_type", ""))
 
 
 def _kinds_in(module: Any) -> list[RouterKind]:
@@ -61,7 +91,13 @@ def _kinds_in(module: Any) -> list[RouterKind]:
         getattr(nn if torchs else module, name): getattr(module, block) for (torchs, name), block in made.items()
     }
     declared = {k.target: k for name in codes for k in declared_kinds(getattr(module, name))}
-    kinds = [kind for target, kind in declared.items() if target.__name__ not in with_experts]
+    # a block that holds others with a router each may be declared instead of these
+    takes = {name for name, code in codes.items() if "topk(" in code}
+    kinds = [
+        kind
+        for target, kind in declared.items()
+        if target.__name__ not in with_experts and (target in blocks or target.__name__ in takes)
+    ] or [kind for target, kind in declared.items() if target.__name__ not in with_experts and not blocks]
     if not kinds and "topk(" in source:
         kinds = [RouterKind(target, traits=TRAITS.get(target.__name__, RouterTraits())) for target in blocks]
     return [

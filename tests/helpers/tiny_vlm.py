@@ -113,6 +113,7 @@ COMPOSITES: dict[str, dict] = {
     "aria": {"projector_patch_to_query_dict": {49: 8}},
     "diffusion_gemma": {"vision_config": "gemma4_vision"},  # `None` unless asked for
     "gemma4": {"vision_config": "gemma4_vision"},
+    "internvl": {"text_config": "qwen3_moe"},  # one of those whose config takes any language model
     "kimi_k25": {"projection_hidden_size": 32},
     "minimax_m3_vl": {"projector_hidden_size": 32},
     "muse_spark": {"projector_hidden_size": 32, "out_hidden_size": 128},
@@ -155,7 +156,8 @@ def _reads_images_with_experts(model_type: str) -> bool:
     source = Path(str(own)).read_text()
     if '"router_logits":' in source or ("topk(" in source and "Experts(" in source):
         return True
-    return CONFIG_MAPPING[model_type]().text_config.model_type in MODEL_TYPES
+    by_choice = COMPOSITES.get(model_type, {}).get("text_config")
+    return (by_choice or CONFIG_MAPPING[model_type]().text_config.model_type) in MODEL_TYPES
 
 
 IMAGE_TEXT_TYPES: list[str] = sorted(filter(_reads_images_with_experts, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
@@ -192,6 +194,7 @@ SEEING: dict[str, dict] = {
     "gemma4": {"max_soft_tokens": 70},
     "glm5_next": {"min_image_tokens": 1, "max_image_tokens": 16},
     "hy_v4_vl": {"size": {"shortest_edge": 64, "longest_edge": 512}},
+    "internvl": {"size": {"height": PIXELS, "width": PIXELS}, "crop_to_patches": False},
     "kimi_k25": {"temporal_patch_size": 1},
     "mistral_large4": {"patch_size": 4, "size": {"longest_edge": PIXELS}},
     "nemotron_h_omni": {"temporal_patch_size": 1},

@@ -15,6 +15,7 @@ from hf_phibalance.models import load_any
 
 
 COEF = 2.0
+FAMILIES = phb.supported_families(images=True)
 REFUSED = {"diffusion_gemma": "two means"}
 BALANCED = [model_type for model_type in IMAGE_TEXT_TYPES if model_type not in REFUSED]
 STEP = (((24, 16), None), (None, (16, 32), (16, 16)), (None,))  # pictures of the rows of three unequal micro-batches
@@ -60,6 +61,8 @@ def counted(name, batch, routed):
 
 def test_all_that_transformers_has_are_found():
     assert len(IMAGE_TEXT_TYPES) >= 5 and {"ernie4_5_vl_moe", "glm4v_moe", "qwen3_vl_moe"} <= set(IMAGE_TEXT_TYPES)
+    assert set(IMAGE_TEXT_TYPES) - {"internvl"} == set(FAMILIES)
+    assert {model_type for model_type, family in FAMILIES.items() if family.refused} <= set(REFUSED)
 
 
 @pytest.mark.parametrize("model_type", [t for t in REFUSED if t in IMAGE_TEXT_TYPES])
@@ -79,6 +82,9 @@ def test_a_step_counts_and_charges_what_is_routed(model_type):
     balancer, batches = phb.get_balancer(model), step_of(model)
     assert all(b["input_ids"].shape == b["attention_mask"].shape for b in batches)
     prices = set_prices(model).prices()
+    if model_type in FAMILIES:
+        assert FAMILIES[model_type].scoring in (balancer.sites[0].scoring, "by config")
+        assert (FAMILIES[model_type].selection_bias == "native") is bool(balancer.sites[0].native_bias)
     sites, tokens = balancer.sites, int(sum(b["attention_mask"].sum() for b in batches))
 
     recorder = Recorder(sites)

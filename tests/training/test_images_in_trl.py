@@ -94,6 +94,6 @@ def test_a_run_on_images(tmp_path):
     loaded = phb.AutoModelForImageTextToText.from_pretrained(checkpoint)
     assert type(loaded) is type(model)
     assert_same(phb.get_balancer(loaded).state_dict(), phb.get_balancer(model).state_dict())
-    batch = {k: v for k, v in trainer.data_collator([pictures_with_texts()[1]]).items()}
+    batch = dict(trainer.data_collator([pictures_with_texts()[1]]))
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, model.eval()(**batch).logits, rtol=1e-5, atol=1e-5)
