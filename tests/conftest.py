@@ -15,13 +15,31 @@ import transformers
 pytest.register_assert_rewrite("adapters", "charging", "checks", "steps", "training")
 
 
-def pytest_configure(config):
-    """With `-n`, the tests of a group go to one worker, which sets up what they share once."""
-    config.addinivalue_line("markers", "xdist_group(name): to be run by the same worker")
-    if hasattr(config, "workerinput"):
-        config.option.loadgroup = True  # as `--dist loadgroup`, which pytest without xdist would not know
-    elif getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
+# Files whose tests share what takes long to set up, such as processes: each goes to one worker.
+TOGETHER = (
+    "tests/balancing/test_invariance.py",
+    "tests/balancing/test_numbers_on_ranks.py",
+    "tests/publishing/test_card.py",
+    "tests/recipes/test_recipe_sft.py",
+    "tests/training/test_launch.py",
+    "tests/training/test_layouts.py",
+    "tests/training/test_trackers.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`: those first, all else test by test."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if file in TOGETHER else nodeid
+
+    return Scheduling(config, log)
 
 
 class Messages(logging.Handler):

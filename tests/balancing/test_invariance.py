@@ -318,9 +318,6 @@ def two_ranks():
     return in_ranks(on_each_rank, 2)
 
 
-in_one_place = pytest.mark.xdist_group("invariance_on_two_ranks")
-
-
 def test_the_subset_covers_every_pair():
     axes = ("trainer", "checkpointing", "precision", "accumulation")
     for left, right in itertools.combinations(axes, 2):
@@ -331,34 +328,29 @@ def test_the_subset_covers_every_pair():
         assert covered == complete
 
 
-@in_one_place
 def test_coefficient_on_two_ranks(two_ranks):
     for results in two_ranks:
         assert {result.cell for result in results["matrix"]} >= set(covering_cells())
         assert [result for result in results["matrix"] if not result.ok] == []
 
 
-@in_one_place
 def test_built_in_loss_on_two_ranks(two_ranks):
     (stock,) = [result for result in two_ranks[0]["matrix"] if result.cell.balancing == "built-in"]
     assert stock.cell.accumulation * stock.cell.ranks == 16
     assert stock.ratio == pytest.approx(16, rel=0.1)
 
 
-@in_one_place
 def test_ranks_that_would_train_apart_are_refused(two_ranks):
     for results in two_ranks:
         assert "2 processes train without exchanging gradients" in results["refusal"]
 
 
-@in_one_place
 def test_coefficient_under_fsdp2(two_ranks):
     for results in two_ranks:
         assert results["sharded"].keys() == SHARDED.keys()
         assert max(results["sharded"].values()) < 1e-4, results["sharded"]
 
 
-@in_one_place
 @pytest.mark.parametrize("kind", DUALS)
 def test_duals_do_not_depend_on_ranks(kind, two_ranks):
     for results in two_ranks:

@@ -18,8 +18,6 @@ from transformers import TrainerCallback
 import hf_phibalance as phb
 
 
-pytestmark = pytest.mark.xdist_group("numbers_on_ranks")
-
 BIASED = {"coef": COEF, "bias_coef": 0.1}
 TROUBLES = {
     "nan": (torch.nan, BIASED),

@@ -24,8 +24,6 @@ import hf_phibalance as phb
 from hf_phibalance.publishing import pictures
 
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
 STEPS = 3
 TRAINING = [

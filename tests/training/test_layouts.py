@@ -17,8 +17,6 @@ from training import make_trainer, pad
 import hf_phibalance as phb
 
 
-pytestmark = pytest.mark.xdist_group("layouts")  # two starts of processes, rather than two on each worker
-
 TWO_RANKS = ("TP, EP by all-reduce", "FSDP2, EP")
 FOUR_RANKS = ("FSDP2 × TP, EP over all",)
 

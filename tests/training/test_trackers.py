@@ -10,8 +10,6 @@ import pytest
 from forked import call
 
 
-pytestmark = pytest.mark.xdist_group("trackers")
-
 TRACKERS = ["tensorboard", "trackio", "wandb"]
 INSTALLED = [name for name in TRACKERS if importlib.util.find_spec(name)]
 PROJECT, RUN = "phi-balance-test", "tiny"
