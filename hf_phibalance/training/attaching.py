@@ -15,6 +15,7 @@ from ..balancing import PhiBalancer, announce_switched_off, find_patch, get_bala
 from ..checkup import DoctorReport
 from ..compat import stop_if_done
 from ..publishing import complete_uploads
+from .calibrating import CalibrateFirst, calibrated_batches
 from .callback import PhiBalanceCallback
 from .checkpoints import keep_whole
 from .examining import verify_first_step
@@ -26,7 +27,10 @@ logger = logging.get_logger(__name__)
 
 
 def attach(
-    trainer: Trainer, process_group: dist.ProcessGroup | None = None, verify: bool = False
+    trainer: Trainer,
+    process_group: dist.ProcessGroup | None = None,
+    verify: bool = False,
+    calibrate: int = 0,
 ) -> PhiBalanceCallback:
     """
     Wires φ-balancing into `trainer`, whose model must be patched: duals, exact token counts, metrics in every reporter
@@ -40,6 +44,10 @@ def attach(
         verify (`bool`, *optional*, defaults to `False`):
             Whether `train()` begins by trying out its first step, as [`doctor`] does: training then ends before it has begun
             if anything is wrong, and else goes on as if nothing had been. The report is logged, and kept in `callback.report`.
+        calibrate (`int`, *optional*, defaults to `0`):
+            `train()` begins by setting the means to those of so many of its first batches (`True`: 8), as [`calibrate`] does,
+            where they would be uniform; for routers that are trained already. The training then sees the same batches in the
+            same order. Left out where there are duals to go on from.
 
     Returns:
         `PhiBalanceCallback`: the callback in use; its `history` holds the loads at each logging step.
@@ -58,6 +66,8 @@ def attach(
         callback = PhiBalanceCallback()
         trainer.add_callback(callback)
     callback.attached, callback.verifies = True, verify
+    if calibrate:
+        trainer.add_callback(CalibrateFirst(trainer, calibrated_batches(trainer, calibrate)))
     if is_on:
         _switch_off_trainer_loss(trainer)
     patch(model)
