@@ -13,8 +13,8 @@ Knows balancers, but no trainer, texts or files.
 
 from .calibration import calibrate
 from .comparison import Figures, compare
-from .folding import FoldReport, fold
+from .folding import Folding, FoldReport, fold
 from .looking import Look, evaluating, looking
 
 
-__all__ = ["Figures", "FoldReport", "Look", "calibrate", "compare", "evaluating", "fold", "looking"]
+__all__ = ["Figures", "FoldReport", "Folding", "Look", "calibrate", "compare", "evaluating", "fold", "looking"]

@@ -7,8 +7,9 @@ becomes a part of the weight, and why that is possible at all, is told in `maths
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..maths import FoldedShift, ShiftMoments, fold_shift, logit_shift, selectio
 from ..reporting import layer_labels
 from ..routers import RouterLinear, find_linear, has_adapter, ranked_of
 from .ascent import Ascent
-from .comparison import Figures, compare
+from .comparison import Figures, Variant, compare
 from .looking import Batch, Look, looking, repeatable
 
 
@@ -115,46 +116,49 @@ def fold(
             written to (quantised, sharded, offloaded, under an adapter); the model is then untouched.
         RuntimeError: in the middle of an optimizer step.
     """
-    balancer = get_balancer(model)
-    linears = _foldable(model, balancer)
     batches = repeatable(batches)
-    weights = _Weights(linears)
-    try:
-        shifts = _regress(model, balancer, linears, batches)
-        weights.shift(shifts)
+    folding = Folding(model, batches, rebalance)
+    kept = "rebalanced" if rebalance else "folded"
+    variants = {name: folding.variants[name] for name in ("biased", "dropped", kept)}
+    biased, dropped, folded = compare(model, batches if held_out is None else held_out, variants).values()
+    folding.keep(kept)
+    return FoldReport(folding.r2, folding.explained, biased, dropped, folded, held_out is not None)
+
+
+class Folding:
+    """
+    Ways for a patched model to do without its bias, fitted on `batches`. The model stays as it is, but inside the contexts of
+    `variants`, until one is kept. Arguments and errors are those of [`fold`].
+
+    Attributes:
+        variants (`dict[str, Callable]`):
+            What makes a context in which the model is that variant: `"biased"`, as it is; `"dropped"`; `"folded"`; and
+            `"rebalanced"`, if that was asked for.
+        r2 (`dict[str, float]`), explained (`dict[str, float]`): as in a [`FoldReport`].
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], rebalance: int = 0) -> None:
+        self._balancer = balancer = get_balancer(model)
+        self._weights = weights = _Weights(_foldable(model, balancer))
+        batches = repeatable(batches)
+        shifts = _regress(model, balancer, weights.linears, batches)
+        self.r2 = {name: shift.r2 for name, shift in zip(balancer.layer_names, shifts)}
+        self.explained = {name: shift.explained for name, shift in zip(balancer.layer_names, shifts)}
+        self._values = {"dropped": weights.original, "folded": weights.shifted(shifts)}
         if rebalance:
-            _even_out(model, balancer, weights, shifts, batches, rebalance)
-        measured = compare(
-            model,
-            batches if held_out is None else held_out,
-            {
-                "biased": weights.originally,
-                "dropped": _both(weights.originally, balancer.without_bias),
-                "folded": balancer.without_bias,
-            },
-        )
-    except BaseException:
-        weights.restore()
-        raise
-    balancer.set_biases({name: torch.zeros_like(bias) for name, bias in balancer.biases().items()})
-    names = balancer.layer_names
-    return FoldReport(
-        r2={name: shift.r2 for name, shift in zip(names, shifts)},
-        explained={name: shift.explained for name, shift in zip(names, shifts)},
-        held_out=held_out is not None,
-        **measured,
-    )
+            self._values["rebalanced"] = _even_out(model, balancer, weights, shifts, batches, rebalance)
+        self.variants: dict[str, Variant] = {"biased": nullcontext}
+        for name, values in self._values.items():
+            self.variants[name] = partial(weights.without_bias, balancer, values)
 
-
-def _both(*contexts: Any) -> Any:
-    @contextmanager
-    def together() -> Iterator[None]:
-        with ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context())
-            yield
-
-    return together
+    @torch.no_grad()
+    def keep(self, variant: str) -> None:
+        """Leaves the model as `variant`, with a bias of zero, unless that is `"biased"`."""
+        if variant != "biased":
+            self._weights.write(self._values[variant])
+            biases = self._balancer.biases()
+            self._balancer.set_biases({name: torch.zeros_like(bias) for name, bias in biases.items()})
 
 
 def _foldable(model: nn.Module, balancer: PhiBalancer) -> list[RouterLinear]:
@@ -271,49 +275,50 @@ def _regress(
     return shifts
 
 
+Values = list[tuple[Tensor, Tensor | None]]  # weight and bias of each router
+
+
 class _Weights:
-    """The routers' weights: as they were, and as they are to be."""
+    """The routers' weights, which may be others for a while."""
 
     def __init__(self, linears: list[RouterLinear]) -> None:
         self.linears = linears
-        self._original = [
+        self.original: Values = [
             (linear.weight.clone(), None if linear.bias is None else linear.bias.clone()) for linear in linears
         ]
-        self._new = list(self._original)
 
-    def shift(self, shifts: list[FoldedShift], constants: list[Tensor] | None = None) -> None:
-        """Puts into the model what was there with `shifts`, and with `constants (E,)` along their constant directions."""
-        for i, ((weight, bias), shift) in enumerate(zip(self._original, shifts)):
-            exact = weight.double() + shift.weight.to(weight.device, torch.float64)
-            added = None if shift.bias is None else shift.bias.to(weight.device, torch.float64)
+    def shifted(self, shifts: list[FoldedShift], constants: Sequence[Tensor] | None = None) -> Values:
+        """The original ones with `shifts`, and with `constants (E,)` along the directions in which those are constant."""
+        values: Values = []
+        for index, ((weight, bias), shift) in enumerate(zip(self.original, shifts)):
+            exact, added = weight.to(shift.weight) + shift.weight, shift.bias
             if constants is not None:
-                constant_E = constants[i].to(exact)
-                exact += torch.outer(constant_E, shift.constant.to(exact))
+                constant_E = constants[index].to(exact)
+                exact = exact + torch.outer(constant_E, shift.constant)
                 added = None if added is None else added + constant_E
-            self._new[i] = (
-                exact.to(weight),
-                None if bias is None or added is None else (bias.double() + added).to(bias),
+            values.append(
+                (exact.to(weight), None if bias is None or added is None else (bias.to(added) + added).to(bias))
             )
-        self._write(self._new)
+        return values
 
-    def restore(self) -> None:
-        """Puts back what was there."""
-        self._write(self._original)
-
-    def _write(self, values: list[tuple[Tensor, Tensor | None]]) -> None:
+    def write(self, values: Values) -> None:
+        """Puts `values` into the model."""
         for linear, (weight, bias) in zip(self.linears, values):
             linear.weight.copy_(weight)
             if bias is not None and linear.bias is not None:
                 linear.bias.copy_(bias)
 
     @contextmanager
-    def originally(self) -> Iterator[None]:
-        """While open, the model has the weights that it had."""
-        self.restore()
+    def without_bias(self, balancer: PhiBalancer, values: Values) -> Iterator[None]:
+        """While open, the model has these weights, and no selection bias of ours."""
+        with torch.no_grad():
+            self.write(values)
         try:
-            yield
+            with balancer.without_bias():
+                yield
         finally:
-            self._write(self._new)
+            with torch.no_grad():
+                self.write(self.original)
 
 
 def _even_out(
@@ -323,17 +328,18 @@ def _even_out(
     shifts: list[FoldedShift],
     batches: Iterable[Batch],
     iterations: int,
-) -> None:
-    """Moves the folded routers along their constant directions to where `batches` are loaded as with the bias."""
+) -> Values:
+    """The folded routers, moved along their constant directions to where `batches` are loaded as with the bias."""
     sizes = [site.num_experts for site in balancer.sites]
 
-    def loads_of(variant: Any) -> Sequence[Tensor]:
+    def loads_of(variant: Variant) -> Sequence[Tensor]:
         loads = compare(model, batches, {"it": variant})["it"].loads
         summed = torch.cat(list(loads.values())).to(weights.linears[0].weight.device, torch.float32)
         return balancer.sum_over_ranks(summed).split(sizes)
 
-    ascent = Ascent(sizes, wanted=loads_of(weights.originally))
+    ascent = Ascent(sizes, wanted=loads_of(nullcontext))
+    values = weights.shifted(shifts)
     for _ in range(iterations):
-        ascent.tell(loads_of(balancer.without_bias))
-        weights.shift(shifts, ascent.ask())
-    weights.shift(shifts, ascent.best)
+        ascent.tell(loads_of(partial(weights.without_bias, balancer, values)))
+        values = weights.shifted(shifts, ascent.ask())
+    return weights.shifted(shifts, ascent.best)
