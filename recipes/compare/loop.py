@@ -20,6 +20,7 @@ from .corpus import Corpus, load_corpus
 from .documents import DOMAINS
 from .measures import balance_figures, changed_share, count_by_window, recorded_choices, steps_to_recover, thin
 from .models import build_model
+from .portable import FITTED, served_plainly
 from .run import Run
 from .streams import batches, switch_step
 
@@ -99,6 +100,12 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
             raise Diverged
     except Diverged:
         return {**record, "metrics": {"diverged_at": len(losses)}, "curve": {}, "experts": []}
+    if run.portable:
+        figures |= served_plainly(
+            model,
+            list(batches(corpus, run.stream, run.steps, run.rows, run.seed))[-FITTED:],
+            lambda twin: examine(twin, phb.get_balancer(twin), corpus, run.rows)[0],
+        )
     figures |= {
         "train_loss": statistics.fmean(losses[settled:]),
         "max_vio_train_batch": statistics.fmean(max_vios[settled:]),

@@ -35,6 +35,8 @@ class Training:
         model_fields (`dict`, *optional*): Fields of the model's config that differ from `models.MODELS`.
         vocab_size (`int`, *optional*, defaults to `1024`): Tokens of the tokenizer.
         validation_windows (`int`, *optional*, defaults to `192`): Held-out windows of each domain.
+        portable (`bool`, *optional*, defaults to `False`): Whether to measure as well what is left where the model is
+            served without its selection bias, see `portable`.
         corpus (`str`): Fingerprint of the text, see `corpus`.
     """
 
@@ -47,6 +49,7 @@ class Training:
     model_fields: dict[str, Any] = field(default_factory=dict)
     vocab_size: int = 1024
     validation_windows: int = 192
+    portable: bool = False
     corpus: str = ""
 
 
@@ -96,6 +99,8 @@ def method_settings(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def key_of(settings: dict[str, Any]) -> str:
-    """Digest of `Run.settings` but for the text."""
-    told = {name: value for name, value in settings.items() if name != "corpus"}
+    """Digest of `Run.settings` but for the text, and for what came later and is not set."""
+    told = {
+        name: value for name, value in settings.items() if name != "corpus" and (name, value) != ("portable", False)
+    }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from .documents import DOMAINS
 from .finished import Rows, finished
 from .paired import mean_spread, paired_difference
 from .plans import Plan
+from .portable import PLAIN
 from .records import Results
 
 
@@ -59,6 +60,8 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
     parts = [f"# {plan.question or plan.name}", note(plan)]
     if len(found) > 1:
         parts += ["## Overview", OVERVIEW_NOTE, overview(plan, found), SUMMARY_NOTE, summary(plan, found)]
+    if plan.portable:
+        parts += ["## Served plainly", plain_table(plan, found)]
     for (model, stream), rows in found.items():
         parts += [f"## {model}, {stream}", main_table(plan, rows, stream)]
         if best := best_of_families(plan, rows):
@@ -74,8 +77,9 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
 def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
     """
     `text` with its marked tables made anew: `<!-- table: plan -->` ... `<!-- /table -->` is the overview of a plan (a
-    table for each of its models), `<!-- table: plan, model, stream -->` all figures of one model and stream, and
-    `<!-- table: plan, all -->` the summary over all of them.
+    table for each of its models), `<!-- table: plan, model, stream -->` all figures of one model and stream,
+    `<!-- table: plan, all -->` the summary over all of them, and `<!-- table: plan, plain -->` what is left without a
+    selection bias.
 
     Raises:
         ValueError: if a mark names a plan, model or stream of which nothing is finished.
@@ -85,10 +89,12 @@ def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
     def renew(match: re.Match) -> str:
         name, *at = match[2].split(", ")
         found = finished(by_name[name], results) if name in by_name else {}
-        if not found or (at and at != ["all"] and tuple(at) not in found):
+        if not found or (at and at not in (["all"], ["plain"]) and tuple(at) not in found):
             raise ValueError(
                 f"the mark '{match[1].strip()}' asks for runs of which none is finished, or no such plan."
             )
+        if at == ["plain"]:
+            return f"{match[1]}{plain_table(by_name[name], found)}\n{match[3]}"
         if at == ["all"]:
             return f"{match[1]}{summary(by_name[name], found)}\n{match[3]}"
         if at:
@@ -167,6 +173,23 @@ def summary(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> str:
             f"{sum(ratio < 1 for ratio in ratios)}",
         ]
         lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plain_table(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> str:
+    """For each method what was trained and what is left of it without the selection bias, over all models and streams."""
+    lines = ["| method | served | " + " | ".join(f"{model}, {stream}" for model, stream in found) + " |"]
+    lines.append("|---|---|" + "---:|" * len(found))
+    for method in plan.methods:
+        for prefix, served in (("", "with its bias"), *((f"{variant}_", variant) for variant in PLAIN)):
+            cells = []
+            for rows in found.values():
+                fine = [figures for figures in rows[method.label].values() if f"{prefix}loss" in figures]
+                parts = (("loss", ".3f"), ("max_vio_global", ".2f"), ("domain_information", ".3f"))
+                said = [spread_of([figures[prefix + name] for figures in fine], form) for name, form in parts if fine]
+                cells.append(" / ".join(said) or "–")
+            if set(cells) != {"–"}:
+                lines.append(f"| {method.label} | {served} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

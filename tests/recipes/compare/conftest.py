@@ -10,6 +10,11 @@ from paths import ROOT
 MODULES = (
     *("command", "corpus", "documents", "finished", "loop", "measures", "models", "paired", "plans", "records", "run"),
     *("streams", "tables", "workers"),
+    *(
+        f"finetuning.{name}"
+        for name in ("bases", "command", "exercises", "finished", "functions", "grading", "material")
+    ),
+    *(f"finetuning.{name}" for name in ("plans", "run", "tables", "tuning", "ways")),
 )
 
 

@@ -41,7 +41,8 @@ def test_plans_that_ship_are_valid(house):
     paths = sorted((ROOT / "recipes" / "compare").glob("*.yaml"))
     assert paths
     for path in paths:
-        for plan in house["plans"].load_plans(path)[1]:
+        kind = "finetuning.plans" if "bases" in house["plans"].read_plans_file(path) else "plans"
+        for plan in house[kind].load_plans(path)[1]:
             assert list(plan.runs()), path
 
 

@@ -1,0 +1,38 @@
+"""What is left of a balance where a model is served by an engine that knows no selection bias."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+import hf_phibalance as phb
+
+
+FITTED = 30  # batches that the bias is folded by, the last ones of the training
+REBALANCE = 10
+PLAIN = ("dropped", "folded", "rebalanced")
+
+
+def served_plainly(
+    model: nn.Module, batches: Sequence[Tensor | dict[str, Any]], examine: Callable[[nn.Module], dict[str, float]]
+) -> dict[str, float]:
+    """
+    What `examine` finds once the selection bias is gone, as `<variant>_<figure>`: dropped, folded into the routers'
+    weights, and folded with the loads evened out afterwards. The model itself stays as it is.
+
+    Args:
+        model (`torch.nn.Module`): A patched model with a bias that is not the family's own.
+        batches (`Sequence`): Batches of the training, of token ids or of all arguments.
+        examine (`Callable`): Measures a model.
+    """
+    shown = [{"input_ids": batch} if isinstance(batch, Tensor) else batch for batch in batches]
+    with phb.get_balancer(model).without_bias():
+        found = {"dropped": examine(model)}
+    for variant, rebalance in (("folded", 0), ("rebalanced", REBALANCE)):
+        twin = copy.deepcopy(model)
+        phb.fold(twin, shown, rebalance=rebalance)
+        found[variant] = examine(twin)
+    return {f"{variant}_{name}": value for variant, figures in found.items() for name, value in figures.items()}
