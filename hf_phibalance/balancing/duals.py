@@ -54,8 +54,9 @@ class Duals:
     - each mean is a distribution over the experts of its router; it misses the one of exact arithmetic by at most
       2^-24 / η, and its sum misses 1 by as much;
     - no price is farther from another than f'(E) - f'(0): 20.1 for the negative entropy and 512 experts;
-    - no bias is farther from the mean of its router's than the scores that it is added to can be from each other (1 for
-      probabilities, [`LOGIT_WIDTH`] for logits), so that it outweighs any of them, or than a checkpoint has brought it.
+    - no bias is farther from the mean of its router's than twice what the scores that it is added to can be from each other
+      (1 for probabilities, [`LOGIT_WIDTH`] for logits), so that it outweighs any of them, or than a checkpoint has brought
+      it. Every few steps it is brought back within once of that.
 
     Args:
         config (`PhiBalanceConfig`): potential, EMA rate, tracked statistics, step of the bias.
@@ -69,11 +70,12 @@ class Duals:
         self.steps = 0
         uniform = torch.cat([torch.full((size,), 1 / size) for size in self.layout.sizes])
         self._means = uniform.repeat(len(config.statistics), 1)  # (S, sum of experts)
-        self.price = torch.zeros(self.layout.total)
+        self._prices = torch.zeros_like(self._means)  # of each statistic
         self.toll = torch.zeros(self.layout.total)  # coef · price, what a token is charged
         self.bias = torch.zeros(self.layout.total)
         self._reach: Tensor | None = None  # span of the scores that each bias is added to, as far as it is known
         self._widths: list[float] = []  # that it was made of
+        self._bounded_every = 1  # steps
         self.read_native_biases()
         self.has_bias = config.bias_coef > 0
         self._potential = config.build_potential()
@@ -85,7 +87,7 @@ class Duals:
 
     def to(self, device: torch.device) -> None:
         self._means = self._means.to(device)
-        self.price, self.toll, self.bias = self.price.to(device), self.toll.to(device), self.bias.to(device)
+        self._prices, self.toll, self.bias = self._prices.to(device), self.toll.to(device), self.bias.to(device)
         self._reach = None
 
     # ------------------------------------------------------------------ one step
@@ -100,46 +102,83 @@ class Duals:
             tally (`Tally`): sums over the step's tokens, of which s is the share. If any of them replayed, the biases stay.
             finite (`torch.Tensor` of shape `()`): whether they can be used; else nothing moves.
         """
-        self._fold(tally.by_statistic(self.config.statistics), finite)
+        seen = self._fold(tally.by_statistic(self.config.statistics), finite)
         self._set_price()
         if self.config.bias_coef > 0:
             self.read_native_biases()
-            self._move_biases(tally, finite & (tally.replayed == 0))
+            self._move_biases(tally, seen)
             self._write_native_biases()
         self.steps += 1
 
-    def _fold(self, sums: Tensor, finite: Tensor) -> None:
-        """Mixes `sums (S, sum of experts)` into the means; a router that saw no token keeps its mean."""
+    def _fold(self, sums: Tensor, finite: Tensor) -> list[Tensor]:
+        """
+        Mixes `sums (S, sum of experts)` into the means; a router that saw no token keeps its mean.
+
+        Returns:
+            `list[torch.Tensor]`: for each stretch of routers, which of them saw tokens, `(L, 1)`.
+        """
+        seen = []
         for span, shape in self.layout.runs():
             sums_SLE, mean_SLE = sums[:, span].unflatten(1, shape), self._means[:, span].unflatten(1, shape)
             total_SL1 = sums_SLE.sum(dim=-1, keepdim=True)
-            share_SLE = torch.where((total_SL1 > 0) & finite, sums_SLE / total_SL1, mean_SLE)
-            mean_SLE.lerp_(share_SLE, self.config.ema_rate)
+            seen_SL1 = (total_SL1 > 0) & finite
+            mean_SLE.lerp_(torch.where(seen_SL1, sums_SLE / total_SL1, mean_SLE), self.config.ema_rate)
+            seen.append(seen_SL1[0])
+        return seen
 
     def _set_price(self) -> None:
-        self.price.copy_(self._priced(self.means[self.config.track]))
+        self._prices = self._priced(self._means)
         torch.mul(self.price, self.config.coef, out=self.toll)
 
-    def _priced(self, mean: Tensor) -> Tensor:
-        parts = [centred_price(self._potential, mean[span].view(shape)).view(-1) for span, shape in self.layout.runs()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _priced(self, means: Tensor) -> Tensor:
+        """The prices of `means (S, sum of experts)`."""
+        parts = [
+            centred_price(self._potential, means[:, span].unflatten(1, shape)).flatten(1)
+            for span, shape in self.layout.runs()
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _move_biases(self, tally: Tally, acted: Tensor) -> None:
-        """Adds the step to the biases that `acted`, as far as they reach; a router that saw no token keeps its own."""
+    @property
+    def price(self) -> Tensor:
+        """The prices behind the gradient, flat."""
+        return self._prices[self.config.statistics.index(self.config.track)]
+
+    def _move_biases(self, tally: Tally, seen: Sequence[Tensor]) -> None:
+        """Adds the step to the biases of routers that have `seen` tokens, unless choices came from outside."""
         step = self._held_where_masked(self._bias_step(tally), tally)
+        acted = tally.replayed == 0
         widths = [site.score_width or LOGIT_WIDTH for site in self.sites]
         if self._reach is None or widths != self._widths:  # a router that replays does not show its scores
-            self._reach, self._widths = self._by_expert(widths), widths
-        for span, shape in self.layout.runs():
-            bias_LE, step_LE, reach_LE = (flat[span].view(shape) for flat in (self.bias, step, self._reach))
-            acts_L1 = (tally.load[span].view(shape).sum(dim=-1, keepdim=True) > 0) & acted
-            bias_LE.copy_(torch.where(acts_L1, step_within(bias_LE, step_LE, reach_LE), bias_LE))
+            self._reach, self._widths, self._bounded_every = (
+                self._by_expert(widths),
+                widths,
+                self._may_wait(min(widths)),
+            )
+        bounded = self.steps % self._bounded_every == 0
+        for (span, shape), seen_L1 in zip(self.layout.runs(), seen):
+            bias_LE, step_LE = self.bias[span].view(shape), step[span].view(shape)
+            reach_LE = self._reach[span].view(shape)
+            moved_LE = step_within(bias_LE, step_LE, reach_LE) if bounded else bias_LE + step_LE
+            bias_LE.copy_(torch.where(seen_L1 & acted, moved_LE, bias_LE))
+
+    def _may_wait(self, width: float) -> int:
+        """
+        In how many steps, at most 64, a bias cannot move by more than `width`: so often it is brought back within reach,
+        which takes ten times the kernels of a step.
+        """
+        longest = self.config.bias_coef
+        if self.config.rules.bias_rule == "quantile":
+            return 1
+        if self.config.rules.bias_rule == "dual":
+            ends = self._potential.grad(torch.tensor([0.0, float(max(self.layout.sizes))], dtype=torch.float64))
+            longest *= float(ends[1] - ends[0])
+        return max(1, min(64, int(width / longest)))
 
     def _bias_step(self, tally: Tally) -> Tensor:
         """What the rule of the method adds to the biases, flat."""
         rate, rule = self.config.bias_coef, self.config.rules.bias_rule
         if rule == "dual":
-            return -rate * self._priced(self.means[self.config.bias_track])
+            return self._prices[self.config.statistics.index(self.config.bias_track)] * -rate
         step = torch.empty_like(self.bias)
         for span, shape in self.layout.runs():
             load_LE = tally.load[span].view(shape)

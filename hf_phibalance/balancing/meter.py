@@ -299,13 +299,15 @@ class Meter:
         """Notes what router `index` ranks, `scores (T, E)` without the bias, where the method needs it."""
         if self._watch is not None and not torch.compiler.is_compiling():
             self._watch(index, scores)
+        site = self.sites[index]
+        if (
+            site.score_width is None and not torch.compiler.is_compiling()
+        ):  # the one read of the device does not matter
+            site.score_width = 1.0 if bool(((scores >= 0) & (scores <= 1)).all()) else LOGIT_WIDTH
         tokens = self._current
         if not self._needs_scores or tokens is None or not (tokens.in_forward and tokens.trains):
             return
-        site = self.sites[index]
         scores = scores.detach().reshape(-1, site.num_experts).float()
-        if site.score_width is None:  # once, so the one read of the device does not matter
-            site.score_width = 1.0 if bool(((scores >= 0) & (scores <= 1)).all()) else LOGIT_WIDTH
         bias_E = self.duals.bias[self._spans[index]].to(scores.device)
         mask = tokens.reaching(site, len(scores)).mask.to(scores.device)
         histogram = margin_histogram(scores, bias_E, site.top_k, mask, site.score_width)

@@ -60,7 +60,7 @@ class Steps:
         self.tally = Tally(sizes, BINS if config.rules.bias_rule == "quantile" else 0)  # of the step under way
         self.last = Tally(sizes)  # of the last step, over all ranks
         self.last_price = torch.zeros(duals.layout.total)  # that was charged in it
-        self._bad = torch.zeros(())
+        self._finite, self._closed = torch.zeros(()), 0  # steps whose statistics were finite; all
         self._checked = False
 
     def begin(self, micro_batches: Sequence[Mapping[str, Any]] | int, loss_scale: float | Tensor) -> None:
@@ -86,7 +86,8 @@ class Steps:
             )
             return
         device = self.move_to_model()
-        total = torch.stack([mask.sum().to(device) for mask in masks]).sum().float()
+        counts = [mask.sum(dtype=torch.float32).to(device) for mask in masks]
+        total = counts[0] if count == 1 else torch.stack(counts).sum()
         self.ranks.sum_(total)
         self.now.tokens = total
 
@@ -118,11 +119,14 @@ class Steps:
     def weight(self, mask: Tensor) -> Tensor:
         """What a token weighs, `()`, so that the optimizer receives 1/N of its gradient whatever happens in between."""
         if self.now.tokens is not None:
-            # gradients are averaged over the ranks afterwards
-            per_token = self.ranks.count / self.now.tokens.clamp(min=1)
+            tokens, scale = (
+                self.now.tokens.clamp(min=1),
+                self.ranks.count,
+            )  # over which gradients are averaged afterwards
         else:
-            per_token = 1 / (self.now.micro_batches * mask.sum().clamp(min=1))
-        return per_token * self.now.loss_scale
+            tokens, scale = mask.sum().clamp(min=1), 1 / self.now.micro_batches
+        scale = scale * self.now.loss_scale
+        return tokens.reciprocal() if isinstance(scale, (int, float)) and scale == 1 else scale / tokens
 
     def close(self, skipped: bool | None = None) -> None:
         """See [`PhiBalancer.step`]."""
@@ -143,10 +147,12 @@ class Steps:
             find_copies(self.root, self.sites)
             self._checked = check_first_step(self.config, self.sites, self.duals.layout, tally, self.now.tokens)
         self.last.flat.copy_(tally.flat[: len(self.last.flat)])
-        finite = torch.isfinite(tally.flat).all()
-        self._bad += ~finite
+        total = tally.flat.sum()  # which what is not finite goes into
+        finite = total - total == 0
+        self._finite += finite
+        self._closed += 1
         if self.config.coef > 0:
-            self.last_price.copy_(self.duals.price)
+            self.last_price = self.duals.price  # which is not written to again
         self.duals.update(tally, finite)
         self.discard()
 
@@ -158,12 +164,13 @@ class Steps:
 
     def discard(self) -> None:
         """Forgets what has been counted since the last step."""
-        self.tally.flat.zero_()
+        if self.now.trained:
+            self.tally.flat.zero_()
         self.now = OptimizerStep()
 
     def check_finite(self) -> None:
         """See [`PhiBalancer.check_finite`]."""
-        bad = int(self._bad)
+        bad = self._closed - int(self._finite)
         if bad:
             logger.warning_once(
                 f"The routing statistics of {bad} step(s) were not finite (the loss or the router logits diverged); "
@@ -178,7 +185,7 @@ class Steps:
             self.duals.to(device)
             for tally in (self.tally, self.last):
                 tally.flat = tally.flat.to(device)
-            self._bad, self.last_price = self._bad.to(device), self.last_price.to(device)
+            self._finite, self.last_price = self._finite.to(device), self.last_price.to(device)
         return device
 
     def __getstate__(self) -> dict[str, Any]:

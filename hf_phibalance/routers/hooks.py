@@ -162,9 +162,11 @@ class InsideHook(_Hook):
         notes = self.sees_router and self.reader.wants_softmax(self.index)
         if bias is None and not notes:
             return
-        experts = self.reader.sites[self.index].num_experts
+        site = self.reader.sites[self.index]
+        experts = site.num_experts
         if self.before:
-            RouterMode(experts, bias, zero_is_masked=count_groups(module) > 1, notes_softmax=notes).__enter__()
+            are_probs = None if site.score_width is None else site.score_width == 1.0
+            RouterMode(experts, bias, count_groups(module) > 1, notes, are_probs).__enter__()
         elif torch.compiler.is_compiling():
             RouterMode(experts, bias).__exit__(None, None, None)  # leaves the mode entered last
         elif (mode := RouterMode.innermost()) is not None:  # else a hook before ours has raised

@@ -52,15 +52,22 @@ class RouterMode(TorchFunctionMode):
         bias (`torch.Tensor` of shape `(E,)`, *optional*): added to the scores, in fp32.
         zero_is_masked (`bool`): whether a score of 0 marks an expert outside the chosen groups, whatever is ranked.
         notes_softmax (`bool`): whether to look for the softmax.
+        are_probs (`bool`, *optional*): whether the scores lie in [0, 1], if that is known.
     """
 
     def __init__(
-        self, num_experts: int, bias: Tensor | None, zero_is_masked: bool = False, notes_softmax: bool = False
+        self,
+        num_experts: int,
+        bias: Tensor | None,
+        zero_is_masked: bool = False,
+        notes_softmax: bool = False,
+        are_probs: bool | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.bias = bias
         self.zero_is_masked = zero_is_masked
+        self.are_probs = are_probs
         self.notes_softmax = notes_softmax
         self.softmax: Softmax | None = None
         self.scores: Tensor | None = None  # what was ranked last, without the bias
@@ -91,7 +98,7 @@ class RouterMode(TorchFunctionMode):
                 kwargs = {name: value for name, value in kwargs.items() if name != "input"}
                 self.scores = scores
                 self.notes_softmax = False
-                ranked = rank_scores(scores, self.bias, self.zero_is_masked)
+                ranked = rank_scores(scores, self.bias, self.zero_is_masked, self.are_probs)
                 indices = func(ranked, *args[1:], **kwargs).indices
                 return torch.return_types.topk((scores.gather(-1, indices), indices))
         result = func(*args, **kwargs)
@@ -114,17 +121,28 @@ class RouterMode(TorchFunctionMode):
 
 
 @torch.no_grad()
-def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False) -> Tensor:
+def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_probs: bool | None = None) -> Tensor:
     """
     What the biased selection ranks, `(..., E)` in fp32.
 
     An expert of no probability (its logit is masked, or far below that of a router that has collapsed) would have no part
     in the output, and weights that are renormalised over such experts only are 0/0. So no bias is enough for it.
+
+    Args:
+        scores (`torch.Tensor` of shape `(..., E)`): probabilities, affinities or logits.
+        bias (`torch.Tensor` of shape `(E,)`): what is added to them.
+        zero_is_masked (`bool`, *optional*, defaults to `False`): whether 0 marks an expert outside the chosen groups.
+        are_probs (`bool`, *optional*): whether the scores lie in [0, 1], if that is known; it saves kernels.
     """
-    ranked = scores.float() + bias.to(scores.device)
+    scores, bias = scores.float(), bias.to(scores.device)
+    if are_probs:
+        return F.threshold(scores, FAINT, float("-inf")) + bias
+    ranked = scores + bias
     if zero_is_masked:
         return ranked.masked_fill(scores.abs() <= FAINT, float("-inf"))
-    # Where logits are ranked, 0 is one like any other: so only in rows that could be of probabilities, and are not all 0.
+    if are_probs is not None:
+        return ranked  # where logits are ranked, 0 is one like any other
+    # So only in rows that could be of probabilities, and are not all 0.
     low, high = scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
     nothing = torch.where((low >= 0) & (high > FAINT), FAINT, float("-inf"))
     return torch.where(scores <= nothing, float("-inf"), ranked)

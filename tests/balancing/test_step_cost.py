@@ -135,6 +135,47 @@ def test_one_all_reduce_a_step(case, two_ranks):
             assert sizes == [1, *once, 2 * 8 * layers + 3]  # probs, load, tokens, what they paid, replays
 
 
+# Operators that start no kernel: what they return is a view, or no tensor.
+VIEWS = {
+    *("alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "promote_types", "select", "slice", "split"),
+    *("squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_unsafe_view"),
+}
+
+
+def kernels(layers, config=None, built_in=False):
+    """How many a step of one micro-batch takes, forward, backward and duals, on a Mixtral of so many layers."""
+    model = tiny_model("mixtral", num_hidden_layers=layers, output_router_logits=built_in).train()
+    balancer = None
+    if config is not None:
+        phb.patch(model, config)
+        balancer = phb.get_balancer(model)
+    batch = tiny_batch(model)
+    for _ in range(3):
+        step(model, [batch], balancer)
+    with Operators() as operators:
+        step(model, [batch], balancer)
+    return sum(count for (name, _), count in operators.seen.items() if name not in VIEWS)
+
+
+def added(config=None, built_in=False):
+    """What balancing adds for each router, and for all of them together."""
+    few, many = (kernels(layers, config, built_in) - kernels(layers) for layers in (2, 4))
+    return (many - few) / 2, 2 * few - many
+
+
+@pytest.mark.parametrize(
+    ("config", "router", "fixed"),
+    [({}, 3, 28), ({"coef": 0.0, "bias_coef": 0.003}, 5, 36), ({"bias_coef": 0.003}, 6, 36)],
+    ids=["price", "bias", "both"],
+)
+def test_kernels_that_a_step_adds(config, router, fixed):
+    """A number that depends on no machine. Much less for each router than the loss of transformers takes."""
+    of_router, of_all = added(config)
+    assert of_router <= router and of_all <= fixed
+    built_in, _ = added(built_in=True)
+    assert of_router < built_in / 2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", CONFIGS)
 def test_no_synchronisation_on_a_gpu(case):
