@@ -45,10 +45,10 @@ def supported_families(images: bool = False) -> dict[str, Family]:
     from transformers.models.auto import modeling_auto
 
     text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    classes = {model_type: [names] for model_type, names in text.items()}
+    classes: dict[str, list[Any]] = {model_type: [names] for model_type, names in text.items()}
     if images:
         classes = {
-            model_type: [names, text.get(_language_model(model_type), ())]
+            model_type: [names, text.get(_language_model(model_type), "")]
             for model_type, names in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
             if _reads_images(model_type)
         }
