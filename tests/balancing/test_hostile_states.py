@@ -224,6 +224,10 @@ def adapter(tmp_path_factory):
     base = phb.AutoModelForCausalLM.from_pretrained(folder / "base", phi_balance=BOTH)
     config = LoraConfig(target_modules=["o_proj"], r=2, task_type="CAUSAL_LM")
     phb.patch(get_peft_model(base, config)).save_pretrained(folder / "adapter")
+    try:
+        phb.AutoModelForCausalLM.from_pretrained(folder / "adapter")
+    except ImportError as error:  # transformers 5.6 asks for more than PEFT 0.18 has
+        pytest.skip(f"this transformers cannot load an adapter with this PEFT: {error}")
     return folder / "adapter"
 
 
