@@ -9,6 +9,7 @@ from invariance import Layout, load_spread, measure_layouts
 from references import naive_training
 from tiny import set_prices, tiny_batch, tiny_model
 from torch.distributed import pipelining
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import SequentialSampler
 from training import make_trainer, rows
 from transformers import AttentionInterface
@@ -133,6 +134,48 @@ def _average(value):
 
 def _numpy(by_name):
     return {name: value.numpy() for name, value in by_name.items()}
+
+
+# ---------------------------------------------------------------------- experts without a token
+
+
+def sharded_gradient(balanced):
+    """
+    Gradient of a model whose experts are sharded by themselves, where rank 1 has two tokens; the prices, and how many experts of
+    a layer have no token on this rank, at least.
+    """
+    model = tiny_model("mixtral", **WITH_IDLE_EXPERTS).train()
+    for layer in model.model.layers:
+        fully_shard(layer.mlp.experts)
+        fully_shard(layer)
+    fully_shard(model)
+    idle = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda gate, _, out: idle.append(gate.num_experts - len(out[2].unique())))
+    batch, prices = batches_of_ranks(model)[dist.get_rank()], {}
+    if balanced:
+        balancer = set_prices(phb.patch(model, {"coef": 5.0}))
+        prices = balancer.prices()
+        balancer.begin_step([batch])
+    model(**batch).loss.backward()
+    if balanced:
+        balancer.step()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, prices, min(idle)
+
+
+WITH_IDLE_EXPERTS = {"num_local_experts": 8}  # two of them for each token
+
+
+def batches_of_ranks(model):
+    return tiny_batch(model, 3, 8, padded=False), tiny_batch(model, 1, 2, padded=False, seed=1)
+
+
+def train_with_idle_experts():
+    plain, _, idle = sharded_gradient(balanced=False)
+    balanced, prices, _ = sharded_gradient(balanced=True)
+    added = {name: (balanced[name] - plain[name]).numpy() for name in balanced}
+    return {"added": added, "prices": _numpy(prices), "idle": idle}
 
 
 # ---------------------------------------------------------------------- parts of rows
@@ -263,6 +306,7 @@ def on_two_ranks(names, folder):
         "layouts": measure_layouts(names, TRAINERS, folder, "mixtral"),
         "uneven": train_unevenly(folder),
         "local": train_locally(),
+        "idle experts": train_with_idle_experts(),
         "parts": train_on_parts(),
         "stage of transformers": refusal(patch_stage_of_transformers, folder),
         "pipelining": refusal(train_in_a_pipeline),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from invariance import in_ranks, measure_layouts, save_models
-from spread import LOCAL_STEPS, RUNS, TRAINERS, on_two_ranks, whole_rows
+from spread import LOCAL_STEPS, RUNS, TRAINERS, WITH_IDLE_EXPERTS, batches_of_ranks, on_two_ranks, whole_rows
 from steps import assert_gradient
 from tiny import tiny_model
 from training import make_trainer, pad
@@ -128,6 +128,21 @@ def test_averaged_duals_are_loaded(two_ranks):
         for found in both:
             np.testing.assert_allclose(found["averaged means"][name], mean, atol=1e-5)
             np.testing.assert_allclose(found["averaged prices"][name], price - price.mean(), atol=1e-4)
+
+
+# ---------------------------------------------------------------------- experts without a token
+
+
+def test_experts_without_a_token_on_a_rank(two_ranks):
+    """FSDP2 shards the experts of a layer as the one parameter that they are: no rank waits for another, with prices or without."""
+    assert two_ranks[1]["idle experts"]["idle"] >= 4
+    model = tiny_model("mixtral", **WITH_IDLE_EXPERTS).train()
+    batches = batches_of_ranks(model)
+    batch = pad([{"input_ids": ids} for batch in batches for ids in batch["input_ids"].tolist()])
+    expected = definition(model, batch, two_ranks[0]["idle experts"]["prices"])
+    for results in two_ranks:
+        added = {name: torch.from_numpy(value) for name, value in results["idle experts"]["added"].items()}
+        assert_gradient(added, expected)
 
 
 # ---------------------------------------------------------------------- parts of rows

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from adapters import POLICIES
-from charging import COEF
+from adapters import POLICIES, fill
+from charging import COEF, assert_charged_as_defined
 from checks import assert_same_duals
 from peft import PeftModel, get_peft_model
 from tiny import tiny_batch, tiny_model
@@ -80,9 +80,15 @@ def test_one_balancer_for_several_adapters(tmp_path):
     model.add_adapter("second", phb.lora_config(plain, router="lora"))
     model.set_adapter("second")
     torch.testing.assert_close(logits_of(model), logits_of(plain))
-    model.train()(**tiny_batch(model)).loss.backward()
+    fill(model, ".second.", 0.2)  # a fresh one does nothing
+    assert phb.get_balancer(model) is balancer
+    assert_charged_as_defined(model.train(), tiny_batch(model))  # patches anew
+    balancer = phb.get_balancer(model)
+    model.zero_grad()
+    model(**tiny_batch(model)).loss.backward()
     balancer.step()
-    assert phb.get_balancer(model) is balancer and balancer.steps == 3
+    assert balancer.steps == 3
+    assert balancer.metrics()["tokens"] == tiny_batch(model)["attention_mask"].sum()  # once, not once for each adapter
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert grads and all(".second." in name for name in grads)
     assert any(grad.any() for name, grad in grads.items() if ".gate." in name)
