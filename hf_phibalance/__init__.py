@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .maths import POTENTIALS
     from .methods import METHODS
     from .models import AutoModelForCausalLM, AutoModelForImageTextToText, disable, enable
+    from .portable import ExportReport, export
     from .publishing import push_to_hub
     from .routers import supported_families
     from .training import PhiBalanceCallback, attach, doctor, last_checkpoint, lora_config
@@ -35,6 +36,7 @@ __all__ = [
     "POTENTIALS",
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
+    "ExportReport",
     "FoldReport",
     "PhiBalanceCallback",
     "PhiBalanceConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "disable",
     "doctor",
     "enable",
+    "export",
     "fold",
     "get_balancer",
     "last_checkpoint",
@@ -60,6 +63,7 @@ _ROOMS = {
     "POTENTIALS": "maths",
     "AutoModelForCausalLM": "models",
     "AutoModelForImageTextToText": "models",
+    "ExportReport": "portable",
     "FoldReport": "forwards",
     "PhiBalanceCallback": "training",
     "PhiBalanceConfig": "config",
@@ -69,6 +73,7 @@ _ROOMS = {
     "disable": "models",
     "doctor": "training",
     "enable": "models",
+    "export": "portable",
     "fold": "forwards",
     "get_balancer": "balancing",
     "last_checkpoint": "training",

@@ -4,6 +4,7 @@
 phibalance inspect Qwen/Qwen1.5-MoE-A2.7B --texts math=gsm8k/test.jsonl code=src/ prose=wiki/*.txt --field math=question \
     --html report.html --json report.json
 phibalance doctor Qwen/Qwen1.5-MoE-A2.7B --coef 0.01 --lora router=lora
+phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl --field question
 ```
 """
 
@@ -86,6 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="leave out the selection bias in phi_balance.safetensors, as a plain from_pretrained does",
     )
     _add_doctor(commands)
+    _add_export(commands)
     return parser
 
 
@@ -139,6 +141,60 @@ def _add_doctor(commands: Any) -> None:
     doctor.add_argument("--json", metavar="FILE", help="write the report there; - for the standard output")
     doctor.add_argument("--strict", action="store_true", help="exit with 1 after a warning")
     _add_loading(doctor)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="a checkpoint for engines that know no selection bias, and what that costs",
+        description="Writes a checkpoint that was saved while φ-balanced as one that vLLM, SGLang, llama.cpp or plain transformers "
+        "loads. Where the selection bias is not the family's own it is folded into the routers' weights, dropped, or folded and "
+        "rebalanced; all three are measured on a part of the texts, fitted on the other.",
+    )
+    export.set_defaults(run=_export, after_error=1)
+    export.add_argument(
+        "model", metavar="source", help="folder or Hub name of a model that was saved while φ-balanced"
+    )
+    export.add_argument("destination", help="a new or empty folder")
+    export.add_argument(
+        "--to", choices=("plain",), default="plain", help="what for: any engine (default: %(default)s)"
+    )
+    export.add_argument(
+        "--texts",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="texts like those that the model will see: files, folders or quoted globs of .txt, .md, .py or .jsonl (also .gz); "
+        "needed where there is a bias to lose",
+    )
+    export.add_argument(
+        "--field", nargs="+", default=[], metavar="[NAME=]FIELD", help="fields of .jsonl rows that are the text"
+    )
+    export.add_argument(
+        "--bias",
+        choices=("fold", "rebalance", "drop"),
+        default="fold",
+        help="what becomes of a selection bias of ours (default: %(default)s)",
+    )
+    export.add_argument(
+        "--max_loss_increase",
+        type=float,
+        default=0.01,
+        help="refuse if the loss per token rises by more (default: %(default)s)",
+    )
+    export.add_argument("--force", action="store_true", help="write it all the same")
+    export.add_argument(
+        "--max_tokens", type=int, default=1 << 16, help="tokens of text per domain, 0 for all (default: %(default)s)"
+    )
+    export.add_argument("--seq_len", type=int, default=512, help="longest sequence (default: %(default)s)")
+    export.add_argument("--batch_size", type=int, default=8, help="sequences of a forward (default: %(default)s)")
+    export.add_argument("--json", metavar="FILE", help="write the figures there as well; - for the standard output")
+    export.add_argument(
+        "--no_check",
+        action="store_true",
+        help="do not load the result in a process of its own, which needs the memory of the model once more",
+    )
+    _add_loading(export)
 
 
 def _inspect(args: argparse.Namespace, command: list[str]) -> int:
@@ -231,6 +287,46 @@ def _doctor(args: argparse.Namespace, command: list[str]) -> int:
     return report.exit_status(args.strict)
 
 
+def _export(args: argparse.Namespace, command: list[str]) -> int:
+    for name, least in (("max_tokens", 0), ("seq_len", 1), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"`--{name}` is {getattr(args, name)}: choose at least {least}.")
+    if args.json and args.json != "-" and Path(args.json).is_dir():
+        raise ValueError(f"`--json` {args.json!r} is a folder: name a file.")
+
+    from rich.console import Console
+
+    from .portable import export, print_export
+
+    console = Console(stderr=args.json == "-")
+    with Console(stderr=True).status(f"Exporting {args.model}"):
+        report = export(
+            args.model,
+            args.destination,
+            args.texts,
+            bias=args.bias,
+            max_loss_increase=args.max_loss_increase,
+            force=args.force,
+            field=args.field,
+            max_tokens=args.max_tokens,
+            seq_len=args.seq_len,
+            batch_size=args.batch_size,
+            tokenizer=args.tokenizer,
+            check=not args.no_check,
+            on_report=lambda report: print_export(report, console),
+            **_loading_options(args),
+        )
+    if args.json:
+        text = json.dumps(report.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(text, encoding="utf-8")
+    console.print(f"An ordinary checkpoint in {args.destination}", highlight=False)
+    return 0
+
+
 def _lora_options(words: Sequence[str]) -> dict[str, Any]:
     """`router=lora r=4` as arguments of `lora_config`."""
     known = {"router": str, "targets": str, "r": int, "lora_alpha": int}
@@ -267,9 +363,7 @@ def _load_to_train(args: argparse.Namespace) -> Any:
 
 def _micro_batches(args: argparse.Namespace, domains: Sequence[Any]) -> list[dict[str, Any]] | None:
     """Micro-batches of texts as a training has them; `None`, for made tokens, if the model has no tokenizer."""
-    import torch
-
-    from .inspection import TextStream
+    from .inspection import TextStream, padded_batches, padding_of
     from .tasks import make_splits
 
     try:
@@ -287,14 +381,7 @@ def _micro_batches(args: argparse.Namespace, domains: Sequence[Any]) -> list[dic
         rows = [tokenizer(text)["input_ids"][: args.seq_len] for text in problems]
     if not any(rows):
         raise ValueError("`--texts` hold no token: name files with text.")
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    batches = []
-    for start in range(0, len(rows), args.batch_size):
-        part = [torch.tensor(row) for row in rows[start : start + args.batch_size]]
-        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=pad)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in part])[:, None]
-        batches.append({"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)})
-    return batches
+    return padded_batches(rows, args.batch_size, padding_of(tokenizer))
 
 
 class Progresses:
@@ -349,20 +436,22 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
 
 def load_model(args: argparse.Namespace, phi_balance: bool | None = None) -> Any:
     """The model, balanced as `phi_balance` says: as it was saved, unless given."""
-    import torch
-
     from .models import load_any, register_deepseek_moe
 
     register_deepseek_moe()
-    device_map = args.device_map or ("auto" if torch.accelerator.is_available() else None)
-    return load_any(
-        args.model,
-        phi_balance=phi_balance,
-        dtype=args.dtype,
-        device_map=device_map,
-        revision=args.revision or "main",
-        trust_remote_code=args.trust_remote_code,
-    )
+    return load_any(args.model, phi_balance=phi_balance, **_loading_options(args))
+
+
+def _loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `_add_loading` asked for, as arguments of `from_pretrained`."""
+    import torch
+
+    return {
+        "dtype": args.dtype,
+        "device_map": args.device_map or ("auto" if torch.accelerator.is_available() else None),
+        "revision": args.revision or "main",
+        "trust_remote_code": args.trust_remote_code,
+    }
 
 
 if __name__ == "__main__":

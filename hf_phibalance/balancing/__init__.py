@@ -28,7 +28,7 @@ from .duals import LOGIT_WIDTH
 from .learning import LearningReport, describe_router
 from .patching import Patch, find_patch, get_balancer, learning_report, patch, unpatch
 from .rehearsal import Forward, RandomState, Rehearsal, Routed
-from .state import STATE_NAME, config_in
+from .state import STATE_NAME, config_in, read_state
 from .tokens import count_mask
 
 
@@ -50,5 +50,6 @@ __all__ = [
     "get_balancer",
     "learning_report",
     "patch",
+    "read_state",
     "unpatch",
 ]

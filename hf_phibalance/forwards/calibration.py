@@ -19,6 +19,7 @@ from .looking import Batch, Look, looking, repeatable
 
 
 ITERATIONS = 12
+FAINT = 1e-8  # slopes below are taken for this
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def calibrate(
 
 
 class _Counts:
-    """Sums over the tokens of a pass: probabilities and assignments per expert, the slope at the threshold, tokens."""
+    """Sums over the tokens of a pass: probabilities and assignments per expert, log of the slope at the threshold, tokens."""
 
     def __init__(self, look: Look, with_scores: bool) -> None:
         self.look, self.with_scores = look, with_scores
@@ -82,9 +83,9 @@ class _Counts:
         return torch.cat(list(getattr(self, statistic)))
 
     def slopes(self) -> list[float]:
-        """The slope of each router's scores at its threshold, on average."""
+        """The slope of each router's scores at its threshold, the geometric mean: a few sure tokens must not set the pace."""
         routed = [load_E.sum() / site.top_k for load_E, site in zip(self.load, self.look.sites)]
-        return [float(slope / count.clamp(min=1)) for slope, count in zip(self.slope, routed)]
+        return [float((slope / count.clamp(min=1)).exp()) for slope, count in zip(self.slope, routed)]
 
     def choice(self, index: int, logits: Tensor, chosen_Tk: Tensor) -> None:
         """Router `index` chose `chosen_Tk` by its `logits (T, E)`."""
@@ -106,7 +107,7 @@ class _Counts:
         bounded = bool(((scores_NE >= 0) & (scores_NE <= 1)).all())
         ranked = ("sigmoid" if site.scoring == "sigmoid" else "probs") if bounded else "logits"
         slope_N1 = score_slope(selection_threshold(biased_NE, site.top_k), ranked)
-        self.slope[index] += slope_N1.clamp(min=0).sum().to(self._flat)
+        self.slope[index] += slope_N1.clamp(min=FAINT).log().sum().to(self._flat)
 
 
 def _count(model: nn.Module, batches: Iterable[Batch], with_scores: bool) -> _Counts:

@@ -12,6 +12,7 @@ html_report(found)
 | module | what it holds |
 |---|---|
 | `texts` | files of named domains as token sequences |
+| `batches` | and those as batches |
 | `survey` | the model run over them |
 | `census` | what its routers choose meanwhile, counted |
 | `findings`, `figures` | what was counted, and what follows from it |
@@ -29,6 +30,7 @@ from ..lazy import lazy_door
 
 
 if TYPE_CHECKING:
+    from .batches import padded_batches, padding_of
     from .findings import Inspection
     from .page import html_report
     from .survey import inspect_model
@@ -42,6 +44,8 @@ __all__ = [
     "TextStream",
     "html_report",
     "inspect_model",
+    "padded_batches",
+    "padding_of",
     "parse_domains",
     "print_inspection",
 ]
@@ -51,6 +55,8 @@ _MODULES = {
     "TextStream": "texts",
     "html_report": "page",
     "inspect_model": "survey",
+    "padded_batches": "batches",
+    "padding_of": "batches",
     "parse_domains": "texts",
     "print_inspection": "tables",
 }

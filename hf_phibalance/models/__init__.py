@@ -17,6 +17,7 @@ from .auto import (
     base_of_adapter,
     disable,
     enable,
+    find_state,
     load_any,
 )
 from .tiny import build_model, train_tokenizer
@@ -30,6 +31,7 @@ __all__ = [
     "build_model",
     "disable",
     "enable",
+    "find_state",
     "load_any",
     "register_deepseek_moe",
     "train_tokenizer",

@@ -110,7 +110,7 @@ def base_of_adapter(config: str | os.PathLike) -> str:
 
 def _was_patched(model: nn.Module, source: str, kwargs: dict[str, Any]) -> bool:
     if _is_adapter(model):
-        return _find_state(source, kwargs) is not None
+        return find_state(source, kwargs) is not None
     return getattr(model.config, "phi_balance", None) is not None
 
 
@@ -127,7 +127,7 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
         vars(model.config).pop("phi_balance", None)
     if phi_balance is None or phi_balance is False:
         return
-    state = None if source is None else _find_state(source, kwargs)
+    state = None if source is None else find_state(source, kwargs)
     if state is not None and _is_adapter(model):
         saved = config_in(state)
     patch(model, _usable(saved, source) if saved and phi_balance is True else phi_balance)
@@ -151,7 +151,7 @@ def _usable(saved: Any, source: str | None) -> PhiBalanceConfig:
         ) from error
 
 
-def _find_state(source: str, kwargs: dict[str, Any]) -> str | None:
+def find_state(source: str, kwargs: dict[str, Any]) -> str | None:
     """Path of the state beside the weights in `source`, a folder or a name on the Hub."""
     return cached_file(source, STATE_NAME, **_quietly(kwargs))
 

@@ -9,23 +9,11 @@ from charging import collect
 from checks import assert_same
 from peft import LoraConfig, get_peft_model
 from references import routers
+from steered import with_bias
 from steps import build, micro_batches, step_gradient
 from tiny import tiny_batch, tiny_model
 
 import hf_phibalance as phb
-
-
-def biased(model_type="mixtral", width=0.05, **overrides):
-    """A patched tiny model with a selection bias that matters."""
-    model = phb.patch(tiny_model(model_type, **overrides), {"bias_coef": 0.003})
-    balancer = phb.get_balancer(model)
-    generator = torch.Generator().manual_seed(1)
-    state = balancer.state_dict()
-    for name, bias in state.items():
-        if name.endswith(".bias"):
-            bias.copy_(width * torch.randn(bias.shape, generator=generator))
-    balancer.load_state_dict(state)
-    return model
 
 
 def texts(model, count=4):
@@ -44,7 +32,7 @@ def naive_shifts(rows, bias, top_k):
 
 
 def test_one_layer_gets_the_ridge_regression_of_the_shifts():
-    model, batches = biased("mixtral", num_hidden_layers=1), texts(tiny_model("mixtral"))
+    model, batches = with_bias("mixtral", num_hidden_layers=1), texts(tiny_model("mixtral"))
     plain = tiny_model("mixtral", num_hidden_layers=1)
     (name, router), received = next(iter(routers(plain).items())), []
     handle = router.register_forward_pre_hook(lambda module, args: received.append(args[0].reshape(-1, 32)))
@@ -70,14 +58,14 @@ def test_one_layer_gets_the_ridge_regression_of_the_shifts():
 
 def test_report_measures_what_the_three_models_choose():
     """Loads and changed choices are counted anew, on three models of their own."""
-    model, batches, held_out = biased(), texts(tiny_model("mixtral")), texts(tiny_model("mixtral"), 6)[4:]
+    model, batches, held_out = with_bias("mixtral"), texts(tiny_model("mixtral")), texts(tiny_model("mixtral"), 6)[4:]
     dropped = phb.unpatch(copy.deepcopy(model))
-    with_bias = copy.deepcopy(model)
+    as_trained = copy.deepcopy(model)
     report = phb.fold(model, batches, held_out=held_out)
     assert report.held_out
     chosen = {}
     for variant, subject in (
-        ("biased", with_bias),
+        ("biased", as_trained),
         ("dropped", dropped),
         ("folded", phb.unpatch(copy.deepcopy(model))),
     ):
@@ -107,7 +95,7 @@ def test_report_measures_what_the_three_models_choose():
 
 def test_family_with_a_bias_of_its_router_loses_nothing():
     """GPT-OSS ranks logits, so the shift is the bias itself, and its router has a place for it: not one choice changes."""
-    model = biased("gpt_oss", width=0.5, num_hidden_layers=1)
+    model = with_bias("gpt_oss", width=0.5, num_hidden_layers=1)
     (name, router) = next(iter(routers(model).items()))
     bias, before = phb.get_balancer(model).biases()[name], router.bias.detach().clone()
     report = phb.fold(model, texts(model))
@@ -117,7 +105,7 @@ def test_family_with_a_bias_of_its_router_loses_nothing():
 
 
 def test_model_goes_on_without_a_bias_and_with_everything_else_as_it_was():
-    model = biased().train()
+    model = with_bias("mixtral").train()
     balancer, before = phb.get_balancer(model), {name: p.detach().clone() for name, p in model.state_dict().items()}
     state, random = balancer.state_dict(), torch.get_rng_state()
     phb.fold(model, iter(texts(model)), rebalance=2)  # an iterator, of which it needs several passes
@@ -135,7 +123,7 @@ def test_model_goes_on_without_a_bias_and_with_everything_else_as_it_was():
 
 
 def test_training_goes_on_with_the_same_optimizer():
-    model = biased().train()
+    model = with_bias("mixtral").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     batch = tiny_batch(model, 6, 12)
@@ -166,7 +154,7 @@ def test_rebalancing_brings_the_loads_nearer_to_those_with_the_bias():
 
 def test_rebalancing_leaves_layers_alone_that_are_even_enough():
     """Folding makes these loads more even than the bias did, which nobody has asked to undo."""
-    folded, rebalanced = biased(), biased()
+    folded, rebalanced = with_bias("mixtral"), with_bias("mixtral")
     report = phb.fold(folded, texts(folded))
     assert all(report.folded.max_vio[name] < 1.2 * report.biased.max_vio[name] for name in report.r2)
     phb.fold(rebalanced, texts(folded), rebalance=3)
@@ -174,7 +162,7 @@ def test_rebalancing_leaves_layers_alone_that_are_even_enough():
 
 
 def test_padding_does_not_count():
-    whole, padded = biased(), biased()
+    whole, padded = with_bias("mixtral"), with_bias("mixtral")
     batch = tiny_batch(whole, 4, 12, padded=False)
     wider = {
         name: torch.cat([part, torch.full((4, 5), fill)], 1)
@@ -197,7 +185,7 @@ def weights_of(model):
     "make, message",
     [
         (lambda: phb.patch(tiny_model("mixtral"), {"coef": 0.01}), "has no selection bias"),
-        (lambda: biased("deepseek_v3"), "has a selection bias of its own"),
+        (lambda: with_bias("deepseek_v3"), "has a selection bias of its own"),
         (lambda: tiny_model("mixtral"), "is not φ-balanced"),
     ],
     ids=["no bias", "native bias", "not patched"],
@@ -211,7 +199,7 @@ def test_nothing_to_fold_is_said(make, message):
 
 
 def test_adapters_are_to_be_merged_first():
-    model = biased()
+    model = with_bias("mixtral")
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
     with pytest.raises(ValueError, match=r"Merge it first: model = model.merge_and_unload\(\)"):
         phb.fold(adapted, texts(model))
@@ -221,7 +209,7 @@ def test_adapters_are_to_be_merged_first():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantised_routers_are_refused(dtype):
-    model = biased()
+    model = with_bias("mixtral")
     router = next(iter(routers(model).values()))
     router.weight = torch.nn.Parameter(router.weight.detach().to(dtype), requires_grad=False)
     with pytest.raises(ValueError, match=r"quantised, or sharded.*Load the model whole and without quantisation"):
@@ -229,7 +217,7 @@ def test_quantised_routers_are_refused(dtype):
 
 
 def test_router_that_is_not_linear_is_refused_and_the_model_left_alone(monkeypatch):
-    model = biased()
+    model = with_bias("mixtral")
     before = weights_of(model)
     router_class = type(next(iter(routers(model).values())))
     original = router_class.forward
@@ -240,7 +228,7 @@ def test_router_that_is_not_linear_is_refused_and_the_model_left_alone(monkeypat
 
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was():
-    model = biased()
+    model = with_bias("mixtral")
     before, bias = weights_of(model), phb.get_balancer(model).biases()
 
     def batches():
@@ -264,7 +252,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
 
 
 def test_no_token_and_half_a_step_are_refused():
-    model = biased()
+    model = with_bias("mixtral")
     empty = {name: torch.zeros_like(part) for name, part in tiny_batch(model).items()}
     for batches in ([], [empty]):
         with pytest.raises(ValueError, match="hold no token that counts"):
