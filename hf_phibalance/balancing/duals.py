@@ -149,29 +149,27 @@ class Duals:
         acted = tally.replayed == 0
         widths = [site.score_width or LOGIT_WIDTH for site in self.sites]
         if self._reach is None or widths != self._widths:  # a router that replays does not show its scores
-            self._reach, self._widths, self._bounded_every = (
-                self._by_expert(widths),
-                widths,
-                self._may_wait(min(widths)),
-            )
-        bounded = self.steps % self._bounded_every == 0
+            self._reach, self._widths = self._by_expert(widths), widths
+            self._bounded_every = self._may_wait(min(widths))
+        bounded, own = self.steps % self._bounded_every == 0, 1.0 if self._bounded_every == 1 else 2.0
         for (span, shape), seen_L1 in zip(self.layout.runs(), seen):
             bias_LE, step_LE = self.bias[span].view(shape), step[span].view(shape)
             reach_LE = self._reach[span].view(shape)
-            moved_LE = step_within(bias_LE, step_LE, reach_LE) if bounded else bias_LE + step_LE
+            moved_LE = step_within(bias_LE, step_LE, reach_LE, own) if bounded else bias_LE + step_LE
             bias_LE.copy_(torch.where(seen_L1 & acted, moved_LE, bias_LE))
 
     def _may_wait(self, width: float) -> int:
         """
         In how many steps, at most 64, a bias cannot move by more than `width`: so often it is brought back within reach,
-        which takes ten times the kernels of a step.
+        which takes ten times the kernels of a step. Always, where a checkpoint has brought one out of reach.
         """
-        longest = self.config.bias_coef
-        if self.config.rules.bias_rule == "quantile":
+        longest = 2 * self.config.bias_coef  # of an expert against the mean of its router, by the sign
+        far = [bool((self.bias[span] - self.bias[span].mean()).abs().max() > width) for span in self.layout.spans]
+        if self.config.rules.bias_rule == "quantile" or any(far):  # read once, at the first step
             return 1
         if self.config.rules.bias_rule == "dual":
             ends = self._potential.grad(torch.tensor([0.0, float(max(self.layout.sizes))], dtype=torch.float64))
-            longest *= float(ends[1] - ends[0])
+            longest = self.config.bias_coef * float(ends[1] - ends[0])
         return max(1, min(64, int(width / longest)))
 
     def _bias_step(self, tally: Tally) -> Tensor:
@@ -299,6 +297,7 @@ class Duals:
                 self.bias[span] = state[f"{site.name}.bias"].to(self.bias)
         if biased:
             self.has_bias = True
+            self._reach = None  # it may bring one out of reach
             self._write_native_biases()
         self.steps = int(state.get("steps", 0))
         self._set_price()
@@ -311,6 +310,6 @@ class Duals:
         if other.has_bias:
             other.read_native_biases()
             self.bias.copy_(other.bias)
-            self.has_bias = True
+            self.has_bias, self._reach = True, None
         self.steps = other.steps if self.means.keys() <= other.means.keys() else 0
         self._set_price()

@@ -20,7 +20,7 @@ from .charging import Charging
 from .duals import LOGIT_WIDTH, Duals
 from .learning import gradient_norms
 from .step import Steps
-from .tally import Tally, count_choice
+from .tally import Tally, add_load, count_choice
 from .tokens import Tokens, count_mask
 
 
@@ -305,13 +305,24 @@ class Meter:
         ):  # the one read of the device does not matter
             site.score_width = 1.0 if bool(((scores >= 0) & (scores <= 1)).all()) else LOGIT_WIDTH
         tokens = self._current
+        if tokens is not None and not tokens.trains and self.eval_tally is not None:
+            self._count_plain_choice(self.eval_tally, index, scores, tokens)
         if not self._needs_scores or tokens is None or not (tokens.in_forward and tokens.trains):
             return
         scores = scores.detach().reshape(-1, site.num_experts).float()
         bias_E = self.duals.bias[self._spans[index]].to(scores.device)
         mask = tokens.reaching(site, len(scores)).mask.to(scores.device)
-        histogram = margin_histogram(scores, bias_E, site.top_k, mask, site.score_width)
+        histogram = margin_histogram(scores, bias_E, site.top_k, mask, site.score_width or LOGIT_WIDTH)
         self.steps.tally.margins_of(index).add_(histogram.to(self.steps.tally.flat.device))
+
+    def _count_plain_choice(self, tally: Tally, index: int, scores: Tensor, tokens: Tokens) -> None:
+        """Counts what router `index` would choose without the bias."""
+        site = self.sites[index]
+        if not site.native_bias and not torch.compiler.is_compiling():
+            chosen_Tk = scores.reshape(-1, site.num_experts).topk(site.top_k, dim=-1).indices
+            own = tokens.reaching(site, len(chosen_Tk))
+            chosen = chosen_Tk.reshape(-1)
+            add_load(tally.plain_load_of(index), chosen, own.weights(chosen).to(chosen.device))
 
     # ------------------------------------------------------------------ for the learning report
 

@@ -118,15 +118,11 @@ class Steps:
 
     def weight(self, mask: Tensor) -> Tensor:
         """What a token weighs, `()`, so that the optimizer receives 1/N of its gradient whatever happens in between."""
-        if self.now.tokens is not None:
-            tokens, scale = (
-                self.now.tokens.clamp(min=1),
-                self.ranks.count,
-            )  # over which gradients are averaged afterwards
-        else:
-            tokens, scale = mask.sum().clamp(min=1), 1 / self.now.micro_batches
-        scale = scale * self.now.loss_scale
-        return tokens.reciprocal() if isinstance(scale, (int, float)) and scale == 1 else scale / tokens
+        tokens, share = self.now.tokens, float(self.ranks.count)  # over which gradients are averaged afterwards
+        if tokens is None:
+            tokens, share = mask.sum(), 1 / self.now.micro_batches
+        tokens, scale = tokens.clamp(min=1), share * self.now.loss_scale
+        return tokens.reciprocal() if isinstance(scale, float) and scale == 1 else scale / tokens
 
     def close(self, skipped: bool | None = None) -> None:
         """See [`PhiBalancer.step`]."""

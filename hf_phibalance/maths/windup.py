@@ -14,7 +14,7 @@ from torch import Tensor
 ROUNDING = 1e-4  # beyond its reach a bias was brought by somebody; by less, by rounding, which must not add up
 
 
-def step_within(bias_LE: Tensor, step_LE: Tensor, reach_LE: Tensor) -> Tensor:
+def step_within(bias_LE: Tensor, step_LE: Tensor, reach_LE: Tensor, own: float = 1.0) -> Tensor:
     """
     `bias + step`, projected onto the vectors that have its mean and keep within reach of it, `(L, E)`.
 
@@ -26,9 +26,11 @@ def step_within(bias_LE: Tensor, step_LE: Tensor, reach_LE: Tensor) -> Tensor:
         bias_LE (`torch.Tensor` of shape `(L, E)`): the biases in force.
         step_LE (`torch.Tensor` of shape `(L, E)`): what is to be added; of one longer than twice the reach the direction.
         reach_LE (`torch.Tensor` of shape `(L, E)`): how far a bias may be from the mean of its router.
+        own (`float`, *optional*, defaults to `1.0`):
+            How many times its reach a bias may have come by steps that were not held within it; so far it comes back.
     """
     off_LE = _off_mean(bias_LE).abs()
-    limit_LE = torch.where(off_LE > reach_LE * (1 + ROUNDING), off_LE, reach_LE)
+    limit_LE = torch.where(off_LE > own * reach_LE * (1 + ROUNDING), off_LE, reach_LE)
     longest_L1 = step_LE.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
     moved_LE = bias_LE + step_LE * (2 * limit_LE.amax(dim=-1, keepdim=True) / longest_L1).clamp(max=1.0)
     off_LE = _off_mean(moved_LE)

@@ -97,7 +97,8 @@ def assert_inside_bounds(duals, exact):
         assert price.max() - price.min() <= (ends[1] - ends[0]) * (1 + 1e-4)
     reach = duals.sites[0].score_width or LOGIT_WIDTH
     assert torch.isfinite(duals.bias).all()
-    assert off_mean(duals, duals.bias).abs().max() <= reach * (1 + 1e-4)
+    times = 1 if duals._bounded_every == 1 else 2  # its reach; back within once of it every few steps
+    assert off_mean(duals, duals.bias).abs().max() <= times * reach * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("width", [1.0, None], ids=["scores", "logits"])

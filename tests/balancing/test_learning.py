@@ -12,6 +12,9 @@ import hf_phibalance as phb
 from hf_phibalance.maths import routing_probs
 
 
+EXPERTS = {"whole model": "full", "lora": "lora", "full": "lora", "frozen": "frozen", "router-only": "frozen"}  # of POLICIES
+
+
 def gradients_of(model, name, wanted):
     """By autograd: the gradient of COEF · mean over counted tokens of ⟨q, p⟩ of router `name` alone, at `wanted`."""
     balancer, noted = phb.get_balancer(model), {}
@@ -80,6 +83,8 @@ def test_report_agrees_with_autograd(model_type, policy):
             assert row.at_weight is None
     expected = {"whole model": "full", "router-only": "lora"}.get(policy, policy)
     assert {row.how for row in report.rows} == {expected}
+    assert {row.experts for row in report.rows} == {EXPERTS[policy]}
+    assert f"routers ({len(report.rows)} {expected}), experts ({len(report.rows)} {EXPERTS[policy]});" in str(report)
     first = "model.layers.0.self_attention.experts.router"  # below it only the embeddings
     assert report.unmoved == ([first] if model_type == "jetmoe" and policy == "frozen" else [])
     assert all(f"{row.name}: " in str(report) for row in report.rows)
