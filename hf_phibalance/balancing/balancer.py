@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import PhiBalanceConfig
-from ..maths import model_metrics
+from ..maths import max_vio, model_metrics
 from ..routers import RouterSite, find_copies
 from .duals import Duals
 from .learning import LINEAR, LearningReport, describe_router
@@ -57,6 +58,7 @@ class PhiBalancer:
         self._ranks = Ranks(count_copies(root))
         self._duals = Duals(config, self.sites)
         self._steps = Steps(root, config, self.sites, self._duals, self._ranks)
+        self.evaluated: dict[str, float] = {}  # what the last evaluation says of a plain load
         self.meter = Meter(root, config, self.sites, self._duals, self._steps)  # what the hooks talk to
 
     @property
@@ -292,13 +294,24 @@ class PhiBalancer:
             self.meter.eval_tally = outer
 
     def eval_metrics(self, per_layer: int = 16) -> dict[str, float]:
-        """Balance over everything forwarded inside the open [`~PhiBalancer.evaluation`], over all ranks."""
+        """
+        Balance over everything forwarded inside the open [`~PhiBalancer.evaluation`], over all ranks; with a selection bias of
+        ours also `plain_max_vio`, MaxVio of what the routers would choose without it, as after a plain load.
+        """
         if self.meter.eval_tally is None:
             raise RuntimeError("eval_metrics() is to be called inside `with balancer.evaluation():`.")
         tally = copy.copy(self.meter.eval_tally)
         tally.flat = self.meter.eval_tally.flat.clone()
         self._ranks.sum_(tally.flat)
-        return self._load_metrics(tally, per_layer) if float(tally.tokens) else {}
+        if not float(tally.tokens):
+            return {}
+        values = self._load_metrics(tally, per_layer)
+        plain = torch.stack([load.sum() for load in map(tally.plain_load_of, range(len(self.sites)))])
+        if self.has_bias and bool((plain > 0).all()):
+            each = [float(max_vio(tally.plain_load_of(index)[None])) for index in range(len(self.sites))]
+            values["plain_max_vio"] = statistics.fmean(each)
+            self.evaluated = {name: values[name] for name in ("max_vio", "plain_max_vio", "tokens") if name in values}
+        return values
 
     # ------------------------------------------------------------------ set from outside, between steps
 

@@ -183,11 +183,21 @@ def _save_with_state(model: nn.Module, inner: Callable, *args, **kwargs) -> Any:
 
 
 def _warn_about_plain_load(balancer: PhiBalancer) -> None:
-    lost = [site.name for site in balancer.sites if not site.native_bias]
+    """Says once, or once more with figures after an evaluation, what a plain load would lose."""
+    biases = balancer.biases()
+    lost = [site.name for site in balancer.sites if not site.native_bias and bool(biases[site.name].any())]
     if balancer.has_bias and lost:
+        found = balancer.evaluated
+        figures = (
+            f" (MaxVio {found['plain_max_vio']:.3f} instead of {found['max_vio']:.3f} in the last evaluation)"
+            if found
+            else ""
+        )
         logger.warning_once(
             f"The selection bias of {len(lost)} routers ({lost[0]!r}, ...) is kept in {STATE_NAME}, not in the weights: "
-            "loading this model without the phi_balance flag loses it and routes some tokens to other experts."
+            f"loading this model without the phi_balance flag loses it and routes some tokens to other experts{figures}. "
+            "For engines that do not know it: phb.fold(model, batches) puts it into the weights, `phibalance export` (phb.export) "
+            "writes a checkpoint and measures what that costs."
         )
 
 

@@ -76,6 +76,13 @@ class Tally:
         start, stop = self._spans[index]
         return self.flat[self.total + start : self.total + stop]
 
+    def plain_load_of(self, index: int) -> Tensor:
+        """
+        What router `index` would have chosen without a selection bias of ours, `(E,)`: only of an evaluation, which has no need of
+        probabilities and keeps it in their place.
+        """
+        return self.probs_of(index)
+
     def margins_of(self, index: int) -> Tensor:
         """Histograms of router `index`, `(E, H)`."""
         return self.margins[slice(*self._spans[index])]
