@@ -20,6 +20,7 @@ from ..routers import canonical_name
 
 SHOWN = 16  # routers in the text of a report
 MIXES_TOKENS = re.compile(r"attn|attention|mamba|conv|input_layernorm")
+EXPERTS = re.compile(r"(^|\.)(?!share)\w*experts?\.")
 LINEAR = 0.05  # greatest relative distance between the logits and what a linear router would compute
 
 
@@ -38,6 +39,7 @@ class RouterLearning:
             there were prices, and where nothing was measured (under `torch.compile`).
         at_weight (`float`, *optional*): the same at the router's weight; `None` also if the router is not linear.
         at_input (`float`, *optional*): the same at the hidden states that enter the router.
+        experts (`str`, *optional*): how the experts that it chooses among learn, as `how`; `None` where they were not found.
     """
 
     name: str
@@ -47,6 +49,7 @@ class RouterLearning:
     at_logits: float | None = None
     at_weight: float | None = None
     at_input: float | None = None
+    experts: str | None = None
 
 
 @torch.no_grad()
@@ -85,7 +88,7 @@ def _gradient_norms(hidden: Tensor, router: nn.Module, logits: Tensor, gradient_
 
 
 def describe_router(name: str, root: nn.Module) -> RouterLearning:
-    """What is trained of router `name` of `root`, and below it."""
+    """What is trained of router `name` of `root`, below it, and of its experts."""
     own, adapter, below = 0, 0, 0
     embeddings = getattr(root, "get_input_embeddings", lambda: None)()
     first = {id(p) for p in embeddings.parameters()} if isinstance(embeddings, nn.Module) else set()
@@ -98,7 +101,25 @@ def describe_router(name: str, root: nn.Module) -> RouterLearning:
             adapter += parameter.numel() if ".lora_" in canonical else 0
         elif id(parameter) in first or _is_below(canonical, name):
             below += 1
-    return RouterLearning(name, "full" if own else "lora" if adapter else "frozen", own + adapter, below)
+    experts = _experts_learn(name, root)
+    return RouterLearning(
+        name, "full" if own else "lora" if adapter else "frozen", own + adapter, below, experts=experts
+    )
+
+
+def _experts_learn(router: str, root: nn.Module) -> str | None:
+    block = f"{router.rpartition('.')[0]}."
+    inside = [(canonical_name(name), parameter) for name, parameter in root.named_parameters()]
+    inside = [(name, p) for name, p in inside if name.startswith(block) and not name.startswith(f"{router}.")]
+    owners = {  # modules named so, or whose parameter has a matrix for each expert
+        f"{name.rpartition('.')[0]}."
+        for name, parameter in inside
+        if EXPERTS.search(name.removeprefix(block)) or parameter.ndim == 3
+    }
+    learning = [name for name, parameter in inside if parameter.requires_grad and name.startswith(tuple(owners))]
+    if not owners:
+        return None
+    return "frozen" if not learning else "lora" if all(".lora_" in name for name in learning) else "full"
 
 
 def _is_below(parameter: str, router: str) -> bool:
@@ -125,16 +146,20 @@ class LearningReport:
     rows: list[RouterLearning] = field(default_factory=list)
 
     @property
+    def all_in_full(self) -> bool:
+        """Whether all routers and experts are trained whole, as they are without an adapter."""
+        return all(row.how == "full" and row.experts in ("full", None) for row in self.rows)
+
+    @property
     def unmoved(self) -> list[str]:
         """Routers whose balancing gradient reaches nothing that learns."""
         return [row.name for row in self.rows if not row.parameters and not row.below]
 
     def __str__(self) -> str:
-        kinds = {how: sum(row.how == how for row in self.rows) for how in ("full", "lora", "frozen")}
-        learning = ", ".join(f"{count} {how}" for how, count in kinds.items() if count)
+        routers, experts = _kinds([row.how for row in self.rows]), _kinds([row.experts for row in self.rows])
         lines = [
-            f"Balancing gradient (coef={self.coef}) of {len(self.rows)} routers ({learning}); norms of one forward "
-            "taken as a whole step:"
+            f"Balancing gradient (coef={self.coef}) of {len(self.rows)} routers ({routers})"
+            f"{f', experts ({experts})' if experts else ''}; norms of one forward taken as a whole step:"
         ]
         step = max(len(self.rows) - 1, 1) / (SHOWN - 1) if len(self.rows) > SHOWN else 1
         shown = sorted({round(i * step) for i in range(min(SHOWN, len(self.rows)))})
@@ -142,6 +167,10 @@ class LearningReport:
         if len(shown) < len(self.rows):
             lines.append(f"  ({len(self.rows) - len(shown)} more in phb.learning_report(model).rows)")
         return "\n".join(lines)
+
+
+def _kinds(values: list[str | None]) -> str:
+    return ", ".join(f"{values.count(how)} {how}" for how in ("full", "lora", "frozen") if how in values)
 
 
 def _sentence(row: RouterLearning) -> str:

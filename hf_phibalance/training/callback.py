@@ -155,11 +155,11 @@ class PhiBalanceCallback(TrainerCallback):
         return {f"moe/{key}": value for key, value in self.balancer.metrics(self.per_layer).items()}
 
     def _report_learning(self, state: TrainerState) -> None:
-        """Says once what balancing can move; aloud unless all routers learn in full, as they do without an adapter."""
+        """Says once what learns and what balancing can move; aloud unless all of it learns in full, as without an adapter."""
         self._report_after = None
         if state.is_world_process_zero and self.balancer.config.coef > 0:
             report = self.balancer.learning_report()
-            say = logger.info if all(row.how == "full" for row in report.rows) else logger.warning
+            say = logger.info if report.all_in_full else logger.warning
             say(str(report))
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:

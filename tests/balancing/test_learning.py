@@ -12,7 +12,13 @@ import hf_phibalance as phb
 from hf_phibalance.maths import routing_probs
 
 
-EXPERTS = {"whole model": "full", "lora": "lora", "full": "lora", "frozen": "frozen", "router-only": "frozen"}  # of POLICIES
+EXPERTS = {
+    "whole model": "full",
+    "lora": "lora",
+    "full": "lora",
+    "frozen": "frozen",
+    "router-only": "frozen",
+}  # of POLICIES
 
 
 def gradients_of(model, name, wanted):
