@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..forwards import evaluating
 from .census import RouterCensus
 from .findings import Inspection, Layer
 from .texts import Domain, TextStream
@@ -56,7 +56,7 @@ def inspect_model(
     seq_len = _checked_length(census, seq_len)
     read: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    with census.attached(), _evaluating(census.root):
+    with census.attached(), evaluating(census.root):
         for index, domain in enumerate(domains):
             stream = TextStream(domain, tokenizer, seq_len, max_tokens)
             _count(census, index, stream, batch_size, on_batch)
@@ -138,18 +138,6 @@ def _checked_layers(census: RouterCensus) -> list[Layer]:
                 "another dtype (`--dtype float32`)."
             )
     return layers
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, each module being left in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _remarks(stream: TextStream) -> list[str]:

@@ -1,0 +1,45 @@
+"""The command `phibalance`. Only what it needs to explain itself is imported before it has work to do.
+
+```bash
+phibalance inspect Qwen/Qwen1.5-MoE-A2.7B --texts math=gsm8k/test.jsonl code=src/ prose=wiki/*.txt --field math=question \
+    --html report.html --json report.json
+phibalance doctor Qwen/Qwen1.5-MoE-A2.7B --coef 0.01 --lora router=lora
+phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl --field question
+```
+
+| module | what it holds |
+|---|---|
+| `parser` | the words of the command line |
+| `inspecting`, `checking`, `exporting` | the commands |
+| `loading` | models and tokenizers as the options say |
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from .parser import make_parser
+
+
+__all__ = ["main", "make_parser"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Runs `phibalance` with `arguments`, those of the process unless given.
+
+    Returns:
+        `int`: the exit status: 0, 1 after an error that has been explained, 130 after Ctrl-C. Of `phibalance doctor`: 0, 1
+        after a warning with `--strict`, 2 after a problem, and after an error as well.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = make_parser().parse_args(words)
+    try:
+        return args.run(args, ["phibalance", *words])
+    except (ValueError, OSError, ImportError) as error:
+        print(f"phibalance {args.command}: {error}", file=sys.stderr)
+        return args.after_error
+    except KeyboardInterrupt:
+        print(f"phibalance {args.command}: interrupted, nothing was written", file=sys.stderr)
+        return 130

@@ -1,0 +1,40 @@
+"""Models and tokenizers as the options of a command say."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """The tokenizer; an adapter without one has that of its base model."""
+    from transformers import AutoTokenizer
+
+    from ..models import base_of_adapter
+
+    name, revision = args.tokenizer or args.model, None if args.tokenizer else args.revision
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file() and not (Path(name) / "tokenizer_config.json").is_file():
+        name, revision = base_of_adapter(adapter), None
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def load_model(args: argparse.Namespace, phi_balance: bool | None = None) -> Any:
+    """The model, balanced as `phi_balance` says: as it was saved, unless given."""
+    from ..models import load_any, register_deepseek_moe
+
+    register_deepseek_moe()
+    return load_any(args.model, phi_balance=phi_balance, **loading_options(args))
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `_add_loading` asked for, as arguments of `from_pretrained`."""
+    import torch
+
+    return {
+        "dtype": args.dtype,
+        "device_map": args.device_map or ("auto" if torch.accelerator.is_available() else None),
+        "revision": args.revision or "main",
+        "trust_remote_code": args.trust_remote_code,
+    }
