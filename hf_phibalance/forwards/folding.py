@@ -216,12 +216,8 @@ class _Regression:
     def _rank(self, index: int, scores: Tensor) -> None:
         """Router `index` ranks `scores`, its bias added: the last that is seen of it in a forward."""
         site = self.look.sites[index]
-        received = self._received.pop(index, None)
-        if received is None:
-            raise ValueError(
-                f"the weight of router {site.name!r} is read by the block around it ({type(site.parent).__name__}), so its inputs "
-                "cannot be seen. Use a later version of transformers."
-            )
+        # in transformers before 5.14 some blocks read the weight of their router instead of calling it
+        received = self._received.pop(index) if index in self._received else self.look.hidden[index]
         device = scores.device
         scores_TE = scores.reshape(-1, scores.shape[-1])
         mask_T = self.look.mask_of(index, len(scores_TE)).to(device)

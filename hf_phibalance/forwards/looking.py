@@ -41,9 +41,11 @@ class Look(RouterReader):
             Which tokens of the forward under way count, as booleans; [`~Look.mask_of`] tells those that reach a router.
         on_choice (`Callable[[int, Tensor, Tensor], None]`, *optional*):
             Called with the number of a router, its logits `(T, E)` and its choice `(T, k)`.
+        hidden (`dict[int, Tensor]`): by number, what the routers were called with last, or the experts beside them.
     """
 
-    is_idle = is_measuring = False
+    is_idle = False
+    is_measuring = True
 
     def __init__(self, model: nn.Module) -> None:
         balancer = get_balancer(model)
@@ -54,6 +56,7 @@ class Look(RouterReader):
         self.mask = torch.zeros(0, dtype=torch.bool)
         self._image: Tensor | None = None
         self.on_choice: Callable[[int, Tensor, Tensor], None] | None = None
+        self.hidden: dict[int, Tensor] = {}
 
     def forward(self, batch: Batch, with_head: bool = False) -> Any:
         """
@@ -73,6 +76,7 @@ class Look(RouterReader):
                 f"{', and labels' if self.balancer.config.token_mask == 'labels' else ''}, as the model gets them."
             )
         self.mask, self._image = mask_BS.reshape(-1), image_tokens(batch, self.sites)
+        self.hidden.clear()
         inputs = {name: part for name, part in batch.items() if name not in OF_TRAINING}
         return (self._model if with_head else self._headless)(**inputs, use_cache=False)
 
@@ -87,7 +91,7 @@ class Look(RouterReader):
         return mask_T
 
     def measure(self, index: int, module: nn.Module, hidden: Tensor, logits: Tensor) -> None:
-        """Nothing."""
+        self.hidden[index] = hidden
 
     def choice_bias(self, index: int) -> Tensor | None:
         return self.balancer.meter.choice_bias(index)
