@@ -102,7 +102,8 @@ def fold(
         model (`torch.nn.Module`): the patched model, whole in this process.
         batches (`Iterable[Mapping]`):
             What the model takes (`input_ids`, and `attention_mask` where there is padding), of texts as it will see them;
-            some ten thousand tokens. With several ranks each gives its own.
+            some ten thousand tokens. With several ranks each gives its own; all get the same weights, and figures of their own
+            batches.
         rebalance (`int`, *optional*, defaults to `0`):
             Passes over `batches` that bring the loads of the folded routers nearer to those with the bias, which takes their
             choices a little farther away from it; 5 are enough.

@@ -54,18 +54,9 @@ def test_means_are_those_of_the_first_batches(tmp_path):
 
 def test_an_epoch_shorter_than_that_is_read_once(tmp_path):
     data = rows(5)
-    cold, warm = (run(tmp_path / str(n), n, data=data, num_train_epochs=3) for n in (0, 50))
+    cold, warm = (run(tmp_path / str(n), n, data=data, num_train_epochs=2) for n in (0, 50))
     assert_same(weights(warm[0]), weights(cold[0]))
     assert warm[1].state.global_step == cold[1].state.global_step
-
-
-def test_first_step_pays(tmp_path):
-    """With uniform means the first step is that of the task alone."""
-    plain = run(tmp_path / "plain", 0, max_steps=1)[0]
-    cold, warm = (run(tmp_path / f"{n}", n, coef=5.0, max_steps=1)[0] for n in (0, 4))
-    assert_same(weights(cold), weights(plain))
-    changed = {name for name, part in weights(warm).items() if not torch.equal(part, weights(cold)[name])}
-    assert any(name.endswith("gate.weight") for name in changed)
 
 
 def test_resuming_goes_on_from_its_own_duals(tmp_path):
