@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,10 @@ class Corpus:
     validation: dict[str, Tensor]
     vocab_size: int
     fingerprint: str
+
+    def to(self, device: str) -> Corpus:
+        """The corpus with its held-out windows on `device`; those of training come step by step."""
+        return replace(self, validation={domain: rows.to(device) for domain, rows in self.validation.items()})
 
 
 def build_corpus(

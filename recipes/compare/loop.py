@@ -16,6 +16,7 @@ from torch import Tensor
 import hf_phibalance as phb
 from hf_phibalance.maths import max_vio
 
+from .clock import Clock
 from .corpus import Corpus, load_corpus
 from .documents import DOMAINS
 from .measures import balance_figures, changed_share, count_by_window, recorded_choices, steps_to_recover, thin
@@ -53,7 +54,8 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
         `dict`: one line of the results file: `key`, `settings`, `metrics`, `curve`, `experts` (share of the assignments
         by layer, domain and expert) and `environment`. Of a run that diverged, `metrics` has only the step.
     """
-    model = build_model(run.model, corpus.vocab_size, run.seed, **run.model_fields)
+    model = build_model(run.model, corpus.vocab_size, run.seed, **run.model_fields).to(run.device)
+    corpus = corpus.to(run.device)
     phb.patch(model, run.config)
     balancer = phb.get_balancer(model)
     optimizer = torch.optim.AdamW(
@@ -64,33 +66,37 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
     probes = {settled + (run.steps - settled) * i // CHURN_PROBES for i in range(CHURN_PROBES)}
     probe = torch.cat([corpus.validation[domain][:CHURN_WINDOWS] for domain in DOMAINS])
     record = {"key": run.key, "settings": run.settings, "environment": environment()}
+    if run.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
     losses: list[float] = []
     max_vios: list[float] = []
-    seconds: list[float] = []
+    clock = Clock(run.device)
     churn: list[float] = []
     start, cpu_start = time.perf_counter(), time.process_time()
     try:
         for step, ids in enumerate(batches(corpus, run.stream, run.steps, run.rows, run.seed)):
-            began = time.process_time()
-            parts = ids.tensor_split(run.micro_batches)
+            clock.step()
+            clock.start()
+            parts = ids.to(run.device).tensor_split(run.micro_batches)
             balancer.begin_step([{"input_ids": part} for part in parts])
-            total = 0.0
+            total = torch.zeros((), device=run.device)
             for part in parts:
-                loss = model(input_ids=part, labels=part).loss * (len(part) / len(ids))
+                with torch.autocast(run.device, torch.bfloat16, enabled=run.precision == "bf16"):
+                    loss = model(input_ids=part, labels=part).loss * (len(part) / len(ids))
                 loss.backward()
-                total += float(loss.detach())
+                total += loss.detach()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            paused = time.process_time()
+            clock.stop()
             before = choose(model, balancer, probe) if step in probes else None
-            resumed = time.process_time()
+            clock.start()
             balancer.step()
-            seconds.append(time.process_time() - resumed + paused - began)
+            clock.stop()
             if before is not None:
                 churn.append(changed_share(before, choose(model, balancer, probe)))
-            losses.append(total)
+            losses.append(float(total))
             max_vios.append(float(max_vio(torch.stack(list(balancer.loads().values()))).mean()))
             if not math.isfinite(losses[-1]):
                 raise Diverged
@@ -110,10 +116,12 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
         "train_loss": statistics.fmean(losses[settled:]),
         "max_vio_train_batch": statistics.fmean(max_vios[settled:]),
         "churn": statistics.fmean(churn),
-        "step_ms": 1e3 * statistics.median(seconds),
+        "step_ms": clock.milliseconds(),
         "run_seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu_start,
     }
+    if run.device.startswith("cuda"):
+        figures["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     if run.stream == "shift":
         switch = switch_step(run.steps)
         soon = max(1, run.steps // 10)
@@ -188,7 +196,11 @@ def environment() -> dict[str, Any]:
     """Versions that figures may depend on."""
     import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    } | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def rounded(values: Sequence[float], digits: int = 5) -> list[float]:

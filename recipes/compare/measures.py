@@ -49,7 +49,7 @@ def count_by_window(choices: Sequence[Tensor], windows: int, num_experts: int) -
     """Assignments per window, layer and expert, `(W, L, E)`, from the choices `(W * S, k)` of every layer in turn."""
     counts = []
     for chosen in choices:
-        rows = chosen.reshape(windows, -1)
+        rows = chosen.reshape(windows, -1).cpu()
         counts.append(torch.zeros(windows, num_experts).scatter_add_(1, rows, torch.ones(rows.shape)))
     return torch.stack(counts, 1)
 

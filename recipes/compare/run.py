@@ -16,6 +16,8 @@ import hf_phibalance as phb
 # run does not read makes earlier results look unfinished.
 READ_BY_ALL = ("method", "coef", "bias_coef", "token_mask")
 READ_BY_PHI = ("potential", "potential_kwargs", "ema_rate")
+KEPT = object()
+LATER: dict[str, Any] = {"portable": False, "device": "cpu", "precision": "fp32"}
 READ_WITH = {"coef": ("track", "price_from"), "bias_coef": ("bias_track",)}  # only where that strength is not 0
 
 
@@ -37,6 +39,8 @@ class Training:
         validation_windows (`int`, *optional*, defaults to `192`): Held-out windows of each domain.
         portable (`bool`, *optional*, defaults to `False`): Whether to measure as well what is left where the model is
             served without its selection bias, see `portable`.
+        device (`str`, *optional*, defaults to `"cpu"`): Where to train.
+        precision (`str`, *optional*, defaults to `"fp32"`): `"bf16"` for autocast over fp32 weights.
         corpus (`str`): Fingerprint of the text, see `corpus`.
     """
 
@@ -50,6 +54,8 @@ class Training:
     vocab_size: int = 1024
     validation_windows: int = 192
     portable: bool = False
+    device: str = "cpu"
+    precision: str = "fp32"
     corpus: str = ""
 
 
@@ -99,8 +105,6 @@ def method_settings(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def key_of(settings: dict[str, Any]) -> str:
-    """Digest of `Run.settings` but for the text, and for what came later and is not set."""
-    told = {
-        name: value for name, value in settings.items() if name != "corpus" and (name, value) != ("portable", False)
-    }
+    """Digest of `Run.settings` but for the text, and for fields that came later and are as they were before."""
+    told = {name: value for name, value in settings.items() if name != "corpus" and LATER.get(name, KEPT) != value}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

@@ -47,7 +47,8 @@ MORE_COLUMNS = (
     Column("max_vio_worst_layer", "MaxVio global, worst layer", ".2f"),
     Column("max_vio_mixed_batch", "held-out batch of all domains", ".2f"),
     Column("max_vio_domain_batch", "held-out batch of one domain", ".2f"),
-    Column("step_ms", "step, CPU ms", ".0f"),
+    Column("step_ms", "step, ms", ".0f"),
+    Column("peak_mib", "peak memory, MiB", ".0f"),
 )
 MORE_SHIFT_COLUMNS = (Column("steps_to_old_loss", "steps to the loss before the shift", ".0f"),)
 
