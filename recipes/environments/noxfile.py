@@ -5,8 +5,9 @@ nox -f recipes/environments/noxfile.py                                # all of t
 nox -f recipes/environments/noxfile.py -s "core(transformers-5.6)"    # one set of versions: every family, the core's tests
 nox -f recipes/environments/noxfile.py -s "tool(axolotl)"             # one tool: its integration's tests, by its own command
 
-`core` leaves results/environments/NAME.json, of which `python recipes/environments/table.py` makes the README's table. The
-CPU build of torch is installed first, so that nothing else pulls in a CUDA build.
+`core` leaves results/environments/NAME.json, `tool` results/environments/tools/NAME.xml (not with arguments of your own after
+`--`, for pytest); `python recipes/environments/table.py` makes the README's tables of them. The CPU build of torch is installed
+first, so that nothing else pulls in a CUDA build.
 """
 
 import shutil
@@ -49,13 +50,8 @@ def core(session: nox.Session, versions: str) -> None:
 def tool(session: nox.Session, name: str) -> None:
     """The tests of an integration, with the tool that it is for."""
     install(session, name)
-    if name == "llamafactory":  # it imports torchaudio, whose libraries want CUDA
-        shutil.rmtree(
-            next(Path(session.virtualenv.location).glob("lib/*/site-packages/torchaudio/lib")), ignore_errors=True
-        )
-    alone = HERE / f"{name}-alone.txt"  # what must not bring along what it asks for
-    if alone.is_file():
-        session.install("--no-deps", "-r", str(alone))
     for libraries in Path(session.virtualenv.location).glob("lib/*/site-packages/torchaudio/lib"):
         shutil.rmtree(libraries)  # for CUDA; torchaudio imports without them
-    session.run("pytest", "-q", str(ROOT / "tests" / "integrations" / TOOLS[name]), *session.posargs, env=OFFLINE)
+    tests = ROOT / "tests" / "integrations" / TOOLS[name]
+    report = ["-o", "junit_family=xunit1", f"--junitxml={RESULTS / 'tools' / name}.xml"]
+    session.run("pytest", "-q", str(tests), *(session.posargs or report), env=OFFLINE)

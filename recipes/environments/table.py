@@ -1,26 +1,28 @@
 """
-Write the README's table of versions anew, from what the environments have left:
+Write the README's tables of versions and of tools anew, from what the environments have left:
 
-nox -f recipes/environments/noxfile.py -s core && python recipes/environments/table.py
+nox -f recipes/environments/noxfile.py && python recipes/environments/table.py
 """
 
 import json
 import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "results" / "environments"
-MARKED = re.compile(r"(<!-- versions -->\n).*?(<!-- /versions -->)", re.DOTALL)
 
 
-def table(results: list[dict]) -> str:
+def versions_table() -> str:
     """A row per environment, the oldest first."""
     rows = [
         "| transformers | accelerate | peft | trl | families that pass | cannot be had there | core's tests |",
         "|---|---|---|---|---:|---|---|",
     ]
+    results = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     for result in sorted(results, key=lambda result: [int(n) for n in result["versions"]["transformers"].split(".")]):
         versions, families, tests = result["versions"], result["families"], result["tests"]
         absent = ", ".join(f"`{name}`" for name in [*families["absent"], *families["refused"]]) or "-"
@@ -29,16 +31,41 @@ def table(results: list[dict]) -> str:
         counts = f"{tests['passed']} passed" + (f", {tests['failed']} failed" if tests["failed"] else "")
         shown = [versions.get(name, "-") for name in ("transformers", "accelerate", "peft", "trl")]
         rows.append(f"| {' | '.join(shown)} | {passed}{of} | {absent} | {counts} |")
-    return "\n".join(rows) + "\n"
+    return "\n".join(rows) + "\n" if results else ""
+
+
+def tools_table() -> str:
+    """A row per test of a tool that has measured something."""
+    rows = [
+        "| tool | transformers | model | trains | batches | effective / declared coefficient | resumed run | `-k` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    reports = sorted((RESULTS / "tools").glob("*.xml"))
+    noted = {(row["tool"], row["test"]): row for report in reports for row in noted_rows(report)}
+    for row in noted.values():
+        coefficient = f"{float(row['coefficient']):.7f}" if "coefficient" in row else "-"
+        shown = [row["tool"], row["transformers"], f"`{row['model']}`", row["trains"], row["batches"]]
+        rows.append(f"| {' | '.join(shown)} | {coefficient} | {row.get('resumed', '-')} | `{row['test']}` |")
+    return "\n".join(rows) + "\n" if noted else ""
+
+
+def noted_rows(report: Path) -> Iterator[dict[str, str]]:
+    """What the tests of a report of pytest have noted, those that passed."""
+    for test in ElementTree.parse(report).getroot().iter("testcase"):
+        noted = {str(entry.get("name")): str(entry.get("value")) for entry in test.iter("property")}
+        if noted and test.find("failure") is None and test.find("error") is None:
+            yield {**noted, "test": str(test.get("name"))}
 
 
 def main() -> None:
-    results = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
-    if not results:
-        raise SystemExit(
-            f"nothing in {RESULTS.relative_to(ROOT)}; run: nox -f recipes/environments/noxfile.py -s core"
-        )
-    README.write_text(MARKED.sub(lambda match: match[1] + table(results) + match[2], README.read_text()))
+    text = README.read_text()
+    for name, table in (("versions", versions_table()), ("tools", tools_table())):
+        if table:
+            marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+            text = marked.sub(lambda match, table=table: match[1] + table + match[2], text)
+        else:
+            print(f"nothing of {name} in {RESULTS.relative_to(ROOT)}: that table is left as it is")
+    README.write_text(text)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,27 @@ def effective(model: Path, balanced: Path, plain: Path, checkpoint: Path, means:
     )
 
 
+def assert_merged(base: Path, adapter: Path, merged: Path, *moved: str) -> None:
+    """
+    The model in `merged`, loaded as any other, computes what `base` and `adapter` do, and chooses the same experts; training has
+    moved its parameters that end in `moved`.
+    """
+    from peft import PeftModel
+
+    plain, whole = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (base, merged))
+    for ending in moved:
+        changed = [name for name, p in whole.named_parameters() if not torch.equal(p, plain.get_parameter(name))]
+        assert sum(name.endswith(ending) for name in changed) == SHAPE["num_hidden_layers"], ending
+    adapted = PeftModel.from_pretrained(plain, adapter)
+    ids = torch.arange(3, 67).view(2, 32)
+    with torch.no_grad():
+        found, expected = (model.eval()(ids, output_router_logits=True) for model in (whole, adapted))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    for logits, other in zip(found.router_logits, expected.router_logits, strict=True):
+        torch.testing.assert_close(logits, other, rtol=1e-4, atol=1e-4)
+        assert torch.equal(logits.topk(2).indices, other.topk(2).indices)
+
+
 def prices_of(model, checkpoint: Path) -> dict[str, torch.Tensor]:
     """The prices by router that the state file in `checkpoint` stands for; `model` is left unpatched."""
     phb.patch(model, {"coef": COEF})

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 pytest.importorskip("llamafactory", reason="LLaMA-Factory pins versions of its own: see recipes/environments")
 
-from tool_runs import COEF, effective, log_of, run, write_inputs
+from tool_runs import COEF, assert_merged, effective, log_of, run, write_inputs
 
 
+TOOL = "llamafactory"
 OURS = [sys.executable, "-m", "hf_phibalance.integrations.llamafactory", "train"]
 THEIRS = ["llamafactory-cli", "train"]
 OPTIONS = {
@@ -67,19 +68,27 @@ def train(inputs, out, family, balance=None, record=False, overrides=(), environ
 
 
 LORA = {"finetuning_type": "lora", "lora_rank": 4}
-CASES = {
-    "full": ("mixtral", {}, {}),
-    "no-checkpointing": ("qwen3_moe", {"disable_gradient_checkpointing": True}, {}),
-    "lora": ("mixtral", {**LORA, "lora_target": "all"}, {}),
-    "lora-router": ("qwen3_moe", {**LORA, "lora_target": "q_proj,v_proj", "additional_target": "gate"}, {}),
-    "packed": ("mixtral", {"packing": True, "neat_packing": True}, {}),
-    "two-ranks": ("qwen3_moe", {}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}),
+WHOLE = {**LORA, "lora_target": "q_proj,v_proj", "additional_target": "gate,experts"}
+CASES = {  # family, options, environment, and how the README's table names them
+    "full": ("mixtral", {}, {}, "full", "padded, checkpointing"),
+    "no-checkpointing": ("qwen3_moe", {"disable_gradient_checkpointing": True}, {}, "full", "padded"),
+    "lora": ("mixtral", {**LORA, "lora_target": "all"}, {}, "LoRA on linear layers", "padded, checkpointing"),
+    "lora-router": ("qwen3_moe", WHOLE, {}, "LoRA, routers and experts whole", "padded, checkpointing"),
+    "packed": ("mixtral", {"packing": True, "neat_packing": True}, {}, "full", "packed, checkpointing"),
+    "two-ranks": (
+        "qwen3_moe",
+        {},
+        {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
+        "full",
+        "padded, checkpointing, 2 ranks",
+    ),
 }
+LEARNS = {"lora": "2 routers (2 frozen), experts (2 frozen)"}  # what the log says where not all of them learn in full
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sft_receives_the_coefficient(inputs, case):
-    family, changes, environment = CASES[case]
+def test_sft_receives_the_coefficient(inputs, case, table_row):
+    family, changes, environment, trains, batches = CASES[case]
     settings = {"record": True, "environment": environment, **changes}
     balanced = train(inputs, case, family, {"coef": COEF}, **settings)
     plain = train(inputs, f"{case}-plain", family, **settings)
@@ -88,12 +97,13 @@ def test_sft_receives_the_coefficient(inputs, case):
     assert found.ratio == pytest.approx(1, abs=1e-4) and found.residual < 1e-4
     last = log_of(balanced / "out")[1]
     assert last["moe/tokens"] == found.tokens and last["moe/balance_loss"] > 0
-    said = "of 2 routers (2 frozen)" in (balanced / "printed").read_text()  # routers are no linear layers
-    assert said == (case == "lora")
+    printed = (balanced / "printed").read_text()
+    assert LEARNS.get(case, "") in printed and ("of 2 routers" in printed) == (case in LEARNS)
+    table_row(model=family, trains=trains, batches=batches, coefficient=found.ratio)
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner, table_row):
     changes = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.001, "finetuning_type": tuner}
     whole = train(inputs, f"whole-{tuner}", "qwen3_moe", {"coef": 0.01}, **changes)
     resume = [f"resume_from_checkpoint={whole / 'out' / 'checkpoint-2'}"]
@@ -102,6 +112,19 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner):
     for name in ("phi_balance.safetensors", weights):
         expected, found = (load_file(run / "out" / "checkpoint-4" / name) for run in (whole, resumed))
         assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    trains = "full" if tuner == "full" else "LoRA on linear layers"
+    table_row(model="qwen3_moe", trains=trains, batches="padded, checkpointing", resumed="bit-identical")
+
+
+def test_a_trained_adapter_is_merged(inputs):
+    """With routers and experts trained whole: what is merged computes what base and adapter do."""
+    adapter = train(inputs, "adapter", "qwen3_moe", {"coef": COEF}, **WHOLE, learning_rate=0.01) / "out"
+    options = {"model_name_or_path": str(inputs / "qwen3_moe"), "adapter_name_or_path": str(adapter)}
+    options |= {"template": "default", "export_dir": "whole", "finetuning_type": "lora", "infer_dtype": "float32"}
+    (adapter.parent / "export.yaml").write_text(json.dumps(options))
+    run(["llamafactory-cli", "export", "export.yaml"], adapter.parent)
+    moved = ("mlp.gate.weight", "mlp.experts.down_proj", "q_proj.weight")
+    assert_merged(inputs / "qwen3_moe", adapter, adapter.parent / "whole", *moved)
 
 
 def test_overrides_reach_the_configuration(inputs):

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 pytest.importorskip("swift", reason="ms-swift pins versions of its own: see recipes/environments")
 
-from tool_runs import COEF, effective, log_of, run, write_inputs
+from tool_runs import COEF, assert_merged, effective, log_of, run, write_inputs
 
 
+TOOL = "ms-swift"
 PLUGIN = f"from hf_phibalance.integrations import swift\n\nswift.register(coef={COEF})\n"
 REWARD = """
 from swift.rewards import ORM, orms
@@ -90,18 +91,38 @@ def train(inputs, out, family, *more, method=("sft",), data="sft", record=False,
 
 
 LORA = ["--tuner_type", "lora", "--lora_dropout", "0"]
-CASES = {
-    "full": ("mixtral", ["--tuner_type", "full"], {}),
-    "checkpointing": ("qwen3_moe", ["--tuner_type", "full", "--gradient_checkpointing", "true"], {}),
-    "lora": ("mixtral", [*LORA, "--target_modules", "all-linear"], {}),
-    "lora-router": ("qwen3_moe", [*LORA, "--target_modules", "q_proj", "--modules_to_save", "gate"], {}),
-    "two-ranks": ("mixtral", ["--tuner_type", "full"], {"NPROC_PER_NODE": "2"}),
+PARAMETERS = ["--target_parameters", "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+FULL = ["--tuner_type", "full"]
+CASES = {  # family, options, environment, and how the README's table names them
+    "full": ("mixtral", FULL, {}, "full", "padded"),
+    "checkpointing": ("qwen3_moe", [*FULL, "--gradient_checkpointing", "true"], {}, "full", "padded, checkpointing"),
+    "lora": ("mixtral", [*LORA, "--target_modules", "all-linear"], {}, "LoRA on linear layers", "padded"),
+    "lora-router": (
+        "qwen3_moe",
+        [*LORA, "--target_modules", "q_proj", "--modules_to_save", "gate"],
+        {},
+        "LoRA, routers whole",
+        "padded",
+    ),
+    "lora-parameters": (
+        "qwen3_moe",
+        [*LORA, "--target_modules", "q_proj", *PARAMETERS],
+        {},
+        "LoRA on experts and routers",
+        "padded",
+    ),
+    "two-ranks": ("mixtral", FULL, {"NPROC_PER_NODE": "2"}, "full", "padded, 2 ranks"),
+}
+LEARNS = {  # what the log says of routers and experts, where not all of them learn in full
+    "lora": "2 routers (2 frozen), experts (2 frozen)",
+    "lora-router": "2 routers (2 full), experts (2 frozen)",
+    "lora-parameters": "2 routers (2 lora), experts (2 lora)",
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sft_receives_the_coefficient(inputs, case):
-    family, more, environment = CASES[case]
+def test_sft_receives_the_coefficient(inputs, case, table_row):
+    family, more, environment, trains, batches = CASES[case]
     balanced = train(inputs, case, family, *more, *BALANCED, record=True, **environment)
     plain = train(inputs, f"{case}-plain", family, *more, record=True, **environment)
     found = effective(inputs / family, balanced, plain, balanced / "out" / "checkpoint-1")
@@ -109,20 +130,22 @@ def test_sft_receives_the_coefficient(inputs, case):
     assert found.ratio == pytest.approx(1, abs=1e-4) and found.residual < 1e-4
     last = log_of(balanced / "out")[1]
     assert last["moe/tokens"] == found.tokens and last["moe/balance_loss"] > 0
-    said = "of 2 routers (2 frozen)" in (balanced / "printed").read_text()  # routers are no linear layers
-    assert said == (case == "lora")
+    printed = (balanced / "printed").read_text()
+    assert LEARNS.get(case, "") in printed and ("of 2 routers" in printed) == (case in LEARNS)
+    table_row(model=family, trains=trains, batches=batches, coefficient=found.ratio)
 
 
-def test_packs_receive_the_coefficient(inputs):
+def test_packs_receive_the_coefficient(inputs, table_row):
     more = ["--tuner_type", "full", "--packing", "true", "--external_plugins", "packing.py"]
     balanced = train(inputs, "packed", "qwen3_moe", *more, "plugin.py", "--callbacks", "phi_balance", record=True)
     plain = train(inputs, "packed-plain", "qwen3_moe", *more, record=True)
     found = effective(inputs / "qwen3_moe", balanced, plain, balanced / "out" / "checkpoint-1")
     assert found.ratio == pytest.approx(1, abs=1e-4) and found.residual < 1e-4
     assert log_of(balanced / "out")[1]["moe/tokens"] == found.tokens and found.padding == 0
+    table_row(model="qwen3_moe", trains="full", batches="packed", coefficient=found.ratio)
 
 
-def test_grpo_receives_the_coefficient(inputs):
+def test_grpo_receives_the_coefficient(inputs, table_row):
     """Micro-batches are generated one after the other, so each is charged its own mean."""
     pytest.importorskip("msgspec", reason="GRPO of ms-swift imports it without asking for it")
     more = ["--rlhf_type", "grpo", "--reward_funcs", "vowels", "--tuner_type", "full"]
@@ -133,10 +156,11 @@ def test_grpo_receives_the_coefficient(inputs):
     found = effective(inputs / "mixtral", balanced, plain, balanced / "out" / "checkpoint-1", means=True)
     assert found.ratio == pytest.approx(1, abs=1e-4) and found.residual < 1e-4
     assert log_of(balanced / "out")[1]["moe/tokens"] == found.tokens
+    table_row(model="mixtral", trains="full, GRPO", batches="generated", coefficient=found.ratio)
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner, table_row):
     changes = {"max_steps": "4", "save_steps": "2", "learning_rate": "0.001", "tuner_type": tuner}
     whole = train(inputs, f"whole-{tuner}", "qwen3_moe", *BALANCED, changes=changes)
     resume = ["--resume_from_checkpoint", str(whole / "out" / "checkpoint-2")]
@@ -149,6 +173,18 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner):
         load_file(whole / "out" / f"checkpoint-{step}" / "phi_balance.safetensors")["model.layers.0.mlp.gate.mean_probs"]
         for step in (2, 4)
     ))  # fmt: skip
+    trains = "full" if tuner == "full" else "LoRA on linear layers"
+    table_row(model="qwen3_moe", trains=trains, batches="padded", resumed="bit-identical")
+
+
+def test_a_trained_adapter_is_merged(inputs):
+    """On fused experts and routers: what is merged computes what base and adapter do, the routers' choice included."""
+    changes = {"learning_rate": "0.01", "target_modules": "q_proj"}
+    folder = train(inputs, "merged", "qwen3_moe", *LORA, *PARAMETERS, *BALANCED, changes=changes)
+    adapter = folder / "out" / "checkpoint-2"
+    command = ["swift", "export", "--adapters", str(adapter), "--merge_lora", "true", "--output_dir", "whole"]
+    run([*command, "--use_hf", "true", "--torch_dtype", "float32"], folder)
+    assert_merged(inputs / "qwen3_moe", adapter, folder / "whole", "mlp.gate.weight", "mlp.experts.down_proj")
 
 
 def test_a_second_auxiliary_loss_is_refused(inputs):
