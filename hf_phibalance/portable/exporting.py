@@ -22,7 +22,7 @@ from .texts import split_texts
 from .writing import check_destination, write_plain
 
 
-REBALANCE = 5  # passes
+REBALANCE = 3  # passes
 EXAMPLE = 32  # tokens whose logits are compared
 
 
