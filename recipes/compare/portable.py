@@ -12,7 +12,7 @@ import hf_phibalance as phb
 
 
 FITTED = 30  # batches that the bias is folded by, the last ones of the training
-REBALANCE = 10
+REBALANCE = 3  # iterations; more take layers of low r² too far, at a cost in loss
 PLAIN = ("dropped", "folded", "rebalanced")
 
 
