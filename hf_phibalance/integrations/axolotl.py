@@ -17,6 +17,7 @@ from pydantic import BaseModel, field_validator, model_validator
 
 
 BUILT_IN_LOSS = ("output_router_logits", "router_aux_loss_coef", "aux_loss_coef")  # in `overrides_of_model_config`
+MASKLESS = ("gemma4", "gemma4_unified")  # model types whose packed rows lose their mask on the way to the model
 SHARED = ("context_parallel_size", "expert_parallel_size")
 
 
@@ -52,6 +53,12 @@ class PhiBalanceArgs(BaseModel):
                     f"{name}: {getattr(asked, name)} lets ranks share tokens or experts, so that the tokens of a step cannot "
                     f"be told from the world size. Remove {name} or phi_balance."
                 )
+        streams = asked.streaming or asked.pretraining_dataset
+        if streams and asked.sample_packing and config.token_mask == "attention":
+            raise ValueError(
+                "streaming: true with sample_packing fills rows up with padding and drops the attention mask that would tell it from "
+                "tokens, so that it would count. Set phi_balance: {token_mask: labels}, or remove streaming or sample_packing."
+            )
         if asked.merge_lora and config.bias_coef > 0 and asked.merge_method != "legacy":
             raise ValueError(
                 f"merge_method: {asked.merge_method} merges files without loading the model, and would leave out the selection "
@@ -69,7 +76,9 @@ class PhiBalancePlugin(BasePlugin):
     def post_model_load(self, cfg: Any, model: Any) -> None:
         from ..balancing import STATE_NAME, get_balancer, patch
 
-        patch(model, cfg.phi_balance.to_dict())
+        fields = cfg.phi_balance.to_dict()
+        refuse_maskless(cfg, model, fields)
+        patch(model, fields)
         for folder in (cfg.base_model, cfg.lora_model_dir):
             if folder and (Path(folder) / STATE_NAME).is_file():
                 get_balancer(model).load(folder)
@@ -87,6 +96,18 @@ class PhiBalancePlugin(BasePlugin):
 
         if cfg.local_rank == 0:
             get_balancer(model).save(cfg.output_dir)
+
+
+def refuse_maskless(cfg: Any, model: Any, fields: dict[str, Any]) -> None:
+    """Refuses packed rows of families whose mask Axolotl deletes after a step's tokens have been counted."""
+    from ..config import PhiBalanceConfig
+
+    family = model.config.model_type
+    if cfg.sample_packing and family in MASKLESS and PhiBalanceConfig.from_any(fields).token_mask == "attention":
+        raise ValueError(
+            f"sample_packing: true with {family}, for which Axolotl deletes the attention mask that tells the padding of a packed "
+            "row from its tokens, so that it would count. Set phi_balance: {token_mask: labels}, or sample_packing: false."
+        )
 
 
 def keep_attention_mask(trainer: Any) -> None:

@@ -26,6 +26,7 @@ yaml = pytest.importorskip("yaml")
 
 SWITCHES = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(SWITCHES)  # before Axolotl is imported, whose telemetry is on by default
+TOOL = "axolotl"
 PLUGIN = "hf_phibalance.integrations.axolotl.PhiBalancePlugin"
 SHAPE = {
     "hidden_size": 32,
@@ -83,10 +84,13 @@ def made(tmp_path_factory):
 def write_config(made, name, model_type="mixtral", **options):
     """A config whose run writes into the folder that is returned with it."""
     rows = {"field_instruction": "question", "field_output": "answer", "format": "{instruction}\n"}
+    files = {"path": str(made / "train.jsonl"), "ds_type": "json"}
+    if "streaming" in options:
+        files = {"path": "json", "data_files": files["path"]}
     config = {
         **OPTIONS,
         "base_model": str(made / model_type),
-        "datasets": [{"path": str(made / "train.jsonl"), "ds_type": "json", "type": rows}],
+        "datasets": [{**files, "type": rows}],
         "dataset_prepared_path": str(made / "prepared"),
         "output_dir": str(made / name),
         **options,
@@ -122,44 +126,55 @@ def assert_same_files(folder, other, *names):
             assert torch.equal(value, others[key]), f"{name}: {key}"
 
 
-@pytest.mark.parametrize(
-    ("model_type", "options"),
-    [
-        ("mixtral", {}),
-        ("mixtral", PADDED),
-        ("qwen3_moe", LORA),
-        ("qwen3_moe", LORA | PADDED | {"gradient_checkpointing": True}),
-    ],
-    ids=["full-packed", "full-padded", "lora-packed", "lora-padded"],
-)
-def test_optimizer_receives_the_declared_coefficient(made, request, model_type, options):
+STREAMED = {"streaming": True, "train_on_inputs": True, "phi_balance": {"coef": 0.02, "token_mask": "labels"}}
+ADAPTED = "LoRA on attention, experts and routers"
+CASES = {  # family, options, and how the README's table names them
+    "full-packed": ("mixtral", {}, "full", "packed"),
+    "full-padded": ("mixtral", PADDED, "full", "padded"),
+    "full-streamed": ("mixtral", STREAMED, "full", "packed, streaming, `token_mask: labels`"),
+    "lora-packed": ("qwen3_moe", LORA, ADAPTED, "packed"),
+    "lora-padded": (
+        "qwen3_moe",
+        LORA | PADDED | {"gradient_checkpointing": True},
+        ADAPTED,
+        "padded, checkpointing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_optimizer_receives_the_declared_coefficient(made, case, table_row):
+    model_type, options, trains, batches = CASES[case]
     plugins = [PLUGIN, "axolotl_measuring.MeasuringPlugin"]
-    _, folder = train(made, request.node.callspec.id, model_type, plugins=plugins, **options)
+    _, folder = train(made, case, model_type, plugins=plugins, **options)
     measured = json.loads((folder / "measured.json").read_text())
     assert measured["ratio"] == pytest.approx(1, abs=1e-4)
     assert measured["residual"] < 1e-4
     assert measured["padding"] > 0  # which a coefficient that is off by its share would have paid
     assert (measured["samples"] > 2 * measured["micro_batches"]) == (options.get("sample_packing") is None)
+    table_row(model=model_type, trains=trains, batches=batches, coefficient=measured["ratio"])
 
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
-def test_resumed_run_ends_as_the_uninterrupted_one(made, options):
+def test_resumed_run_ends_as_the_uninterrupted_one(made, options, table_row):
     """The order of packed rows is the files', since Axolotl draws another one after resuming, also without the plugin."""
     options = options | {"curriculum_sampling": True, "phi_balance": {"coef": 0.02, "bias_coef": 0.01}}
     weights = "adapter_model.safetensors" if "adapter" in options else "model.safetensors"
     name = f"whole-{weights}"
     said, whole = train(made, name, "qwen3_moe", **options)
-    assert "learns by LoRA" in said or "adapter" not in options
+    assert ("of 2 routers (2 lora), experts (2 lora)" in said) == ("adapter" in options)
     _, resumed = train(
         made, f"resumed-{weights}", "qwen3_moe", resume_from_checkpoint=str(whole / "checkpoint-2"), **options
     )
     assert_same_files(whole, resumed, weights, STATE_NAME)
+    trains = ADAPTED if "adapter" in options else "full"
+    table_row(model="qwen3_moe", trains=trains, batches="packed", resumed="bit-identical")
     if "adapter" in options:
         check_merged(made, made / f"{name}.yml", whole)
 
 
 def check_merged(made, config, adapted):
-    """The merged model carries the selection bias, and computes what base and adapter do."""
+    """The merged model carries the selection bias, computes what base and adapter do, and its routers have learnt."""
     from peft import PeftModel
 
     axolotl("merge-lora", config, "--merge-method", "legacy")
@@ -171,6 +186,9 @@ def check_merged(made, config, adapted):
     ids = torch.arange(3, 67).view(2, 32)
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    start = load_file(made / "qwen3_moe" / "model.safetensors")
+    routers = [name for name in start if name.endswith("mlp.gate.weight")]
+    assert len(routers) == 2 and not any(torch.equal(start[name], merged.get_parameter(name)) for name in routers)
 
 
 def test_at_strength_zero_axolotl_trains_as_without_the_plugin(made):
@@ -191,6 +209,7 @@ def test_at_strength_zero_axolotl_trains_as_without_the_plugin(made):
         ({"phi_balance": None}, "phi_balance\n *Field required"),
         ({"overrides_of_model_config": {"router_aux_loss_coef": 0.02}}, "router_aux_loss_coef: 0.02 adds a second"),
         ({"overrides_of_model_config": {"output_router_logits": True}}, "output_router_logits: True adds a second"),
+        ({"streaming": True}, "streaming: true with sample_packing fills.*token_mask: labels"),
         (
             LORA | {"phi_balance": {"coef": 0.0, "bias_coef": 0.01}, "merge_lora": True},
             "merge_method: memory_efficient merges files.*Set merge_method: legacy",
@@ -205,6 +224,14 @@ def test_configs_that_are_refused(made, options, message):
         load_cfg(str(config))
 
 
+def test_without_the_plugin_axolotl_drops_the_key(made):
+    """As README.md says, and how one notices: it is not in the config, which Axolotl prints."""
+    from axolotl.cli.config import load_cfg
+
+    config, _ = write_config(made, "forgotten", plugins=None)
+    assert "phi_balance" in config.read_text() and "phi_balance" not in load_cfg(str(config))
+
+
 def test_all_fields_pass_through(made):
     from axolotl.cli.config import load_cfg
 
@@ -212,6 +239,20 @@ def test_all_fields_pass_through(made):
     config, _ = write_config(made, "fields", phi_balance=fields)
     cfg = load_cfg(str(config))
     assert phb.PhiBalanceConfig.from_dict(cfg.phi_balance.to_dict()) == phb.PhiBalanceConfig(**fields)
+
+
+def test_packs_whose_mask_is_dropped_by_family_are_refused():
+    """Axolotl deletes the mask of a Gemma 4 just before the model would see it."""
+    from axolotl.utils.dict import DictDefault
+    from tiny import tiny_model
+
+    from hf_phibalance.integrations.axolotl import PhiBalancePlugin
+
+    model = tiny_model("gemma4_text")
+    model.config.model_type = "gemma4"
+    cfg = DictDefault(phi_balance={"coef": 0.02}, sample_packing=True)
+    with pytest.raises(ValueError, match=r"sample_packing: true with gemma4.*token_mask: labels"):
+        PhiBalancePlugin().post_model_load(cfg, model)
 
 
 def test_state_is_saved_where_axolotl_writes_only_an_adapter(tmp_path):
