@@ -135,14 +135,17 @@ def test_sft_receives_the_coefficient(inputs, case, table_row):
     table_row(model=family, trains=trains, batches=batches, coefficient=found.ratio)
 
 
-def test_packs_receive_the_coefficient(inputs, table_row):
-    more = ["--tuner_type", "full", "--packing", "true", "--external_plugins", "packing.py"]
-    balanced = train(inputs, "packed", "qwen3_moe", *more, "plugin.py", "--callbacks", "phi_balance", record=True)
-    plain = train(inputs, "packed-plain", "qwen3_moe", *more, record=True)
+@pytest.mark.parametrize("data", ["packed", "streamed"])
+def test_packs_receive_the_coefficient(inputs, data, table_row):
+    streaming = "true" if data == "streamed" else "false"
+    more = [*FULL, "--packing", "true", "--streaming", streaming, "--external_plugins", "packing.py"]
+    balanced = train(inputs, data, "qwen3_moe", *more, "plugin.py", "--callbacks", "phi_balance", record=True)
+    plain = train(inputs, f"{data}-plain", "qwen3_moe", *more, record=True)
     found = effective(inputs / "qwen3_moe", balanced, plain, balanced / "out" / "checkpoint-1")
     assert found.ratio == pytest.approx(1, abs=1e-4) and found.residual < 1e-4
     assert log_of(balanced / "out")[1]["moe/tokens"] == found.tokens and found.padding == 0
-    table_row(model="qwen3_moe", trains="full", batches="packed", coefficient=found.ratio)
+    batches = "packed, streaming" if data == "streamed" else "packed"
+    table_row(model="qwen3_moe", trains="full", batches=batches, coefficient=found.ratio)
 
 
 def test_grpo_receives_the_coefficient(inputs, table_row):
