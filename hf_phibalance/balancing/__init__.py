@@ -28,7 +28,7 @@ from .duals import LOGIT_WIDTH
 from .learning import LearningReport, describe_router
 from .patching import Patch, find_patch, get_balancer, learning_report, patch, unpatch
 from .rehearsal import Forward, RandomState, Rehearsal, Routed
-from .state import STATE_NAME, config_in, read_state
+from .state import STATE_NAME, StateFile, check_model, config_in, read_state
 from .tokens import count_mask
 
 
@@ -42,7 +42,9 @@ __all__ = [
     "RandomState",
     "Rehearsal",
     "Routed",
+    "StateFile",
     "announce_switched_off",
+    "check_model",
     "config_in",
     "count_mask",
     "describe_router",

@@ -29,7 +29,7 @@ from .hooks import (
     reading,
     remove_hooks,
 )
-from .inside import Softmax
+from .inside import Softmax, rank_scores
 from .linear import RouterLinear, find_linear, has_adapter, ranked_of
 from .parts import image_tokens, mask_of, modality_of
 from .sources import class_source
@@ -62,6 +62,7 @@ __all__ = [
     "install_hooks",
     "mask_of",
     "modality_of",
+    "rank_scores",
     "ranked_of",
     "reading",
     "remove_hooks",

@@ -22,18 +22,29 @@ TORCH = "torch==2.13.0"
 RESULTS = ROOT / "results" / "environments"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 VERSIONS = sorted(path.stem for path in HERE.glob("transformers-*.txt"))
-TOOLS = {"axolotl": "test_axolotl.py", "ms-swift": "test_swift.py", "llamafactory": "test_llamafactory.py"}
+TOOLS = {
+    "axolotl": "test_axolotl.py",
+    "ms-swift": "test_swift.py",
+    "llamafactory": "test_llamafactory.py",
+    "vllm": "test_vllm.py",
+}
 
 nox.options.default_venv_backend = "venv"
 
 
 def install(session: nox.Session, name: str) -> None:
-    """Installs NAME.txt, and of NAME-alone.txt, where there is one, the packages without what they ask for."""
+    """
+    Installs NAME.txt, and, where there are such files, of NAME-alone.txt the packages without what they ask for; what
+    NAME-without.txt names goes again.
+    """
     session.install(TORCH)
     session.install("-r", str(HERE / f"{name}.txt"), TORCH)
     alone = HERE / f"{name}-alone.txt"
     if alone.is_file():
         session.install("--no-deps", "-r", str(alone))
+    without = HERE / f"{name}-without.txt"
+    if without.is_file():
+        session.run("pip", "uninstall", "-y", "-q", "-r", str(without))
     session.install("-e", str(ROOT))
 
 

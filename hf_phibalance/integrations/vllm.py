@@ -1,0 +1,249 @@
+"""
+vLLM: install this package beside it, and a checkpoint with `phi_balance.safetensors` is served with its selection bias.
+
+A general plugin of vLLM, which calls [`register`] in each of its processes. Where a worker loads a checkpoint with a bias, each
+MoE layer of the model gets a `custom_routing_function`, vLLM's own way for a family to choose experts by a rule of its own: it
+chooses as the patched model does, and weighs as the family does. Nothing else is touched, and families that keep a bias in their
+weights are served as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..balancing import StateFile
+
+
+# What the bias is added to, by the type of the language model: where it and vLLM's own code for it were compared.
+RANKED = {
+    "gpt_oss": "logits",
+    "granitemoe": "logits",
+    "granitemoeshared": "logits",
+    "flex_olmo": "probs",
+    "mixtral": "probs",
+    "olmoe": "probs",
+    "qwen2_moe": "probs",
+    "qwen3_moe": "probs",
+    "qwen3_next": "probs",
+}
+STATE_NAME = "phi_balance.safetensors"  # that of `balancing`, which is imported only where there is such a file
+REMEDY = (
+    "`phibalance export` writes a checkpoint that needs no selection bias; without phi_balance.safetensors, vLLM serves this one "
+    "without its bias."
+)
+logger = logging.getLogger("vllm.hf_phibalance")  # below vLLM's, whose handler it uses
+
+
+@functools.cache
+def register() -> None:
+    """What vLLM calls. It only sees to it that the loaders are told where a worker is made, so that nothing is imported elsewhere."""
+    try:
+        from vllm.v1.worker.worker_base import WorkerBase
+    except ImportError:
+        logger.warning(f"hf_phibalance does not know this version of vLLM, which loses selection biases. {REMEDY}")
+        return
+    make_worker = WorkerBase.__init__
+
+    @functools.wraps(make_worker)
+    def make(worker: Any, *args: Any, **kwargs: Any) -> None:
+        tell_loaders()
+        make_worker(worker, *args, **kwargs)
+
+    WorkerBase.__init__ = make
+
+
+@functools.cache
+def tell_loaders() -> None:
+    """Lets the loaders of this process pass over our file, and hand its biases to the model."""
+    from vllm.model_executor.model_loader import BaseModelLoader, DefaultModelLoader
+
+    for loader in (BaseModelLoader, *BaseModelLoader.__subclasses__()):
+        if "load_model" in vars(loader):
+            loader.load_model = loading_biased(loader.load_model)
+    DefaultModelLoader._prepare_weights = passing_over_state(DefaultModelLoader._prepare_weights)
+
+
+def passing_over_state(prepare: Any) -> Any:
+    """`prepare` takes every safetensors file of a folder without an index for weights."""
+
+    @functools.wraps(prepare)
+    def prepare_weights(loader: Any, *args: Any, **kwargs: Any) -> Any:
+        folder, files, *rest = prepare(loader, *args, **kwargs)
+        return folder, [file for file in files if Path(file).name != STATE_NAME], *rest
+
+    return prepare_weights
+
+
+def loading_biased(load: Any) -> Any:
+    """`load` makes a model and fills it; here with its biases, if it has some."""
+
+    @functools.wraps(load)
+    def load_model(loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        state = find_biases(model_config, vllm_config.load_config.download_dir)
+        if state is None:
+            return load(loader, vllm_config, model_config, *args, **kwargs)
+        with choosing_with_bias(model_config):
+            model = load(loader, vllm_config, model_config, *args, **kwargs)
+        hand_out(state, model, model_config, stages=vllm_config.parallel_config.pipeline_parallel_size)
+        return model
+
+    return load_model
+
+
+def find_biases(model_config: Any, download_dir: str | None) -> StateFile | None:
+    """The state beside a checkpoint, if it has biases; those of a draft model would only make it guess better."""
+    if model_config.runner_type == "draft" or not model_config.get_num_experts():
+        return None
+    from ..balancing import read_state
+    from ..models import find_state
+
+    path = None
+    with contextlib.suppress(OSError, ValueError):  # neither a folder nor the name of a repository: a GGUF file, say
+        path = find_state(model_config.model, {"revision": model_config.revision, "cache_dir": download_dir})
+    if path is None:
+        trained = getattr(model_config.hf_config, "phi_balance", None) or {}
+        if trained.get("bias_coef") and model_config.hf_text_config.model_type in RANKED:
+            logger.warning(
+                f"{model_config.model} was trained with a selection bias, which is lost: there is no {STATE_NAME}."
+            )
+        return None
+    state = read_state(path)
+    return state if any(part.any() for key, part in state.tensors.items() if key.endswith(".bias")) else None
+
+
+class BiasedChoice:
+    """
+    The `custom_routing_function` of one MoE layer: the experts with the highest score + bias, weighed by their probabilities.
+
+    Args:
+        ranked (`str`): what the bias is added to, `"probs"` or `"logits"`.
+    """
+
+    def __init__(self, ranked: str) -> None:
+        self.are_probs = ranked == "probs"
+        self.bias: Tensor | None = None
+
+    def __call__(
+        self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        from ..routers import rank_scores
+
+        assert self.bias is not None
+        logits = gating_output.float()
+        probs = logits.softmax(-1)
+        ranked = rank_scores(probs if self.are_probs else logits, self.bias, are_probs=self.are_probs)
+        chosen = ranked.topk(topk, dim=-1).indices
+        weights = probs.gather(-1, chosen)
+        return weights / weights.sum(-1, keepdim=True) if renormalize else weights, chosen
+
+
+@contextlib.contextmanager
+def choosing_with_bias(model_config: Any) -> Iterator[None]:
+    """
+    Meanwhile every MoE layer that is made gets a [`BiasedChoice`], but for families with a bias of their own.
+
+    Raises:
+        ValueError: if it is not known what the bias is added to in this family, or a layer chooses by another rule.
+    """
+    from vllm.model_executor.layers.fused_moe import layer
+
+    family = model_config.hf_text_config.model_type
+    make_router = getattr(layer, "create_fused_moe_router", None)
+    if make_router is None:
+        raise ValueError(
+            f"{model_config.model} has a selection bias, but this version of vLLM makes its routers elsewhere than hf_phibalance "
+            f"knows of. {REMEDY}"
+        )
+
+    def make(**options: Any) -> Any:
+        if options.get("e_score_correction_bias") is not None:
+            return make_router(**options)
+        if family not in RANKED:
+            raise ValueError(
+                f"{model_config.model} has a selection bias, but hf_phibalance has not been tried in vLLM with {family!r}, only "
+                f"with {', '.join(RANKED)}. {REMEDY}"
+            )
+        refuse_other_rules(options)
+        if options.get("custom_routing_function") is None:  # else for a loader that has called another one
+            options["custom_routing_function"] = BiasedChoice(RANKED[family])
+        return make_router(**options | {"use_grouped_topk": False})
+
+    layer.create_fused_moe_router = make
+    try:
+        yield
+    finally:
+        layer.create_fused_moe_router = make_router
+
+
+def refuse_other_rules(options: dict[str, Any]) -> None:
+    """Refuses `options` of a router of vLLM that are more than a softmax and a top-k."""
+    groups, custom = options.get("num_expert_group") or 1, options.get("custom_routing_function")
+    other = {
+        "scoring_func": options.get("scoring_func", "softmax") != "softmax",
+        "num_expert_group": options.get("use_grouped_topk") and groups > 1,
+        "custom_routing_function": custom is not None and not isinstance(custom, BiasedChoice),
+        "routed_scaling_factor": options.get("routed_scaling_factor", 1.0) != 1.0,
+        "num_fused_shared_experts": options.get("num_fused_shared_experts"),
+        **{name: options.get(name) is not None for name in ("zero_expert_type", "hash_indices_table", "bias_vl")},
+    }
+    for name in (name for name, differs in other.items() if differs):
+        value = options[name] if isinstance(options[name], (str, int, float)) else type(options[name]).__name__
+        raise ValueError(
+            f"vLLM makes a router with {name}={value!r} here, to which hf_phibalance cannot add a selection bias. {REMEDY}"
+        )
+
+
+def hand_out(state: StateFile, model: nn.Module, model_config: Any, stages: int) -> None:
+    """
+    Gives each MoE layer of `model` its bias, as a buffer, which is kept where weights are discarded (sleep mode).
+
+    Raises:
+        ValueError: if the state is another model's, or a layer would choose without its bias.
+    """
+    from vllm.model_executor.layers.fused_moe import MoERunner
+
+    from ..balancing import check_model
+
+    layers = {module.layer_name: module for module in model.modules() if isinstance(module, MoERunner)}
+    if any(runner.routed_experts.e_score_correction_bias is not None for runner in layers.values()):
+        return  # it is in the weights
+    runners = {layer_index(name): runner for name, runner in layers.items()}
+    biases = {layer_index(key): key for key in state.tensors if key.endswith(".bias")}
+    names = {index: key.removesuffix(".bias") for index, key in biases.items()}
+    if stages > 1:  # of which this worker has one
+        names = {index: name for index, name in names.items() if index in runners}
+    if runners.keys() != names.keys() or len(runners) < len(layers):
+        raise ValueError(
+            f"{model_config.model} has selection biases for the layers {sorted(names)}, but vLLM has MoE layers at "
+            f"{sorted(runners)}. {REMEDY}"
+        )
+    for index, runner in runners.items():
+        choice = getattr(runner.router, "custom_routing_function", None)
+        if not isinstance(choice, BiasedChoice) or runner.is_monolithic:
+            raise ValueError(
+                f"{runner.layer_name} would choose its experts inside a kernel ({type(runner._quant_method).__name__}, "
+                f"{type(runner.router).__name__}), where no selection bias can be added. Another `--moe-backend`, or: {REMEDY}"
+            )
+        found = [runner.moe_config.num_logical_experts, runner.moe_config.experts_per_token, "softmax"]
+        if state.model is not None:
+            saved = {"type": state.model["type"], "routers": {names[index]: state.model["routers"][names[index]]}}
+            check_model(saved, {"type": model_config.hf_config.model_type, "routers": {names[index]: found}})
+        weight = next(runner.parameters())
+        runner.register_buffer("selection_bias", state.tensors[biases[index]].to(weight.device), persistent=False)
+        choice.bias = runner.selection_bias
+    logger.info(f"φ-balancing: {len(runners)} MoE layers choose with the selection bias of phi_balance.safetensors.")
+
+
+def layer_index(name: str) -> int:
+    """The number in the name of a layer's module, which differs between vLLM and transformers for the rest."""
+    return int(re.findall(r"\.(\d+)\.", f".{name}")[0])
