@@ -44,6 +44,8 @@ def routed(model, batch):
 @pytest.mark.parametrize("family", [family for family in vllm.RANKED if family in MODEL_TYPES])
 def test_it_chooses_and_weighs_as_the_patched_model(family):
     model = phb.patch(tiny_model(family), {"coef": 0.0})
+    if not all(hasattr(site.parent, "experts") for site in phb.get_balancer(model).sites):
+        pytest.skip("an old transformers, whose block hands its choice to no module")
     batch = {"input_ids": tiny_batch(model, batch=4, seq=16, padded=False)["input_ids"]}
     plain = routed(model, batch)
     balancer = phb.get_balancer(model)
