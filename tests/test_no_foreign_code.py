@@ -96,7 +96,7 @@ def test_what_is_allowed_is_there(name):
 
 
 def test_the_flag_of_the_commands_is_off_unless_it_is_given():
-    source = (ROOT / "hf_phibalance" / "cli.py").read_text(encoding="utf-8")
+    source = (ROOT / "hf_phibalance" / "cli" / "parser.py").read_text(encoding="utf-8")
     flags = [
         node for name, node in calls(ast.parse(source)) if "--trust_remote_code" in ast.unparse(node).split(",")[0]
     ]

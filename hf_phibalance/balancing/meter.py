@@ -300,9 +300,7 @@ class Meter:
         if self._watch is not None and not torch.compiler.is_compiling():
             self._watch(index, scores)
         site = self.sites[index]
-        if (
-            site.score_width is None and not torch.compiler.is_compiling()
-        ):  # the one read of the device does not matter
+        if site.score_width is None and not torch.compiler.is_compiling():  # read off the device once
             site.score_width = 1.0 if bool(((scores >= 0) & (scores <= 1)).all()) else LOGIT_WIDTH
         tokens = self._current
         if tokens is not None and not tokens.trains and self.eval_tally is not None:

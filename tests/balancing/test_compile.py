@@ -184,6 +184,7 @@ def test_evaluation_adds_the_graph_that_it_adds_anyway(config):
         with phb.get_balancer(model).evaluation(), torch.no_grad():
             one(**tiny_batch(model, seed=5))
             counted.append(phb.get_balancer(model).eval_metrics())
+    counted[1].pop("plain_max_vio", None)  # what a plain load would choose is not counted where the model is compiled
     assert counted[0] == counted[1]
     assert graphs() == 3
 
