@@ -191,7 +191,32 @@ def plain_table(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> str:
                 cells.append(" / ".join(said) or "–")
             if set(cells) != {"–"}:
                 lines.append(f"| {method.label} | {served} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_plain_summary(plan, found)])
+
+
+def _plain_summary(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> list[str]:
+    """What each variant keeps of the run with its bias, over all models, streams and seeds."""
+    heading = "| against the same run with its bias | runs | loss | most | MaxVio, times | at most 1.2 | information, times | least |"
+    lines = [heading, "|---|" + "---:|" * 7]
+    for method in plan.methods:
+        for variant in PLAIN:
+            runs = [f for rows in found.values() for f in rows[method.label].values() if f"{variant}_loss" in f]
+            if len(runs) < 2:
+                continue
+            losses = [f[f"{variant}_loss"] - f["loss"] for f in runs]
+            ratios = [f[f"{variant}_max_vio_global"] / f["max_vio_global"] for f in runs]
+            kept = [f[f"{variant}_domain_information"] / f["domain_information"] for f in runs]
+            cells = [
+                f"{len(runs)}",
+                f"{statistics.fmean(losses):+.4f} ± {statistics.stdev(losses) / math.sqrt(len(losses)):.4f}",
+                f"{max(losses):+.4f}",
+                f"{statistics.geometric_mean(ratios):.2f}",
+                f"{sum(ratio <= 1.2 for ratio in ratios)}",
+                f"{statistics.geometric_mean(kept):.2f}",
+                f"{min(kept):.2f}",
+            ]
+            lines.append(f"| {method.label}, {variant} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def table(plan: Plan, rows: Rows, columns: Sequence[Column]) -> str:

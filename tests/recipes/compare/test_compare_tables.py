@@ -39,12 +39,20 @@ def test_table_of_made_up_results(house, tmp_path):
     assert taken_together[3].startswith("| φ 0.2 | 2 | +0.0000 ± 0.2000 | 1 |")
 
 
-def test_the_tables_of_the_readme_follow_from_the_committed_runs(house):
+@pytest.mark.parametrize(
+    ("page", "name", "rooms"),
+    [
+        ("README.md", "main", ("plans", "tables")),
+        ("FINETUNING.md", "finetune", ("finetuning.plans", "finetuning.tables")),
+    ],
+)
+def test_the_tables_of_a_page_follow_from_the_committed_runs(house, page, name, rooms):
     folder = ROOT / "recipes" / "compare"
-    _, plans = house["plans"].load_plans(folder / "main.yaml")
-    results = house["records"].Results(folder / "results" / "main.jsonl")
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    assert text.count("<!-- table: ") == text.count("<!-- /table -->") > 5
-    assert house["tables"].refresh(text, plans, results) == text
-    with pytest.raises(ValueError, match="nothing, blocked"):
-        house["tables"].refresh("<!-- table: nothing, blocked -->\n<!-- /table -->", plans, results)
+    plans, tables = (house[room] for room in rooms)
+    _, wanted = plans.load_plans(folder / f"{name}.yaml")
+    results = house["records"].Results(folder / "results" / f"{name}.jsonl")
+    text = (folder / page).read_text(encoding="utf-8")
+    assert text.count("<!-- table: ") == text.count("<!-- /table -->") > 3
+    assert tables.refresh(text, wanted, results) == text
+    with pytest.raises(ValueError, match="nothing"):
+        tables.refresh("<!-- table: nothing; blocked -->\n<!-- /table -->", wanted, results)
