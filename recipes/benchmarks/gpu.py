@@ -3,7 +3,7 @@
     python recipes/benchmarks/gpu.py --data path/to/data --output_dir results/gpu
     python recipes/benchmarks/gpu.py --device cpu --small     # the same on a CPU, at the size of a toy
 
-1. Steps (forward, backward, AdamW, and where patched `begin_step` and `step`) of a Qwen3-MoE of 335 M parameters with 64
+1. Steps (forward, backward, AdamW, and where patched `begin_step` and `step`) of a Qwen3-MoE of 328 M parameters with 64
    experts, autocast to bf16: unpatched, with the built-in loss, and patched, each eager and under `torch.compile`. Every
    variant is a model of its own; they take turns, in an order that changes from round to round, and each is compared with
    the unpatched step of the same round. Time is by events, memory the allocator's peak of a step over what the model and its
