@@ -161,10 +161,13 @@ class Duals:
     def _may_wait(self, width: float) -> int:
         """
         In how many steps, at most 64, a bias cannot move by more than `width`: so often it is brought back within reach,
-        which takes ten times the kernels of a step. Always, where a checkpoint has brought one out of reach.
+        which takes ten times the kernels of a step. Always, where a checkpoint has brought one farther than that makes it.
         """
         longest = 2 * self.config.bias_coef  # of an expert against the mean of its router, by the sign
-        far = [bool((self.bias[span] - self.bias[span].mean()).abs().max() > width) for span in self.layout.spans]
+        own = (
+            2 * width * (1 + 1e-3)
+        )  # as far as steps of ours go, rounding aside: the same in a training that is resumed
+        far = [bool((self.bias[span] - self.bias[span].mean()).abs().max() > own) for span in self.layout.spans]
         if self.config.rules.bias_rule == "quantile" or any(far):  # read once, at the first step
             return 1
         if self.config.rules.bias_rule == "dual":

@@ -80,6 +80,22 @@ def test_an_expert_unseen_for_ten_thousand_steps():
     assert duals.price.abs().max() < 1e-4
 
 
+def test_a_training_that_is_resumed_while_a_bias_is_wound_up_goes_on_the_same():
+    """Between two steps that bring it back it is beyond its reach, which must not be taken for what a checkpoint brought."""
+    config = {"coef": 0.01, "bias_coef": 0.003}
+    without = torch.tensor([0.0] + [1 / 7] * 7)
+    duals = make_duals(config, [8])
+    tally = tally_of(duals, 100 * without, 200 * without)
+    while (duals.bias - duals.bias.mean()).abs().max() <= 1.2:
+        duals.update(tally, FINITE)
+    resumed = make_duals(config, [8])
+    resumed.load_state_dict(duals.state_dict())
+    for _ in range(60):
+        duals.update(tally, FINITE)
+        resumed.update(tally, FINITE)
+        assert torch.equal(resumed.bias, duals.bias)
+
+
 @pytest.mark.parametrize(("experts", "top_k"), [(512, 8), (8, 8), (8, 1)], ids=["512_experts", "k_is_E", "k_is_1"])
 def test_extreme_shapes(experts, top_k):
     shape = {"num_local_experts": experts, "num_experts_per_tok": top_k, "num_hidden_layers": 1}

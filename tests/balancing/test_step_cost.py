@@ -165,7 +165,7 @@ def added(config=None, built_in=False):
 
 @pytest.mark.parametrize(
     ("config", "router", "fixed"),
-    [({}, 3, 28), ({"coef": 0.0, "bias_coef": 0.003}, 5, 36), ({"bias_coef": 0.003}, 6, 36)],
+    [({}, 3, 28), ({"coef": 0.0, "bias_coef": 0.003}, 5, 34), ({"bias_coef": 0.003}, 6, 34)],
     ids=["price", "bias", "both"],
 )
 def test_kernels_that_a_step_adds(config, router, fixed):
