@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_phibalance as phb
@@ -37,15 +38,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "price": {"coef": 0.01},
     "price and bias": {"coef": 0.01, "bias_coef": 0.001},
 }
-SHAPE = {
-    "vocab_size": 8192,
-    "hidden_size": 768,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "moe_intermediate_size": 256,
-}
+PLANS = yaml.safe_load((RECIPES / "compare" / "gpu.yaml").read_text(encoding="utf-8"))["defaults"]
+SHAPE = {"vocab_size": PLANS["vocab_size"], **PLANS["model_fields"]}
 SMALL = {
     "vocab_size": 256,
     "hidden_size": 64,

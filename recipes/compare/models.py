@@ -25,6 +25,19 @@ COMMON = {
     "eos_token_id": 0,
     "use_cache": False,
 }
+DEEPSEEK = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+    "routed_scaling_factor": 1.0,
+}
 # By name: the transformers type and its fields.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # softmax over few large experts
@@ -49,19 +62,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": (
         "deepseek_v3",
         {
-            "q_lora_rank": None,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-            "moe_intermediate_size": 64,
-            "n_routed_experts": 32,
-            "num_experts_per_tok": 4,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 0,
+            **DEEPSEEK,
             "n_group": 1,
             "topk_group": 1,
-            "routed_scaling_factor": 1.0,
             "num_nextn_predict_layers": 0,
         },
     ),
@@ -69,19 +72,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": (
         "deepseek_v2",
         {
-            "q_lora_rank": None,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-            "moe_intermediate_size": 64,
-            "n_routed_experts": 32,
-            "num_experts_per_tok": 4,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 0,
+            **DEEPSEEK,
             "topk_method": "greedy",
             "norm_topk_prob": False,
-            "routed_scaling_factor": 1.0,
         },
     ),
 }
@@ -106,7 +99,7 @@ def build_model(name: str, vocab_size: int, seed: int, **fields: Any):
         raise ValueError(f"`model` must be one of {', '.join(map(repr, MODELS))}, got {name!r}.")
     model_type, own = MODELS[name]
     known = AutoConfig.for_model(model_type)
-    unknown = sorted(field for field in fields if not hasattr(known, field))
+    unknown = sorted(field for field in fields if field not in own and not hasattr(known, field))
     if unknown:
         raise ValueError(f"the config of {model_type!r} has no field {unknown[0]!r}; correct `model_fields`.")
     config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **(COMMON | own | fields))

@@ -1,6 +1,9 @@
 """Plans of the comparison, and its results file."""
 
+import json
+
 import pytest
+import torch
 from comparison import small_run
 from paths import ROOT
 
@@ -44,6 +47,15 @@ def test_plans_that_ship_are_valid(house):
         kind = "finetuning.plans" if "bases" in house["plans"].read_plans_file(path) else "plans"
         for plan in house[kind].load_plans(path)[1]:
             assert list(plan.runs()), path
+            shapes = {(run.model, json.dumps(run.model_fields)) for run in models_of(plan)}
+            for model, fields in shapes:
+                with torch.device("meta"):  # without memory, at whatever size
+                    house["models"].build_model(model, 1024, 0, **json.loads(fields))
+
+
+def models_of(plan):
+    """What has a `model` and its fields: runs, or the bases of fine-tuning."""
+    return plan.bases if hasattr(plan, "bases") else plan.runs()
 
 
 def test_results_survive_a_cut_line(house, tmp_path):
