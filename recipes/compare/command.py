@@ -22,11 +22,64 @@ over the seeds, and differences to the plan's baseline paired by seed.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .plans import Plan, load_plans, read_plans_file
 from .records import Results
-from .workers import execute
+from .workers import Train, execute
+
+
+NARROWING = ("models", "streams", "tasks", "ways", "seeds")  # options that leave out a part of the plans
+
+
+class FromScratch:
+    """What is particular to plans of training from scratch."""
+
+    narrowing = ("models", "streams", "seeds")
+
+    def load_plans(self, path: Path) -> tuple[str, list[Plan]]:
+        return load_plans(path)
+
+    def narrow(self, plan: Plan, name: str, wanted: Sequence[Any]) -> None:
+        """Leaves of `plan` what has one of the `wanted` models, streams, ..."""
+        setattr(plan, name, [value for value in getattr(plan, name) if value in wanted])
+
+    def set_corpora(self, plans: Sequence[Plan], data: str | None, output: Path) -> None:
+        """Gives the plans the fingerprints of their text, which is read, split and tokenised unless that was done before."""
+        from .corpus import build_corpus
+
+        known: dict[tuple, str] = {}
+        for plan in plans:
+            wanted = (data or plan.data, plan.window, plan.vocab_size, plan.validation_windows)
+            if wanted not in known:
+                known[wanted] = build_corpus(*wanted, cache=output / "text").fingerprint
+            plan.corpus = known[wanted]
+
+    def before(self, runs: Sequence[Any], output: Path) -> list[Any]:
+        """What must be trained before `runs` and leaves no result."""
+        return []
+
+    @property
+    def train(self) -> Train:
+        from .loop import train_on
+
+        return train_on
+
+    train_before = train
+
+    @property
+    def tables(self) -> Any:
+        from . import tables
+
+        return tables
+
+    @property
+    def pictures(self) -> Any:
+        from . import plots
+
+        return plots
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,12 +87,44 @@ def main(arguments: list[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console()
+    kind: Any = FromScratch()
     if "bases" in read_plans_file(args.plans_file):
-        from .finetuning.command import main as compare_tunings
+        from .finetuning.command import FineTuning
 
-        return compare_tunings(args, console)
-    output, plans = load_plans(args.plans_file)
+        kind = FineTuning()
+    output, plans = kind.load_plans(args.plans_file)
     output = Path(args.output_dir or output)
+    plans = chosen(kind, plans, args)
+    results = Results(output / "results.jsonl")
+    if args.refresh:
+        text = args.refresh.read_text(encoding="utf-8")
+        args.refresh.write_text(kind.tables.refresh(text, plans, results), encoding="utf-8")
+        return 0
+    failed = 0
+    if not (args.tables or args.pictures):
+        kind.set_corpora(plans, args.data, output)
+        runs = {(run.key, run.corpus): run for plan in plans for run in plan.runs()}  # plans may share runs
+        todo = [run for run in runs.values() if run not in results]
+        console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished ({results.path})")
+        before = kind.before(todo, output)
+        if args.list:
+            for run in [*before, *todo]:
+                console.print(f"{run.key}  {run}", highlight=False, soft_wrap=True)
+            return 0
+        try:
+            failed = execute(before, lambda record: None, output, args.workers, console, kind.train_before)
+            failed += execute(todo, results.add, output, args.workers, console, kind.train)
+        except KeyboardInterrupt:
+            console.print("Interrupted. What is finished is kept; the same command goes on with the rest.")
+            return 130
+        if failed:
+            console.print(f"[red]{failed} runs failed; the same command tries them again.")
+    render(kind, plans, results, output, console, tables=args.tables, pictures=args.pictures)
+    return 1 if failed else 0
+
+
+def chosen(kind: Any, plans: list[Any], args: argparse.Namespace) -> list[Any]:
+    """The plans, and of each the part, that the options ask for; refuses options that these plans have no use for."""
     if args.plans:
         unknown = sorted(set(args.plans) - {plan.name for plan in plans})
         if unknown:
@@ -47,38 +132,15 @@ def main(arguments: list[str] | None = None) -> int:
                 f"--plans: {args.plans_file} has no plan {unknown[0]!r}, but {', '.join(p.name for p in plans)}."
             )
         plans = [plan for plan in plans if plan.name in args.plans]
-    for plan in plans:
-        for name in ("models", "streams", "seeds"):
-            wanted = getattr(args, name)
-            setattr(plan, name, [value for value in getattr(plan, name) if not wanted or value in wanted])
-    results = Results(output / "results.jsonl")
-    if args.refresh:
-        from .tables import refresh
-
-        args.refresh.write_text(refresh(args.refresh.read_text(encoding="utf-8"), plans, results), encoding="utf-8")
-        return 0
-    if not (args.tables or args.pictures):
-        plans = with_corpora(plans, args.data, output)
-        runs = {(run.key, run.corpus): run for plan in plans for run in plan.runs()}  # plans may share runs
-        todo = [run for run in runs.values() if run not in results]
-        console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished ({results.path})")
-        if args.list:
-            for run in todo:
-                console.print(f"{run.key}  {run}", highlight=False, soft_wrap=True)
-            return 0
-        from .loop import train_on
-
-        try:
-            failed = execute(todo, results, output, args.workers, console, train_on)
-        except KeyboardInterrupt:
-            console.print("Interrupted. What is finished is kept; the same command goes on with the rest.")
-            return 130
-        if failed:
-            console.print(f"[red]{failed} runs failed; the same command tries them again.")
-    else:
-        failed = 0
-    render(plans, results, output, console, tables=args.tables, pictures=args.pictures)
-    return 1 if failed else 0
+    for name in NARROWING:
+        wanted = getattr(args, name)
+        if wanted and name not in kind.narrowing:
+            raise SystemExit(
+                f"--{name}: the plans of {args.plans_file} have no {name}, but {', '.join(kind.narrowing)}."
+            )
+        for plan in plans if wanted else ():
+            kind.narrow(plan, name, wanted)
+    return plans
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -108,31 +170,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def with_corpora(plans: list[Plan], data: str | None, output: Path) -> list[Plan]:
-    """The plans with the fingerprints of their text, which is read, split and tokenised unless that was done before."""
-    from .corpus import build_corpus
-
-    known: dict[tuple, str] = {}
-    for plan in plans:
-        wanted = (data or plan.data, plan.window, plan.vocab_size, plan.validation_windows)
-        if wanted not in known:
-            known[wanted] = build_corpus(*wanted, cache=output / "text").fingerprint
-        plan.corpus = known[wanted]
-    return plans
-
-
-def render(plans: list[Plan], results: Results, output: Path, console, tables: bool, pictures: bool) -> None:
+def render(kind: Any, plans: list[Any], results: Results, output: Path, console, tables: bool, pictures: bool) -> None:
     """Writes what can be written from the finished runs; both kinds unless one is asked for."""
-    from .plots import write_pictures
-    from .tables import write_tables
-
     both = tables == pictures
     for plan in plans:
         written = []
         if tables or both:
-            written += write_tables(plan, results, output)
+            written += kind.tables.write_tables(plan, results, output)
         if pictures or both:
-            written += write_pictures(plan, results, output)
+            written += kind.pictures.write_pictures(plan, results, output)
         if not written:
             console.print(f"no run of plan {plan.name!r} is finished in {results.path}", soft_wrap=True)
         for path in written:

@@ -6,7 +6,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
             if not math.isfinite(losses[-1]):
                 raise Diverged
             tell(step + 1)
-        figures, experts = examine(model, balancer, corpus, run.rows)
+        figures, experts = examine(model, balancer, corpus.validation, run.rows)
         if not math.isfinite(figures["loss"]):
             raise Diverged
     except Diverged:
@@ -110,7 +110,7 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
         figures |= served_plainly(
             model,
             list(batches(corpus, run.stream, run.steps, run.rows, run.seed))[-FITTED:],
-            lambda twin: examine(twin, phb.get_balancer(twin), corpus, run.rows)[0],
+            lambda twin: examine(twin, phb.get_balancer(twin), corpus.validation, run.rows)[0],
         )
     figures |= {
         "train_loss": statistics.fmean(losses[settled:]),
@@ -168,20 +168,24 @@ def choose(model: torch.nn.Module, balancer: phb.PhiBalancer, ids: Tensor) -> li
 
 @torch.no_grad()
 def examine(
-    model: torch.nn.Module, balancer: phb.PhiBalancer, corpus: Corpus, rows: int, batch: int = 16
+    model: torch.nn.Module,
+    balancer: phb.PhiBalancer,
+    validation: Mapping[str, Tensor],
+    rows: int,
+    batch: int = 16,
 ) -> tuple[dict[str, float], list]:
-    """Loss by domain and balance over all held-out windows, and the shares of the experts `(L, D, E)`."""
+    """Loss by domain and balance over all held-out windows `(W, S)`, and the shares of the experts `(L, D, E)`."""
     model.eval()
     losses, counts = {}, []
     num_experts = balancer.sites[0].num_experts
-    for domain in DOMAINS:
+    for domain, windows in validation.items():
         sums, by_window = [], []
-        for ids in corpus.validation[domain].split(batch):
+        for ids in windows.split(batch):
             with recorded_choices(balancer) as chosen:
                 loss = model(input_ids=ids, labels=ids).loss
             sums.append(float(loss) * len(ids))
             by_window.append(count_by_window(chosen, len(ids), num_experts))
-        losses[domain] = math.fsum(sums) / len(corpus.validation[domain])
+        losses[domain] = math.fsum(sums) / len(windows)
         counts.append(torch.cat(by_window))
     model.train()
     counts_DWLE = torch.stack(counts)

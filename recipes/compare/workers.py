@@ -12,8 +12,6 @@ from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
 
-from .records import Results
-
 
 Train = Callable[[Any, Path, Callable[[int], None]], dict]
 ATTEMPTS = 3  # a run whose worker was killed is tried so often
@@ -21,11 +19,12 @@ ATTEMPTS = 3  # a run whose worker was killed is tried so often
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 
 
-def execute(runs, results: Results, output: Path, workers: int, console, train: Train) -> int:
+def execute(runs, keep: Callable[[dict], None], output: Path, workers: int, console, train: Train) -> int:
     """
-    Trains `runs`, `workers` at a time, and keeps each result as it comes; returns how many failed.
+    Trains `runs`, `workers` at a time; returns how many failed.
 
     Args:
+        keep (`Callable`): Takes each result as it comes.
         train (`Callable`): A function of a module, `train(run, output, tell)`, which returns the line of a result;
             `tell(step)` says how far it is.
     """
@@ -73,7 +72,7 @@ def execute(runs, results: Results, output: Path, workers: int, console, train: 
                             console.print(f"[red]{runs[index]}: {type(error).__name__}: {error}")
                             continue
                         waiting.pop(index)
-                        results.add(record)
+                        keep(record)
                         console.print(f"{runs[index]}  {summary(record)}", highlight=False, soft_wrap=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # what still waits must not start after Ctrl-C

@@ -3,7 +3,7 @@ The comparison of balancing methods in fine-tuning: trained routers, a small lea
 
 | module | what it is for |
 |---|---|
-| `command` | the command line of a file that has `bases`, given to `recipes/compare.py` |
+| `command` | what `recipes/compare.py` does with a file that has `bases` |
 | `plans`, `run` | what is to be compared, from a YAML file; one run and the key of its result |
 | `functions`, `exercises`, `material` | made functions; the tasks; the text of the bases, and everything as tokens |
 | `bases` | the models that are fine-tuned: trained once and kept |

@@ -18,7 +18,8 @@ import hf_phibalance as phb
 from hf_phibalance.maths import max_vio
 
 from ..loop import CURVE_POINTS, Diverged, environment, lr_factor, parameter_groups, rounded
-from ..measures import balance_figures, changed_share, count_by_window, recorded_choices, thin
+from ..loop import examine as examine_text
+from ..measures import changed_share, recorded_choices, thin
 from .bases import load_base
 from .grading import score
 from .material import IGNORED, Encoded, Material, collate, load_material
@@ -31,7 +32,6 @@ FIRST_STEPS = 50  # of which every step's figures are kept
 
 def tune_on(run: Tuning, output: Path, tell: Callable[[int], None]) -> dict[str, Any]:
     """[`tune`] with what lies in `output`, for workers."""
-    torch.set_num_threads(1)
     return tune(run, _material(run.corpus, output), output, tell)
 
 
@@ -94,13 +94,12 @@ def tune(
             if not math.isfinite(total):
                 raise Diverged
             tell(step + 1)
-        figures = examine(trained, balancer, task, material)
+        figures = examine(trained, balancer, task, material, before)
         if not math.isfinite(figures["loss"]):
             raise Diverged
     except Diverged:
         return {**_head(run), "metrics": {"diverged_at": len(curves["loss"])}, "curve": {}, "experts": []}
     figures |= {
-        "rerouted": changed_share(before, choices_on(trained, balancer, task)),
         "max_vio_train_batch": statistics.fmean(curves["max_vio"][-run.steps // 4 :]),
         "run_seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu_start,
@@ -117,9 +116,10 @@ def _head(run: Tuning) -> dict[str, Any]:
 def untouched(model: nn.Module, run: Tuning, task: Encoded, material: Material) -> dict[str, float]:
     """The figures of the base as it is."""
     phb.patch(model, phb.PhiBalanceConfig(method="none"))
+    balancer = phb.get_balancer(model)
     start = time.perf_counter()
-    figures = examine(model, phb.get_balancer(model), task, material)
-    return {**figures, "rerouted": 0.0, "run_seconds": time.perf_counter() - start}
+    figures = examine(model, balancer, task, material, choices_on(model, balancer, task))
+    return {**figures, "run_seconds": time.perf_counter() - start}
 
 
 def batches(task: Encoded, rows: int, seed: int) -> Iterator[list[tuple[list[int], int]]]:
@@ -158,10 +158,14 @@ def choices_on(model: nn.Module, balancer: phb.PhiBalancer, task: Encoded) -> li
 
 
 @torch.no_grad()
-def examine(model: nn.Module, balancer: phb.PhiBalancer, task: Encoded, material: Material) -> dict[str, float]:
-    """Loss, score and balance on the held-out exercises; loss and balance on the text of the bases."""
+def examine(
+    model: nn.Module, balancer: phb.PhiBalancer, task: Encoded, material: Material, before: list[Tensor]
+) -> dict[str, float]:
+    """
+    Loss, score and balance on the held-out exercises, where the base chose the experts `before`; loss and balance on the text
+    of the bases.
+    """
     model.eval()
-    num_experts = balancer.sites[0].num_experts
     total = count = 0.0
     for batch in held_out_batches(task):
         tokens = int((batch["labels"] != IGNORED).sum())
@@ -170,21 +174,10 @@ def examine(model: nn.Module, balancer: phb.PhiBalancer, task: Encoded, material
     if task.grade:
         figures["score"] = score(model, task, material.load_tokenizer())
     chosen = choices_on(model, balancer, task)
-    model.eval()
+    figures["rerouted"] = changed_share(before, chosen)
+    num_experts = balancer.sites[0].num_experts
     loads = torch.stack([torch.bincount(layer.reshape(-1), minlength=num_experts) for layer in chosen])
     figures["max_vio_global"] = float(max_vio(loads.float()).mean())
-    losses, counts = {}, []
-    for domain, rows in material.validation.items():
-        by_batch, by_window = [], []
-        for ids in rows.split(16):
-            with recorded_choices(balancer) as chosen:
-                by_batch.append(float(model(input_ids=ids, labels=ids).loss))
-            by_window.append(count_by_window(chosen, len(ids), num_experts))
-        losses[domain] = statistics.fmean(by_batch)
-        counts.append(torch.cat(by_window))
-    on_base = balance_figures(torch.stack(counts), 8)
-    figures |= {"base_loss": statistics.fmean(losses.values()), "base_max_vio": on_base["max_vio_global"]}
-    figures |= {f"base_loss_{name}": value for name, value in losses.items()}
-    figures["domain_information"] = on_base["domain_information"]
-    model.train()
-    return figures
+    own, _ = examine_text(model, balancer, material.validation, rows=8)
+    figures |= {f"base_{name}": own[name] for name in own if name.startswith("loss")}
+    return {**figures, "base_max_vio": own["max_vio_global"], "domain_information": own["domain_information"]}

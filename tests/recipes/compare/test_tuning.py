@@ -159,3 +159,40 @@ def test_tables_of_made_up_tuning(house, base, tmp_path):
     assert "| φ | 2 | -0.1500" in tables.refresh(marked, [plan], results)
     with pytest.raises(ValueError, match="nothing"):
         tables.refresh("<!-- table: nothing; full -->\n<!-- /table -->", [plan], results)
+
+
+def test_the_command_trains_bases_then_runs_and_goes_on(house, material, tmp_path, monkeypatch, capsys):
+    built, folder = material
+    monkeypatch.setattr(house["finetuning.command"], "build_material", lambda *args: built)  # it lies in the folder
+    (tmp_path / "plans.yaml").write_text(PLANS)
+    command = [str(tmp_path / "plans.yaml"), "--output_dir", str(folder)]
+    assert house["command"].main([*command, "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert "base tiny" in listed and "tiny near, as it is" in listed
+    assert house["command"].main(command) == 0
+    said = capsys.readouterr().out
+    assert (
+        "3 runs, 0 of them finished" in said and (folder / "one.md").is_file() and (folder / "one-full.png").is_file()
+    )
+    records = house["records"].Results(folder / "results.jsonl")
+    (plan,) = house["finetuning.plans"].load_plans(tmp_path / "plans.yaml")[1]
+    assert all(records.get(run)["metrics"]["loss"] > 0 for run in plan.runs())
+    assert house["command"].main(command) == 0
+    assert "3 of them finished" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match=r"--streams: the plans of .* have no streams, but models, tasks, ways, seeds"
+    ):
+        house["command"].main([*command, "--streams", "mixed"])
+
+
+PLANS = """
+base_training: {steps: 2, rows: 2, model_fields: {hidden_size: 32, num_attention_heads: 1, num_key_value_heads: 1}}
+training: {steps: 2, tokens: 100, seeds: [0], learning_rates: {full: 0.001}}
+bases:
+  tiny: {model: mixtral, method: {method: none}}
+plans:
+  one:
+    tasks: [near]
+    ways: [full]
+    methods: [{label: none, method: none}, {label: φ, coef: 0.01}]
+"""
