@@ -12,6 +12,7 @@ phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl
 | `parser` | the words of the command line |
 | `inspecting`, `checking`, `exporting` | the commands |
 | `loading` | models and tokenizers as the options say |
+| `output` | figures as JSON |
 """
 
 from __future__ import annotations

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .loading import load_model, load_tokenizer
+from .output import check_file, write_json
 
 
 def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
     for name in ("seq_len", "batch_size", "accumulation"):
         if getattr(args, name) < 1:
             raise ValueError(f"`--{name}` is {getattr(args, name)}: choose at least 1.")
-    if args.json and args.json != "-" and Path(args.json).is_dir():
-        raise ValueError(f"`--json` {args.json!r} is a folder: name a file.")
+    check_file("json", args.json)
     lora = _lora_options(args.lora) if args.lora is not None else None
 
     from ..inspection import parse_domains
@@ -42,13 +39,7 @@ def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
         report = doctor(model, _micro_batches(args, domains))
     report.model["name"] = args.model
     print_report(report, console)
-    if args.json:
-        text = json.dumps(report.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        if args.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(text, encoding="utf-8")
+    write_json(report.to_dict(), args.json)
     return report.exit_status(args.strict)
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from pathlib import Path
 
 from .loading import loading_options
+from .output import check_file, write_json
 
 
 def run_export(args: argparse.Namespace, command: list[str]) -> int:
     for name, least in (("max_tokens", 0), ("seq_len", 1), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"`--{name}` is {getattr(args, name)}: choose at least {least}.")
-    if args.json and args.json != "-" and Path(args.json).is_dir():
-        raise ValueError(f"`--json` {args.json!r} is a folder: name a file.")
+    check_file("json", args.json)
 
     from rich.console import Console
 
@@ -39,12 +36,6 @@ def run_export(args: argparse.Namespace, command: list[str]) -> int:
             on_report=lambda report: print_export(report, console),
             **loading_options(args),
         )
-    if args.json:
-        text = json.dumps(report.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        if args.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(text, encoding="utf-8")
+    write_json(report.to_dict(), args.json)
     console.print(f"An ordinary checkpoint in {args.destination}", highlight=False)
     return 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .loading import load_model, load_tokenizer
+from .output import check_file, write_json
 
 
 def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
@@ -18,8 +17,7 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
     domains = parse_domains(args.texts, args.field)  # what can be refused before the model is loaded, is
     outputs = {name: path for name in ("json", "html") if (path := getattr(args, name)) and path != "-"}
     for name, path in outputs.items():
-        if Path(path).is_dir():
-            raise ValueError(f"`--{name}` {path!r} is a folder: name a file.")
+        check_file(name, path)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     for name, least in (("max_tokens", 0), ("seq_len", 1), ("batch_size", 1), ("top", 0)):
         value = getattr(args, name)
@@ -49,12 +47,7 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
         inspection.notes.append("What phi_balance.safetensors may hold was left out (--ignore_phi_balance).")
     print_inspection(inspection, console, args.top)
     if args.json:
-        written = {**inspection.to_dict(args.top), "versions": versions()}
-        text = json.dumps(written, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        if args.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(args.json).write_text(text, encoding="utf-8")
+        write_json({**inspection.to_dict(args.top), "versions": versions()}, args.json)
     if args.html:
         Path(args.html).write_text(html_report(inspection, args.top, command), encoding="utf-8")
     for name, path in outputs.items():
