@@ -144,14 +144,11 @@ class PhiBalancer:
 
     def _balance_loss(self) -> Tensor:
         """Value of the price gradient's term in the last step."""
-        last = self._steps.last
-        if self.config.price_from == "previous" and all(site.sees_all for site in self.sites):
-            return self._duals.charged(last.probs, self._steps.last_price)
-        paid = (
-            last.paid
-            if self.config.price_from != "previous"
-            else self.config.coef * last.probs @ self._steps.last_price
-        )
+        last, paid = self._steps.last, self._steps.last.paid
+        if self.config.price_from == "previous":
+            if all(site.sees_all for site in self.sites):
+                return self._duals.charged(last.probs, self._steps.last_price)
+            paid = self.config.coef * last.probs @ self._steps.last_price  # its share of the step's tokens only
         return paid / last.tokens.clamp(min=1)
 
     def learning_report(self) -> LearningReport:
@@ -179,11 +176,9 @@ class PhiBalancer:
             sites = [site for site in self.sites if site.modality == modality]
             top_k = [site.top_k for site in sites]
             own = {site.name: loads[site.name] for site in sites}
-            routed = (
-                tokens
-                if all(site.sees_all for site in sites)
-                else float(sum(map(torch.sum, own.values()))) / sum(top_k)
-            )
+            routed = tokens
+            if not all(site.sees_all for site in sites):
+                routed = float(sum(map(torch.sum, own.values()))) / sum(top_k)
             prefix = "" if modality == "text" else f"{modality}/"
             found = model_metrics(own, top_k, max(routed, 1.0), per_layer)
             values |= {f"{prefix}{name}": value for name, value in found.items()}

@@ -141,7 +141,10 @@ class Duals:
     @property
     def price(self) -> Tensor:
         """The prices behind the gradient, flat."""
-        return self._prices[self.config.statistics.index(self.config.track)]
+        return self._price_of(self.config.track)
+
+    def _price_of(self, statistic: str) -> Tensor:
+        return self._prices[self.config.statistics.index(statistic)]
 
     def _move_biases(self, tally: Tally, seen: Sequence[Tensor]) -> None:
         """Adds the step to the biases of routers that have `seen` tokens, unless choices came from outside."""
@@ -164,9 +167,8 @@ class Duals:
         which takes ten times the kernels of a step. Always, where a checkpoint has brought one farther than that makes it.
         """
         longest = 2 * self.config.bias_coef  # of an expert against the mean of its router, by the sign
-        own = (
-            2 * width * (1 + 1e-3)
-        )  # as far as steps of ours go, rounding aside: the same in a training that is resumed
+        # No farther than steps of ours go, rounding aside: else a training that is resumed would wait for others.
+        own = 2 * width * (1 + 1e-3)
         far = [bool((self.bias[span] - self.bias[span].mean()).abs().max() > own) for span in self.layout.spans]
         if self.config.rules.bias_rule == "quantile" or any(far):  # read once, at the first step
             return 1
@@ -179,7 +181,7 @@ class Duals:
         """What the rule of the method adds to the biases, flat."""
         rate, rule = self.config.bias_coef, self.config.rules.bias_rule
         if rule == "dual":
-            return self._prices[self.config.statistics.index(self.config.bias_track)] * -rate
+            return self._price_of(self.config.bias_track) * -rate
         step = torch.empty_like(self.bias)
         for span, shape in self.layout.runs():
             load_LE = tally.load[span].view(shape)
@@ -271,6 +273,7 @@ class Duals:
         """See [`PhiBalancer.set_biases`]."""
         for name, span in zip(self.layout.names, self.layout.spans):
             self.bias[span] = biases[name].to(self.bias)
+        self._reach = None  # one may be out of reach now
         self.has_bias = self.config.bias_coef > 0 or bool(self.bias.any())
         self._write_native_biases()
 

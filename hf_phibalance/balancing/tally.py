@@ -17,7 +17,8 @@ from .tokens import Tokens
 class Tally:
     """
     Sums over tokens: routing probabilities and top-k assignments of every expert, tokens, what they paid, a histogram per
-    expert where one is needed; and the number of forwards that replayed. All is kept in `flat`, of which the properties and methods return views.
+    expert where one is needed; and the number of forwards that replayed. All is kept in `flat`, of which the properties and
+    methods return views.
 
     Args:
         sizes (`Sequence[int]`): Number of experts of each router.
