@@ -33,7 +33,7 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
 
 NOTE = (
     "{plan.steps} steps of about {plan.tokens} tokens. Differences to `{plan.baseline}` are paired by base, task, way and "
-    "seed; mean ± standard error, `*` where a t-test at 5 % tells them from 0. *Forgotten*: growth of the loss on the text "
+    "seed; mean ± standard error, `*` where a t-test at 5 % tells them from 0, as if all pairs were independent. *Forgotten*: growth of the loss on the text "
     "of the bases. *Score*: exact match, or pass@1 of functions."
 )
 
@@ -98,21 +98,19 @@ def way_table(plan: Plan, found: Mapping[Cell, Mapping], way: str) -> str:
         some = list(pairs(found, method.label, plan.baseline, lambda cell: cell[2] == way))
         if not some:
             continue
-        mean = {name: statistics.fmean(own[name] for own, _ in some) for name in ("max_vio_global", "base_max_vio")}
         is_baseline = method.label == plan.baseline
         cells = [
             f"{len(some)}",
             "" if is_baseline else _difference(some, "loss", ".4f"),
             "" if is_baseline else f"{sum(own['loss'] < base['loss'] for own, base in some)}",
-            f"{statistics.fmean(own['score'] for own, _ in some if 'score' in own):.1%}"
-            if is_baseline
-            else _difference([pair for pair in some if "score" in pair[0]], "score", ".1%"),
-            f"{statistics.fmean(own['forgotten'] for own, _ in some):.3f}"
-            if is_baseline
-            else _difference(some, "forgotten", ".3f"),
-            f"{mean['max_vio_global']:.2f}",
-            f"{mean['base_max_vio']:.2f}",
-            f"{statistics.fmean(own['rerouted'] for own, _ in some):.1%}",
+            *(
+                _mean(some, name, form) if is_baseline else _difference(some, name, form)
+                for name, form in (("score", ".1%"), ("forgotten", ".3f"))
+            ),
+            *(
+                _mean(some, name, form)
+                for name, form in (("max_vio_global", ".2f"), ("base_max_vio", ".2f"), ("rerouted", ".1%"))
+            ),
         ]
         lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -168,12 +166,19 @@ def cell_table(plan: Plan, found: Mapping[Cell, Mapping], cell: Cell) -> str:
     return "\n".join(lines)
 
 
+def _mean(some: Sequence[tuple[Figures, Figures]], name: str, form: str) -> str:
+    """Mean over the runs that have the figure."""
+    values = [own[name] for own, _ in some if name in own]
+    return f"{statistics.fmean(values):{form}}" if values else "–"
+
+
 def _difference(some: Sequence[tuple[Figures, Figures]], name: str, form: str) -> str:
     """Mean difference ± standard error, with a star where it can be told from 0."""
-    if not some:
+    differences = [own[name] - base[name] for own, base in some if name in own]
+    if not differences:
         return "–"
-    mean, spread = mean_spread([own[name] - base[name] for own, base in some])
+    mean, spread = mean_spread(differences)
     if math.isnan(spread):
         return f"{mean:+{form}}"
-    told = is_told(mean, spread, len(some))
-    return f"{mean:+{form}} ± {spread / math.sqrt(len(some)):{form}}" + " *" * told
+    told = is_told(mean, spread, len(differences))
+    return f"{mean:+{form}} ± {spread / math.sqrt(len(differences)):{form}}" + " *" * told

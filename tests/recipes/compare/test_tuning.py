@@ -155,6 +155,8 @@ def test_tables_of_made_up_tuning(house, base, tmp_path):
     text = path.read_text()
     assert "| small | 3.000 / 10% | 4.000 | 0.25 | 0.100 |" in text
     assert "| φ | 2 | -0.1500 ± 0.0500 | 2 | +15.0% ± 5.0% | -0.175 ± 0.075 | 0.50 | 0.25 | 20.0% |" in text
+    without_score = [(shared, shared)]  # MBPP, say
+    assert tables._mean(without_score, "score", ".1%") == tables._difference(without_score, "score", ".1%") == "–"
     marked = "<!-- table: made-up; full -->\nold\n<!-- /table -->"
     assert "| φ | 2 | -0.1500" in tables.refresh(marked, [plan], results)
     with pytest.raises(ValueError, match="nothing"):
