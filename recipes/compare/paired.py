@@ -19,6 +19,12 @@ def mean_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def spread_of(values: Sequence[float], form: str) -> str:
+    """Mean ± standard deviation, in print."""
+    mean, spread = mean_spread(values)
+    return f"{mean:{form}}" if math.isnan(spread) else f"{mean:{form}} ± {spread:{form}}"
+
+
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float, bool]:
     """
     Mean and sample standard deviation of `values[seed] - baseline[seed]` over the seeds that both have, and whether the

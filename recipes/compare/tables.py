@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .documents import DOMAINS
 from .finished import Rows, finished
-from .paired import mean_spread, paired_difference
+from .paired import paired_difference, spread_of
 from .plans import Plan
-from .portable import PLAIN
+from .plain import plain_table
 from .records import Results
 
 
@@ -62,7 +62,7 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
     if len(found) > 1:
         parts += ["## Overview", OVERVIEW_NOTE, overview(plan, found), SUMMARY_NOTE, summary(plan, found)]
     if plan.portable:
-        parts += ["## Served plainly", plain_table(plan, found)]
+        parts += ["## Served plainly", plain_table(found)]
     for (model, stream), rows in found.items():
         parts += [f"## {model}, {stream}", main_table(plan, rows, stream)]
         if best := best_of_families(plan, rows):
@@ -95,7 +95,7 @@ def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
                 f"the mark '{match[1].strip()}' asks for runs of which none is finished, or no such plan."
             )
         if at == ["plain"]:
-            return f"{match[1]}{plain_table(by_name[name], found)}\n{match[3]}"
+            return f"{match[1]}{plain_table(found)}\n{match[3]}"
         if at == ["all"]:
             return f"{match[1]}{summary(by_name[name], found)}\n{match[3]}"
         if at:
@@ -177,48 +177,6 @@ def summary(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> str:
     return "\n".join(lines)
 
 
-def plain_table(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> str:
-    """For each method what was trained and what is left of it without the selection bias, over all models and streams."""
-    lines = ["| method | served | " + " | ".join(f"{model}, {stream}" for model, stream in found) + " |"]
-    lines.append("|---|---|" + "---:|" * len(found))
-    for method in plan.methods:
-        for prefix, served in (("", "with its bias"), *((f"{variant}_", variant) for variant in PLAIN)):
-            cells = []
-            for rows in found.values():
-                fine = [figures for figures in rows[method.label].values() if f"{prefix}loss" in figures]
-                parts = (("loss", ".3f"), ("max_vio_global", ".2f"), ("domain_information", ".3f"))
-                said = [spread_of([figures[prefix + name] for figures in fine], form) for name, form in parts if fine]
-                cells.append(" / ".join(said) or "–")
-            if set(cells) != {"–"}:
-                lines.append(f"| {method.label} | {served} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_plain_summary(plan, found)])
-
-
-def _plain_summary(plan: Plan, found: Mapping[tuple[str, str], Rows]) -> list[str]:
-    """What each variant keeps of the run with its bias, over all models, streams and seeds."""
-    heading = "| against the same run with its bias | runs | loss | most | MaxVio, times | at most 1.2 | information, times | least |"
-    lines = [heading, "|---|" + "---:|" * 7]
-    for method in plan.methods:
-        for variant in PLAIN:
-            runs = [f for rows in found.values() for f in rows[method.label].values() if f"{variant}_loss" in f]
-            if len(runs) < 2:
-                continue
-            losses = [f[f"{variant}_loss"] - f["loss"] for f in runs]
-            ratios = [f[f"{variant}_max_vio_global"] / f["max_vio_global"] for f in runs]
-            kept = [f[f"{variant}_domain_information"] / f["domain_information"] for f in runs]
-            cells = [
-                f"{len(runs)}",
-                f"{statistics.fmean(losses):+.4f} ± {statistics.stdev(losses) / math.sqrt(len(losses)):.4f}",
-                f"{max(losses):+.4f}",
-                f"{statistics.geometric_mean(ratios):.2f}",
-                f"{sum(ratio <= 1.2 for ratio in ratios)}",
-                f"{statistics.geometric_mean(kept):.2f}",
-                f"{min(kept):.2f}",
-            ]
-            lines.append(f"| {method.label}, {variant} | " + " | ".join(cells) + " |")
-    return lines
-
-
 def table(plan: Plan, rows: Rows, columns: Sequence[Column]) -> str:
     """One markdown table: a row for each method that has a finished run, in the order of the plan."""
     headings = ["method", "n"]
@@ -251,12 +209,6 @@ def delta(column: Column, label: str, values: Mapping[int, float], baseline: Map
     if label == name or not set(values) & set(base):
         return "" if label == name else "–"
     return signed(*paired_difference(values, base), column.form)
-
-
-def spread_of(values: Sequence[float], form: str) -> str:
-    """Mean ± standard deviation, in print."""
-    mean, spread = mean_spread(values)
-    return f"{mean:{form}}" if math.isnan(spread) else f"{mean:{form}} ± {spread:{form}}"
 
 
 def signed(mean: float, spread: float, told: bool, form: str) -> str:

@@ -47,7 +47,7 @@ def results(tmp_path_factory):
 def test_results_folder_is_complete(results):
     folder, done = results
     names = (
-        "README.md config.json model.safetensors phi_balance.safetensors tokenizer.json metrics.json history.json "
+        "README.md config.json model.safetensors phi_balance.state tokenizer.json metrics.json history.json "
         "loads.png curves.png unbalanced/metrics.json unbalanced/history.json"
     )
     assert not [name for name in names.split() if not (folder / name).is_file()]

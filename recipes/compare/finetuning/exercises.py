@@ -108,6 +108,13 @@ def mbpp(data: Path | None) -> Task:
     return Task(written["train"][third:], written["validation"], "", written["train"][:third])
 
 
+def broad(data: Path | None) -> Task:
+    """All of the others at once, as much of each as there is; the bases have seen what they saw of those."""
+    parts = [make(data) for make in (near, far, functions, gsm8k, mbpp)]
+    some = HELD_OUT // len(parts)
+    return Task([e for part in parts for e in part.train], [e for part in parts for e in part.held_out[:some]], "", [])
+
+
 def _needed(data: Path | None, name: str) -> Path:
     if data is None or not (data / name).is_dir():
         raise FileNotFoundError(f"the task {name!r} needs --data, a folder that holds {name}/; the made tasks do not.")
@@ -115,6 +122,6 @@ def _needed(data: Path | None, name: str) -> Path:
 
 
 EXERCISES: dict[str, Callable[[Path | None], Task]] = {
-    task.__name__: task for task in (near, far, functions, gsm8k, mbpp)
+    task.__name__: task for task in (near, far, functions, gsm8k, mbpp, broad)
 }
 MADE = ("near", "far", "functions")  # which need no data

@@ -59,6 +59,7 @@ class Training:
         learning_rates (`dict[str, float]`): Peak by way; 5% warm-up, then a cosine to a tenth.
         weight_decay (`float`): Of matrices only.
         rank (`int`): Of adapters.
+        portable (`bool`): Whether methods with a selection bias are also measured without it, see `compare.portable`.
     """
 
     steps: int = 150
@@ -67,6 +68,7 @@ class Training:
     learning_rates: dict[str, float] = field(default_factory=dict)
     weight_decay: float = 0.0
     rank: int = 8
+    portable: bool = False
 
 
 @dataclass(kw_only=True)
@@ -96,7 +98,8 @@ class Tuning(Training):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         method = method_settings(self.config_arguments)
         method |= {"calibrate": self.calibrate} if self.calibrate else {}
-        return {**fields, "base": self.base.key, "learning_rates": {self.way: self.learning_rate}, "method": method}
+        own = {"base": self.base.key, "learning_rates": {self.way: self.learning_rate}, "method": method}
+        return {**fields, **own, "portable": self.is_served_plainly}
 
     @property
     def key(self) -> str:
@@ -117,6 +120,11 @@ class Tuning(Training):
     @property
     def config(self) -> phb.PhiBalanceConfig:
         return phb.PhiBalanceConfig(**self.config_arguments)
+
+    @property
+    def is_served_plainly(self) -> bool:
+        """Whether what is left without the selection bias is measured as well."""
+        return self.portable and self.config.bias_coef > 0
 
     def __str__(self) -> str:
         if self.steps == 0:

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..paired import is_told, mean_spread
+from ..paired import is_told, mean_spread, spread_of
+from ..plain import plain_table
 from ..records import Results
 from .finished import Cell, Figures, finished, pairs, untouched
 from .plans import Plan
@@ -22,6 +23,8 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
     parts = [f"# {plan.question or plan.name}", NOTE.format(plan=plan), bases_table(plan, results)]
     for way in dict.fromkeys(way for _, _, way in found):
         parts += [f"## {way}", way_table(plan, found, way), tasks_table(plan, found, way)]
+    if plan.portable:
+        parts += ["## Served plainly", plain_table(found)]
     for cell in found:
         title = f"<details><summary>{', '.join(cell)}</summary>"
         parts.append(f"{title}\n\n{cell_table(plan, found, cell)}\n\n</details>")
@@ -41,7 +44,8 @@ NOTE = (
 def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
     """
     `text` with its marked tables made anew: `<!-- table: plan, bases -->` ... `<!-- /table -->` are the bases as they were,
-    `plan, way` all tasks and bases together, `plan, way, tasks` each task, and `plan, base, task, way` one cell.
+    `plan, plain` what is left without a selection bias, `plan, way` all tasks and bases together, `plan, way, tasks` each
+    task, and `plan, base, task, way` one cell.
 
     Raises:
         ValueError: if a mark names a plan, or runs, of which nothing is finished.
@@ -55,6 +59,8 @@ def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
         ways = {way for _, _, way in found}
         if plan and found and at == ["bases"]:
             made = bases_table(plan, results)
+        elif plan and found and at == ["plain"]:
+            made = plain_table(found)
         elif plan and len(at) == 1 and at[0] in ways:
             made = way_table(plan, found, at[0])
         elif plan and len(at) == 2 and at[0] in ways and at[1] == "tasks":
@@ -160,8 +166,7 @@ def cell_table(plan: Plan, found: Mapping[Cell, Mapping], cell: Cell) -> str:
     for label, by_seed in found[cell].items():
         cells = [f"{len(by_seed)}"]
         for name, _, form in columns:
-            mean, spread = mean_spread([figures[name] for figures in by_seed.values()])
-            cells.append(f"{mean:{form}}" if math.isnan(spread) else f"{mean:{form}} ± {spread:{form}}")
+            cells.append(spread_of([figures[name] for figures in by_seed.values()], form))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -20,6 +21,7 @@ from hf_phibalance.maths import max_vio
 from ..loop import CURVE_POINTS, Diverged, environment, lr_factor, parameter_groups, rounded
 from ..loop import examine as examine_text
 from ..measures import changed_share, recorded_choices, thin
+from ..portable import FITTED, served_plainly
 from .bases import load_base
 from .grading import score
 from .material import IGNORED, Encoded, Material, collate, load_material
@@ -99,6 +101,13 @@ def tune(
             raise Diverged
     except Diverged:
         return {**_head(run), "metrics": {"diverged_at": len(curves["loss"])}, "curve": {}, "experts": []}
+    if run.is_served_plainly:
+        last = batches(task, rows_of(task, run.tokens), run.seed)
+        figures |= served_plainly(
+            trained,
+            [collate(rows) for rows in itertools.islice(last, run.steps)][-FITTED:],
+            lambda twin: examine(twin, phb.get_balancer(twin), task, material, before),
+        )
     figures |= {
         "max_vio_train_batch": statistics.fmean(curves["max_vio"][-run.steps // 4 :]),
         "run_seconds": time.perf_counter() - start,

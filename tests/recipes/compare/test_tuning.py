@@ -174,13 +174,17 @@ def test_the_command_trains_bases_then_runs_and_goes_on(house, material, tmp_pat
     assert house["command"].main(command) == 0
     said = capsys.readouterr().out
     assert (
-        "3 runs, 0 of them finished" in said and (folder / "one.md").is_file() and (folder / "one-full.png").is_file()
+        "4 runs, 0 of them finished" in said and (folder / "one.md").is_file() and (folder / "one-full.png").is_file()
     )
     records = house["records"].Results(folder / "results.jsonl")
     (plan,) = house["finetuning.plans"].load_plans(tmp_path / "plans.yaml")[1]
     assert all(records.get(run)["metrics"]["loss"] > 0 for run in plan.runs())
+    *others, biased = [records.get(run)["metrics"] for run in plan.runs()]
+    assert not any("folded_loss" in figures for figures in others)  # have no bias to do without
+    assert 0 < biased["folded_loss"] and 0 <= biased["dropped_score"] <= 1
+    assert "| bias | with its bias | " in (folder / "one.md").read_text()
     assert house["command"].main(command) == 0
-    assert "3 of them finished" in capsys.readouterr().out
+    assert "4 of them finished" in capsys.readouterr().out
     with pytest.raises(
         SystemExit, match=r"--streams: the plans of .* have no streams, but models, tasks, ways, seeds"
     ):
@@ -196,5 +200,6 @@ plans:
   one:
     tasks: [near]
     ways: [full]
-    methods: [{label: none, method: none}, {label: φ, coef: 0.01}]
+    portable: true
+    methods: [{label: none, method: none}, {label: φ, coef: 0.01}, {label: bias, coef: 0.0, bias_coef: 0.003}]
 """
