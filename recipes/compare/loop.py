@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 import statistics
@@ -24,6 +25,7 @@ from .models import build_model
 from .portable import FITTED, served_plainly
 from .run import Run
 from .streams import batches, switch_step
+from .unfinished import Unfinished
 
 
 CURVE_POINTS = 50
@@ -38,10 +40,18 @@ class Diverged(Exception):
 
 def train_on(run: Run, output: Path, tell: Callable[[int], None]) -> dict[str, Any]:
     """[`train`] on the text that lies in `output`, for workers."""
-    return train(run, load_corpus(run.corpus, output / "text"), tell)
+    unfinished = Unfinished(output / "unfinished" / f"{run.key}-{run.corpus}.pt")
+    record = train(run, load_corpus(run.corpus, output / "text"), tell, unfinished)
+    unfinished.remove()
+    return record
 
 
-def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
+def train(
+    run: Run,
+    corpus: Corpus,
+    tell: Callable[[int], None] = lambda step: None,
+    unfinished: Unfinished | None = None,
+) -> dict[str, Any]:
     """
     Trains one model and examines it.
 
@@ -49,6 +59,8 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
         run (`Run`): What to train.
         corpus (`Corpus`): Its text.
         tell (`Callable`, *optional*): Called with the number of finished steps.
+        unfinished (`Unfinished`, *optional*): Where what it needs to go on is kept meanwhile. The times of a run that was
+            taken up are those of its last part.
 
     Returns:
         `dict`: one line of the results file: `key`, `settings`, `metrics`, `curve`, `experts` (share of the assignments
@@ -68,19 +80,21 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
     record = {"key": run.key, "settings": run.settings, "environment": environment()}
     if run.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-    losses: list[float] = []
-    max_vios: list[float] = []
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "balancer": balancer}
+    notes: dict[str, list[float]] = {"losses": [], "max_vios": [], "churn": []}
+    notes |= unfinished.take_up(parts) if unfinished else {}
+    losses, max_vios, churn = notes["losses"], notes["max_vios"], notes["churn"]
     clock = Clock(run.device)
-    churn: list[float] = []
     start, cpu_start = time.perf_counter(), time.process_time()
+    stream = enumerate(batches(corpus, run.stream, run.steps, run.rows, run.seed))
     try:
-        for step, ids in enumerate(batches(corpus, run.stream, run.steps, run.rows, run.seed)):
+        for step, ids in itertools.islice(stream, len(losses), None):
             clock.step()
             clock.start()
-            parts = ids.to(run.device).tensor_split(run.micro_batches)
-            balancer.begin_step([{"input_ids": part} for part in parts])
+            micro_batches = ids.to(run.device).tensor_split(run.micro_batches)
+            balancer.begin_step([{"input_ids": part} for part in micro_batches])
             total = torch.zeros((), device=run.device)
-            for part in parts:
+            for part in micro_batches:
                 with torch.autocast(run.device, torch.bfloat16, enabled=run.precision == "bf16"):
                     loss = model(input_ids=part, labels=part).loss * (len(part) / len(ids))
                 loss.backward()
@@ -100,13 +114,15 @@ def train(run: Run, corpus: Corpus, tell: Callable[[int], None] = lambda step: N
             max_vios.append(float(max_vio(torch.stack(list(balancer.loads().values()))).mean()))
             if not math.isfinite(losses[-1]):
                 raise Diverged
+            if unfinished:
+                unfinished.keep(parts, notes)
             tell(step + 1)
         figures, experts = examine(model, balancer, corpus.validation, run.rows)
         if not math.isfinite(figures["loss"]):
             raise Diverged
     except Diverged:
         return {**record, "metrics": {"diverged_at": len(losses)}, "curve": {}, "experts": []}
-    if run.portable:
+    if run.is_served_plainly:
         figures |= served_plainly(
             model,
             list(batches(corpus, run.stream, run.steps, run.rows, run.seed))[-FITTED:],

@@ -37,8 +37,8 @@ class Training:
         model_fields (`dict`, *optional*): Fields of the model's config that differ from `models.MODELS`.
         vocab_size (`int`, *optional*, defaults to `1024`): Tokens of the tokenizer.
         validation_windows (`int`, *optional*, defaults to `192`): Held-out windows of each domain.
-        portable (`bool`, *optional*, defaults to `False`): Whether to measure as well what is left where the model is
-            served without its selection bias, see `portable`.
+        portable (`bool`, *optional*, defaults to `False`): Whether methods with a selection bias are also measured without
+            it, see `portable`.
         device (`str`, *optional*, defaults to `"cpu"`): Where to train.
         precision (`str`, *optional*, defaults to `"fp32"`): `"bf16"` for autocast over fp32 weights.
         corpus (`str`): Fingerprint of the text, see `corpus`.
@@ -79,7 +79,13 @@ class Run(Training):
     @property
     def settings(self) -> dict[str, Any]:
         """All of it as plain JSON values, with what `PhiBalanceConfig` adds to `method`."""
-        return {**dataclasses.asdict(self), "method": method_settings(self.method)}
+        own = {"method": method_settings(self.method), "portable": self.is_served_plainly}
+        return {**dataclasses.asdict(self), **own}
+
+    @property
+    def is_served_plainly(self) -> bool:
+        """Whether what is left without the selection bias is measured as well."""
+        return self.portable and self.config.bias_coef > 0
 
     @property
     def key(self) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from .documents import DOMAINS
 from .finished import Rows, finished
 from .paired import paired_difference, spread_of
-from .plans import Plan
 from .plain import plain_table
+from .plans import Plan
 from .records import Results
 
 

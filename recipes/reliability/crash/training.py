@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from hf_phibalance import attach, get_balancer, last_checkpoint, patch  # now, not in each process anew
+from hf_phibalance.sidecar import STATE_NAME
 
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def step_of(checkpoint: str | Path) -> int:
 
 def contents_of(checkpoint: Path) -> dict[str, Any]:
     """All that a run resumes from, by file."""
-    contents: dict[str, Any] = {path.name: load_file(path) for path in checkpoint.glob("*.safetensors")}
+    tensors = [*checkpoint.glob("*.safetensors"), checkpoint / STATE_NAME]
+    contents: dict[str, Any] = {path.name: load_file(path) for path in tensors}
     for path in checkpoint.glob("*.pt*"):  # .pt and .pth
         contents[path.name] = torch.load(path, weights_only=False)
     return contents | {"step": json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]}

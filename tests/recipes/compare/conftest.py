@@ -9,7 +9,7 @@ from paths import ROOT
 
 MODULES = (
     *("command", "corpus", "documents", "finished", "loop", "measures", "models", "paired", "plans", "records", "run"),
-    *("streams", "tables", "workers"),
+    *("streams", "tables", "unfinished", "workers"),
     *(
         f"finetuning.{name}"
         for name in ("bases", "command", "exercises", "finished", "functions", "grading", "material")

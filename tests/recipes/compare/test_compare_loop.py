@@ -77,6 +77,33 @@ def test_figures_of_a_run(house, corpus):
     )
 
 
+@pytest.mark.parametrize("model", ["mixtral", "deepseek_v3"])
+def test_an_interrupted_run_goes_on_bit_identically(house, corpus, tmp_path, model):
+    own = {} if model == "mixtral" else {"model_fields": {}}
+    run = small_run(house, model=model, method={"coef": 0.1, "bias_coef": 0.05}, steps=16, **own)
+    whole = house["loop"].train(run, corpus)
+    unfinished = house["unfinished"].Unfinished(tmp_path / "run.pt", every=0)
+    steps = []
+
+    def interrupt(step):
+        steps.append(step)
+        if step in (5, 14):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            house["loop"].train(run, corpus, interrupt, unfinished)
+    again = house["loop"].train(run, corpus, interrupt, unfinished)
+    assert steps == list(range(1, 17))
+    for record in (whole, again):
+        for name in ("step_ms", "run_seconds", "cpu_seconds"):
+            del record["metrics"][name]
+    assert again == whole
+    unfinished.remove()
+    assert not list(tmp_path.iterdir())
+    assert house["unfinished"].Unfinished(tmp_path / "run.pt").take_up({}) == {}
+
+
 def test_same_start_for_all_methods(house, corpus):
     first = [
         house["loop"].train(small_run(house, method=method, steps=1), corpus)["curve"]["loss"][0]

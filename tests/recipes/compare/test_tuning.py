@@ -181,7 +181,7 @@ def test_the_command_trains_bases_then_runs_and_goes_on(house, material, tmp_pat
     assert all(records.get(run)["metrics"]["loss"] > 0 for run in plan.runs())
     *others, biased = [records.get(run)["metrics"] for run in plan.runs()]
     assert not any("folded_loss" in figures for figures in others)  # have no bias to do without
-    assert 0 < biased["folded_loss"] and 0 <= biased["dropped_score"] <= 1
+    assert biased["folded_loss"] > 0 and 0 <= biased["dropped_score"] <= 1
     assert "| bias | with its bias | " in (folder / "one.md").read_text()
     assert house["command"].main(command) == 0
     assert "4 of them finished" in capsys.readouterr().out
