@@ -56,4 +56,4 @@ def test_quick_start_runs(tmp_path):
     names = {"dataset": Dataset.from_list(rows)}
     exec(code, names)
     assert "moe/max_vio" in names["trainer"].state.log_history[0]
-    assert (tmp_path / "out" / "phi_balance.safetensors").is_file()
+    assert (tmp_path / "out" / "phi_balance.state").is_file()

@@ -28,13 +28,12 @@ from .duals import LOGIT_WIDTH
 from .learning import LearningReport, describe_router
 from .patching import Patch, find_patch, get_balancer, learning_report, patch, unpatch
 from .rehearsal import Forward, RandomState, Rehearsal, Routed
-from .state import STATE_NAME, StateFile, check_model, config_in, read_state
+from .state import StateFile, check_model, config_in, read_state
 from .tokens import count_mask
 
 
 __all__ = [
     "LOGIT_WIDTH",
-    "STATE_NAME",
     "Forward",
     "LearningReport",
     "Patch",

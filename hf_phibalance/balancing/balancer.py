@@ -362,7 +362,7 @@ class PhiBalancer:
         self._duals.take_over(other._duals)
 
     def save(self, directory: str | os.PathLike) -> Path:
-        """Writes `phi_balance.safetensors` into `directory` (made if missing) and returns its path."""
+        """Writes `phi_balance.state` into `directory` (made if missing) and returns its path."""
         return save_state(self.state_dict(), self.config, describe_model(self.root, self.sites), directory)
 
     def load(self, directory: str | os.PathLike) -> None:

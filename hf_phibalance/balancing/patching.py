@@ -23,11 +23,11 @@ from ..routers import (
     remove_hooks,
     unwrap,
 )
+from ..sidecar import STATE_NAME
 from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off, switch_off_built_in_loss
 from .learning import LearningReport
 from .refusals import refuse_impossible
-from .state import STATE_NAME
 from .undo import Undo, wrap_method
 
 

@@ -1,6 +1,6 @@
 """The file that keeps means and biases beside a model's weights, and whether a state fits a model.
 
-A safetensors file. Its header holds the version that wrote it, the configuration, what model it belongs to, and a checksum
+Its format is that of safetensors. Its header holds the version that wrote it, the configuration, what model it belongs to, and a checksum
 over all of that and the tensors: what is read is what was written, or it is refused.
 """
 
@@ -24,9 +24,9 @@ from ..config import STATISTICS, PhiBalanceConfig, package_version
 from ..durable import replacing
 from ..files import parse_json
 from ..routers import RouterSite
+from ..sidecar import EARLIER_STATE_NAME, STATE_NAME, state_in
 
 
-STATE_NAME = "phi_balance.safetensors"
 LAYOUT = "2"  # of the header; raise it when a reader of the present one would misunderstand the file
 HEADER = {"format", "version", "config", "layout", "model", "checksum"}
 FIRST_HEADER = {"format", "version", "config"}  # of version 0.1.0, which had neither checksum nor model
@@ -57,8 +57,9 @@ def save_state(
     state: dict[str, Tensor], config: PhiBalanceConfig, model: dict[str, Any], directory: str | os.PathLike
 ) -> Path:
     """
-    Writes `phi_balance.safetensors` into `directory` (made if missing) and returns its path. Whatever happens meanwhile,
-    a kill, a full disk or a loss of power, under that name is the whole file or the one that was there before.
+    Writes `phi_balance.state` into `directory` (made if missing) and returns its path. Whatever happens meanwhile, a kill, a
+    full disk or a loss of power, under that name is the whole file or the one that was there before. What an earlier version
+    wrote there under another name goes when the new file has reached the disk.
 
     Args:
         state (`dict[str, Tensor]`): as [`PhiBalancer.state_dict`] returns it.
@@ -83,6 +84,9 @@ def save_state(
             save_file(state, partial, metadata=header)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error}); what was there before is untouched.") from error
+    earlier = path.with_name(EARLIER_STATE_NAME)
+    if _is_ours(earlier):
+        earlier.unlink(missing_ok=True)
     return path
 
 
@@ -105,7 +109,7 @@ def read_state(directory: str | os.PathLike) -> StateFile:
         ValueError: if it is damaged, was not written by this package, or by a version that this one does not understand.
     """
     path = Path(directory)
-    path = path / STATE_NAME if path.is_dir() else path
+    path = state_in(path) or path / STATE_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"there is no φ-balance state at {path}; was the model saved while patched?")
     if path.stat().st_size > LARGEST:
@@ -128,6 +132,17 @@ def read_state(directory: str | os.PathLike) -> StateFile:
     if not isinstance(config, dict) or not (model is None or _describes_model(model)):
         raise _damaged(path, "it does not say what configuration, model and routers it belongs to")
     return StateFile(tensors, model, config)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `path` is a state that some version of this package wrote, by its header."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).keys() >= FIRST_HEADER
+    except (SafetensorError, UnicodeDecodeError, OSError):
+        return False
 
 
 def _describes_model(model: Any) -> bool:

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..balancing import STATE_NAME, find_patch
+from ..balancing import find_patch
 from ..compat import dependencies, is_supported
 from ..routers import REMOTE_TRAITS, RouterHook, find_routers
+from ..sidecar import STATE_NAME, state_in
 from .report import Check
 from .subject import Subject, many
 from .trial import CHECKPOINTING, is_reentrant
@@ -181,8 +182,8 @@ def state_file(subject: Subject) -> Iterator[Check]:
     """The state beside the checkpoint: damaged, of another model, or missing."""
     if subject.balancer is None or subject.folder is None or not subject.folder.is_dir():
         return
-    path = subject.folder / STATE_NAME
-    if not path.is_file():
+    path = state_in(subject.folder)
+    if path is None:
         saved = subject.folder / "config.json"
         if saved.is_file() and '"phi_balance"' in saved.read_text(encoding="utf-8", errors="replace"):
             yield Check(
@@ -196,7 +197,7 @@ def state_file(subject: Subject) -> Iterator[Check]:
         steps = subject.balancer.check(path)
     except (ValueError, OSError) as error:
         yield Check(
-            "state file", "problem", str(error), f"replace {STATE_NAME}, or delete it to start with fresh duals"
+            "state file", "problem", str(error), f"replace {path.name}, or delete it to start with fresh duals"
         )
         return
-    yield Check("state file", "ok", f"{STATE_NAME} fits, after {steps} steps")
+    yield Check("state file", "ok", f"{path.name} fits, after {steps} steps")

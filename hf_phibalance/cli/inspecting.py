@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..sidecar import STATE_NAME
 from .loading import load_model, load_tokenizer
 from .output import check_file, write_json
 
@@ -44,7 +45,7 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
         )
     inspection.model["name"] = args.model
     if args.ignore_phi_balance:
-        inspection.notes.append("What phi_balance.safetensors may hold was left out (--ignore_phi_balance).")
+        inspection.notes.append(f"What {STATE_NAME} may hold was left out (--ignore_phi_balance).")
     print_inspection(inspection, console, args.top)
     if args.json:
         write_json({**inspection.to_dict(args.top), "versions": versions()}, args.json)

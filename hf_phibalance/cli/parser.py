@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..sidecar import STATE_NAME
 from .checking import run_doctor
 from .exporting import run_export
 from .inspecting import run_inspect
@@ -56,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     loading.add_argument(
         "--ignore_phi_balance",
         action="store_true",
-        help="leave out the selection bias in phi_balance.safetensors, as a plain from_pretrained does",
+        help=f"leave out the selection bias in {STATE_NAME}, as a plain from_pretrained does",
     )
     _add_doctor(commands)
     _add_export(commands)

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+from ..sidecar import STATE_NAME
+
 
 PACKAGES = ("torch", "transformers", "hf_phibalance", "evaluate", "datasets")
 
@@ -17,7 +19,7 @@ def model_fingerprint(name_or_path: str, revision: str = "main") -> str:
     path = Path(name_or_path)
     if not path.is_dir():
         return revision
-    kinds = (".safetensors", ".bin", "config.json")
+    kinds = (".safetensors", ".bin", "config.json", STATE_NAME)
     files = sorted(file for file in path.iterdir() if file.name.endswith(kinds))
     return _short_hash("".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files))
 

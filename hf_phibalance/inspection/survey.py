@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..forwards import evaluating
+from ..sidecar import STATE_NAME
 from .census import RouterCensus
 from .findings import Inspection, Layer
 from .texts import Domain, TextStream
@@ -166,7 +167,5 @@ def _describe(census: RouterCensus, layers: list[Layer]) -> dict[str, Any]:
         "routers": len(layers),
         "experts": sorted({layer.experts for layer in layers}),
         "top_k": sorted({layer.top_k for layer in layers}),
-        "selection_bias": "phi_balance.safetensors"
-        if balancer is not None and balancer.has_bias and not native
-        else own,
+        "selection_bias": STATE_NAME if balancer is not None and balancer.has_bias and not native else own,
     }

@@ -9,7 +9,6 @@ transformers, is imported by the methods, whose errors end the run.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -74,13 +73,14 @@ class PhiBalancePlugin(BasePlugin):
         return f"{__name__}.{PhiBalanceArgs.__name__}"
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        from ..balancing import STATE_NAME, get_balancer, patch
+        from ..balancing import get_balancer, patch
+        from ..sidecar import state_in
 
         fields = cfg.phi_balance.to_dict()
         refuse_maskless(cfg, model, fields)
         patch(model, fields)
         for folder in (cfg.base_model, cfg.lora_model_dir):
-            if folder and (Path(folder) / STATE_NAME).is_file():
+            if folder and state_in(folder) is not None:
                 get_balancer(model).load(folder)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

@@ -1,5 +1,5 @@
 """
-vLLM: install this package beside it, and a checkpoint with `phi_balance.safetensors` is served with its selection bias.
+vLLM: install this package beside it, and a checkpoint with `phi_balance.state` is served with its selection bias.
 
 A general plugin of vLLM, which calls [`register`] in each of its processes. Where a worker loads a checkpoint with a bias, each
 MoE layer of the model gets a `custom_routing_function`, vLLM's own way for a family to choose experts by a rule of its own: it
@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..sidecar import EARLIER_STATE_NAME, STATE_NAME
 
 
 if TYPE_CHECKING:
@@ -36,10 +38,9 @@ RANKED = {
     "qwen3_moe": "probs",
     "qwen3_next": "probs",
 }
-STATE_NAME = "phi_balance.safetensors"  # that of `balancing`, which is imported only where there is such a file
 REMEDY = (
-    "`phibalance export` writes a checkpoint that needs no selection bias; without phi_balance.safetensors, vLLM serves this one "
-    "without its bias."
+    "`phibalance export` writes a checkpoint that needs no selection bias; without the state beside the weights "
+    f"({STATE_NAME}, or {EARLIER_STATE_NAME} of earlier versions), vLLM serves this one without its bias."
 )
 logger = logging.getLogger("vllm.hf_phibalance")  # below vLLM's, whose handler it uses
 
@@ -64,7 +65,7 @@ def register() -> None:
 
 @functools.cache
 def tell_loaders() -> None:
-    """Lets the loaders of this process pass over our file, and hand its biases to the model."""
+    """Lets the loaders of this process hand our biases to the model, and pass over the file of earlier versions."""
     from vllm.model_executor.model_loader import BaseModelLoader, DefaultModelLoader
 
     for loader in (BaseModelLoader, *BaseModelLoader.__subclasses__()):
@@ -74,12 +75,12 @@ def tell_loaders() -> None:
 
 
 def passing_over_state(prepare: Any) -> Any:
-    """`prepare` takes every safetensors file of a folder without an index for weights."""
+    """`prepare` takes every safetensors file of a folder without an index for weights, also a state by its name of before."""
 
     @functools.wraps(prepare)
     def prepare_weights(loader: Any, *args: Any, **kwargs: Any) -> Any:
         folder, files, *rest = prepare(loader, *args, **kwargs)
-        return folder, [file for file in files if Path(file).name != STATE_NAME], *rest
+        return folder, [file for file in files if Path(file).name != EARLIER_STATE_NAME], *rest
 
     return prepare_weights
 
@@ -241,7 +242,7 @@ def hand_out(state: StateFile, model: nn.Module, model_config: Any, stages: int)
         weight = next(runner.parameters())
         runner.register_buffer("selection_bias", state.tensors[biases[index]].to(weight.device), persistent=False)
         choice.bias = runner.selection_bias
-    logger.info(f"φ-balancing: {len(runners)} MoE layers choose with the selection bias of phi_balance.safetensors.")
+    logger.info(f"φ-balancing: {len(runners)} MoE layers choose with the selection bias beside the weights.")
 
 
 def layer_index(name: str) -> int:

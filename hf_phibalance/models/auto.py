@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file, logging
 
-from ..balancing import STATE_NAME, config_in, get_balancer, patch
+from ..balancing import config_in, get_balancer, patch
 from ..config import PhiBalanceConfig
 from ..files import read_json
 from ..reporting import auto_class_name
+from ..sidecar import STATE_NAME, first_state
 
 
 logger = logging.get_logger(__name__)
@@ -28,7 +29,7 @@ class _AutoModel:
 
     `phi_balance` may be a [`PhiBalanceConfig`], a dict of its fields, `True` (what config.json says, else the
     defaults), `False` (the ordinary model), or be left out: then a model that was saved while patched is patched again.
-    The same holds for the folder of an adapter, whose configuration is kept in `phi_balance.safetensors`.
+    The same holds for the folder of an adapter, whose configuration is kept in `phi_balance.state`.
     """
 
     plain: type[_BaseAutoModelClass]  # that of transformers
@@ -153,7 +154,7 @@ def _usable(saved: Any, source: str | None) -> PhiBalanceConfig:
 
 def find_state(source: str, kwargs: dict[str, Any]) -> str | None:
     """Path of the state beside the weights in `source`, a folder or a name on the Hub."""
-    return cached_file(source, STATE_NAME, **_quietly(kwargs))
+    return first_state(lambda name: cached_file(source, name, **_quietly(kwargs)))
 
 
 def _quietly(kwargs: dict[str, Any]) -> dict[str, Any]:

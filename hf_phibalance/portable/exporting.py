@@ -17,6 +17,7 @@ from ..forwards import Folding, compare
 from ..inspection import padded_batches, padding_of, parse_domains
 from ..models import find_state, load_any, register_deepseek_moe
 from ..routers import find_routers, has_adapter, unwrap
+from ..sidecar import STATE_NAME
 from .report import VARIANTS, ExportReport
 from .texts import split_texts
 from .writing import check_destination, write_plain
@@ -48,7 +49,7 @@ def export(
     llama.cpp, plain transformers.
 
     Nothing changes for families with a selection bias of their own, and where there is no bias. Elsewhere the bias of
-    `phi_balance.safetensors` would be lost; so three ways of doing without are measured on a part of `texts`, having been fitted
+    `phi_balance.state` would be lost; so three ways of doing without are measured on a part of `texts`, having been fitted
     on the other, and the one that was asked for is written, if it does not cost too much.
 
     Args:
@@ -91,7 +92,7 @@ def export(
     report.max_loss_increase, report.forced = max_loss_increase, force
     if report.bias == "ours" and not domains:
         raise ValueError(
-            f"{source} has a selection bias in phi_balance.safetensors that other engines do not know; what it costs to do "
+            f"{source} has a selection bias beside its weights that other engines do not know; what it costs to do "
             "without is measured on texts: give some, as the model will see them (`--texts name=path ...`)."
         )
     example = _made_example(model)
@@ -121,7 +122,7 @@ def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport]:
     state = find_state(source, loading)
     if state is None:
         raise ValueError(
-            f"there is no phi_balance.safetensors in {source}: it was not saved while φ-balanced, or the file was lost. A plain "
+            f"there is no {STATE_NAME} in {source}: it was not saved while φ-balanced, or the file was lost. A plain "
             "checkpoint needs no export."
         )
     plain = load_any(source, phi_balance=False, **loading)
@@ -135,7 +136,7 @@ def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport]:
     biases = {name.removesuffix(".bias"): part for name, part in found.tensors.items() if name.endswith(".bias")}
     native = any(site.native_bias for site in find_routers(unwrap(plain)[-1]))
     if native:
-        _check_native(plain, source, biases)
+        _check_native(plain, state, biases)
     saved = {name: value for name, value in found.config.items() if name != "version"}
     model = patch(plain, saved)
     get_balancer(model).load(state)
@@ -143,7 +144,7 @@ def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport]:
     return model, ExportReport(source, "native" if native else "ours" if ours else "none")
 
 
-def _check_native(model: nn.Module, source: str, biases: dict[str, Tensor]) -> None:
+def _check_native(model: nn.Module, state: str, biases: dict[str, Tensor]) -> None:
     """Refuses weights whose own selection bias is not the one that training left."""
     for site in find_routers(unwrap(model)[-1]):
         there, wanted = site.read_native_bias(), biases.get(site.name)
@@ -152,7 +153,7 @@ def _check_native(model: nn.Module, source: str, biases: dict[str, Tensor]) -> N
         difference = (there.cpu().float() - wanted.to(there.dtype).float()).abs().max()
         if difference > 0:
             raise ValueError(
-                f"the selection bias of {site.name!r} in the weights of {source} is not the one in phi_balance.safetensors (they "
+                f"the selection bias of {site.name!r} in the weights is not the one in {state} (they "
                 f"differ by up to {float(difference):.3g}): these files are of different moments of a training. Save both "
                 "again, or load the model with phi_balance=True, which takes the bias of the state, and save that."
             )

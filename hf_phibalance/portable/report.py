@@ -35,7 +35,7 @@ class ExportReport:
 
     Attributes:
         source (`str`): the checkpoint that was exported.
-        bias (`str`): what there was: `"native"`, the family's own; `"ours"`, in `phi_balance.safetensors`; or `"none"`.
+        bias (`str`): what there was: `"native"`, the family's own; `"ours"`, in `phi_balance.state`; or `"none"`.
         kept (`str`, *optional*): the variant that was written, where there was a choice.
         variants (`dict[str, Figures]`): on the texts that were measured on, if there were any.
         r2 (`dict[str, float]`): by layer name, see [`FoldReport`].
@@ -109,7 +109,7 @@ class ExportReport:
                 lines.append(f"| {mark}{MEANINGS[name]}{mark} | {row} |")
         lines += [
             "",
-            "It loads without `hf_phibalance`. What this card says elsewhere of `phi_balance.safetensors` holds for the model "
+            "It loads without `hf_phibalance`. What this card says elsewhere of `phi_balance.state` holds for the model "
             "that it was exported from.",
         ]
         return "\n".join(lines) + "\n"

@@ -150,7 +150,7 @@ def balance_section(run: Run) -> str:
         else "The loads of the routers were counted; nothing was balanced.",
         "MaxVio is (greatest load of an expert − mean load) / mean load: 0 is balance.",
         f"`phb.{run.auto_class}.from_pretrained(..., phi_balance=True)` of `hf_phibalance` brings back the prices and "
-        "means from `phi_balance.safetensors`.",
+        "means from `phi_balance.state`.",
     ]
     table = layer_table(run)
     return "\n".join([*lines, *(["", table] if table else [])]) + "\n"

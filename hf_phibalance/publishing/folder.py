@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoConfig
 
-from ..balancing import STATE_NAME, get_balancer
+from ..balancing import get_balancer
 from ..reporting import versions
 from ..routers import unwrap
+from ..sidecar import STATE_NAME
 from .card import CARD_NAME, model_card
 from .evaluations import EVAL_RESULTS_FOLDER, eval_result_files
 from .licence import base_licence

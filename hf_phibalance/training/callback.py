@@ -10,9 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..balancing import STATE_NAME, PhiBalancer, find_patch, get_balancer, patch
+from ..balancing import PhiBalancer, find_patch, get_balancer, patch
 from ..checkup import DoctorReport
 from ..compat import reload_converted_weights
+from ..sidecar import STATE_NAME, state_in
 from .refusals import refuse_trained_routers
 
 
@@ -120,7 +121,7 @@ class PhiBalanceCallback(TrainerCallback):
         if not args.load_best_model_at_end or best is None:
             return
         reload_converted_weights(self.balancer.root, Path(best))
-        if (Path(best) / STATE_NAME).is_file():
+        if state_in(best) is not None:
             self.balancer.load(best)
         else:
             logger.warning(
@@ -167,7 +168,7 @@ class PhiBalanceCallback(TrainerCallback):
         folder = _checkpoint_folder(args, state)
         if isinstance(named, str) and Path(named).is_dir():
             folder = Path(named)
-        if not (folder / STATE_NAME).is_file():
+        if state_in(folder) is None:
             raise FileNotFoundError(
                 f"training resumes at step {state.global_step}, but there is no {STATE_NAME} in {folder}: the duals "
                 "would silently start anew. Resume from a checkpoint written while balancing, or with phb.attach(trainer) "

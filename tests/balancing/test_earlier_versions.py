@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 import hf_phibalance as phb
-from hf_phibalance.balancing import STATE_NAME, config_in
+from hf_phibalance.balancing import config_in
+from hf_phibalance.sidecar import EARLIER_STATE_NAME
 
 
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"
@@ -47,7 +48,7 @@ def test_config_json_and_duals_load_and_make_the_round_trip(model_type, tmp_path
     model = phb.AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     balancer = phb.get_balancer(model)
     assert dataclasses.asdict(balancer.config) == expected["config"]
-    assert phb.PhiBalanceConfig.from_dict(config_in(folder / STATE_NAME)) == balancer.config
+    assert phb.PhiBalanceConfig.from_dict(config_in(folder / EARLIER_STATE_NAME)) == balancer.config
     balancer.load(folder)
     assert balancer.steps == expected["steps"] == 3
     for statistic, means in expected["means"].items():
@@ -57,4 +58,4 @@ def test_config_json_and_duals_load_and_make_the_round_trip(model_type, tmp_path
     if model_type == "deepseek_v3":
         for site in balancer.sites:
             assert torch.equal(site.read_native_bias(), balancer.biases()[site.name])
-    assert_same(load_file(balancer.save(tmp_path)), load_file(folder / STATE_NAME))
+    assert_same(load_file(balancer.save(tmp_path)), load_file(folder / EARLIER_STATE_NAME))

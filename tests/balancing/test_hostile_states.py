@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save, save_file
 from tiny import tiny_batch, tiny_model
 
 import hf_phibalance as phb
-from hf_phibalance.balancing import STATE_NAME, config_in
+from hf_phibalance.balancing import config_in
 from hf_phibalance.balancing.state import FIRST_HEADER, LARGEST, checksum
 from hf_phibalance.durable import replacing
+from hf_phibalance.sidecar import STATE_NAME
 
 
 BOTH = {"coef": 0.5, "bias_coef": 0.2}

@@ -13,8 +13,8 @@ from tiny import tiny_model
 from trained import BIAS, GRADIENT, duals, logits_of, trained
 
 import hf_phibalance as phb
-from hf_phibalance.balancing import STATE_NAME
 from hf_phibalance.balancing.state import checksum
+from hf_phibalance.sidecar import STATE_NAME
 
 
 NAME = "model.layers.1.mlp.gate"

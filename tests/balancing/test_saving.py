@@ -13,7 +13,7 @@ from tiny import tiny_model
 from trained import BIAS, GRADIENT, NATIVE, RESELECTING, logits_of, trained
 
 import hf_phibalance as phb
-from hf_phibalance.balancing import STATE_NAME
+from hf_phibalance.sidecar import STATE_NAME
 
 
 # ---------------------------------------------------------------------- what is written

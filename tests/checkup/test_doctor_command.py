@@ -70,7 +70,7 @@ def test_a_damaged_state_is_a_problem(saved, tmp_path, capsys):
     folder.mkdir()
     for file in (saved / "balanced").iterdir():
         content = bytearray(file.read_bytes())
-        if file.name == "phi_balance.safetensors":
+        if file.name == "phi_balance.state":
             content[-3] ^= 1
         (folder / file.name).write_bytes(content)
     assert cli.main(["doctor", str(folder)]) == 2

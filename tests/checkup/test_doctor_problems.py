@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 import hf_phibalance as phb
 from hf_phibalance.routers import find_routers
+from hf_phibalance.sidecar import EARLIER_STATE_NAME, STATE_NAME
 
 
 def build(model_type="mixtral", **config):
@@ -131,7 +132,8 @@ def test_a_bias_in_the_weights_is_kept():
 @pytest.mark.parametrize(
     "kind, status, text",
     [
-        ("sound", "ok", "fits, after 0 steps"),
+        ("sound", "ok", f"{STATE_NAME} fits, after 0 steps"),
+        ("earlier", "ok", f"{EARLIER_STATE_NAME} fits, after 0 steps"),
         ("damaged", "problem", "damaged"),
         ("foreign", "problem", "another model"),
         ("missing", "warning", "start anew"),
@@ -139,14 +141,16 @@ def test_a_bias_in_the_weights_is_kept():
 )
 def test_state_file(tmp_path, kind, status, text):
     build().save_pretrained(tmp_path / "model")
-    state = tmp_path / "model" / "phi_balance.safetensors"
+    state = tmp_path / "model" / STATE_NAME
     if kind == "damaged":
         content = bytearray(state.read_bytes())
         content[-3] ^= 1
         state.write_bytes(content)
     elif kind == "foreign":
         build("qwen3_moe").save_pretrained(tmp_path / "other")
-        shutil.copy(tmp_path / "other" / "phi_balance.safetensors", state)
+        shutil.copy(tmp_path / "other" / STATE_NAME, state)
+    elif kind == "earlier":
+        state.rename(state.with_name(EARLIER_STATE_NAME))
     elif kind == "missing":
         state.unlink()
     model = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "model", phi_balance=False)

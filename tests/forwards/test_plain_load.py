@@ -34,7 +34,7 @@ def test_where_nothing_can_be_lost_nothing_is_said(model_type, config, tmp_path,
     model = phb.patch(tiny_model(model_type), config)
     assert "plain_max_vio" not in evaluate(model, [tiny_batch(model)])
     model.save_pretrained(tmp_path)
-    assert not warned.about("plain") and not warned.about("phi_balance.safetensors")
+    assert not warned.about("plain") and not warned.about("phi_balance.state")
 
 
 def test_saving_gives_the_figures_and_the_remedy(tmp_path, warned):

@@ -1,4 +1,4 @@
-"""As much of the Hub as an upload needs, on loopback: repositories, cards, LFS, commits; and faults on demand."""
+"""As much of the Hub as an upload and a download need, on loopback: repositories, cards, LFS, commits; and faults on demand."""
 
 import base64
 import hashlib
@@ -137,7 +137,7 @@ class HubStub:
 
     def commit(self, name, lines, create_pr):
         header, *operations = [json.loads(line) for line in lines.splitlines()]
-        changed = {}
+        changed, deleted = {}, []
         for operation in operations:
             value = operation["value"]
             if operation["key"] == "file":
@@ -146,14 +146,43 @@ class HubStub:
                 if value["oid"] not in self.blobs:
                     return 400, {"error": f"the LFS object of {value['path']} is missing"}
                 changed[value["path"]] = self.blobs[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                deleted.append(value["path"])
             else:
                 return 400, {"error": f"unknown operation {operation['key']}"}
         if not create_pr:
             self.files[name].update(changed)
+            for path in deleted:
+                del self.files[name][path]
         self.commits.append((name, header["value"]["summary"], changed))
         oid = hashlib.sha1(lines).hexdigest()
         answer = {"commitUrl": f"{self.endpoint}/{name}/commit/{oid}", "commitOid": oid}
         return 200, answer | ({"pullRequestUrl": f"{self.endpoint}/{name}/discussions/1"} if create_pr else {})
+
+    def head(self, name):
+        """The last commit of a repository: as in git, of the same content the same."""
+        content = "".join(
+            f"{path} {hashlib.sha1(file).hexdigest()}\n" for path, file in sorted(self.files[name].items())
+        )
+        return hashlib.sha1(content.encode()).hexdigest()
+
+    def tree(self, name):
+        return [
+            {"type": "file", "path": path, "oid": hashlib.sha1(file).hexdigest(), "size": len(file)}
+            for path, file in self.files[name].items()
+        ]
+
+    def download(self, name, path):
+        """A file of a repository, or of its cards those that are only looked up."""
+        files = self.files.get(name, {})
+        commit = self.head(name) if files else "0" * 40
+        if path == "README.md" and name in self.cards:
+            content = self.cards[name].encode()
+        elif path in files:
+            content = files[path]
+        else:
+            return 404, {"error": f"no {path}"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+        return 200, content, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -226,9 +255,10 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(rf"/api/models/{name}/commit/(?P<revision>.+)", path):
             return stub.commit(match["name"], body, "create_pr=1" in query)
         if (match := re.fullmatch(rf"/api/models/{name}(/revision/.+)?", path)) and match["name"] in stub.files:
-            return 200, {"id": match["name"], "sha": "0" * 40, "siblings": []}
-        if (match := re.fullmatch(rf"/{name}/resolve/[^/]+/README\.md", path)) and match["name"] in stub.cards:
-            content = stub.cards[match["name"]].encode()
-            headers = {"X-Repo-Commit": "0" * 40, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
-            return 200, content, headers
+            return 200, {"id": match["name"], "sha": stub.head(match["name"]), "siblings": []}
+        if (match := re.fullmatch(rf"/api/models/{name}/tree/.+", path)) and match["name"] in stub.files:
+            return 200, stub.tree(match["name"])
+        match = re.fullmatch(rf"/{name}/resolve/[^/]+/(?P<file>.+)", path)
+        if match and match["name"] in stub.files | stub.cards:
+            return stub.download(match["name"], match["file"])
         return 404, {"error": f"nothing at {path}"}, {"X-Error-Code": "RepoNotFound"}

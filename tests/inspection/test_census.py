@@ -141,7 +141,7 @@ def test_selection_bias_of_a_balanced_checkpoint_counts(tmp_path, texts):
     hooks = hooks_of(loaded)
     found = inspect_model(loaded, tokenizer, domains, seq_len=SEQ_LEN)
     assert hooks_of(loaded) == hooks  # the patch is as it was
-    assert found.model["selection_bias"] == "phi_balance.safetensors"
+    assert found.model["selection_bias"] == "phi_balance.state"
     with phb.get_balancer(loaded).evaluation(), torch.no_grad():
         for ids in [ids for documents in texts[1].values() for ids in cut(documents, SEQ_LEN)]:
             loaded(torch.tensor([ids]), use_cache=False)

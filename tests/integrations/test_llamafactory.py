@@ -109,7 +109,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner, table_row):
     resume = [f"resume_from_checkpoint={whole / 'out' / 'checkpoint-2'}"]
     resumed = train(inputs, f"resumed-{tuner}", "qwen3_moe", {"coef": 0.01}, overrides=resume, **changes)
     weights = "model.safetensors" if tuner == "full" else "adapter_model.safetensors"
-    for name in ("phi_balance.safetensors", weights):
+    for name in ("phi_balance.state", weights):
         expected, found = (load_file(run / "out" / "checkpoint-4" / name) for run in (whole, resumed))
         assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
     trains = "full" if tuner == "full" else "LoRA on linear layers"

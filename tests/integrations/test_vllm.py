@@ -9,6 +9,7 @@ its CPU build.
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ import hf_phibalance as phb
 from hf_phibalance.integrations import vllm as plugin
 from hf_phibalance.models import train_tokenizer
 from hf_phibalance.models.tiny import build_model
+from hf_phibalance.sidecar import EARLIER_STATE_NAME, STATE_NAME
 
 
 ALLOWED = 1e-3  # between log-probabilities
@@ -120,14 +122,17 @@ def difference(found, expected):
     return max(abs(a - b) for pair in pairs for a, b in pair)
 
 
-def test_served_with_its_bias(served):
+def test_served_with_its_bias(served, tmp_path):
+    """Also from a folder of an earlier version, where the state has a name that vLLM takes for weights."""
     folders = [folder for folder, _, _ in served.values()]
+    earlier = shutil.copytree(folders[0], tmp_path / "earlier")
+    (earlier / STATE_NAME).rename(earlier / EARLIER_STATE_NAME)
     assert (folders[1] / "model.safetensors.index.json").is_file() and not (
         folders[0] / "model.safetensors.index.json"
     ).exists()
-    said = serve(*folders)
-    assert said.count("2 MoE layers choose with the selection bias") == 2
-    for folder, expected, plain in served.values():
+    said = serve(*folders, earlier)
+    assert said.count("2 MoE layers choose with the selection bias") == 3
+    for folder, expected, plain in (*served.values(), (earlier, *served["mixtral"][1:])):
         found = json.loads((folder / "answers.json").read_text())
         assert [answer["tokens"] for answer in found] == [answer["tokens"] for answer in expected]
         for answer, wanted in zip(found, expected, strict=True):
@@ -135,13 +140,14 @@ def test_served_with_its_bias(served):
         assert difference(found, plain) > 100 * ALLOWED
 
 
-def test_without_the_plugin_the_bias_is_lost(served):
-    folder, expected, plain = served["qwen3_moe"]
-    said = serve(folder, VLLM_PLUGINS="")
+def test_without_the_plugin_it_is_the_ordinary_model(served):
+    """Whether the weights are a single file or have an index: the state is not taken for a part of them."""
+    said = serve(*(folder for folder, _, _ in served.values()), VLLM_PLUGINS="")
     assert "selection bias" not in said
-    found = json.loads((folder / "answers.json").read_text())
-    assert difference(found, plain) < ALLOWED
-    assert difference(found, expected) > 100 * ALLOWED
+    for folder, expected, plain in served.values():
+        found = json.loads((folder / "answers.json").read_text())
+        assert difference(found, plain) < ALLOWED
+        assert difference(found, expected) > 100 * ALLOWED
 
 
 # ---------------------------------------------------------------------- what it leaves alone, and what it refuses
@@ -178,10 +184,10 @@ def test_a_lost_file_is_missed_and_a_damaged_one_refused(served, tmp_path, caplo
     config = config_of(tmp_path, "mixtral")
     config.hf_config.phi_balance = {"bias_coef": 0.001}
     assert plugin.find_biases(config, None) is None
-    assert "trained with a selection bias, which is lost: there is no phi_balance.safetensors" in caplog.text
-    content = bytearray((served["mixtral"][0] / plugin.STATE_NAME).read_bytes())
+    assert "trained with a selection bias, which is lost: there is no phi_balance.state" in caplog.text
+    content = bytearray((served["mixtral"][0] / STATE_NAME).read_bytes())
     content[-1] ^= 1
-    (tmp_path / plugin.STATE_NAME).write_bytes(content)
+    (tmp_path / STATE_NAME).write_bytes(content)
     with pytest.raises(ValueError, match="its checksum does not fit"):
         plugin.find_biases(config, None)
 

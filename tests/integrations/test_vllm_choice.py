@@ -9,8 +9,8 @@ import torch
 from tiny import MODEL_TYPES, tiny_batch, tiny_model
 
 import hf_phibalance as phb
-from hf_phibalance import balancing
 from hf_phibalance.integrations import vllm
+from hf_phibalance.sidecar import EARLIER_STATE_NAME
 
 
 def routed(model, batch):
@@ -77,10 +77,9 @@ def test_vllm_finds_the_plugin_and_its_import_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_file_it_hides_from_vllm_is_ours():
-    assert vllm.STATE_NAME == balancing.STATE_NAME
+def test_it_hides_the_file_of_earlier_versions_from_vllm():
     prepare = vllm.passing_over_state(
-        lambda loader, folder: (folder, [f"{folder}/a.safetensors", f"{folder}/{vllm.STATE_NAME}"], True, "i")
+        lambda loader, folder: (folder, [f"{folder}/a.safetensors", f"{folder}/{EARLIER_STATE_NAME}"], True, "i")
     )
     assert prepare(None, "x") == ("x", ["x/a.safetensors"], True, "i")
 

@@ -20,7 +20,7 @@ def test_dry_run_is_complete_and_touches_no_network(trained, run_folder, no_netw
     folder = push_to_hub(trained, REPO, tokenizer=tokenizer(), run_folder=run_folder, dry_run=tmp_path / "dry")
     assert no_network == []
     names = (
-        "README.md config.json generation_config.json model.safetensors phi_balance.safetensors tokenizer.json "
+        "README.md config.json generation_config.json model.safetensors phi_balance.state tokenizer.json "
         "tokenizer_config.json metrics.json loads.png curves.png .eval_results/gsm8k.yaml"
     )
     assert sorted(contents(folder)) == sorted(names.split())
@@ -34,7 +34,7 @@ def test_dry_run_is_complete_and_touches_no_network(trained, run_folder, no_netw
 def test_dry_run_of_an_adapter(adapter, no_network, tmp_path):
     folder = push_to_hub(adapter, REPO, dry_run=tmp_path / "dry")
     assert no_network == []
-    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "phi_balance.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "phi_balance.state"]
     assert sorted(contents(folder)) == names
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "peft" and card.data.base_model is None  # a folder is no name on the Hub

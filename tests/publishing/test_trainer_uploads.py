@@ -23,12 +23,12 @@ def test_trainer_uploads_duals_and_says_how_it_balanced(cls, strategy, stub, tmp
     trainer.train()
     trainer.push_to_hub()
     in_progress = [changed for _, message, changed in stub.commits if message.startswith("Training in progress")]
-    assert "phi_balance.safetensors" in in_progress[0] and in_progress[0].keys() & {"model.safetensors"}
+    assert "phi_balance.state" in in_progress[0] and in_progress[0].keys() & {"model.safetensors"}
     state = trainer.model.state_dict()
     files = stub.files[REPO]
     local = contents(tmp_path / "out")
-    assert files["phi_balance.safetensors"] == local["phi_balance.safetensors"]
-    assert ("last-checkpoint/phi_balance.safetensors" in files) == (strategy == "checkpoint")
+    assert files["phi_balance.state"] == local["phi_balance.state"]
+    assert ("last-checkpoint/phi_balance.state" in files) == (strategy == "checkpoint")
     card = ModelCard(files["README.md"].decode())
     card.validate()
     assert {"mixture-of-experts", "phi-balancing"} <= set(card.data.tags)
@@ -54,4 +54,4 @@ def test_trainer_keeps_a_report(stub, run_folder, tmp_path):
     (tmp_path / "out" / "README.md").write_text(written)
     trainer.push_to_hub()
     assert stub.files[REPO]["README.md"].decode() == written
-    assert "phi_balance.safetensors" in stub.files[REPO]
+    assert "phi_balance.state" in stub.files[REPO]

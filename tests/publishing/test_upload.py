@@ -1,13 +1,16 @@
 """Uploads: what a stub of the Hub receives, failures and retries, and what is refused."""
 
 import pytest
+from checks import assert_same_duals
 from hub_stub import DROP, REPO, TOKEN, contents
 from huggingface_hub import HfApi, ModelCard
 from training import tokenizer
 
+import hf_phibalance as phb
 from hf_phibalance.publishing import push_to_hub
 from hf_phibalance.publishing.licence import base_licence
 from hf_phibalance.publishing.upload import upload
+from hf_phibalance.sidecar import EARLIER_STATE_NAME, STATE_NAME
 
 
 @pytest.mark.parametrize("kind", ["trained", "adapter"])
@@ -24,6 +27,25 @@ def test_the_hub_receives_the_dry_run(kind, request, run_folder, stub, tmp_path)
     assert stub.count("PUT", "/lfs/") > 0
     push_to_hub(model, REPO, **arguments)  # nothing has changed: no second commit
     assert len(stub.commits) == 1
+
+
+def test_what_an_earlier_version_has_uploaded(trained, stub):
+    """It loads by its name on the Hub, and goes with the commit that brings the state under its new name."""
+    push_to_hub(trained, REPO)
+    files = stub.files[REPO]
+    files[EARLIER_STATE_NAME] = files.pop(STATE_NAME)
+    assert_same_duals(phb.AutoModelForCausalLM.from_pretrained(REPO), trained)
+    push_to_hub(trained, REPO)
+    assert STATE_NAME in files and EARLIER_STATE_NAME not in files
+    files[EARLIER_STATE_NAME] = b"of before"  # as `Trainer` would have left it
+    assert_same_duals(phb.AutoModelForCausalLM.from_pretrained(REPO), trained)
+
+
+def test_an_upload_without_duals_takes_none_away(stub, tmp_path):
+    stub.files[REPO], stub.private[REPO] = {EARLIER_STATE_NAME: b"somebody's"}, False
+    (tmp_path / "config.json").write_text("{}")
+    upload(tmp_path, REPO)
+    assert stub.files[REPO].keys() == {EARLIER_STATE_NAME, "config.json"}
 
 
 def test_pull_request(trained, stub):
@@ -44,7 +66,7 @@ def test_a_passing_failure_is_retried(fault, trained, stub, tmp_path, monkeypatc
     stub.fail(*fault)
     push_to_hub(trained, REPO)
     assert stub.count(fault[0], fault[1]) >= 2 and len(stub.commits) == 1
-    assert "phi_balance.safetensors" in stub.files[REPO]
+    assert "phi_balance.state" in stub.files[REPO]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tiny-")] == []
 
 

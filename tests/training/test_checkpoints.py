@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_phibalance as phb
-from hf_phibalance.balancing import STATE_NAME
+from hf_phibalance.sidecar import STATE_NAME
 
 
 MARK = "trainer_state.json"

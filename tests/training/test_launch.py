@@ -157,7 +157,7 @@ def assert_same_training(folder, reference, first_step=1):
     assert sorted(right) == list(range(1, STEPS + 1))
     for step in range(first_step, STEPS + 1):
         assert left[step] == pytest.approx(right[step], abs=LOSS_BOUND)
-        duals = [load_file(run / f"checkpoint-{step}" / "phi_balance.safetensors") for run in (folder, reference)]
+        duals = [load_file(run / f"checkpoint-{step}" / "phi_balance.state") for run in (folder, reference)]
         assert distance(*duals) < DUALS_BOUND, step
     assert distance(weights(folder), weights(reference)) < WEIGHTS_BOUND
     # not the held-out loss: the trainer takes the mean of the batches' means
@@ -170,7 +170,7 @@ def test_reference_moves(one_process, name):
     folder = one_process[name]
     first, last = (folder / f"checkpoint-{step}" for step in (1, STEPS))
     assert distance(weights(first), weights(last)) > 100 * WEIGHTS_BOUND
-    duals = [load_file(step / "phi_balance.safetensors") for step in (first, last)]
+    duals = [load_file(step / "phi_balance.state") for step in (first, last)]
     assert distance(*duals) > 100 * DUALS_BOUND
     assert abs(losses(folder)[1] - losses(folder)[STEPS]) > 100 * LOSS_BOUND
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 import hf_phibalance as phb
-from hf_phibalance.balancing import STATE_NAME
+from hf_phibalance.sidecar import EARLIER_STATE_NAME, STATE_NAME
 
 
 CONFIGS = {
@@ -139,6 +139,15 @@ def test_checkpoint_without_duals_is_refused(attach, tmp_path):
     (tmp_path / "checkpoint-2" / STATE_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=rf"resumes at step 2, but there is no {STATE_NAME} in .*checkpoint-2"):
         run(tmp_path, resume=True, attach=attach)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
+    straight = run(tmp_path / "straight", "bias")
+    run(tmp_path / "cut", "bias", callbacks=[StopAt(2)])
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    (checkpoint / STATE_NAME).rename(checkpoint / EARLIER_STATE_NAME)
+    assert_same_outcome(run(tmp_path / "cut", "bias", resume=True, seed=1), straight)
+    assert (checkpoint / EARLIER_STATE_NAME).is_file() and (tmp_path / "cut" / "checkpoint-4" / STATE_NAME).is_file()
 
 
 def test_duals_of_another_run_are_not_taken_instead(tmp_path):
