@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 
 from ..records import Results
@@ -16,7 +17,8 @@ Figures = Mapping[str, float]
 def finished(plan: Plan, results: Results) -> dict[Cell, dict[str, dict[int, Figures]]]:
     """
     Figures by cell, label and seed; none of a run that diverged. Each has, beside what was measured, `forgotten`: how much
-    the loss on the text of the bases has grown.
+    the loss on the text of the bases has grown, and the means of the first steps, `first_loss`, `first_max_vio` and
+    `first_gradient_norm`, and the highest of these norms, `first_gradient_norm_max`.
     """
     found = {}
     for base, task, way in itertools.product(plan.bases, plan.tasks, plan.ways):
@@ -28,7 +30,10 @@ def finished(plan: Plan, results: Results) -> dict[Cell, dict[str, dict[int, Fig
                 continue
             figures = record["metrics"]
             grown = figures["base_loss"] - before["metrics"]["base_loss"]
-            rows.setdefault(method.label, {})[seed] = {**figures, "forgotten": grown}
+            first = {name: values for name, values in record["curve"].items() if name.startswith("first_")}
+            means = {name: statistics.fmean(values) for name, values in first.items()}
+            highest = {f"{name}_max": max(values) for name, values in first.items()}
+            rows.setdefault(method.label, {})[seed] = {**means, **highest, **figures, "forgotten": grown}
         if rows:
             found[base.name, task, way] = rows
     return found

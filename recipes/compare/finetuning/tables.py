@@ -22,7 +22,12 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
         return []
     parts = [f"# {plan.question or plan.name}", NOTE.format(plan=plan), bases_table(plan, results)]
     for way in dict.fromkeys(way for _, _, way in found):
-        parts += [f"## {way}", way_table(plan, found, way), tasks_table(plan, found, way)]
+        parts += [
+            f"## {way}",
+            way_table(plan, found, way),
+            parts_table(plan, found, way, "tasks"),
+            parts_table(plan, found, way, "bases"),
+        ]
     if plan.portable:
         parts += ["## Served plainly", plain_table(found)]
     for cell in found:
@@ -43,35 +48,37 @@ NOTE = (
 
 def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
     """
-    `text` with its marked tables made anew: `<!-- table: plan, bases -->` ... `<!-- /table -->` are the bases as they were,
-    `plan, plain` what is left without a selection bias, `plan, way` all tasks and bases together, `plan, way, tasks` each
-    task, and `plan, base, task, way` one cell.
+    `text` with its marked tables made anew: `<!-- table: plan; bases -->` ... `<!-- /table -->` are the bases as they were,
+    `plan; plain` what is left without a selection bias, `plan; way` all tasks and bases together, `plan; way; tasks` and
+    `plan; way; bases` each task or base, `plan; way; first` the first steps, and `plan; base; task; way` one cell.
 
     Raises:
         ValueError: if a mark names a plan, or runs, of which nothing is finished.
     """
     by_name = {plan.name: plan for plan in plans}
 
-    def renew(match: re.Match) -> str:
-        name, *at = match[2].split("; ")
+    def renew(mark: re.Match) -> str:
+        of, named, end = mark.groups()
+        name, *at = named.split("; ")
         plan = by_name.get(name)
         found = finished(plan, results) if plan else {}
         ways = {way for _, _, way in found}
-        if plan and found and at == ["bases"]:
-            made = bases_table(plan, results)
-        elif plan and found and at == ["plain"]:
-            made = plain_table(found)
-        elif plan and len(at) == 1 and at[0] in ways:
-            made = way_table(plan, found, at[0])
-        elif plan and len(at) == 2 and at[0] in ways and at[1] == "tasks":
-            made = tasks_table(plan, found, at[0])
-        elif plan and tuple(at) in found:
-            made = cell_table(plan, found, (at[0], at[1], at[2]))
-        else:
-            raise ValueError(
-                f"the mark '{match[1].strip()}' asks for runs of which none is finished, or no such plan."
-            )
-        return f"{match[1]}{made}\n{match[3]}"
+        match at:
+            case ["bases"] if plan and found:
+                made = bases_table(plan, results)
+            case ["plain"] if plan and found:
+                made = plain_table(found)
+            case [way] if plan and way in ways:
+                made = way_table(plan, found, way)
+            case [way, "tasks" | "bases" as parts] if plan and way in ways:
+                made = parts_table(plan, found, way, parts)
+            case [way, "first"] if plan and way in ways:
+                made = first_table(plan, found, way)
+            case [base, task, way] if plan and (base, task, way) in found:
+                made = cell_table(plan, found, (base, task, way))
+            case _:
+                raise ValueError(f"the mark '{of.strip()}' asks for runs of which none is finished, or no such plan.")
+        return f"{of}{made}\n{end}"
 
     return re.sub(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", renew, text, flags=re.DOTALL)
 
@@ -122,25 +129,49 @@ def way_table(plan: Plan, found: Mapping[Cell, Mapping], way: str) -> str:
     return "\n".join(lines)
 
 
-def tasks_table(plan: Plan, found: Mapping[Cell, Mapping], way: str) -> str:
-    """Loss and score of each method on each task, over all bases and seeds of one way; differences for the others."""
-    tasks = [task for task in plan.tasks if any(cell[1:] == (task, way) for cell in found)]
-    lines = ["| method | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
+def parts_table(plan: Plan, found: Mapping[Cell, Mapping], way: str, parts: str) -> str:
+    """
+    Loss and score of each method on each of the `parts`, `"tasks"` or `"bases"`, over all seeds and the rest of one way;
+    differences for all but the baseline.
+    """
+    index = ("bases", "tasks").index(parts)
+    names = list(dict.fromkeys(cell[index] for cell in found if cell[2] == way))
+    lines = ["| method | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for method in plan.methods:
         cells = []
-        for task in tasks:
-            some = list(pairs(found, method.label, plan.baseline, lambda cell, task=task: cell[1:] == (task, way)))
-            if not some:
-                cells.append("–")
-            elif method.label == plan.baseline:
-                names = ["loss", "score"] if "score" in some[0][0] else ["loss"]
-                means = {name: statistics.fmean(own[name] for own, _ in some) for name in names}
-                cells.append(_loss_and_score(means))
-            else:
-                scored = "score" in some[0][0]
-                cells.append(_difference(some, "loss", ".3f") + f" / {_difference(some, 'score', '.1%')}" * scored)
+        for name in names:
+            some = list(
+                pairs(found, method.label, plan.baseline, lambda cell, at=name: (cell[index], cell[2]) == (at, way))
+            )
+            scored = any("score" in own for own, _ in some)
+            write = _mean if method.label == plan.baseline else _difference
+            said = [write(some, "loss", ".3f"), *([write(some, "score", ".0%" if write is _mean else ".1%")] * scored)]
+            cells.append(" / ".join(said))
         if set(cells) != {"–"}:
             lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+FIRST_COLUMNS = (
+    ("first_loss", "loss", ".3f"),
+    ("first_gradient_norm", "gradient norm", ".3f"),
+    ("first_gradient_norm_max", "its maximum", ".2f"),
+    ("first_max_vio", "MaxVio, batch", ".2f"),
+    ("rerouted_first", "rerouted by then", ".1%"),
+    ("rerouted", "rerouted in the end", ".1%"),
+    ("forgotten", "forgotten in the end", ".3f"),
+)
+
+
+def first_table(plan: Plan, found: Mapping[Cell, Mapping], way: str) -> str:
+    """The first steps of each method over all bases, tasks and seeds of one way: means of those that have a partner."""
+    lines = ["| method | runs | " + " | ".join(heading for _, heading, _ in FIRST_COLUMNS) + " |"]
+    lines.append("|---|" + "---:|" * (len(FIRST_COLUMNS) + 1))
+    for method in plan.methods:
+        some = list(pairs(found, method.label, plan.baseline, lambda cell: cell[2] == way))
+        if some:
+            cells = [_mean(some, name, form) for name, _, form in FIRST_COLUMNS]
+            lines.append(f"| {method.label} | {len(some)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -95,6 +95,8 @@ def tune(
             curves["max_vio"].append(float(max_vio(torch.stack(list(balancer.loads().values()))).mean()))
             if not math.isfinite(total):
                 raise Diverged
+            if step + 1 == FIRST_STEPS:
+                rerouted_first = changed_share(before, choices_on(trained, balancer, task))
             tell(step + 1)
         figures = examine(trained, balancer, task, material, before)
         if not math.isfinite(figures["loss"]):
@@ -108,6 +110,8 @@ def tune(
             [collate(rows) for rows in itertools.islice(last, run.steps)][-FITTED:],
             lambda twin: examine(twin, phb.get_balancer(twin), task, material, before),
         )
+    if run.steps >= FIRST_STEPS:
+        figures["rerouted_first"] = rerouted_first
     figures |= {
         "max_vio_train_batch": statistics.fmean(curves["max_vio"][-run.steps // 4 :]),
         "run_seconds": time.perf_counter() - start,
