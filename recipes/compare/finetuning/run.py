@@ -71,6 +71,9 @@ class Training:
     portable: bool = False
 
 
+OWN = ("calibrate", "calibrate_bias")  # arguments of a method that are not those of PhiBalanceConfig
+
+
 @dataclass(kw_only=True)
 class Tuning(Training):
     """
@@ -81,7 +84,8 @@ class Tuning(Training):
         task (`str`): A key of `exercises.EXERCISES`.
         way (`str`): A key of `ways.WAYS`.
         seed (`int`): Of the order of the data and of adapters.
-        method (`dict`): Arguments of `PhiBalanceConfig`, and `calibrate`, batches to find the means by before step 1.
+        method (`dict`): Arguments of `PhiBalanceConfig`, and `calibrate`, batches to find the means by before step 1, and
+            `calibrate_bias`, whether to find the bias by them as well.
         corpus (`str`): Fingerprint of the material.
     """
 
@@ -97,7 +101,7 @@ class Tuning(Training):
         """All of it as plain JSON values; of the learning rates the one that is used."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         method = method_settings(self.config_arguments)
-        method |= {"calibrate": self.calibrate} if self.calibrate else {}
+        method |= {name: self.method[name] for name in OWN if self.method.get(name)}
         own = {"base": self.base.key, "learning_rates": {self.way: self.learning_rate}, "method": method}
         return {**fields, **own, "portable": self.is_served_plainly}
 
@@ -110,12 +114,8 @@ class Tuning(Training):
         return self.learning_rates[self.way]
 
     @property
-    def calibrate(self) -> int:
-        return self.method.get("calibrate", 0)
-
-    @property
     def config_arguments(self) -> dict[str, Any]:
-        return {name: value for name, value in self.method.items() if name != "calibrate"}
+        return {name: value for name, value in self.method.items() if name not in OWN}
 
     @property
     def config(self) -> phb.PhiBalanceConfig:

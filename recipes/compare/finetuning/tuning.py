@@ -68,9 +68,9 @@ def tune(
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, run.steps))
     stream = batches(task, rows_of(task, run.tokens), run.seed)
-    if run.calibrate:
-        ahead = [collate(next(stream)) for _ in range(run.calibrate)]
-        phb.calibrate(trained, ahead)
+    if run.method.get("calibrate"):
+        ahead = [collate(next(stream)) for _ in range(run.method["calibrate"])]
+        phb.calibrate(trained, ahead, bias=run.method.get("calibrate_bias", False))
         stream = batches(task, rows_of(task, run.tokens), run.seed)  # the same batches, from the start
     curves: dict[str, list[float]] = {"loss": [], "max_vio": [], "gradient_norm": []}
     start, cpu_start = time.perf_counter(), time.process_time()

@@ -122,10 +122,11 @@ def test_a_run_without_steps_is_the_base_and_keys_tell_runs_apart(house, materia
             {"way": "router"},
             {"task": "far"},
             {"method": {"calibrate": 2}},
+            {"method": {"calibrate": 2, "calibrate_bias": True}},
             {"method": {}},
         )
     }
-    assert len(keys) == 6
+    assert len(keys) == 7
     assert tuning(house, dataclasses.replace(base, material="other text")).key == tuning(house, base).key
 
 
