@@ -114,7 +114,7 @@ def test_weights_and_state_of_different_moments_are_refused(saved, tmp_path):
     name = next(name for name in weights if name.endswith("e_score_correction_bias"))
     weights[name] += 0.5
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"is not the one in phi_balance.state \(they differ by up to 0.5\)"):
+    with pytest.raises(ValueError, match=r"is not the one in .*phi_balance\.state \(they differ by up to 0.5\)"):
         phb.export(source, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 
