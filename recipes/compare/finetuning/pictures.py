@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,10 @@ from .plans import Plan
 
 
 def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
-    """For each way: differences of the loss and of forgetting to the baseline over MaxVio, a panel for each task."""
+    """
+    For each way: differences of the loss and of forgetting to the baseline over MaxVio, a panel for each task. Lines join the
+    settings of a family in the order of the plan.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,23 +38,28 @@ def draw(plan: Plan, found: Mapping[Cell, Mapping], way: str):
 
     tasks = [task for task in plan.tasks if any(cell[1:] == (task, way) for cell in found)]
     figure, axes = plt.subplots(2, len(tasks), figsize=(3.4 * len(tasks) + 1.6, 5.6), squeeze=False, sharex=True)
-    palette = colormaps["tab20"]
+    families = list(dict.fromkeys(method.family for method in plan.methods))
+    colors = dict(zip(families, itertools.cycle(colormaps["tab10" if len(families) <= 10 else "tab20"].colors)))
     for column, task in enumerate(tasks):
-        for index, method in enumerate(plan.methods):
-            some = list(pairs(found, method.label, plan.baseline, lambda cell, task=task: cell[1:] == (task, way)))
-            if not some:
-                continue
-            max_vio = statistics.fmean(own["max_vio_global"] for own, _ in some)
+        for family in families:
+            labels = [method.label for method in plan.methods if method.family == family]
+            per_label = [
+                list(pairs(found, label, plan.baseline, lambda cell, task=task: cell[1:] == (task, way)))
+                for label in labels
+            ]
+            settings = [some for some in per_label if some]
+            max_vios = [statistics.fmean(own["max_vio_global"] for own, _ in some) for some in settings]
             for row, name in enumerate(("loss", "forgotten")):
-                change = [own[name] - base[name] for own, base in some]
-                spread = statistics.stdev(change) / len(change) ** 0.5 if len(change) > 1 else 0.0
+                changes = [[own[name] - base[name] for own, base in some] for some in settings]
                 axes[row][column].errorbar(
-                    max_vio,
-                    statistics.fmean(change),
-                    spread,
+                    max_vios,
+                    [statistics.fmean(change) for change in changes],
+                    [statistics.stdev(change) / len(change) ** 0.5 if len(change) > 1 else 0.0 for change in changes],
                     marker="o",
-                    color=palette(index % 20),
-                    label=method.label,
+                    markersize=4,
+                    linewidth=1,
+                    color=colors[family],
+                    label=family,
                 )
         axes[0][column].set_title(task)
         axes[1][column].set_xlabel("MaxVio on the task")
