@@ -16,7 +16,7 @@ from ..config import PhiBalanceConfig
 from ..maths import centred_price, quantile_bias, step_within
 from ..routers import RouterSite
 from .state import check_state
-from .tally import Tally
+from .tally import StepTally
 
 
 LOGIT_WIDTH = 16.0  # span that is taken for that of scores which are no probabilities
@@ -93,42 +93,47 @@ class Duals:
     # ------------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def update(self, tally: Tally, finite: Tensor) -> None:
+    def update(self, tally: StepTally) -> None:
         """
         m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b by the rule of the method, for φ b <- b - bias_coef · q
         (arXiv 2605.15403, Algorithm 1).
 
         Args:
-            tally (`Tally`): sums over the step's tokens, of which s is the share. If any of them replayed, the biases stay.
-            finite (`torch.Tensor` of shape `()`): whether they can be used; else nothing moves.
+            tally (`StepTally`):
+                Sums over the step's tokens, of which s is the share. If any of them replayed, the biases stay; if anything
+                in it is not finite, all does.
         """
-        seen = self._fold(tally.by_statistic(self.config.statistics), finite)
+        biases_move = self._fold(tally.by_statistic(self.config.statistics), tally.bounds())
         self._set_price()
         if self.config.bias_coef > 0:
             self.read_native_biases()
-            self._move_biases(tally, seen)
+            self._move_biases(tally, biases_move)
             self._write_native_biases()
         self.steps += 1
 
-    def _fold(self, sums: Tensor, finite: Tensor) -> list[Tensor]:
+    def _fold(self, sums: Tensor, bounds: Tensor) -> list[Tensor]:
         """
         Mixes `sums (S, sum of experts)` into the means; a router that saw no token keeps its mean.
 
+        Args:
+            bounds (`torch.Tensor` of shape `(2,)`): what the sums of a router exceed if its means move, and if its biases do.
+
         Returns:
-            `list[torch.Tensor]`: for each stretch of routers, which of them saw tokens, `(L, 1)`.
+            `list[torch.Tensor]`: for each stretch of routers, of which of them the biases move, `(L, 1)`.
         """
-        seen = []
+        biases_move = []
         for span, shape in self.layout.runs():
             sums_SLE, mean_SLE = sums[:, span].unflatten(1, shape), self._means[:, span].unflatten(1, shape)
             total_SL1 = sums_SLE.sum(dim=-1, keepdim=True)
-            seen_SL1 = (total_SL1 > 0) & finite
-            mean_SLE.lerp_(torch.where(seen_SL1, sums_SLE / total_SL1, mean_SLE), self.config.ema_rate)
-            seen.append(seen_SL1[0])
-        return seen
+            means_move_SL1, biases_move_SL1 = total_SL1 > bounds.view(2, 1, 1, 1)
+            mean_SLE.lerp_(torch.where(means_move_SL1, sums_SLE / total_SL1, mean_SLE), self.config.ema_rate)
+            biases_move.append(biases_move_SL1[0])
+        return biases_move
 
     def _set_price(self) -> None:
         self._prices = self._priced(self._means)
-        torch.mul(self.price, self.config.coef, out=self.toll)
+        if self.config.coef > 0:
+            torch.mul(self.price, self.config.coef, out=self.toll)
 
     def _priced(self, means: Tensor) -> Tensor:
         """The prices of `means (S, sum of experts)`."""
@@ -146,20 +151,22 @@ class Duals:
     def _price_of(self, statistic: str) -> Tensor:
         return self._prices[self.config.statistics.index(statistic)]
 
-    def _move_biases(self, tally: Tally, seen: Sequence[Tensor]) -> None:
-        """Adds the step to the biases of routers that have `seen` tokens, unless choices came from outside."""
-        step = self._held_where_masked(self._bias_step(tally), tally)
-        acted = tally.replayed == 0
+    def _move_biases(self, tally: StepTally, move: Sequence[Tensor]) -> None:
+        """Adds the step to the biases of the routers that `move`."""
+        rate, direction = self._bias_step(tally)
+        direction = self._held_where_masked(direction, tally)
         widths = [site.score_width or LOGIT_WIDTH for site in self.sites]
         if self._reach is None or widths != self._widths:  # a router that replays does not show its scores
             self._reach, self._widths = self._by_expert(widths), widths
             self._bounded_every = self._may_wait(min(widths))
         bounded, own = self.steps % self._bounded_every == 0, 1.0 if self._bounded_every == 1 else 2.0
-        for (span, shape), seen_L1 in zip(self.layout.runs(), seen):
-            bias_LE, step_LE = self.bias[span].view(shape), step[span].view(shape)
-            reach_LE = self._reach[span].view(shape)
-            moved_LE = step_within(bias_LE, step_LE, reach_LE, own) if bounded else bias_LE + step_LE
-            bias_LE.copy_(torch.where(seen_L1 & acted, moved_LE, bias_LE))
+        for (span, shape), move_L1 in zip(self.layout.runs(), move):
+            bias_LE, direction_LE = self.bias[span].view(shape), direction[span].view(shape)
+            if bounded:
+                moved_LE = step_within(bias_LE, rate * direction_LE, self._reach[span].view(shape), own)
+                bias_LE.copy_(torch.where(move_L1, moved_LE, bias_LE))
+            else:
+                bias_LE.addcmul_(direction_LE, move_L1, value=rate)
 
     def _may_wait(self, width: float) -> int:
         """
@@ -177,25 +184,26 @@ class Duals:
             longest = self.config.bias_coef * float(ends[1] - ends[0])
         return max(1, min(64, int(width / longest)))
 
-    def _bias_step(self, tally: Tally) -> Tensor:
-        """What the rule of the method adds to the biases, flat."""
+    def _bias_step(self, tally: StepTally) -> tuple[float, Tensor]:
+        """What the rule of the method adds to the biases: a factor, and a direction, flat."""
         rate, rule = self.config.bias_coef, self.config.rules.bias_rule
         if rule == "dual":
-            return self._price_of(self.config.bias_track) * -rate
-        step = torch.empty_like(self.bias)
+            return -rate, self._price_of(self.config.bias_track)
+        direction = torch.empty_like(self.bias)
         for span, shape in self.layout.runs():
             load_LE = tally.load[span].view(shape)
             if rule == "sign":  # arXiv 2408.15664, Algorithm 1
-                step[span] = rate * (load_LE.mean(dim=-1, keepdim=True) - load_LE).sign().view(-1)
+                above_LE = (load_LE.mean(dim=-1, keepdim=True) - load_LE).sign()
+                direction[span] = above_LE.nan_to_num(0.0).view(-1)  # which is not added, but 0 times NaN would be
             else:
                 bias_LE = self.bias[span].view(shape)
                 top_k_L1 = self._by_expert([site.top_k for site in self.sites])[span].view(shape)[:, :1]
                 width_L1 = self._by_expert([site.score_width or 1.0 for site in self.sites])[span].view(shape)[:, :1]
                 target_LE = quantile_bias(tally.margins[span].view(*shape, -1), top_k_L1, bias_LE, width_L1)
-                step[span] = rate * (target_LE - bias_LE).view(-1)
-        return step
+                direction[span] = (target_LE - bias_LE).view(-1)
+        return rate, direction
 
-    def _held_where_masked(self, step: Tensor, tally: Tally) -> Tensor:
+    def _held_where_masked(self, step: Tensor, tally: StepTally) -> Tensor:
         """
         `step`, in which experts that no token of the step could choose, having no probability, keep their place among the others.
         Only where the selection is the family's own: it adds the bias to their score of 0 too, and would choose them in the end.

@@ -21,7 +21,7 @@ from .duals import LOGIT_WIDTH, Duals
 from .learning import gradient_norms
 from .step import Steps
 from .tally import Tally, add_load, count_choice
-from .tokens import Tokens, count_mask
+from .tokens import Counted, Tokens
 
 
 CACHES = ("cache", "past_key_values")  # the argument in which a model takes its cache
@@ -138,32 +138,31 @@ class Meter:
             return
         if self.config.token_mask == "labels":
             inputs = {**inputs, "labels": self._get_labels()}
-        mask_BS = count_mask(inputs, self.config.token_mask)
-        if mask_BS is None and evaluating:
+        counted = self.steps.count(inputs)
+        if counted is None and evaluating:
             return  # a second forward of the same batch, for its logits only
-        if mask_BS is None:
+        if counted is None:
             raise ValueError(
                 f"token_mask={self.config.token_mask!r}, but this forward received no "
                 f"{'labels' if self.config.token_mask == 'labels' else 'input_ids or inputs_embeds'}. Pass them to the "
                 "model, or set another token_mask in PhiBalanceConfig."
             )
-        mask = mask_BS.reshape(-1).to(self.steps.move_to_model(), torch.float32)
         image = image_tokens(inputs, self.sites)
         if evaluating and self.eval_tally is not None:
-            self.eval_tally.tokens.add_(mask.sum())
-            self._tokens = Tokens(mask, mask, trains=False, image=image)
+            self.eval_tally.tokens.add_(counted.number)
+            self._tokens = Tokens.of(counted, trains=False, image=image)
         else:
-            self._open_training(mask, len(mask_BS), image)
+            self._open_training(counted, image)
 
-    def _open_training(self, mask: Tensor, batch_size: int, image: Tensor | None) -> None:
+    def _open_training(self, counted: Counted, image: Tensor | None) -> None:
         if not self.steps.now.announced:
             self.steps.begin_implicitly()
         self.steps.now.trained = True
-        self.steps.tally.tokens.add_(mask.sum())
+        self.steps.tally.tokens.add_(counted.number)
         if self._is_replaying:
             self.steps.tally.replayed.add_(1)
-        weight = self.steps.weight(mask)
-        self._tokens = Tokens(mask, mask * weight, batch_size, image=image, weight=weight)
+        divisor = self.steps.divisor(counted) if self.config.charges else None
+        self._tokens = Tokens.of(counted, divisor, image=image)
         if self.config.rules.pooled:
             if torch.compiler.is_compiling():
                 raise RuntimeError(

@@ -42,6 +42,13 @@ class Ranks:
         if self._copies > 1:
             values.div_(self._copies)
 
+    def sum(self, values: Tensor) -> Tensor:
+        """The same, which leaves `values` as they are."""
+        if self._world > 1:
+            values = values.clone()
+            self.sum_(values)
+        return values
+
     def agree(self, text: str, device: torch.device) -> bool:
         """Whether all ranks have called this with the same `text`; waits for `device`."""
         if self._world == 1:

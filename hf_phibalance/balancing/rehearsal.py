@@ -138,11 +138,11 @@ class Rehearsal:
     def __enter__(self) -> Rehearsal:
         self._steps.move_to_model()
         steps, duals = self._steps, self._duals
-        tensors = (steps.tally.flat, steps.last.flat, steps.last_price, steps._finite, duals.price, duals.toll)
+        tensors = (steps.tally.flat, steps.last.flat, steps.last_price, duals.price, duals.toll)
         self._tensors = [(tensor, tensor.clone()) for tensor in tensors]
         self._announced = steps.now
         for owner, names in (
-            (steps, ("now", "_checked", "_closed")),
+            (steps, ("now", "_checked")),
             (duals, ("has_bias",)),
             (self._meter, ("norms", "_latest", "softmax")),
             (self._meter.charging, ("rehearsed",)),

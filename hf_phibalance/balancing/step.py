@@ -19,8 +19,8 @@ from ..routers import RouterSite, find_copies
 from .duals import Duals
 from .ranks import Ranks
 from .refusals import check_first_step, check_ranks
-from .tally import Tally
-from .tokens import Tokens, count_mask
+from .tally import StepTally, Tally
+from .tokens import Announced, Counted, Tokens, count_mask
 
 
 logger = logging.get_logger(__name__)
@@ -33,6 +33,7 @@ class OptimizerStep:
     announced: bool = False  # by `Steps.begin`
     micro_batches: int = 1  # forwards that share its coefficient, if the tokens are unknown
     tokens: Tensor | None = None  # () number of tokens that count, over all micro-batches and ranks
+    batches: Announced = field(default_factory=Announced)  # that they are in
     loss_scale: float | Tensor = 1.0  # what gradients are divided by before the optimizer sees them
     trained: bool = False  # whether a training forward has run
     deferred: list[Tokens] = field(default_factory=list)  # forwards under reentrant checkpointing
@@ -57,11 +58,11 @@ class Steps:
         self.root, self.config, self.sites, self.duals, self.ranks = root, config, sites, duals, ranks
         sizes = duals.layout.sizes
         self.now = OptimizerStep()
-        self.tally = Tally(sizes, BINS if config.rules.bias_rule == "quantile" else 0)  # of the step under way
+        self.tally = StepTally(sizes, BINS if config.rules.bias_rule == "quantile" else 0)  # of the step under way
         self.last = Tally(sizes)  # of the last step, over all ranks
         self.last_price = torch.zeros(duals.layout.total)  # that was charged in it
-        self._finite, self._closed = torch.zeros(()), 0  # steps whose statistics were finite; all
         self._checked = False
+        self._top_k = max(site.top_k for site in sites)
 
     def begin(self, micro_batches: Sequence[Mapping[str, Any]] | int, loss_scale: float | Tensor) -> None:
         """See [`PhiBalancer.begin_step`]."""
@@ -78,18 +79,34 @@ class Steps:
         self.now = OptimizerStep(announced=True, micro_batches=count, loss_scale=loss_scale)
         if isinstance(micro_batches, int):
             return
-        masks = [mask for batch in micro_batches if (mask := count_mask(batch, self.config.token_mask)) is not None]
-        if len(masks) < count:
+        device = self.move_to_model()
+        numbers = [number for batch in micro_batches if (number := self._announce(batch, device)) is not None]
+        if len(numbers) < count:
             logger.warning_once(
                 f"The micro-batches do not hold what token_mask={self.config.token_mask!r} needs; each will be "
                 "charged its own mean instead of its exact share of the step's tokens."
             )
             return
-        device = self.move_to_model()
-        counts = [mask.sum(dtype=torch.float32).to(device) for mask in masks]
-        total = counts[0] if count == 1 else torch.stack(counts).sum()
-        self.ranks.sum_(total)
-        self.now.tokens = total
+        self.now.tokens = self.ranks.sum(numbers[0] if count == 1 else torch.stack(numbers).sum())
+
+    def _announce(self, batch: Mapping[str, Any], device: torch.device) -> Tensor | None:
+        """How many tokens of `batch` count, `()`; its forward need not count them again."""
+        mask_BS = count_mask(batch, self.config.token_mask)
+        if mask_BS is None:
+            return None
+        if mask_BS.device != device:  # its forward will get a copy
+            return mask_BS.sum(dtype=torch.float32).to(device)
+        counted = Counted.of(mask_BS, self._top_k)
+        self.now.batches.keep(batch, self.config.token_mask, counted)
+        return counted.number
+
+    def count(self, inputs: Mapping[str, Any]) -> Counted | None:
+        """Which tokens of a forward with these `inputs` count, `None` if nothing tells."""
+        counted = self.now.batches.find(inputs, self.config.token_mask)
+        if counted is not None:
+            return counted
+        mask_BS = count_mask(inputs, self.config.token_mask)
+        return None if mask_BS is None else Counted.of(mask_BS.to(self.move_to_model()), self._top_k)
 
     def begin_implicitly(self) -> None:
         """A training forward without `begin`: fine for a step of one micro-batch in one process."""
@@ -116,13 +133,13 @@ class Steps:
             )
         self.now.weights_version = -1 if probe is None else probe._version
 
-    def weight(self, mask: Tensor) -> Tensor:
-        """What a token weighs, `()`, so that the optimizer receives 1/N of its gradient whatever happens in between."""
+    def divisor(self, counted: Counted) -> Tensor:
+        """What a token's gradient is divided by, `()`, so that the optimizer gets 1/N of it whatever happens in between."""
         tokens, share = self.now.tokens, float(self.ranks.count)  # over which gradients are averaged afterwards
         if tokens is None:
-            tokens, share = mask.sum(), 1 / self.now.micro_batches
+            tokens, share = counted.number, 1 / self.now.micro_batches
         tokens, scale = tokens.clamp(min=1), share * self.now.loss_scale
-        return tokens.reciprocal() if isinstance(scale, float) and scale == 1 else scale / tokens
+        return tokens if isinstance(scale, float) and scale == 1 else tokens / scale
 
     def close(self, skipped: bool | None = None) -> None:
         """See [`PhiBalancer.step`]."""
@@ -142,15 +159,11 @@ class Steps:
         if not self._checked:
             find_copies(self.root, self.sites)
             self._checked = check_first_step(self.config, self.sites, self.duals.layout, tally, self.now.tokens)
-        self.last.flat.copy_(tally.flat[: len(self.last.flat)])
-        total = tally.flat.sum()  # which what is not finite goes into
-        finite = total - total == 0
-        self._finite += finite
-        self._closed += 1
         if self.config.coef > 0:
             self.last_price = self.duals.price  # which is not written to again
-        self.duals.update(tally, finite)
-        self.discard()
+        self.duals.update(tally)
+        self.last.flat = tally.turn()
+        self.now = OptimizerStep()
 
     def _any_rank(self, skipped: bool) -> bool:
         """Whether any rank has skipped its optimizer step; reads the device, as the gradient scaler has just done."""
@@ -166,7 +179,7 @@ class Steps:
 
     def check_finite(self) -> None:
         """See [`PhiBalancer.check_finite`]."""
-        bad = self._closed - int(self._finite)
+        bad = self.tally.count_not_finite()
         if bad:
             logger.warning_once(
                 f"The routing statistics of {bad} step(s) were not finite (the loss or the router logits diverged); "
@@ -179,9 +192,8 @@ class Steps:
         device = next((p.device for p in self.root.parameters() if p.device.type != "meta"), present)
         if device != present:
             self.duals.to(device)
-            for tally in (self.tally, self.last):
-                tally.flat = tally.flat.to(device)
-            self._finite, self.last_price = self._finite.to(device), self.last_price.to(device)
+            self.tally.to(device)
+            self.last.flat, self.last_price = self.last.flat.to(device), self.last_price.to(device)
         return device
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,12 +12,69 @@ from torch import Tensor
 from ..routers import RouterSite, mask_of
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Which of the T = batch x sequence tokens of a batch count."""
+
+    entries: Tensor  # (T, k) 1.0 for the tokens that count, once for each expert that is chosen
+    number: Tensor  # () of tokens that count
+    batch_size: int
+
+    @classmethod
+    def of(cls, mask_BS: Tensor, top_k: int) -> Counted:
+        """Those in `mask_BS`, booleans, for routers that choose `top_k` experts per token."""
+        entries = mask_BS.reshape(-1, 1).expand(-1, top_k)
+        entries = entries.to(torch.float32, memory_format=torch.contiguous_format)
+        return cls(entries, mask_BS.sum(dtype=torch.float32), len(mask_BS))
+
+    @property
+    def mask(self) -> Tensor:
+        """1.0 for the tokens that count, `(T,)`."""
+        return self.entries[:, 0]
+
+
+class Announced:
+    """What has been counted of the batches that a step was announced with, for the forwards of the same tensors."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, tuple[int, torch.Size | None], Counted]] = {}
+
+    def keep(self, inputs: Mapping[str, Any], token_mask: str, counted: Counted) -> None:
+        """Takes note of what was `counted` of `inputs`, arguments of the model by name."""
+        source = _source(inputs, token_mask)
+        if isinstance(source, Tensor) and not source.is_inference():  # else nothing tells whether it has changed
+            self._kept[id(source)] = (source, (source._version, _shape(inputs)), counted)
+
+    def find(self, inputs: Mapping[str, Any], token_mask: str) -> Counted | None:
+        """What was counted of `inputs`; `None` if that was of other tensors, or if they have changed since."""
+        source = _source(inputs, token_mask)
+        if torch.compiler.is_compiling() or id(source) not in self._kept:
+            return None
+        kept, state, counted = self._kept[id(source)]
+        return counted if state == (kept._version, _shape(inputs)) else None
+
+
+def _source(inputs: Mapping[str, Any], token_mask: str) -> Any:
+    """What says which tokens of `inputs` count, if anything does."""
+    return inputs.get({"labels": "labels", "attention": "attention_mask"}.get(token_mask, ""))
+
+
+def _shape(inputs: Mapping[str, Any]) -> torch.Size | None:
+    """Of the sequences in `inputs`, `(B, S)`."""
+    hidden = _hidden(inputs)
+    return None if hidden is None else hidden.shape[:2]
+
+
+def _hidden(inputs: Mapping[str, Any]) -> Tensor | None:
+    return next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
+
+
 @dataclass
 class Tokens:
     """The T = batch x sequence tokens of one forward."""
 
     mask: Tensor  # (T,) 1.0 for the tokens that count
-    rate: Tensor  # (T,) weight of each token in the optimizer step: 1/N, whatever happens to its gradient until then
+    rate: Tensor  # (T,) `mask` over the `divisor`
     batch_size: int = 1
     toll: Tensor | None = None  # flat; what all routers charge, where that is known only after the forward
     trains: bool = True  # False for a forward of an evaluation, which counts apart and never pays
@@ -25,9 +82,17 @@ class Tokens:
     deferred: bool = False  # its routers ran without autograd, reentrant checkpointing will run them again
     recomputing: bool = False  # and has begun to
     image: Tensor | None = None  # (T,) those that have routers of their own, in models that have such
-    weight: Tensor | None = None  # () of one token in `rate`
+    divisor: Tensor | None = None  # () of a token's gradient: N, whatever happens to it until the optimizer gets it
     _weights: dict[int, Tensor] = field(default_factory=dict)
     _parts: dict[tuple[str, int], Tokens] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, counted: Counted, divisor: Tensor | None = None, **kwargs: Any) -> Tokens:
+        """The tokens that were `counted`, each of whose gradients is divided by `divisor`."""
+        entries, mask = counted.entries, counted.mask
+        rate = mask if divisor is None else mask / divisor
+        weights = {entries.shape[1]: entries.view(-1)}
+        return cls(mask, rate, counted.batch_size, divisor=divisor, _weights=weights, **kwargs)
 
     def reaching(self, site: RouterSite, routed: int) -> Tokens:
         """Those that router `site` gets, which gets `routed`; all weigh the same, in which router ever."""
@@ -36,7 +101,7 @@ class Tokens:
         key = (site.modality, routed)
         if key not in self._parts:
             mask = mask_of(site, self.mask, self.image, routed)
-            rate = mask if self.weight is None else mask * self.weight
+            rate = mask if self.divisor is None else mask / self.divisor
             self._parts[key] = Tokens(mask, rate, toll=self.toll, trains=self.trains)
         return self._parts[key]
 
@@ -55,7 +120,7 @@ def count_mask(inputs: Mapping[str, Any], token_mask: str) -> Tensor | None:
     Raises:
         ValueError: if `token_mask="attention"` and the attention mask is not a `(B, S)` tensor.
     """
-    hidden = next((inputs[k] for k in ("input_ids", "inputs_embeds") if inputs.get(k) is not None), None)
+    hidden = _hidden(inputs)
     if token_mask == "labels":
         labels = inputs.get("labels")
         return None if labels is None else labels != -100

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from charging import COEF, assert_charged_as_defined, by_definition, collect, priced
 from checks import assert_same
-from driven import FINITE, make_duals, tally_of
+from driven import make_duals, tally_of
 from references import routers
 from shifted import choosing, shifted
 from steps import UNGROUPED
@@ -64,16 +64,16 @@ def test_an_expert_unseen_for_ten_thousand_steps():
     without = torch.tensor([0.0] + [1 / 7] * 7)
     tally = tally_of(duals, 100 * without, 200 * without)
     for _ in range(10_000):
-        duals.update(tally, FINITE)
+        duals.update(tally)
     assert (duals.bias - duals.bias.mean()).abs().max() <= 2
     while (duals.steps - 1) % duals._bounded_every:  # up to the next step that brings it back within reach
-        duals.update(tally, FINITE)
+        duals.update(tally)
     floor = naive_prices(without.tolist())
     torch.testing.assert_close(duals.price.double(), floor, rtol=1e-5, atol=1e-5)
     bias = duals.bias - duals.bias.mean()
     torch.testing.assert_close(bias, torch.tensor([1.0] + [-1 / 7] * 7), rtol=0, atol=1e-5)
     for step in range(1, 31):
-        duals.update(tally_of(duals, torch.full((8,), 12.5), torch.full((8,), 25.0)), FINITE)
+        duals.update(tally_of(duals, torch.full((8,), 12.5), torch.full((8,), 25.0)))
         mean = [(1 - 0.7**step) / 8] + [(1 - (1 - 0.7**step) / 8) / 7] * 7
         torch.testing.assert_close(duals.means["load"], torch.tensor(mean), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(duals.price.double(), naive_prices(mean), rtol=1e-4, atol=1e-5)
@@ -87,12 +87,12 @@ def test_a_training_that_is_resumed_while_a_bias_is_wound_up_goes_on_the_same():
     duals = make_duals(config, [8])
     tally = tally_of(duals, 100 * without, 200 * without)
     while (duals.bias - duals.bias.mean()).abs().max() <= 1.2:
-        duals.update(tally, FINITE)
+        duals.update(tally)
     resumed = make_duals(config, [8])
     resumed.load_state_dict(duals.state_dict())
     for _ in range(60):
-        duals.update(tally, FINITE)
-        resumed.update(tally, FINITE)
+        duals.update(tally)
+        resumed.update(tally)
         assert torch.equal(resumed.bias, duals.bias)
 
 

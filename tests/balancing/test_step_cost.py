@@ -12,6 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import make_trainer, patched
 
 import hf_phibalance as phb
+from hf_phibalance.balancing.tally import StepTally
+from hf_phibalance.balancing.tokens import Counted
 
 
 # What makes the host wait for the device: methods that Python sees, and operators that the dispatcher sees.
@@ -165,7 +167,7 @@ def added(config=None, built_in=False):
 
 @pytest.mark.parametrize(
     ("config", "router", "fixed"),
-    [({}, 3, 28), ({"coef": 0.0, "bias_coef": 0.003}, 5, 34), ({"bias_coef": 0.003}, 6, 34)],
+    [({}, 3, 18), ({"coef": 0.0, "bias_coef": 0.003}, 5, 16), ({"bias_coef": 0.003}, 6, 19)],
     ids=["price", "bias", "both"],
 )
 def test_kernels_that_a_step_adds(config, router, fixed):
@@ -174,6 +176,28 @@ def test_kernels_that_a_step_adds(config, router, fixed):
     assert of_router <= router and of_all <= fixed
     built_in, _ = added(built_in=True)
     assert of_router < built_in / 2
+
+
+def test_what_is_done_every_64_steps():
+    """Nothing of a step but this: tallies are cleared, and looked through for what is not finite; a tenth of a kernel a step."""
+    tally = StepTally([8, 8])
+    first = tally.flat
+    with Operators() as operators:
+        for _ in range(128):
+            tally.turn()
+    assert tally.flat.data_ptr() != first.data_ptr()
+    assert sum(count for (name, _), count in operators.seen.items() if name not in VIEWS) <= 0.1 * 128
+
+
+def test_micro_batches_are_counted_once(monkeypatch, tmp_path):
+    """A trainer hands the forwards the tensors that the step was announced with."""
+    counted = []
+    of = Counted.of
+    monkeypatch.setattr(Counted, "of", lambda mask, top_k: counted.append(mask) or of(mask, top_k))
+    trainer = make_trainer(patched(), tmp_path, max_steps=3, gradient_accumulation_steps=2)
+    phb.attach(trainer)
+    trainer.train()
+    assert len(counted) == 3 * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -4,12 +4,9 @@ import torch
 
 from hf_phibalance import PhiBalanceConfig
 from hf_phibalance.balancing.duals import LOGIT_WIDTH, Duals
-from hf_phibalance.balancing.tally import Tally
+from hf_phibalance.balancing.tally import StepTally
 from hf_phibalance.maths import BINS, margin_histogram
 from hf_phibalance.routers import RouterSite
-
-
-FINITE, NOT = torch.tensor(True), torch.tensor(False)
 
 
 def make_duals(config, sizes, top_k=2, width=1.0):
@@ -23,7 +20,7 @@ def make_duals(config, sizes, top_k=2, width=1.0):
 
 def tally_of(duals, probs, load, scores=()):
     """The tally of a step: `probs` and `load` flat; for quantile balancing also `scores (T, E)` of every router."""
-    tally = Tally(duals.layout.sizes, BINS if duals.config.rules.bias_rule == "quantile" else 0)
+    tally = StepTally(duals.layout.sizes, BINS if duals.config.rules.bias_rule == "quantile" else 0)
     tally.probs.copy_(probs)
     tally.load.copy_(load)
     tally.tokens.fill_(load.sum())
