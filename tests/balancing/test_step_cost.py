@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
+from driven import make_duals, tally_of
 from operators import Operators
 from tiny import tiny_batch, tiny_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -144,6 +145,11 @@ VIEWS = {
 }
 
 
+def started(operators):
+    """Kernels that were started."""
+    return sum(count for (name, _), count in operators.seen.items() if name not in VIEWS)
+
+
 def kernels(layers, config=None, built_in=False):
     """How many a step of one micro-batch takes, forward, backward and duals, on a Mixtral of so many layers."""
     model = tiny_model("mixtral", num_hidden_layers=layers, output_router_logits=built_in).train()
@@ -156,7 +162,7 @@ def kernels(layers, config=None, built_in=False):
         step(model, [batch], balancer)
     with Operators() as operators:
         step(model, [batch], balancer)
-    return sum(count for (name, _), count in operators.seen.items() if name not in VIEWS)
+    return started(operators)
 
 
 def added(config=None, built_in=False):
@@ -171,22 +177,39 @@ def added(config=None, built_in=False):
     ids=["price", "bias", "both"],
 )
 def test_kernels_that_a_step_adds(config, router, fixed):
-    """A number that depends on no machine. Much less for each router than the loss of transformers takes."""
+    """
+    A number that depends on no machine: of all steps but the few of the next two tests. Much less for each router than the loss of
+    transformers takes.
+    """
     of_router, of_all = added(config)
     assert of_router <= router and of_all <= fixed
     built_in, _ = added(built_in=True)
     assert of_router < built_in / 2
 
 
-def test_what_is_done_every_64_steps():
-    """Nothing of a step but this: tallies are cleared, and looked through for what is not finite; a tenth of a kernel a step."""
+def test_every_20th_step_brings_biases_back():
+    """Some fifty kernels for all routers, less than three a step."""
+    duals = make_duals({"bias_coef": 0.003}, [8, 8])
+    tally = tally_of(duals, torch.arange(1.0, 17.0), torch.arange(1.0, 17.0))
+    took = []
+    for _ in range(60):
+        with Operators() as operators:
+            duals.update(tally)
+        took.append(started(operators))
+    ordinary = min(took)
+    assert [step for step, count in enumerate(took) if count > ordinary] == [0, 20, 40]
+    assert max(took[1:]) - ordinary <= 54
+
+
+def test_every_64th_step_clears_the_tallies():
+    """And looks through them for what was not finite; a tenth of a kernel a step."""
     tally = StepTally([8, 8])
     first = tally.flat
     with Operators() as operators:
         for _ in range(128):
             tally.turn()
     assert tally.flat.data_ptr() != first.data_ptr()
-    assert sum(count for (name, _), count in operators.seen.items() if name not in VIEWS) <= 0.1 * 128
+    assert started(operators) <= 6 * 128 / 64
 
 
 def test_micro_batches_are_counted_once(monkeypatch, tmp_path):
