@@ -192,9 +192,8 @@ class Duals:
         direction = torch.empty_like(self.bias)
         for span, shape in self.layout.runs():
             load_LE = tally.load[span].view(shape)
-            if rule == "sign":  # arXiv 2408.15664, Algorithm 1
-                above_LE = (load_LE.mean(dim=-1, keepdim=True) - load_LE).sign()
-                direction[span] = above_LE.nan_to_num(0.0).view(-1)  # which is not added, but 0 times NaN would be
+            if rule == "sign":  # arXiv 2408.15664, Algorithm 1; of what is not a number the sign is 0
+                direction[span] = (load_LE.mean(dim=-1, keepdim=True) - load_LE).sign().view(-1)
             else:
                 bias_LE = self.bias[span].view(shape)
                 top_k_L1 = self._by_expert([site.top_k for site in self.sites])[span].view(shape)[:, :1]
