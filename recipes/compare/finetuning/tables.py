@@ -50,7 +50,8 @@ def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
     """
     `text` with its marked tables made anew: `<!-- table: plan; bases -->` ... `<!-- /table -->` are the bases as they were,
     `plan; plain` what is left without a selection bias, `plan; way` all tasks and bases together, `plan; way; tasks` and
-    `plan; way; bases` each task or base, `plan; way; first` the first steps, and `plan; base; task; way` one cell.
+    `plan; way; bases` each task or base, `plan; way; first` the first steps, `plan; way; A against B` two methods, and
+    `plan; base; task; way` one cell.
 
     Raises:
         ValueError: if a mark names a plan, or runs, of which nothing is finished.
@@ -74,6 +75,8 @@ def refresh(text: str, plans: Sequence[Plan], results: Results) -> str:
                 made = parts_table(plan, found, way, parts)
             case [way, "first"] if plan and way in ways:
                 made = first_table(plan, found, way)
+            case [way, versus] if plan and way in ways and " against " in versus:
+                made = versus_table(plan, found, way, *versus.split(" against "))
             case [base, task, way] if plan and (base, task, way) in found:
                 made = cell_table(plan, found, (base, task, way))
             case _:
@@ -149,6 +152,22 @@ def parts_table(plan: Plan, found: Mapping[Cell, Mapping], way: str, parts: str)
             cells.append(" / ".join(said))
         if set(cells) != {"–"}:
             lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def versus_table(plan: Plan, found: Mapping[Cell, Mapping], way: str, label: str, other: str) -> str:
+    """Two methods against each other, by base and over all."""
+    lines = [f"| {label} against {other} | pairs | loss | lower | forgotten | less | MaxVio, task, times |"]
+    lines.append("|---|" + "---:|" * 6)
+    bases = list(dict.fromkeys(base for base, _, at in found if at == way))
+    for name, some_bases in (*((base, {base}) for base in bases), ("all", set(bases))):
+        some = list(pairs(found, label, other, lambda cell, at=some_bases: cell[0] in at and cell[2] == way))
+        if some:
+            cells = [f"{len(some)}"]
+            for figure, form in (("loss", ".4f"), ("forgotten", ".3f")):
+                cells += [_difference(some, figure, form), f"{sum(own[figure] < base[figure] for own, base in some)}"]
+            ratios = [own["max_vio_global"] / base["max_vio_global"] for own, base in some]
+            lines.append(f"| {name} | " + " | ".join([*cells, f"{statistics.geometric_mean(ratios):.2f}"]) + " |")
     return "\n".join(lines)
 
 

@@ -149,17 +149,24 @@ def test_tables_of_made_up_tuning(house, base, tmp_path):
     shared = {"max_vio_global": 0.5, "base_max_vio": 0.25, "domain_information": 0.1, "rerouted": 0.2}
     shared |= {"max_vio_train_batch": 1.0}
     values = [(3.0, 0.1, 4.0), (2.0, 0.5, 4.5), (1.9, 0.6, 4.25), (2.2, 0.4, 4.4), (2.0, 0.6, 4.3)]
+    first = {"first_loss": [3.0, 1.0], "first_max_vio": [2.0], "first_gradient_norm": [1.0]}
     for run, (loss, score, base_loss) in zip(plan.runs(), values):
         metrics = {**shared, "loss": loss, "score": score, "base_loss": base_loss}
-        results.add({"key": run.key, "settings": run.settings, "metrics": metrics, "curve": {}, "experts": []})
+        results.add({"key": run.key, "settings": run.settings, "metrics": metrics, "curve": first, "experts": []})
     (path,) = tables.write_tables(plan, results, tmp_path)
     text = path.read_text()
     assert "| small | 3.000 / 10% | 4.000 | 0.25 | 0.100 |" in text
     assert "| φ | 2 | -0.1500 ± 0.0500 | 2 | +15.0% ± 5.0% | -0.175 ± 0.075 | 0.50 | 0.25 | 20.0% |" in text
     without_score = [(shared, shared)]  # MBPP, say
     assert tables._mean(without_score, "score", ".1%") == tables._difference(without_score, "score", ".1%") == "–"
-    marked = "<!-- table: made-up; full -->\nold\n<!-- /table -->"
-    assert "| φ | 2 | -0.1500" in tables.refresh(marked, [plan], results)
+    for mark, row in (
+        ("full", "| φ | 2 | -0.1500"),
+        ("full; bases", "| φ | -0.150 ± 0.050 / +15.0% ± 5.0% |"),
+        ("full; φ against none", "| all | 2 | -0.1500 ± 0.0500 | 2 | -0.175 ± 0.075 | 2 | 1.00 |"),
+        ("full; first", "| φ | 2 | 2.000 | "),
+    ):
+        marked = f"<!-- table: made-up; {mark} -->\nold\n<!-- /table -->"
+        assert row in tables.refresh(marked, [plan], results)
     with pytest.raises(ValueError, match="nothing"):
         tables.refresh("<!-- table: nothing; full -->\n<!-- /table -->", [plan], results)
 
