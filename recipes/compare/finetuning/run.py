@@ -71,7 +71,7 @@ class Training:
     portable: bool = False
 
 
-OWN = ("calibrate", "calibrate_bias", "hold")  # arguments of a method that are not those of PhiBalanceConfig
+OWN = ("calibrate", "calibrate_bias")  # arguments of a method that are not those of PhiBalanceConfig
 
 
 @dataclass(kw_only=True)

@@ -72,7 +72,6 @@ def tune(
         ahead = [collate(next(stream)) for _ in range(run.method["calibrate"])]
         phb.calibrate(trained, ahead, bias=run.method.get("calibrate_bias", False))
         stream = batches(task, rows_of(task, run.tokens), run.seed)  # the same batches, from the start
-    hold = Hold(balancer, before, run.method["hold"]) if run.method.get("hold") else None
     curves: dict[str, list[float]] = {"loss": [], "max_vio": [], "gradient_norm": []}
     start, cpu_start = time.perf_counter(), time.process_time()
     try:
@@ -91,8 +90,6 @@ def tune(
             scheduler.step()
             optimizer.zero_grad()
             balancer.step()
-            if hold:
-                hold.step()
             curves["loss"].append(total)
             curves["gradient_norm"].append(float(norm))
             curves["max_vio"].append(float(max_vio(torch.stack(list(balancer.loads().values()))).mean()))
@@ -115,8 +112,6 @@ def tune(
         )
     if run.steps >= FIRST_STEPS:
         figures["rerouted_first"] = rerouted_first
-    if hold:
-        figures["coef"] = balancer.config.coef
     figures |= {
         "max_vio_train_batch": statistics.fmean(curves["max_vio"][-run.steps // 4 :]),
         "run_seconds": time.perf_counter() - start,
@@ -125,23 +120,6 @@ def tune(
     curve = {name: rounded(thin(values, CURVE_POINTS)) for name, values in curves.items()}
     curve |= {f"first_{name}": rounded(values[:FIRST_STEPS]) for name, values in curves.items()}
     return {**_head(run), "metrics": figures, "curve": curve, "experts": []}
-
-
-class Hold:
-    """A coefficient that follows a target: a share of the MaxVio that the base had on the task."""
-
-    def __init__(self, balancer, before, share, rate=0.2, gain=0.1):
-        loads = torch.stack([torch.bincount(x.reshape(-1), minlength=balancer.sites[0].num_experts) for x in before])
-        self.target = share * float(max_vio(loads.float()).mean())
-        self.balancer, self.rate, self.gain, self.mean = balancer, rate, gain, None
-
-    def step(self):
-        loads = torch.stack(list(self.balancer.loads().values())).float()
-        shares = loads / loads.sum(-1, keepdim=True)
-        self.mean = shares if self.mean is None else self.mean.lerp(shares, self.rate)
-        error = max(-1.0, min(1.0, math.log(float(max_vio(self.mean).mean()) / self.target)))
-        coef = self.balancer.config.coef * math.exp(self.gain * error)
-        object.__setattr__(self.balancer.config, "coef", min(1.0, max(1e-4, coef)))
 
 
 def _head(run: Tuning) -> dict[str, Any]:
