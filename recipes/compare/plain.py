@@ -13,12 +13,20 @@ from .portable import PLAIN
 Cells = Mapping[tuple[str, ...], Mapping[str, Mapping[int, Mapping[str, float]]]]  # figures by cell, label and seed
 
 
+SUMMARY_HEADING = (
+    "| against the same run with its bias | runs | loss | most | MaxVio, times | at most 1.2 | information, times | least |",
+    "|---|" + "---:|" * 7,
+)
+
+
 def plain_table(found: Cells) -> str:
     """For each method what was trained and what is left of it without the selection bias, in each cell and over all."""
     lines = ["| method | served | " + " | ".join(", ".join(cell) for cell in found) + " |"]
     lines.append("|---|---|" + "---:|" * len(found))
     for label in _labels(found):
-        for prefix, served in (("", "with its bias"), *((f"{variant}_", variant) for variant in PLAIN)):
+        biased = any("dropped_loss" in figures for rows in found.values() for figures in rows.get(label, {}).values())
+        variants = [("", "with its bias" if biased else "as it is"), *((f"{variant}_", variant) for variant in PLAIN)]
+        for prefix, served in variants:
             cells = []
             for rows in found.values():
                 runs = [figures for figures in rows.get(label, {}).values() if f"{prefix}loss" in figures]
@@ -27,13 +35,12 @@ def plain_table(found: Cells) -> str:
                 cells.append(" / ".join(said) or "–")
             if set(cells) != {"–"}:
                 lines.append(f"| {label} | {served} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_summary(found)])
+    summary = list(_summary(found))
+    return "\n".join([*lines, "", *SUMMARY_HEADING, *summary] if summary else lines)
 
 
 def _summary(found: Cells) -> Iterator[str]:
     """What each variant keeps of the run with its bias, over all cells and seeds."""
-    yield "| against the same run with its bias | runs | loss | most | MaxVio, times | at most 1.2 | information, times | least |"
-    yield "|---|" + "---:|" * 7
     for label in _labels(found):
         for variant in PLAIN:
             runs = [f for rows in found.values() for f in rows.get(label, {}).values() if f"{variant}_loss" in f]
