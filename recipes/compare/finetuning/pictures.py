@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def draw(plan: Plan, found: Mapping[Cell, Mapping], way: str):
         axes[0][column].set_title(task)
         axes[1][column].set_xlabel("MaxVio on the task")
     for row, name in enumerate(("loss", "forgotten")):
-        axes[row][0].set_ylabel(f"{name}, difference to {plan.baseline}")
+        axes[row][0].set_ylabel(textwrap.fill(f"{name}, difference to {plan.baseline}", 36))
         for axis in axes[row]:
             axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     handles, labels = axes[0][0].get_legend_handles_labels()
