@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-import hf_phibalance as phb
+from hf_phibalance.forwards import Folding
 
 
 FITTED = 30  # batches that the bias is folded by, the last ones of the training
@@ -29,10 +28,9 @@ def served_plainly(
         examine (`Callable`): Measures a model.
     """
     shown = [{"input_ids": batch} if isinstance(batch, Tensor) else batch for batch in batches]
-    with phb.get_balancer(model).without_bias():
-        found = {"dropped": examine(model)}
-    for variant, rebalance in (("folded", 0), ("rebalanced", REBALANCE)):
-        twin = copy.deepcopy(model)
-        phb.fold(twin, shown, rebalance=rebalance)
-        found[variant] = examine(twin)
-    return {f"{variant}_{name}": value for variant, figures in found.items() for name, value in figures.items()}
+    folding = Folding(model, shown, REBALANCE)
+    found = {}
+    for variant in PLAIN:
+        with folding.variants[variant]():
+            found |= {f"{variant}_{name}": value for name, value in examine(model).items()}
+    return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_phibalance.durable import replacing
 
 
 EVERY = 300.0  # seconds; shorter runs are simply done again
@@ -39,9 +40,9 @@ class Unfinished:
         if time.monotonic() - self._kept < self.every:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}")
-        torch.save({"parts": {name: part.state_dict() for name, part in parts.items()}, "notes": dict(notes)}, partial)
-        os.replace(partial, self.path)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        with replacing(self.path) as partial:
+            torch.save({"parts": states, "notes": dict(notes)}, partial)
         self._kept = time.monotonic()
 
     def remove(self) -> None:

@@ -17,8 +17,7 @@ Figures = Mapping[str, float]
 def finished(plan: Plan, results: Results) -> dict[Cell, dict[str, dict[int, Figures]]]:
     """
     Figures by cell, label and seed; none of a run that diverged. Each has, beside what was measured, `forgotten`: how much
-    the loss on the text of the bases has grown, and the means of the first steps, `first_loss`, `first_max_vio` and
-    `first_gradient_norm`, and the highest of these norms, `first_gradient_norm_max`.
+    the loss on the text of the bases has grown, and means and maxima over the first steps, `first_loss`, `first_loss_max`, ...
     """
     found = {}
     for base, task, way in itertools.product(plan.bases, plan.tasks, plan.ways):

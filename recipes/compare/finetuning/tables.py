@@ -156,7 +156,12 @@ def parts_table(plan: Plan, found: Mapping[Cell, Mapping], way: str, parts: str)
 
 
 def versus_table(plan: Plan, found: Mapping[Cell, Mapping], way: str, label: str, other: str) -> str:
-    """Two methods against each other, by base and over all."""
+    """
+    Two methods against each other, by base and over all.
+
+    Raises:
+        ValueError: if there are no runs of both.
+    """
     lines = [f"| {label} against {other} | pairs | loss | lower | forgotten | less | MaxVio, task, times |"]
     lines.append("|---|" + "---:|" * 6)
     bases = list(dict.fromkeys(base for base, _, at in found if at == way))
@@ -168,6 +173,8 @@ def versus_table(plan: Plan, found: Mapping[Cell, Mapping], way: str, label: str
                 cells += [_difference(some, figure, form), f"{sum(own[figure] < base[figure] for own, base in some)}"]
             ratios = [own["max_vio_global"] / base["max_vio_global"] for own, base in some]
             lines.append(f"| {name} | " + " | ".join([*cells, f"{statistics.geometric_mean(ratios):.2f}"]) + " |")
+    if len(lines) == 2:
+        raise ValueError(f"plan {plan.name!r} has no finished runs of {label!r} beside those of {other!r}.")
     return "\n".join(lines)
 
 

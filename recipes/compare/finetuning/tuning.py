@@ -73,6 +73,7 @@ def tune(
         phb.calibrate(trained, ahead, bias=run.method.get("calibrate_bias", False))
         stream = batches(task, rows_of(task, run.tokens), run.seed)  # the same batches, from the start
     curves: dict[str, list[float]] = {"loss": [], "max_vio": [], "gradient_norm": []}
+    first: dict[str, float] = {}
     start, cpu_start = time.perf_counter(), time.process_time()
     try:
         for step in range(run.steps):
@@ -96,7 +97,7 @@ def tune(
             if not math.isfinite(total):
                 raise Diverged
             if step + 1 == FIRST_STEPS:
-                rerouted_first = changed_share(before, choices_on(trained, balancer, task))
+                first["rerouted_first"] = changed_share(before, choices_on(trained, balancer, task))
             tell(step + 1)
         figures = examine(trained, balancer, task, material, before)
         if not math.isfinite(figures["loss"]):
@@ -110,9 +111,8 @@ def tune(
             [collate(rows) for rows in itertools.islice(last, run.steps)][-FITTED:],
             lambda twin: examine(twin, phb.get_balancer(twin), task, material, before),
         )
-    if run.steps >= FIRST_STEPS:
-        figures["rerouted_first"] = rerouted_first
     figures |= {
+        **first,
         "max_vio_train_batch": statistics.fmean(curves["max_vio"][-run.steps // 4 :]),
         "run_seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu_start,

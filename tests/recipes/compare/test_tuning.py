@@ -167,6 +167,8 @@ def test_tables_of_made_up_tuning(house, base, tmp_path):
     ):
         marked = f"<!-- table: made-up; {mark} -->\nold\n<!-- /table -->"
         assert row in tables.refresh(marked, [plan], results)
+    with pytest.raises(ValueError, match="no finished runs of 'ψ' beside those of 'none'"):
+        tables.refresh("<!-- table: made-up; full; ψ against none -->\n<!-- /table -->", [plan], results)
     with pytest.raises(ValueError, match="nothing"):
         tables.refresh("<!-- table: nothing; full -->\n<!-- /table -->", [plan], results)
 
