@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +66,6 @@ def unwrap_parallel(model: nn.Module) -> nn.Module:
         return model.get_submodule("module")
 
 
-def keep_function(outer: Any, inner: Callable) -> None:
-    """
-    Lets `outer`, which stands in for the method `inner`, answer for its function. TRL 1.9 reads the signature of
-    `model.forward.__func__`; can go when the oldest supported one does not.
-    """
-    if hasattr(inner, "__func__"):
-        outer.__func__ = inner.__func__
-
-
 def names_rewritten_by_peft(root: nn.Module, names: set[str]) -> set[str]:
     """
     Those of `names` of modules that PEFT turns into the fused expert parameters of the family of `root`. Before 0.19 it
@@ -113,12 +103,13 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
     written = _written_keys(checkpoint)
     if not written or not isinstance(root, PreTrainedModel) or AcceleratorState().distributed_type in sharded:
         return
-    missing = sorted(set(root.state_dict()) - written - set(root.all_tied_weights_keys))
+    ours = {key for key in root.state_dict() if "phi_balance." in key}  # the selection bias, which the state file holds
+    missing = sorted(set(root.state_dict()) - written - set(root.all_tied_weights_keys) - ours)
     if not missing:
         return
     with torch.random.fork_rng(devices=[]):
         complete: Any = type(root).from_pretrained(checkpoint, dtype="auto")
-    root.load_state_dict(complete.state_dict())
+    root.load_state_dict(complete.state_dict() | {key: root.state_dict()[key] for key in ours})
     logger.warning(f"{len(missing)} weights that Trainer found missing ({missing[0]!r}, ...) were loaded after all.")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,13 +15,20 @@ from typing import Any
 
 from .files import read_json
 from .maths import Potential, get_potential
-from .methods import METHODS, PHI_DEFAULTS, Method
+from .methods.table import METHODS, PHI_DEFAULTS, Method
 
 
 CONFIG_NAME = "phi_balance.json"
 STATISTICS = ("probs", "load")
 PRICE_TIMES = ("previous", "current", "global")
 TOKEN_MASKS = ("attention", "labels", "all")
+# The coefficient at a share t of `schedule_steps`, over the configured one.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda t: 1.0,
+    "linear": lambda t: max(0.0, 1.0 - t),
+    "cosine": lambda t: (1.0 + math.cos(math.pi * min(t, 1.0))) / 2,
+    "off": lambda t: float(t < 1.0),
+}
 # A thousand times the strongest published coefficient. Beyond, the task is not trained any more; up to there, prices of any
 # potential, 512 experts and what they add to gradients and biases stay finite in fp32 with room to spare.
 MAX_STRENGTH = 100.0
@@ -82,6 +91,10 @@ class PhiBalanceConfig:
             `sequence_coef * sum_layers sum_e E f_e P_e` of each sequence, f its shares of the top-k of the unbiased
             scores, P its mean probabilities; a mean over sequences weighted by their tokens, so that it is as
             invariant to the split as the price gradient, as long as a sequence is in one micro-batch.
+        schedule (`str`, *optional*, defaults to `"constant"`):
+            How `coef` goes on over the first `schedule_steps` optimizer steps: `"constant"`; `"linear"` or `"cosine"`, down to
+            0; or `"off"`, which stays until then and is 0 afterwards.
+        schedule_steps (`int`, *optional*, defaults to `0`): Length of the schedule.
 
     Raises:
         ValueError: if a field is out of range, or has no meaning for the method; the message names the field, the
@@ -100,6 +113,8 @@ class PhiBalanceConfig:
     method: str = "phi"
     z_loss_coef: float = 0.0
     sequence_coef: float = 0.0
+    schedule: str = "constant"
+    schedule_steps: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
@@ -124,10 +139,17 @@ class PhiBalanceConfig:
             ("bias_track", STATISTICS),
             ("price_from", PRICE_TIMES),
             ("token_mask", TOKEN_MASKS),
+            ("schedule", tuple(SCHEDULES)),
         ):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        steps = self.schedule_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0 or (steps > 0) != (self.schedule != "constant"):
+            raise ValueError(
+                f"`schedule_steps` must be a number of optimizer steps > 0 with schedule='linear', 'cosine' or 'off', and 0 with "
+                f"'constant'; got {steps!r} with schedule={self.schedule!r}."
+            )
         kwargs = self.potential_kwargs
         if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
             raise ValueError(
@@ -160,6 +182,10 @@ class PhiBalanceConfig:
     def build_potential(self) -> Potential:
         """The potential that `potential` and `potential_kwargs` name."""
         return get_potential(self.potential, **self.potential_kwargs)
+
+    def coef_at(self, step: int) -> float:
+        """`coef` after so many optimizer steps, by the schedule."""
+        return self.coef * SCHEDULES[self.schedule](step / self.schedule_steps if self.schedule_steps else 0.0)
 
     @property
     def is_on(self) -> bool:

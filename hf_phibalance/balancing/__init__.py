@@ -1,56 +1,62 @@
 """
-Balancing: what a patched model counts, charges and moves. Knows steps, not trainers.
+Balancing: what a patched model counts, how its means, prices and biases move, and the gradient that its routers get. Knows
+optimizer steps, not trainers.
 
-The way of a step: `tokens` (who counts) -> `meter` (a forward) -> `tally` (sums) -> `step` (over all ranks) -> `duals`
-(means, prices, biases) -> `charging` (the next step's gradient).
+The way of a token: `forwards` opens a forward of the backbone with its token mask (`tokens`); each router's probabilities and
+selection enter its `counts`; when its backward comes, `step` sets the token's weight 1/N and `gradient` adds coef · q to the
+router's gradient; when the optimizer has stepped (`process`), the counts of all ranks move the means, and these the prices and
+biases (`duals`).
 
 | module | what it holds |
 |---|---|
 | `patching` | putting all this into a model, and taking it out |
-| `balancer` | the object that a patched model carries |
-| `tokens` | which tokens of a batch count |
-| `meter` | a forward: who counts, who pays |
-| `tally` | the sums over tokens |
-| `step` | an optimizer step: opened, closed, given up |
-| `ranks` | who shares it |
+| `balancer` | the object of a patched model |
+| `forwards` | which forwards count and which get the auxiliary gradient; what the routers do in them |
+| `tokens` | which tokens of a forward count |
+| `counts` | sums over tokens |
+| `step` | an optimizer step, its forwards, and what a token weighs |
+| `gradient`, `compiled` | the auxiliary gradient; the same under `torch.compile` |
 | `duals` | means, prices and biases, and how a step moves them |
-| `charging` | what a router charges, and how that gets into its gradient |
-| `rehearsal` | an optimizer step that is tried out and leaves no trace |
+| `process` | all that is set in the process; private names of torch |
+| `ranks` | who shares a step |
+| `adapters` | which adapter of PEFT is switched on |
 | `state` | the file beside the weights |
 | `refusals` | what cannot be balanced |
-| `learning` | what balancing can move in a model |
-| `built_in_loss`, `undo` | the auxiliary loss that is off meanwhile; attribute changes that can be taken back |
+| `learning` | which routers learn, and what balancing can move |
+| `built_in_loss`, `undo` | the auxiliary loss that is off meanwhile; changes that can be taken back |
 """
 
+from .adapters import virtual_tokens
 from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off
 from .duals import LOGIT_WIDTH
 from .learning import LearningReport, describe_router
-from .patching import Patch, find_patch, get_balancer, learning_report, patch, unpatch
-from .rehearsal import Forward, RandomState, Rehearsal, Routed
+from .patching import find_balancer, find_balancers, get_balancer, learning_report, patch, unpatch, wrap_below
+from .process import on_train
+from .random_state import RandomState
 from .state import StateFile, check_model, config_in, read_state
 from .tokens import count_mask
 
 
 __all__ = [
     "LOGIT_WIDTH",
-    "Forward",
     "LearningReport",
-    "Patch",
     "PhiBalancer",
     "RandomState",
-    "Rehearsal",
-    "Routed",
     "StateFile",
     "announce_switched_off",
     "check_model",
     "config_in",
     "count_mask",
     "describe_router",
-    "find_patch",
+    "find_balancer",
+    "find_balancers",
     "get_balancer",
     "learning_report",
+    "on_train",
     "patch",
     "read_state",
     "unpatch",
+    "virtual_tokens",
+    "wrap_below",
 ]

@@ -1,15 +1,10 @@
-"""What a patched model carries: one object to read prices and loads off, to close optimizer steps with, and to save.
-
-The work is done by its parts: `step` (an optimizer step), `meter` (a forward), `charging` (the gradient), `duals` (means,
-prices, biases), `state` (the file).
-"""
+"""The object of a patched model: prices, loads and biases to read, optimizer steps, evaluations, and the state to save."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import os
 import statistics
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,48 +13,132 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from ..config import PhiBalanceConfig
-from ..maths import max_vio, model_metrics
-from ..routers import RouterSite, find_copies
-from .duals import Duals
-from .learning import LINEAR, LearningReport, describe_router
-from .meter import Meter
+from ..config import STATISTICS, PhiBalanceConfig
+from ..maths import BINS, max_vio, model_metrics
+from ..routers import RouterSite, find_copies, unwrap
+from . import adapters, process
+from .counts import Counts
+from .duals import LOGIT_WIDTH, Duals
+from .forwards import Evaluation, Forwards
+from .learning import LearningReport, describe_router
 from .ranks import Ranks, count_copies
-from .rehearsal import Rehearsal
-from .state import check_model, describe_model, read_state, save_state
-from .step import Steps
-from .tally import Tally
+from .refusals import check_first_step, check_ranks
+from .state import check_model, check_state, describe_model, fit_names, read_state, save_state
+from .step import OptimizerStep, check_numbers
+from .tokens import announced_masks
+
+
+logger = logging.get_logger(__name__)
+SILENT = 8  # optimizer steps without a backward through the routers, after which that is said
 
 
 class PhiBalancer:
     """
-    Prices, means and biases of all routers of a model; made by [`patch`], found by [`get_balancer`].
+    Balances the routers of a model; made by [`patch`], found by [`get_balancer`].
 
-    A raw training loop brackets each optimizer step:
+    A raw training loop needs no call: an optimizer step ends when a torch optimizer that owns parameters of the model has
+    stepped. Only accumulated steps are announced, so that each token's share of the step is known:
 
     ```python
     balancer = phb.get_balancer(model)
     for micro_batches in steps:
-        balancer.begin_step(micro_batches)      # so that each token's share of the step is known
+        balancer.begin_step(micro_batches)
         for batch in micro_batches:
-            model(**batch).loss.backward()
+            (model(**batch).loss / len(micro_batches)).backward()
         optimizer.step(); optimizer.zero_grad()
-        balancer.step()                         # statistics -> means -> prices and biases
     ```
 
-    A step of one micro-batch in one process needs no `begin_step`.
+    Args:
+        config (`PhiBalanceConfig`): its configuration.
+        sites (`Sequence[RouterSite]`): the routers, by their names in the model.
+        duals (`Duals`): means, prices and biases; a submodule of the backbone.
+        prefix (`str`): path of the backbone in the model, with a dot at its end, or `""`.
     """
 
-    def __init__(self, root: nn.Module, config: PhiBalanceConfig, sites: Sequence[RouterSite]) -> None:
-        self.root = root
-        self.config = config
-        self.sites = list(sites)
-        self._ranks = Ranks(count_copies(root))
-        self._duals = Duals(config, self.sites)
-        self._steps = Steps(root, config, self.sites, self._duals, self._ranks)
-        self.evaluated: dict[str, float] = {}  # what the last evaluation says of a plain load
-        self.meter = Meter(root, config, self.sites, self._duals, self._steps)  # what the hooks talk to
+    LOGIT_WIDTH = LOGIT_WIDTH
+
+    def __init__(self, config: PhiBalanceConfig, sites: Sequence[RouterSite], duals: Duals, prefix: str) -> None:
+        self.config, self.sites, self.duals, self.prefix = config, list(sites), duals, prefix
+        duals.balancer = self
+        self.forwards = Forwards(self)
+        self._ranks = Ranks()
+        self.evaluated: dict[str, float] = {}  # MaxVio of the last evaluation, with and without a bias of ours
+        self.ignores_bias = False
+        self.virtual_tokens = 0  # that PEFT puts in front of each row
+        self.pad_token_id: int | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """As without any step, and not yet in a model."""
+        self._backbone: weakref.ref[nn.Module] | None = None
+        self._root: weakref.ref[nn.Module] | None = None
+        self._adapter_layer: weakref.ref[nn.Module] | None = None
+        self._owners: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._is_checked = False
+        self.idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
+        self.now = self._new_step()
+        self.last = self.now.counts  # of the last step, over all ranks
+        self._noticed = self._faults = torch.zeros(2, device=self.duals.values.device)  # steps with wrong N, and not finite
+        self._said = [0, 0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("config", "sites", "duals", "prefix", "forwards", "_ranks", "evaluated", "virtual_tokens", "pad_token_id")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.ignores_bias = False
+        self._begin()
+
+    # ------------------------------------------------------------------ its model
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        """The body of the model, which gets the batch; `None` once it is gone."""
+        return None if self._backbone is None else self._backbone()
+
+    @property
+    def root(self) -> nn.Module:
+        """The transformers model that was patched, or its backbone where only that is there."""
+        root = None if self._root is None else self._root()
+        found = self.backbone if root is None else root
+        if found is None:
+            raise RuntimeError("the model of this balancer is gone.")
+        return found
+
+    def bind(self, backbone: nn.Module, root: nn.Module | None = None) -> None:
+        """Belongs to `backbone` from now on, as a copy does."""
+        if self.backbone is not backbone:
+            self._backbone = weakref.ref(backbone)
+            find_copies(backbone, self.sites, self.prefix)
+            process.follow(self)
+        if root is not None and (self._root is None or self._root() is not root):
+            self._root = weakref.ref(root)
+            self._ranks.copies = count_copies(root)
+            config = getattr(root, "config", None)
+            self.pad_token_id = None if config is None else config.get_text_config().pad_token_id
+
+    def set_config(self, config: PhiBalanceConfig) -> None:
+        """Goes on with another configuration, in the middle of a step too."""
+        bins = self._bins
+        self.config, self._is_checked = config, False
+        self.duals.set_config(config)
+        if self._bins != bins:
+            self.discard_step()
+
+    def find_copies(self) -> None:
+        """Looks for the routers' modules again."""
+        if self.backbone is not None:
+            find_copies(self.backbone, self.sites, self.prefix)
+
+    def follow_adapter(self) -> None:
+        """The bias that acts is that of the adapter which is switched on."""
+        adapter, self._adapter_layer = adapters.active(self.root, self._adapter_layer)
+        self.duals.use_adapter(adapter)
+
+    # ------------------------------------------------------------------ what users read
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -82,49 +161,58 @@ class PhiBalancer:
         """How many data-parallel ranks share a step."""
         return self._ranks.count
 
-    # ------------------------------------------------------------------ what users read
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """`values` summed over the data-parallel ranks, in place."""
+        self._ranks.sum_(values)
+        return values
 
     @property
     def layer_names(self) -> list[str]:
         """Names of the routers, as in `model.named_modules()` of the unwrapped model."""
-        return list(self._duals.layout.names)
+        return [site.name for site in self.sites]
 
     @property
     def steps(self) -> int:
         """Optimizer steps that have moved the duals."""
-        return self._duals.steps
+        return self.duals.steps
+
+    @property
+    def coef(self) -> float:
+        """Strength of the price gradient in the step under way, by the schedule of the configuration."""
+        return self.config.coef_at(self.steps)
 
     @property
     def has_bias(self) -> bool:
         """Whether a selection bias is in force."""
-        return self._duals.has_bias
+        return self.duals.has_bias
 
     def means(self, statistic: str | None = None) -> dict[str, Tensor]:
         """
         EMA m of the routing distribution by layer name, each `(E,)` fp32.
 
         Args:
-            statistic (`str`, *optional*): `"probs"` or `"load"`, as far as kept; `config.track` unless said.
+            statistic (`str`, *optional*): `"probs"` or `"load"`; `config.track` unless said.
         """
         statistic = statistic or self.config.track
-        if statistic not in self._duals.means:
-            raise ValueError(
-                f"`statistic` must be one of {sorted(self._duals.means)}, which are kept, got {statistic!r}."
-            )
-        return self._duals.layout.by_layer(self._duals.means[statistic])
+        if statistic not in STATISTICS:
+            raise ValueError(f"`statistic` must be one of {STATISTICS}, got {statistic!r}.")
+        return self._by_layer(self.duals.mean(statistic))
 
     def prices(self) -> dict[str, Tensor]:
         """Centred dual prices q behind the gradient by layer name, each `(E,)` fp32."""
-        return self._duals.layout.by_layer(self._duals.price)
+        return self._by_layer(self.duals.price)
 
     def biases(self) -> dict[str, Tensor]:
         """Selection biases b by layer name, each `(E,)` fp32."""
-        self._duals.read_native_biases()
-        return self._duals.layout.by_layer(self._duals.bias)
+        self.duals.read_native()
+        return self._by_layer(self.duals.biases)
 
     def loads(self) -> dict[str, Tensor]:
         """Top-k assignments per expert in the last step, over all ranks, by layer name, each `(E,)` fp32."""
-        return self._duals.layout.by_layer(self._steps.last.load)
+        return self._by_layer(self.last.load)
+
+    def _by_layer(self, rows_LE: Tensor) -> dict[str, Tensor]:
+        return {site.name: row[: site.num_experts].clone() for site, row in zip(self.sites, rows_LE)}
 
     def metrics(self, per_layer: int = 16) -> dict[str, float]:
         """
@@ -134,43 +222,19 @@ class PhiBalancer:
         Args:
             per_layer (`int`, *optional*, defaults to `16`): At most so many layers, evenly spaced, are shown on their own.
         """
-        values = self._load_metrics(self._steps.last, per_layer)
+        values = self._load_metrics(self.last, per_layer)
         values["price_range"] = max(float(price.max() - price.min()) for price in self.prices().values())
         if self.has_bias:
             values["bias_range"] = max(float(bias.max() - bias.min()) for bias in self.biases().values())
         if self.config.coef > 0:
-            values["balance_loss"] = float(self._balance_loss())
+            values["balance_loss"] = self.coef * float(self.last.balance / self.last.tokens.clamp(min=1))
+        if self.config.schedule != "constant":
+            values["coef"] = self.coef
         return values
 
-    def _balance_loss(self) -> Tensor:
-        """Value of the price gradient's term in the last step."""
-        last, paid = self._steps.last, self._steps.last.paid
-        if self.config.price_from == "previous":
-            if all(site.sees_all for site in self.sites):
-                return self._duals.charged(last.probs, self._steps.last_price)
-            paid = self.config.coef * last.probs @ self._steps.last_price  # its share of the step's tokens only
-        return paid / last.tokens.clamp(min=1)
-
-    def learning_report(self) -> LearningReport:
-        """
-        Whether each router learns, and how much balancing gradient reaches what. The norms are those of the first
-        training forward that had prices, so of the second optimizer step; reads them off the device.
-        """
-        rows = [describe_router(site.name, self.root) for site in self.sites]
-        for index, norms in (self.meter.norms or {}).items():
-            at_logits, at_weight, at_input, error = norms.tolist()
-            is_linear = error < LINEAR
-            rows[index] = dataclasses.replace(
-                rows[index],
-                at_logits=at_logits,
-                at_weight=at_weight if is_linear else None,
-                at_input=at_input if is_linear else None,
-            )
-        return LearningReport(self.config.coef, rows)
-
-    def _load_metrics(self, tally: Tally, per_layer: int) -> dict[str, float]:
-        loads = self._duals.layout.by_layer(tally.load.cpu())
-        tokens = float(tally.tokens)
+    def _load_metrics(self, counts: Counts, per_layer: int) -> dict[str, float]:
+        loads = self._by_layer(counts.load.cpu())
+        tokens = float(counts.tokens)
         values: dict[str, float] = {}
         for modality in sorted({site.modality for site in self.sites}):
             sites = [site for site in self.sites if site.modality == modality]
@@ -186,63 +250,222 @@ class PhiBalancer:
                 values[f"{prefix}tokens"] = routed
         return {**values, "tokens": tokens}
 
+    def learning_report(self) -> LearningReport:
+        """Which routers and experts learn, and what the balancing gradient reaches."""
+        return LearningReport(self.config.coef, [describe_router(site.name, self.root) for site in self.sites])
+
     # ------------------------------------------------------------------ one optimizer step
 
-    def begin_step(self, micro_batches: Sequence[Mapping[str, Any]] | int, loss_scale: float | Tensor = 1.0) -> None:
+    def begin_step(
+        self, micro_batches: Sequence[Mapping[str, Any]] | int, loss_scale: float | Tensor = 1.0
+    ) -> None:
         """
-        Opens an optimizer step. Every data-parallel rank must call it.
+        Announces an optimizer step that has several micro-batches. Every data-parallel rank must call it.
 
         Args:
             micro_batches (`Sequence[Mapping]` or `int`):
                 This rank's batches of the step, as they will be passed to the model: their tokens are counted, which
                 makes the step exactly invariant to the split. A number instead says only how many there will be; each
-                is then charged its own mean divided by that number.
+                then gets the mean over its own tokens, divided by that number.
             loss_scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`):
-                What gradients are divided by before the optimizer sees them, i.e. the scale of a `GradScaler`.
+                What gradients are divided by before the optimizer sees them, for scalers that are not torch's; the scale of
+                a `GradScaler` is found without it.
 
         Raises:
-            RuntimeError: if the previous step was trained on but never closed with `step()`.
             ValueError: if there is no micro-batch.
         """
-        self._steps.begin(micro_batches, loss_scale)
+        self.announce(micro_batches, loss_scale)
+
+    def announce(
+        self,
+        micro_batches: Sequence[Any] | int,
+        loss_scale: float | Tensor = 1.0,
+        by_part: bool = False,
+        share: float = 1.0,
+    ) -> None:
+        """
+        As [`~PhiBalancer.begin_step`], for trainers.
+
+        Args:
+            by_part (`bool`, *optional*, defaults to `False`): whether each forward says which micro-batch it belongs to.
+            share (`float`, *optional*, defaults to `1.0`): of the coefficient, if more micro-batches will be announced.
+        """
+        number = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
+        if number < 1:
+            raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
+        goes_on = self.now.settled > 0 and not self._is_given_up()
+        if not goes_on:
+            self.now = self._new_step()
+        elif self.now.number is not None:
+            logger.warning_once(
+                "begin_step() came again, but no optimizer of the model has stepped since the last one. The step goes on, over "
+                "the end of a pass (epoch) through the data perhaps, and its coefficient is shared. If the optimizer is not "
+                "one of torch's, call balancer.step() after it has stepped; after a step that was given up, discard_step()."
+            )
+        parts = None if isinstance(micro_batches, int) else [self._tokens_of(batch) for batch in micro_batches]
+        if parts is None or any(part is None for part in parts):
+            if parts is not None:
+                logger.warning_once(
+                    f"The micro-batches do not hold what token_mask={self.config.token_mask!r} needs; each will get the mean "
+                    "over its own tokens instead of its exact share of the step's."
+                )
+            self.now.announce(number, loss_scale=loss_scale, share=share)
+            return
+        counted = [part for part in parts if part is not None]
+        tokens = self._ranks.sum(torch.stack(counted).sum())
+        self.now.announce(number, tokens, counted if by_part else None, loss_scale, share)
+
+    def _tokens_of(self, batch: Any) -> Tensor | None:
+        """Tokens of a micro-batch that count, `()`; `None` if it does not tell."""
+        masks = announced_masks(batch, self.config.token_mask, self.pad_token_id)
+        if not masks:
+            return None
+        device = self.duals.values.device
+        number = torch.stack([mask.sum(dtype=torch.float32).to(device) for mask in masks]).sum()
+        in_front = self.virtual_tokens if self.config.token_mask != "labels" else 0
+        return number + in_front * sum(len(mask) for mask in masks)
 
     def step(self, skipped: bool | None = None) -> None:
         """
-        Closes an optimizer step: reduces its statistics over the ranks, moves means, prices and biases. Every
-        data-parallel rank must call it, once, after `optimizer.step()`.
+        Ends the optimizer step: its statistics are summed over the ranks and move means, prices and biases. Torch's optimizers
+        end it by themselves, and a call after that does nothing; call it in loops with another kind of optimizer, on every rank.
 
         Args:
-            skipped (`bool`, *optional*):
-                With a `GradScaler`, whether this rank's optimizer step was skipped. If that of any rank was, nothing moves on
-                any; costs one more scalar all-reduce. Leave it out where no step can be skipped.
+            skipped (`bool`, *optional*): whether the optimizer step was skipped, so that nothing is to move.
 
         Raises:
-            RuntimeError: if no training forward has run since the last step.
             ValueError: at the first step, if a router was never called or the price gradient reaches nothing.
         """
-        self._steps.close(skipped)
+        if skipped:
+            self.discard_step()
+        else:
+            self._end()
 
     def discard_step(self) -> None:
-        """Forgets what has been counted since the last step: of a skipped optimizer step, or of an interrupted run."""
-        self._steps.discard()
+        """Forgets what has been counted since the last step: of a step that was given up, or an interrupted run."""
+        self.now = self._new_step()
+
+    def reset(self) -> None:
+        """Begins anew, with even means, no prices and no bias of ours; a family's own bias stays."""
+        self.duals.reset()
+        self.duals.has_bias = self.config.bias_coef > 0
+        self.discard_step()
+        self.last = self.now.counts
+
+    @property
+    def _bins(self) -> int:
+        """Bins of the histograms that the method wants of each expert."""
+        return BINS if self.config.rules.bias_rule == "quantile" and self.config.bias_coef > 0 else 0
+
+    def _new_step(self) -> OptimizerStep:
+        return OptimizerStep(Counts(self.duals.shape, self.duals.values.device, self._bins), self.ranks)
+
+    def continue_or_begin(self) -> None:
+        """A training forward begins: in the step under way, or in a new one."""
+        moved = self.now.counts.flat.device != self.duals.values.device
+        if moved or self.now.is_over or (self.now.settled and self.now.number is None and self._is_given_up()):
+            self.now = self._new_step()
+
+    def _is_given_up(self) -> bool:
+        """Whether nothing is left of the gradients of the step under way."""
+        if self.now.is_over:
+            return True
+        trained = [p for p in self.root.parameters() if p.requires_grad]
+        return bool(trained) and all(p.grad is None for p in trained)
+
+    def _end(self, skipped: Tensor | None = None) -> None:
+        step = self.now
+        if not step.settled and not (step.tokens is not None and self.ranks > 1):
+            return
+        self.now = self._new_step()
+        counts = step.counts
+        if not self._is_checked:
+            check_ranks(self.config, self.sites, self._ranks, counts)
+        self.sum_over_ranks(counts.flat)
+        if not self._is_checked:
+            self.find_copies()
+            self._is_checked = check_first_step(self.config, self.sites, counts, step.added, step.second_order)
+        if step.second_order and not step.added and self.config.charges:
+            logger.warning_once(
+                "The backward of an optimizer step was run with create_graph=True alone, so the price gradient was not added in "
+                "it; the means have moved."
+            )
+        self._notice_faults(step, counts)
+        self.duals.update(counts, skipped)
+        self.last = counts
+
+    def _notice_faults(self, step: OptimizerStep, counts: Counts) -> None:
+        """Says if announced tokens were wrong, or statistics not finite, without waiting for the device: a step later."""
+        if complaint := check_numbers(step):
+            logger.warning_once(complaint)
+        wrong = torch.zeros_like(counts.tokens) if step.tokens is None else ((counts.tokens - step.tokens).abs() > 0.5)
+        bad = ~torch.isfinite(counts.flat).all()
+        self._say_faults()
+        self._faults = self._faults.to(counts.flat.device) + torch.stack([wrong.to(torch.float32), bad.to(torch.float32)])
+        self._noticed = self._faults.to("cpu", non_blocking=True)
+
+    def _say_faults(self) -> None:
+        for index, (number, text) in enumerate(zip(self._noticed.tolist(), (WRONG_NUMBER, NOT_FINITE))):
+            if number >= max(1, 2 * self._said[index]):  # at the first, then whenever it has doubled
+                self._said[index] = int(number)
+                logger.warning(text.format(int(number)))
 
     def check_finite(self) -> None:
-        """Warns once if steps had non-finite statistics, which were left out; reads the device."""
-        self._steps.check_finite()
+        """Says if steps had non-finite statistics or other tokens than announced; reads the device."""
+        self._noticed = self._faults.cpu()
+        self._say_faults()
+
+    # ------------------------------------------------------------------ what happens in the loop
+
+    def is_owned_by(self, optimizer: Any) -> bool:
+        """Whether `optimizer` has parameters of the model."""
+        if not self._owners.get(optimizer, False):
+            own = {id(p) for p in self.root.parameters()}
+            self._owners[optimizer] = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        return self._owners[optimizer]
+
+    def optimizer_has_stepped(self, optimizer: Any, skipped: Tensor | None) -> None:
+        """Ends the step that `optimizer` has made. Of a model that trains nothing itself (prompt tuning), any optimizer does."""
+        owns = self.is_owned_by(optimizer)
+        if not owns and not (self.now.settled and not any(p.requires_grad for p in self.root.parameters())):
+            return
+        if self.now.settled == 0:
+            self._say_silence()
+        self._end(skipped)
+
+    def scaler_has_updated(self, scaler: Any) -> None:
+        """A `GradScaler` is done with its step; where no optimizer has ended ours, it was skipped."""
+        if self.now.scaler is scaler:
+            self.now.is_over = True
+
+    def _say_silence(self) -> None:
+        self.idle_steps += 1
+        if self.idle_steps != SILENT:
+            return
+        root = self.root
+        if not any(p.requires_grad for site in self.sites for m in site.modules for p in m.parameters()):
+            reason = "its routers are frozen, and nothing that lies below them is trained"
+        elif self.backbone is not None and not self.backbone.training:
+            reason = "it is in eval mode: call model.train() before training"
+        else:
+            reason = (
+                f"no training forward of {type(root).__name__} had a backward: its layers run without it (a stage of "
+                "torch.distributed.pipelining, which φ-balancing does not support), or under torch.no_grad()"
+            )
+        logger.warning(
+            f"An optimizer of {type(root).__name__} has stepped {SILENT} times, and no gradient came back through its routers, so "
+            f"nothing is balanced: {reason}."
+        )
 
     @property
     def is_open(self) -> bool:
         """Whether `begin_step` has announced the step under way."""
-        return self._steps.now.announced
+        return self.now.number is not None
 
     @property
     def is_trained_on(self) -> bool:
-        """Whether a training forward of the step under way has run."""
-        return self._steps.now.trained
-
-    def labels_of(self, labels: Tensor | None) -> AbstractContextManager[None]:
-        """While open, forwards of the backbone, which never sees labels, belong to these `labels (B, S)`."""
-        return self.meter.labels_of(labels)
+        """Whether a backward of the step under way has run."""
+        return self.now.settled > 0
 
     def replaying(self) -> AbstractContextManager[None]:
         """
@@ -261,50 +484,53 @@ class PhiBalancer:
         with `replay` the trainer's own way of making the routers return these experts and their weights. If any data-parallel rank
         replays any micro-batch of a step, the biases hold on all.
         """
-        return self.meter.replaying()
-
-    def rehearsal(self) -> Rehearsal:
-        """A context in which optimizer steps can be tried out, between two steps: afterwards the balancer is as before."""
-        return Rehearsal(self)
+        return self.forwards.replaying()
 
     # ------------------------------------------------------------------ evaluation
 
     @property
     def is_evaluating(self) -> bool:
         """Whether an [`~PhiBalancer.evaluation`] is open."""
-        return self.meter.eval_tally is not None
+        return self.forwards.evaluation is not None
 
     @contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def evaluation(self, generation: bool = False) -> Iterator[None]:
         """
-        While open, forwards in eval mode are counted apart, for [`~PhiBalancer.eval_metrics`]. Those with a cache are
-        not, so that generation does not count (it does with `use_cache=False`).
+        While open, forwards that do not train are counted apart, for [`~PhiBalancer.eval_metrics`].
+
+        Args:
+            generation (`bool`, *optional*, defaults to `False`):
+                Whether forwards with a cache are counted too, as in `model.generate`: each token of a prompt and each new
+                token once; padding and rows that have ended never. Without it, forwards with a cache are not counted.
         """
-        self._steps.move_to_model()  # an evaluation may come before the first training step
-        outer, self.meter.eval_tally = self.meter.eval_tally, Tally(self._duals.layout.sizes)
-        self.meter.eval_tally.flat = torch.zeros_like(self._steps.last.flat)
+        end = None
+        if generation:
+            settings: Any = getattr(self.root, "generation_config", None)
+            found = getattr(settings, "eos_token_id", None)
+            end = [] if found is None else [found] if isinstance(found, int) else list(found)
+        counts = Counts(self.duals.shape, self.duals.values.device, extra=1)
+        outer, self.forwards.evaluation = self.forwards.evaluation, Evaluation(counts, end)
         try:
             yield
         finally:
-            self.meter.eval_tally = outer
+            self.forwards.evaluation = outer
 
     def eval_metrics(self, per_layer: int = 16) -> dict[str, float]:
         """
         Balance over everything forwarded inside the open [`~PhiBalancer.evaluation`], over all ranks; with a selection bias of
         ours also `plain_max_vio`, MaxVio of what the routers would choose without it, as after a plain load.
         """
-        if self.meter.eval_tally is None:
+        if self.forwards.evaluation is None:
             raise RuntimeError("eval_metrics() is to be called inside `with balancer.evaluation():`.")
-        tally = copy.copy(self.meter.eval_tally)
-        tally.flat = self.meter.eval_tally.flat.clone()
-        self._ranks.sum_(tally.flat)
-        if not float(tally.tokens):
+        counts = self.forwards.evaluation.counts.like()
+        counts.flat.copy_(self.forwards.evaluation.counts.flat)
+        self.sum_over_ranks(counts.flat)
+        if not float(counts.tokens):
             return {}
-        values = self._load_metrics(tally, per_layer)
-        plain = torch.stack([load.sum() for load in map(tally.plain_load_of, range(len(self.sites)))])
-        if self.has_bias and bool((plain > 0).all()):
-            each = [float(max_vio(tally.plain_load_of(index)[None])) for index in range(len(self.sites))]
-            values["plain_max_vio"] = statistics.fmean(each)
+        values = self._load_metrics(counts, per_layer)
+        plain = self._by_layer(counts.extra[..., 0]).values()
+        if self.has_bias and all(bool(load.any()) for load in plain):
+            values["plain_max_vio"] = statistics.fmean(float(max_vio(load[None])) for load in plain)
             self.evaluated = {name: values[name] for name in ("max_vio", "plain_max_vio", "tokens") if name in values}
         return values
 
@@ -313,57 +539,83 @@ class PhiBalancer:
     @contextmanager
     def without_bias(self) -> Iterator[None]:
         """While open, selection biases that are ours do not act, as after a plain load; a family's own do."""
-        had, self._duals.has_bias = self._duals.has_bias, False
+        had, self.ignores_bias = self.ignores_bias, True
         try:
             yield
         finally:
-            self._duals.has_bias = had
+            self.ignores_bias = had
 
-    def set_means(self, sums: Mapping[str, Tensor]) -> None:
+    def set_means(self, sums: Mapping[str, Mapping[str, Tensor]]) -> None:
         """
         Sets the means, and so the prices.
 
         Args:
-            sums (`Mapping[str, Tensor]`): for each statistic that is kept its sum over tokens, of all routers one after the
-                other. A router without any keeps its mean.
+            sums (`Mapping[str, Mapping[str, Tensor]]`):
+                For `"probs"` and `"load"` the sum over tokens by layer name, each `(E,)`. A router without any keeps its mean.
         """
-        self._steps.move_to_model()
-        self._duals.set_means(sums)
+        self.duals.set_means({statistic: self._rows(by_layer) for statistic, by_layer in sums.items()})
 
     def set_biases(self, biases: Mapping[str, Tensor]) -> None:
         """Sets the selection biases by layer name, each `(E,)`; a family's own where it has one."""
-        self._steps.move_to_model()
-        self._duals.set_biases(biases)
+        self.duals.set_biases(self._rows(biases))
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """`values` summed over the data-parallel ranks, in place."""
-        self._ranks.sum_(values)
-        return values
+    def _rows(self, by_layer: Mapping[str, Tensor]) -> Tensor:
+        rows = torch.zeros_like(self.duals.biases)
+        for row, site in zip(rows, self.sites):
+            row[: site.num_experts] = by_layer[site.name].to(row)
+        return rows
 
     # ------------------------------------------------------------------ state
 
+    def _own_names(self) -> list[str]:
+        """Names of the routers relative to the backbone."""
+        return [name.removeprefix(self.prefix) for name in self.layer_names]
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Means and biases by `"{layer name}.{mean_probs | mean_load | bias}"`, and the number of steps."""
-        return self._duals.state_dict()
+        """
+        Means and biases by `"{router}.{mean_probs | mean_load | bias}"`, and the number of steps. Routers are named relative to
+        the backbone, so that a model with a head and one without share their state.
+        """
+        self.duals.read_native()
+        state = {"steps": torch.tensor(self.steps)}
+        for index, (name, site) in enumerate(zip(self._own_names(), self.sites)):
+            for statistic in STATISTICS:
+                state[f"{name}.mean_{statistic}"] = self.duals.mean(statistic)[index, : site.num_experts].cpu().clone()
+            if self.has_bias:
+                state[f"{name}.bias"] = self.duals.biases[index, : site.num_experts].cpu().clone()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """
-        Restores what [`~PhiBalancer.state_dict`] returned; nothing is changed if it does not fit.
+        Restores what [`~PhiBalancer.state_dict`] returned; nothing is changed if it does not fit. A state without biases sets
+        those that are ours to 0.
 
         Raises:
             ValueError: if a tensor is missing, of another type or shape, not finite, no distribution where it has to be one,
                 or belongs to no router of this model.
         """
-        find_copies(self.root, self.sites)
-        self._duals.load_state_dict(state)
-
-    def take_over(self, other: PhiBalancer) -> None:
-        """Goes on from the duals of `other`, a balancer of the same routers, as far as this method keeps them."""
-        self._duals.take_over(other._duals)
+        self.find_copies()
+        state = fit_names(state, self._own_names())
+        check_state(state, dict(zip(self._own_names(), (site.num_experts for site in self.sites))))
+        biased = any(key.endswith(".bias") for key in state)
+        duals = self.duals
+        with torch.no_grad():
+            for index, (name, site) in enumerate(zip(self._own_names(), self.sites)):
+                for statistic in STATISTICS:
+                    row = duals.mean(statistic)[index, : site.num_experts]
+                    row.copy_(state[f"{name}.mean_{statistic}"])
+                if biased or not site.native_bias:
+                    duals.biases[index, : site.num_experts] = state[f"{name}.bias"].to(row) if biased else 0.0
+        duals.has_bias = biased or self.config.bias_coef > 0
+        if biased:
+            duals.write_native()
+        duals.steps = int(state.get("steps", 0))
+        duals._set_price()
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes `phi_balance.state` into `directory` (made if missing) and returns its path."""
-        return save_state(self.state_dict(), self.config, describe_model(self.root, self.sites), directory)
+        description = describe_model(self.root, self.sites, self._own_names())
+        return save_state(self.state_dict(), self.config, description, directory)
 
     def load(self, directory: str | os.PathLike) -> None:
         """
@@ -373,20 +625,39 @@ class PhiBalancer:
             FileNotFoundError: if there is no such file.
             ValueError: if it is damaged or belongs to another model; the state is then as before.
         """
-        self._duals.load_state_dict(self._read(directory))
+        self.load_state_dict(self._read(directory))
 
     def check(self, directory: str | os.PathLike) -> int:
         """
         Whether [`~PhiBalancer.load`] would take what is there, which raises what it would; changes nothing. Returns the number
         of optimizer steps behind it.
         """
-        state = self._read(directory)
-        self._duals.check_state_dict(state)
+        state = fit_names(self._read(directory), self._own_names())
+        check_state(state, dict(zip(self._own_names(), (site.num_experts for site in self.sites))))
         return int(state["steps"]) if "steps" in state else 0
 
     def _read(self, directory: str | os.PathLike) -> dict[str, Tensor]:
-        find_copies(self.root, self.sites)
+        self.find_copies()
         found = read_state(directory)
-        if found.model is not None:
-            check_model(found.model, describe_model(self.root, self.sites))
+        check_model(found.model, describe_model(self.root, self.sites, self._own_names()))
         return found.tensors
+
+
+WRONG_NUMBER = (
+    "{} optimizer step(s) so far had other tokens than begin_step() was told, so they received another coefficient than the "
+    "configured one. Pass begin_step() the batches as the model gets them, or announce nothing where a step has one backward."
+)
+NOT_FINITE = (
+    "The routing statistics of {} step(s) were not finite (the loss or the router logits diverged); they were left out of the "
+    "means and prices. Lower the learning rate or check the data."
+)
+
+
+def find_root(model: nn.Module, backbone: nn.Module) -> nn.Module:
+    """The outermost transformers model in `model` that holds `backbone`."""
+    from transformers import PreTrainedModel
+
+    for module in unwrap(model)[-1].modules():
+        if isinstance(module, PreTrainedModel) and any(inner is backbone for inner in module.modules()):
+            return module
+    return backbone

@@ -1,27 +1,18 @@
-"""What balancing can move in a model: which routers learn, and how much of the balancing gradient reaches what.
-
-The gradient of the balancing term of a router with logits z = x Wᵀ is g = coef/N · ∂⟨q, p⟩/∂z at its logits. From there it
-goes to the router's own weight, as gᵀ x, and to what lies below the router, as g W. Both are lost where nothing learns.
-Shapes: T tokens, E experts, H hidden units.
-"""
+"""Which routers and experts of a model learn, and what the balancing gradient reaches."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..maths import price_gradient
 from ..routers import canonical_name
 
 
 SHOWN = 16  # routers in the text of a report
 MIXES_TOKENS = re.compile(r"attn|attention|mamba|conv|input_layernorm")
 EXPERTS = re.compile(r"(^|\.)(?!share)\w*experts?\.")
-LINEAR = 0.05  # greatest relative distance between the logits and what a linear router would compute
 
 
 @dataclass(frozen=True)
@@ -34,11 +25,6 @@ class RouterLearning:
         how (`str`): `"full"` (its own weights), `"lora"` (an adapter on them) or `"frozen"`.
         parameters (`int`): numbers of the router that are trained, those of an adapter on it included.
         below (`int`): trained parameter tensors below the router, which its balancing gradient flows on to.
-        at_logits (`float`, *optional*):
-            Norm of the balancing gradient at the logits, of one forward taken as a whole optimizer step; `None` before
-            there were prices, and where nothing was measured (under `torch.compile`).
-        at_weight (`float`, *optional*): the same at the router's weight; `None` also if the router is not linear.
-        at_input (`float`, *optional*): the same at the hidden states that enter the router.
         experts (`str`, *optional*): how the experts that it chooses among learn, as `how`; `None` where they were not found.
     """
 
@@ -46,45 +32,7 @@ class RouterLearning:
     how: str
     parameters: int
     below: int
-    at_logits: float | None = None
-    at_weight: float | None = None
-    at_input: float | None = None
     experts: str | None = None
-
-
-@torch.no_grad()
-def gradient_norms(
-    hidden: Tensor, router: nn.Module, logits: Tensor, price: Tensor, rate: Tensor, scoring: str
-) -> Tensor:
-    """
-    Norms `(4,)` of the balancing gradient at the logits, the weight and the input of a router, and how far its logits are
-    from `hidden @ weight.T` (relative; infinite if they cannot be that).
-
-    Args:
-        hidden (`torch.Tensor` of shape `(..., H)`): what the router received.
-        logits (`torch.Tensor` of shape `(T, E)`), price (`torch.Tensor` of shape `(E,)`),
-        rate (`torch.Tensor` of shape `(T,)`): as for `ChargePrices`.
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        return _gradient_norms(hidden, router, logits, price_gradient(logits, price, rate, scoring))
-
-
-def _gradient_norms(hidden: Tensor, router: nn.Module, logits: Tensor, gradient_TE: Tensor) -> Tensor:
-    at_logits = gradient_TE.norm()
-    weight, bias = getattr(router, "weight", None), getattr(router, "bias", None)
-    hidden_TH = hidden.reshape(-1, hidden.shape[-1]).float()
-    if (
-        weight is None
-        or weight.is_meta
-        or weight.shape != (logits.shape[-1], hidden_TH.shape[-1])
-        or len(hidden_TH) != len(logits)
-    ):
-        unknown = torch.zeros_like(at_logits)
-        return torch.stack([at_logits, unknown, unknown, torch.full_like(at_logits, float("inf"))])
-    weight_EH = weight.to(hidden_TH)
-    linear = F.linear(hidden_TH, weight_EH, None if bias is None else bias.to(hidden_TH))
-    error = (linear - logits).norm() / logits.float().norm()
-    return torch.stack([at_logits, (gradient_TE.T @ hidden_TH).norm(), (gradient_TE @ weight_EH).norm(), error])
 
 
 def describe_router(name: str, root: nn.Module) -> RouterLearning:
@@ -159,7 +107,7 @@ class LearningReport:
         routers, experts = _kinds([row.how for row in self.rows]), _kinds([row.experts for row in self.rows])
         lines = [
             f"Balancing gradient (coef={self.coef}) of {len(self.rows)} routers ({routers})"
-            f"{f', experts ({experts})' if experts else ''}; norms of one forward taken as a whole step:"
+            f"{f', experts ({experts})' if experts else ''}:"
         ]
         step = max(len(self.rows) - 1, 1) / (SHOWN - 1) if len(self.rows) > SHOWN else 1
         shown = sorted({round(i * step) for i in range(min(SHOWN, len(self.rows)))})
@@ -175,14 +123,8 @@ def _kinds(values: list[str | None]) -> str:
 
 def _sentence(row: RouterLearning) -> str:
     kind = {"full": "learns in full", "lora": "learns by LoRA", "frozen": "frozen"}[row.how]
-    parts = [f"{row.name}: {kind}", f"{_number(row.at_logits)} at its logits"]
+    parts = [f"{row.name}: {kind}"]
     if row.parameters:
-        parts.append(f"{_number(row.at_weight)} at its weight ({row.parameters:,} trained numbers)")
-    parts.append(
-        f"{_number(row.at_input)} to {row.below} trained tensors below" if row.below else "nothing below it learns"
-    )
+        parts.append(f"{row.parameters:,} numbers of its own")
+    parts.append(f"reaches {row.below} trained tensors below" if row.below else "nothing below it learns")
     return ", ".join(parts) + ("" if row.parameters or row.below else ": its prices move nothing")
-
-
-def _number(value: float | None) -> str:
-    return "(not measured)" if value is None else f"{value:.1e}"

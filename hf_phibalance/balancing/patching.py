@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.utils import logging
+from transformers import PreTrainedModel
+from transformers.utils import cached_file, logging
 
 from ..config import PhiBalanceConfig
 from ..routers import (
     arguments_by_name,
+    canonical_name,
     find_backbone,
-    find_copies,
     find_routers,
     forget_compiled_code,
     hook_adapters,
@@ -23,65 +28,111 @@ from ..routers import (
     remove_hooks,
     unwrap,
 )
-from ..sidecar import STATE_NAME
-from .balancer import PhiBalancer
+from ..sidecar import STATE_NAME, state_in
+from . import process
+from .adapters import virtual_tokens
+from .balancer import PhiBalancer, find_root
 from .built_in_loss import announce_switched_off, switch_off_built_in_loss
+from .duals import NAME, Duals
 from .learning import LearningReport
 from .refusals import refuse_impossible
-from .undo import Undo, wrap_method
+from .undo import Undo, WrappedMethod, wrap_method
 
 
 logger = logging.get_logger(__name__)
-PATCH_ATTRIBUTE = "_phi_balance_patch"
+PATCH = "_phi_balance_patch"  # attribute of a patched backbone
 
 
 @dataclass
 class Patch:
-    """What a patched model carries: its balancer, and how to take everything back."""
+    """How to take everything back: attributes, the built-in loss that is off meanwhile, routers that were frozen."""
 
-    balancer: PhiBalancer
     undo: Undo = field(default_factory=Undo)
-    undo_built_in: Undo = field(default_factory=Undo)  # the auxiliary loss that is off meanwhile
-    frozen: list[nn.Parameter] = field(default_factory=list)  # of the routers, to be trained again afterwards
-    beside: list[nn.Parameter] = field(default_factory=list)  # what else was trained when these were frozen
+    built_in: Undo = field(default_factory=Undo)
+    frozen: list[str] = field(default_factory=list)  # names of parameters in the backbone
+    others_trained: bool = False  # when these were frozen
 
-    def thaw(self) -> None:
+    def freeze(self, balancer: PhiBalancer) -> None:
+        """Freezes the routers if the method asks for that."""
+        if balancer.config.rules.freezes:
+            own = {id(p) for site in balancer.sites for m in site.modules for p in m.parameters() if p.requires_grad}
+            for name, parameter in balancer.root.named_parameters():
+                if id(parameter) in own:
+                    parameter.requires_grad_(False)
+                    self.frozen.append(canonical_name(name))
+            self.others_trained = any(p.requires_grad for p in balancer.root.parameters())
+
+    def thaw(self, balancer: PhiBalancer) -> None:
         """Lets the routers be trained again, unless whoever came since (PEFT, for instance) has frozen the whole model."""
-        if not self.beside or any(parameter.requires_grad for parameter in self.beside):
-            for parameter in self.frozen:
-                parameter.requires_grad_(True)
+        if not self.others_trained or any(p.requires_grad for p in balancer.root.parameters()):
+            for name, parameter in balancer.root.named_parameters():
+                if canonical_name(name) in self.frozen:
+                    parameter.requires_grad_(True)
+        self.frozen = []
 
 
-def find_patch(model: nn.Module) -> Patch | None:
-    """What a patched model (wrapped or not) carries, or `None`."""
-    return vars(unwrap(model)[-1]).get(PATCH_ATTRIBUTE)
+# ---------------------------------------------------------------------- finding
+
+
+def find_balancers(model: nn.Module) -> list[PhiBalancer]:
+    """The balancers of all patched models inside `model`, whatever is wrapped around them."""
+    found = []
+    for backbone in model.modules():
+        duals = backbone._modules.get(NAME)
+        if isinstance(duals, Duals):
+            balancer: PhiBalancer = duals.balancer
+            if balancer.backbone is not backbone or balancer._root is None:
+                balancer.bind(backbone, find_root(model, backbone))
+            balancer.virtual_tokens = virtual_tokens(model)
+            found.append(balancer)
+    process.follow_peft()
+    return found
+
+
+def find_balancer(model: nn.Module) -> PhiBalancer | None:
+    """
+    The balancer of a patched model, which may be wrapped; `None` if it is not patched.
+
+    Raises:
+        ValueError: if `model` holds several patched models of which more than one is trained.
+    """
+    found = find_balancers(model)
+    if len(found) > 1:
+        trained = [b for b in found if any(p.requires_grad for p in b.root.parameters())]
+        if len(trained) != 1:
+            raise ValueError(
+                f"{type(model).__name__} holds {len(found)} φ-balanced models; ask for the balancer of one of them."
+            )
+        found = trained
+    return found[0] if found else None
 
 
 def get_balancer(model: nn.Module) -> PhiBalancer:
     """
-    The [`PhiBalancer`] of a patched model, which may be wrapped by PEFT, DDP or `torch.compile`.
+    The [`PhiBalancer`] of a patched model, which may be wrapped by PEFT, DDP, Fabric, `torch.compile` or a module of one's own.
 
     Raises:
-        ValueError: if the model is not patched.
+        ValueError: if the model is not patched, or holds several that are.
     """
-    present = find_patch(model)
-    if present is None:
+    found = find_balancer(model)
+    if found is None:
         raise ValueError(f"{type(unwrap(model)[-1]).__name__} is not φ-balanced; call phb.patch(model) first.")
-    for wrapper in unwrap(model):  # those added since patching keep the state as well
-        _keep_state_beside_weights(wrapper, present.undo)
-    return present.balancer
+    found.follow_adapter()
+    return found
 
 
 def learning_report(model: nn.Module) -> LearningReport:
     """
-    Whether each router of a patched model learns (in full, by LoRA, or not at all), and how much balancing gradient
-    reaches its weight and the layers below; measured in the first training forward that has prices, which is in the
-    second optimizer step. `print` it for the text that training logs once.
+    Whether each router of a patched model learns (in full, by LoRA, or not at all), and what its balancing gradient reaches.
+    `print` it for the text that training logs once.
 
     Raises:
         ValueError: if the model is not patched.
     """
     return get_balancer(model).learning_report()
+
+
+# ---------------------------------------------------------------------- patching
 
 
 def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None) -> nn.Module:
@@ -90,10 +141,10 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
 
     Args:
         model (`torch.nn.Module`):
-            A transformers MoE model, possibly wrapped by PEFT, DDP, FSDP or `torch.compile`.
+            A transformers MoE model, possibly wrapped by PEFT, DDP, FSDP, `torch.compile` or a module of one's own.
         config (`PhiBalanceConfig`, `dict` or `bool`, *optional*):
             `True` or nothing stands for the defaults, or for the present configuration of a patched model. A patched
-            model may be given another configuration; it keeps its duals where that configuration needs the same ones.
+            model may be given another configuration at any time; it keeps its balancer and its duals.
 
     Returns:
         `torch.nn.Module`: `model` itself.
@@ -102,83 +153,203 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
         ValueError: if the configuration is invalid, or if the model's routers cannot be balanced (none found, a
             refused family, a kernel that bypasses them); the model is then untouched.
     """
-    chain = unwrap(model)
-    present = find_patch(model)
+    present = find_balancer(model)
     if present is not None and (config is None or config is True):
-        config = present.balancer.config
+        config = present.config
     config = PhiBalanceConfig.from_any(config)
-    if present is None or present.balancer.config != config:
-        sites = find_routers(chain[-1])
-        refuse_impossible(chain[-1], sites, config)
-        balancer = PhiBalancer(chain[-1], config, sites)
-        if present is not None:
-            balancer.take_over(present.balancer)
-            unpatch(model)
-        present = _install(balancer)
+    if present is not None and _has_other_experts(present):
+        unpatch(model)
+        present = None
+    if present is None:
+        present = _install(_find_target(model), config)
+        get_balancer(model)
     else:
-        find_copies(chain[-1], present.balancer.sites)
-        hook_adapters(present.balancer.meter)
-    for wrapper in chain:
-        _keep_state_beside_weights(wrapper, present.undo)
-    if config.token_mask == "labels":
-        _hand_labels_to_balancer(chain[-1], present.undo)
-    if config.is_on and switch_off_built_in_loss(chain[-1], present.undo_built_in):
+        _reconfigure(present, config)
+    if config.is_on and switch_off_built_in_loss(present.root, _patch_of(present).built_in):
         announce_switched_off()
     return model
 
 
-def _install(balancer: PhiBalancer) -> Patch:
-    root, present = balancer.root, Patch(balancer)
-    if balancer.config.rules.freezes:
-        parameters = [p for site in balancer.sites for module in site.modules for p in module.parameters()]
-        present.frozen = [p for p in parameters if p.requires_grad]
-        for parameter in present.frozen:
-            parameter.requires_grad_(False)
-        present.beside = [p for p in root.parameters() if p.requires_grad]
-    install_hooks(balancer.meter, find_backbone(root, balancer.sites))
-    forget_compiled_code()
-    present.undo.set(root, PATCH_ATTRIBUTE, present)
+def _find_target(model: nn.Module) -> nn.Module:
+    """The transformers model inside `model` whose routers are to be balanced: `model` without wrappers, if it is one."""
+    inner = unwrap(model)[-1]
+    if isinstance(inner, PreTrainedModel):
+        return inner
+    outermost: list[nn.Module] = []
+    for module in inner.modules():
+        inside = any(module is child for other in outermost for child in other.modules())
+        if isinstance(module, PreTrainedModel) and not inside:
+            outermost.append(module)
+    balanceable = []
+    for module in outermost:
+        try:
+            find_routers(module)
+        except ValueError:
+            continue
+        balanceable.append(module)
+    if len(balanceable) > 1:
+        raise ValueError(
+            f"{type(inner).__name__} holds {len(balanceable)} models with routers, {type(balanceable[0]).__name__} and others. "
+            "Patch the one that is trained."
+        )
+    return balanceable[0] if balanceable else inner
+
+
+def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
+    sites = find_routers(root)
+    refuse_impossible(root, sites, config)
+    backbone = find_backbone(root, sites)
+    prefix = canonical_name(next(name for name, module in root.named_modules() if module is backbone))
+    device = next((p.device for m in sites[0].modules for p in m.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    duals = Duals(config, sites, device)
+    balancer = PhiBalancer(config, sites, duals, f"{prefix}." if prefix else "")
+    patch = Patch()
+    vars(backbone)[PATCH] = patch
+    balancer.bind(backbone, root)
+    _own_config(root)
+    patch.freeze(balancer)
+    install_hooks(balancer.forwards)
+    backbone.register_module(NAME, duals)
+    backbone.register_load_state_dict_pre_hook(_before_loading)
+    wrap_method(backbone, "forward", _forward_of_backbone, patch.undo)
+    if root is not backbone:
+        wrap_method(root, "forward", _forward_with_labels, patch.undo)
+    if hasattr(type(root), "save_pretrained"):
+        ignored = {*(getattr(root, "_keys_to_ignore_on_save", None) or ()), f"{balancer.prefix}{NAME}.bias"}
+        patch.undo.set(root, "_keys_to_ignore_on_save", ignored)
     if hasattr(root, "config"):
-        present.undo.set(root.config, "phi_balance", balancer.config.to_dict())
-    return present
+        patch.undo.set(root.config, "phi_balance", config.to_dict())
+    forget_compiled_code()
+    return balancer
+
+
+def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
+    """Goes on with another configuration, and with what wrappers have put in since."""
+    balancer.find_copies()
+    hook_adapters(balancer.forwards)
+    if config == balancer.config:
+        return
+    refuse_impossible(balancer.root, balancer.sites, config)
+    balancer.set_config(config)
+    patch = _patch_of(balancer)
+    patch.thaw(balancer)
+    patch.freeze(balancer)
+    if not config.is_on:
+        patch.built_in.restore()
+    if hasattr(balancer.root, "config"):
+        vars(balancer.root.config)["phi_balance"] = config.to_dict()
+    forget_compiled_code()
+
+
+def _has_other_experts(balancer: PhiBalancer) -> bool:
+    """Whether experts or layers were added or removed since the model was patched."""
+    now = {(s.name, s.num_experts, s.top_k) for s in find_routers(balancer.root)}
+    return now != {(s.name, s.num_experts, s.top_k) for s in balancer.sites}
+
+
+def _patch_of(balancer: PhiBalancer) -> Patch:
+    return vars(balancer.backbone)[PATCH]
 
 
 def unpatch(model: nn.Module) -> nn.Module:
     """
     Takes φ-balancing out of `model`: hooks, attributes and config are as before [`patch`]. Weights, and a family's own
-    selection bias, stay as trained; a selection bias of ours goes. Without effect on a model that is not patched.
+    selection bias, stay as trained (that of the base, if an adapter was trained); a selection bias of ours goes. Without
+    effect on a model that is not patched.
 
     Returns:
         `torch.nn.Module`: `model` itself.
     """
-    present = find_patch(model)
-    if present is not None:
-        remove_hooks(present.balancer.root)
+    for balancer in find_balancers(model):
+        backbone = balancer.backbone
+        assert backbone is not None
+        balancer.follow_adapter()
+        balancer.duals.use_adapter(None)
+        patch = _patch_of(balancer)
+        remove_hooks(backbone)
         forget_compiled_code()
-        present.undo_built_in.restore()
-        present.undo.restore()
-        present.thaw()
+        patch.built_in.restore()
+        patch.undo.restore()
+        patch.thaw(balancer)
+        for key, hook in list(backbone._load_state_dict_pre_hooks.items()):
+            if hook.hook is _before_loading:
+                del backbone._load_state_dict_pre_hooks[key]
+        del vars(backbone)[PATCH], backbone._modules[NAME]
+        process.forget(balancer)
     return model
 
 
-# ---------------------------------------------------------------------- what a patched model does besides
+def _own_config(root: nn.Module) -> None:
+    """Gives `root` a config of its own: another model may have been made of the same one."""
+    config = getattr(root, "config", None)
+    if config is None:
+        return
+    twins: dict[int, Any] = {}
+    copy.deepcopy(config, twins)
+    for module in root.modules():
+        own = twins.get(id(vars(module).get("config")))
+        if own is not None:
+            module.config = own
 
 
-def _keep_state_beside_weights(model: nn.Module, undo: Undo) -> None:
-    """Lets `model.save_pretrained` write the state as well, and the config of the ordinary model it is."""
-    if hasattr(type(model), "save_pretrained"):
-        wrap_method(model, "save_pretrained", _save_with_state, undo)
+# ---------------------------------------------------------------------- what a patched model does
 
 
-def _save_with_state(model: nn.Module, inner: Callable, *args, **kwargs) -> Any:
-    present = find_patch(model)
-    if present is None:
+def _forward_of_backbone(backbone: nn.Module, inner: Callable, *args, **kwargs) -> Any:
+    """The forward of a patched backbone, whoever calls it."""
+    duals: Any = backbone._modules.get(NAME)
+    if duals is None:
         return inner(*args, **kwargs)
+    balancer = duals.balancer
+    if not torch.compiler.is_compiling():
+        if getattr(backbone, "_is_replica", False):
+            raise RuntimeError(
+                "the threads of torch.nn.DataParallel would count into the same statistics at once. Start one process "
+                "per GPU (torchrun, DistributedDataParallel), or use one GPU."
+            )
+        balancer.bind(backbone)
+        balancer.follow_adapter()
+    return balancer.forwards.run(backbone, inner, arguments_by_name(backbone, args, kwargs), args, kwargs)
+
+
+def wrap_below(balancer: PhiBalancer, wrapper: Callable) -> None:
+    """Lets the backbone's own forward be `wrapper(backbone, inner, ...)`, below ours, which has seen the inputs by then."""
+    backbone = balancer.backbone
+    assert backbone is not None
+    ours: WrappedMethod = vars(backbone)["forward"]
+    ours.own = WrappedMethod(backbone, "forward", wrapper, ours.own)
+
+
+def _forward_with_labels(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
+    """For `token_mask="labels"`: the backbone never sees the labels."""
+    duals: Any = next((m._modules[NAME] for m in (root, getattr(root, "base_model", root)) if NAME in m._modules), None)
+    if duals is None or duals.balancer.config.token_mask != "labels":
+        return inner(*args, **kwargs)
+    with duals.balancer.forwards.labels_of(arguments_by_name(root, args, kwargs).get("labels")):
+        return inner(*args, **kwargs)
+
+
+def _before_loading(backbone: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Weights of the routers without a selection bias: what is loaded is what is there afterwards."""
+    duals: Any = backbone._modules.get(NAME)
+    if duals is None or any(key.startswith(f"{prefix}{NAME}.") for key in state_dict):
+        return
+    first = duals.balancer._own_names()[0]
+    if any(key.startswith(f"{prefix}{first}.") for key in state_dict):
+        duals.forget_bias()
+
+
+def _save_with_state(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
+    """`save_pretrained`: writes the state beside the weights, and the config of the ordinary model it is."""
+    balancer = find_balancer(root)
+    if balancer is None:
+        return inner(*args, **kwargs)
+    balancer.follow_adapter()
     given = inspect.signature(inner).bind(*args, **kwargs).arguments
     if given.get("is_main_process", True) and not (dist.is_initialized() and dist.get_rank()):
-        present.balancer.save(given["save_directory"])
-        _warn_about_plain_load(present.balancer)
-    with present.undo_built_in.suspended():
+        balancer.save(given["save_directory"])
+        _warn_about_plain_load(balancer)
+    with _patch_of(balancer).built_in.suspended():
         return inner(*args, **kwargs)
 
 
@@ -201,14 +372,50 @@ def _warn_about_plain_load(balancer: PhiBalancer) -> None:
         )
 
 
-def _hand_labels_to_balancer(root: nn.Module, undo: Undo) -> None:
-    """For `token_mask="labels"`: the backbone never sees the labels, and PEFT calls `root.forward` around its hooks."""
-    wrap_method(root, "forward", _forward_with_labels, undo)
+# ---------------------------------------------------------------------- beside an adapter
 
 
-def _forward_with_labels(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
-    present = find_patch(root)
-    if present is None:
-        return inner(*args, **kwargs)
-    with present.balancer.labels_of(arguments_by_name(root, args, kwargs).get("labels")):
-        return inner(*args, **kwargs)
+def _save_beside_adapter(model: Any, folder: str | os.PathLike) -> None:
+    """Before `PeftModel.save_pretrained`: writes a state beside each adapter that has one."""
+    balancer = find_balancer(model)
+    if balancer is None or (dist.is_initialized() and dist.get_rank()):
+        return
+    balancer.follow_adapter()
+    duals = balancer.duals
+    present = duals.adapter
+    for name in [present, *(other for other in duals.by_adapter if other is not None)]:
+        duals.use_adapter(name)
+        balancer.save(folder if name in (None, "default") else Path(folder, name))
+    duals.use_adapter(present)
+    if balancer.has_bias and any(bool(bias.any()) for bias in balancer.biases().values()):
+        logger.warning_once(
+            f"The selection bias that was trained with this adapter is in {STATE_NAME} beside it, not in the adapter: an engine, or "
+            "PeftModel on a base that was loaded without phi_balance=True, routes without it. Load it with "
+            "phb.AutoModelForCausalLM.from_pretrained(adapter folder), or merge it and use `phibalance export`."
+        )
+
+
+def _load_beside_adapter(model: Any, source: str, name: str) -> None:
+    """After `PeftModel.load_adapter`: loads the state that was saved beside the adapter."""
+    path: Any = state_in(source)
+    if path is None and not Path(source).is_dir():
+        quietly = ("gated_repo", "missing_entries", "connection_errors")
+        path = cached_file(source, STATE_NAME, **{f"_raise_exceptions_for_{reason}": False for reason in quietly})
+    if path is None:
+        return
+    balancer = find_balancer(model)
+    if balancer is None:
+        logger.warning(
+            f"{source} has a {STATE_NAME}: the adapter was trained φ-balanced, and a selection bias in that file is lost on this "
+            "base. Load the base with phi_balance=True."
+        )
+        return
+    balancer.follow_adapter()
+    balancer.duals.use_adapter(name)
+    balancer.load(path)
+    balancer.follow_adapter()
+
+
+process.around_save.append(_save_with_state)
+process.on_peft_save.append(_save_beside_adapter)
+process.on_peft_load.append(_load_beside_adapter)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
 from ..config import PhiBalanceConfig
 from ..routers import RouterSite, count_groups
-from .duals import Layout
+from .counts import Counts
 from .ranks import Ranks
-from .tally import Tally
 
 
 logger = logging.get_logger(__name__)
@@ -24,6 +23,7 @@ def refuse_impossible(root: nn.Module, sites: Sequence[RouterSite], config: PhiB
     Raises:
         ValueError: naming the router, the reason and the remedy.
     """
+    _refuse_encoder_decoder(root)
     _refuse_pipeline(root)
     _refuse_local_choices(root)
     _refuse_bypassed(root, sites)
@@ -50,6 +50,14 @@ def refuse_impossible(root: nn.Module, sites: Sequence[RouterSite], config: PhiB
         raise ValueError(
             f"method={config.method!r} pools the layers of a model, but those of {type(root).__name__} have different "
             "numbers of experts. Use method='switch'."
+        )
+
+
+def _refuse_encoder_decoder(root: nn.Module) -> None:
+    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(root).__name__} cannot be φ-balanced: it has an encoder and a decoder, whose routers see different tokens, "
+            "and one token mask cannot tell which count in each. Balance a decoder-only model."
         )
 
 
@@ -111,40 +119,41 @@ def _refuse_unbiasable(site: RouterSite, config: PhiBalanceConfig) -> None:
             )
 
 
-def check_ranks(config: PhiBalanceConfig, layout: Layout, ranks: Ranks, tally: Tally) -> None:
+def check_ranks(config: PhiBalanceConfig, sites: Sequence[RouterSite], ranks: Ranks, counts: Counts) -> None:
     """
     Refuses ranks that balance different things, whose sums would mean nothing or never arrive; on all of them alike.
 
     Raises:
         ValueError: if routers or configuration are not the same on every rank.
     """
-    mine = f"{list(zip(layout.names, layout.sizes))} {config.to_dict()}"
-    if not ranks.agree(mine, tally.flat.device):
+    names = [site.name for site in sites]
+    mine = f"{[(site.name, site.num_experts) for site in sites]} {config.to_dict()}"
+    if not ranks.agree(mine, counts.flat.device):
         raise ValueError(
-            f"the ranks of this optimizer step have different routers or configurations. This one has {len(layout.names)} "
-            f"router(s), {', '.join(layout.names[:2])}, ..., and {config}. Patch the whole model with the same configuration on "
+            f"the ranks of this optimizer step have different routers or configurations. This one has {len(names)} "
+            f"router(s), {', '.join(names[:2])}, ..., and {config}. Patch the whole model with the same configuration on "
             "every rank; stages of a pipeline, which hold some of the layers, cannot be balanced."
         )
 
 
 def check_first_step(
-    config: PhiBalanceConfig, sites: Sequence[RouterSite], layout: Layout, tally: Tally, announced: Tensor | None
+    config: PhiBalanceConfig, sites: Sequence[RouterSite], counts: Counts, added: set[int], second_order: bool
 ) -> bool:
     """
     Refuses set-ups in which balancing would silently do nothing; reads the device, once.
 
     Args:
-        tally (`Tally`): of the step, over all ranks.
-        announced (`torch.Tensor` of shape `()`, *optional*): tokens that the step was opened with.
+        counts (`Counts`): of the step, over all ranks.
+        added (`set[int]`): routers that have added a gradient.
+        second_order (`bool`): whether a backward was run with `create_graph`, in which none does.
 
     Returns:
         `bool`: whether there was anything to check, i.e. a token that counts.
     """
-    load, tokens = tally.load, float(tally.tokens)
-    if not tokens:
+    if not float(counts.tokens):
         return False
-    seen = [bool(load[span].sum()) for span in layout.spans]
-    uncalled = [site.name for site, called in zip(sites, seen) if site.sees_all and not called]
+    called = (counts.load.sum(-1) > 0).tolist()
+    uncalled = [site.name for site, seen in zip(sites, called) if site.sees_all and not seen]
     if uncalled:
         raise ValueError(
             f"{len(uncalled)} of {len(sites)} patched routers were never called in the first step: "
@@ -157,21 +166,16 @@ def check_first_step(
             f"method={config.method!r}, but router(s) {', '.join(trained[:4])} are trained: something has made "
             "them trainable since the patch. Patch after adding an adapter, or leave the routers out of it."
         )
-    if announced is not None and float(announced) != tokens:
-        logger.warning(
-            f"begin_step() counted {float(announced):.0f} tokens, the routers saw {tokens:.0f}: the price "
-            "gradient of such a step is scaled by their ratio. Pass begin_step() the batches as the model gets them."
-        )
-    silent = [site.name for site, called in zip(sites, seen) if not site.charged and (called or site.sees_all)]
     strengths = {name: getattr(config, name) for name in ("coef", "z_loss_coef", "sequence_coef")}
     given = ", ".join(f"{name}={value}" for name, value in strengths.items() if value > 0)
-    if config.charges and not any(site.charged for site in sites):
+    silent = [site.name for index, (site, seen) in enumerate(zip(sites, called)) if seen and index not in added]
+    if config.charges and not added and not second_order:
         raise ValueError(
             f"{given} but no gradient path leads from any router to a trainable parameter (frozen "
             f"routers under LoRA?), so this does nothing. Train the routers, e.g. with "
             f"LoraConfig(target_parameters=['{sites[0].name.split('.', 3)[-1]}.weight', ...]), or set it to 0 "
             "and bias_coef > 0, which needs no gradient."
         )
-    if config.charges and silent:
+    if config.charges and silent and not second_order:
         logger.warning(f"The price gradient reaches no trainable parameter from router(s) {', '.join(silent[:4])}.")
     return True

@@ -1,7 +1,13 @@
-"""The file that keeps means and biases beside a model's weights, and whether a state fits a model.
+"""
+The file `phi_balance.state` beside a model's weights, and whether a state fits a model. Format 1:
 
-Its format is that of safetensors. Its header holds the version that wrote it, the configuration, what model it belongs to, and a checksum
-over all of that and the tensors: what is read is what was written, or it is refused.
+- The container is that of safetensors, under a name that no engine takes for weights.
+- Tensors: `steps` (int64, one number); and for each router `{router}.mean_probs`, `{router}.mean_load` and, where there is a
+  selection bias, `{router}.bias`, each `(E,)` in fp32. `{router}` is its name relative to the backbone (`model.base_model`), for
+  example `layers.0.mlp.gate`.
+- Header: `format` "pt"; `phi_balance` "1"; `version` of this package; `config`, the [`PhiBalanceConfig`] as JSON; `model` as JSON,
+  `{"type": model type of the language model, "routers": {router: [experts, experts per token, scoring]}}`; and `checksum`, SHA-256
+  over the rest of the header and all tensors. What is read is what was written, or it is refused.
 """
 
 from __future__ import annotations
@@ -24,13 +30,11 @@ from ..config import STATISTICS, PhiBalanceConfig, package_version
 from ..durable import replacing
 from ..files import parse_json
 from ..routers import RouterSite
-from ..sidecar import EARLIER_STATE_NAME, STATE_NAME, state_in
+from ..sidecar import STATE_NAME, state_in
 
 
-LAYOUT = "2"  # of the header; raise it when a reader of the present one would misunderstand the file
-HEADER = {"format", "version", "config", "layout", "model", "checksum"}
-FIRST_HEADER = {"format", "version", "config"}  # of version 0.1.0, which had neither checksum nor model
-FIRST_VERSIONS = ("0.1.0", "0+unknown")
+FORMAT = "1"  # raise it when a reader of the present one would misunderstand the file
+HEADER = {"format", "phi_balance", "version", "config", "model", "checksum"}
 LARGEST = 2**28  # bytes; the duals of a thousand layers of two thousand experts have a tenth of it
 SUM_TOLERANCE = 1e-3  # by which the sum of a mean may miss 1
 
@@ -40,14 +44,15 @@ class StateFile:
     """What [`read_state`] found: the tensors, and what the file says of where they come from."""
 
     tensors: dict[str, Tensor]
-    model: dict[str, Any] | None
+    model: dict[str, Any]
     config: dict[str, Any]  # that led to them
 
 
-def describe_model(root: nn.Module, sites: Sequence[RouterSite]) -> dict[str, Any]:
-    """What a state file says of its model: its type, and of each router the experts, how many are chosen, the scoring."""
-    model_type = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
-    return {"type": model_type, "routers": {s.name: [s.num_experts, s.top_k, s.scoring] for s in sites}}
+def describe_model(root: nn.Module, sites: Sequence[RouterSite], names: Sequence[str]) -> dict[str, Any]:
+    """What a state file says of its model: the type of its language model, and for each router (`names`) its sizes and scoring."""
+    config: Any = getattr(root, "config", None)
+    model_type = type(root).__name__ if config is None else config.get_text_config().model_type
+    return {"type": model_type, "routers": {n: [s.num_experts, s.top_k, s.scoring] for n, s in zip(names, sites)}}
 
 
 # ---------------------------------------------------------------------- the file
@@ -58,8 +63,7 @@ def save_state(
 ) -> Path:
     """
     Writes `phi_balance.state` into `directory` (made if missing) and returns its path. Whatever happens meanwhile, a kill, a
-    full disk or a loss of power, under that name is the whole file or the one that was there before. What an earlier version
-    wrote there under another name goes when the new file has reached the disk.
+    full disk or a loss of power, under that name is the whole file or the one that was there before.
 
     Args:
         state (`dict[str, Tensor]`): as [`PhiBalancer.state_dict`] returns it.
@@ -73,8 +77,8 @@ def save_state(
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "format": "pt",
+        "phi_balance": FORMAT,
         "version": package_version(),
-        "layout": LAYOUT,
         "config": json.dumps(config.to_dict(), sort_keys=True),
         "model": json.dumps(model),
     }
@@ -84,9 +88,6 @@ def save_state(
             save_file(state, partial, metadata=header)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error}); what was there before is untouched.") from error
-    earlier = path.with_name(EARLIER_STATE_NAME)
-    if _is_ours(earlier):
-        earlier.unlink(missing_ok=True)
     return path
 
 
@@ -119,30 +120,19 @@ def read_state(directory: str | os.PathLike) -> StateFile:
             header = file.metadata() or {}
             _check_header(path, header)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-            whole = "checksum" not in header or header["checksum"] == checksum(tensors, header)
+            whole = header["checksum"] == checksum(tensors, header)
     except (SafetensorError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error)) from error
     if not whole:
         raise _damaged(path, "its checksum does not fit its content")
     try:
         config = parse_json(header["config"])
-        model = parse_json(header["model"]) if "model" in header else None
+        model = parse_json(header["model"])
     except ValueError as error:
         raise _damaged(path, f"its header holds no JSON: {error}") from error
-    if not isinstance(config, dict) or not (model is None or _describes_model(model)):
+    if not isinstance(config, dict) or not _describes_model(model):
         raise _damaged(path, "it does not say what configuration, model and routers it belongs to")
     return StateFile(tensors, model, config)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether `path` is a state that some version of this package wrote, by its header."""
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).keys() >= FIRST_HEADER
-    except (SafetensorError, UnicodeDecodeError, OSError):
-        return False
 
 
 def _describes_model(model: Any) -> bool:
@@ -163,18 +153,16 @@ def _damaged(path: Path, reason: str) -> ValueError:
 
 def _check_header(path: Path, header: Mapping[str, str]) -> None:
     """Refuses a file of another program, or of a version of this one whose header means something else."""
-    if not header.keys() >= FIRST_HEADER:
+    if "phi_balance" not in header:
         raise ValueError(
-            f"{path} was not written by hf_phibalance: its header has no {sorted(FIRST_HEADER - header.keys())}. Use a file "
-            "that PhiBalancer.save or save_pretrained wrote, or delete it to start with fresh duals."
+            f"{path} was not written by hf_phibalance: its header has no 'phi_balance'. Use a file that PhiBalancer.save or "
+            "save_pretrained wrote, or delete it to start with fresh duals."
         )
-    if header.keys() == FIRST_HEADER and header["version"] in FIRST_VERSIONS:
-        return
-    if header.get("layout") != LAYOUT:
+    if header["phi_balance"] != FORMAT:
         raise ValueError(
-            f"{path} was written by hf_phibalance {header['version']} with header layout {header.get('layout')!r}; this is "
-            f"version {package_version()}, which reads layout {LAYOUT!r} and the files of version 0.1.0. Use the version that "
-            "wrote it, or delete it to start with fresh duals."
+            f"{path} was written by hf_phibalance {header.get('version')} in format {header['phi_balance']!r}; this is version "
+            f"{package_version()}, which reads format {FORMAT!r}. Use the version that wrote it, or delete it to start with fresh "
+            "duals."
         )
     if header.keys() != HEADER:
         raise _damaged(
@@ -188,6 +176,27 @@ def config_in(path: str | os.PathLike) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- whether it fits
+
+
+def fit_names(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """
+    `state` under the names of this model's routers: in front of those that it was saved under, or of these, there may be the path
+    of the language model in a vision-language model, as in the weights.
+    """
+    saved = {key.rpartition(".")[0] for key in state if "." in key}
+    for inner, outer in ((names, saved), (saved, names)):
+        first = min(inner, default="")
+        prefixes = {name.removesuffix(first) for name in outer if name.endswith(f".{first}")}
+        for prefix in prefixes if first else ():
+            if {f"{prefix}{name}" for name in inner} <= set(outer) and not set(saved) & set(names):
+                shorter = inner is names
+                renamed = {f"{prefix}{name}": name for name in inner} if shorter else {name: f"{prefix}{name}" for name in inner}
+                return {
+                    ".".join([renamed[key.rpartition(".")[0]], key.rpartition(".")[2]]) if "." in key else key: value
+                    for key, value in state.items()
+                    if "." not in key or key.rpartition(".")[0] in renamed
+                }
+    return dict(state)
 
 
 def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
@@ -206,7 +215,9 @@ def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
             f"the φ-balance state belongs to another model, of type {saved['type']!r}; this one is of type "
             f"{present['type']!r}. {remedy}"
         )
-    ours, theirs = present["routers"], saved["routers"]
+    ours = present["routers"]
+    theirs = fit_names({f"{name}.": router for name, router in saved["routers"].items()}, list(ours))
+    theirs = {name.removesuffix("."): router for name, router in theirs.items()}
     for whose, has, lacks in (("it", ours, theirs), ("this model", theirs, ours)):
         if missing := [name for name in has if name not in lacks]:
             raise ValueError(
@@ -222,40 +233,41 @@ def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
                 )
 
 
-def check_state(state: Mapping[str, Tensor], sites: Sequence[RouterSite], kinds: Sequence[str]) -> None:
+def check_state(state: Mapping[str, Tensor], experts: Mapping[str, int]) -> None:
     """
-    Refuses a state that does not fit the routers `sites`, or that no training can have led to.
+    Refuses a state that does not fit the routers, or that no training can have led to.
 
     Args:
         state (`Mapping[str, Tensor]`): as [`PhiBalancer.state_dict`] returns it.
-        kinds (`Sequence[str]`): what there has to be of each router, e.g. `["mean_probs", "bias"]`.
+        experts (`Mapping[str, int]`): number of experts of each router, by its name in the state.
 
     Raises:
         ValueError: naming the tensor that is missing, of another type or shape, no distribution where it has to be one,
             not finite, or of no router of this model.
     """
-    names = [site.name for site in sites]
+    names, kinds = list(experts), [f"mean_{statistic}" for statistic in STATISTICS]
     for key in state:
         layer, _, kind = key.rpartition(".")
-        known_kind = kind == "bias" or kind.removeprefix("mean_") in STATISTICS
-        if key != "steps" and not (layer in names and known_kind):
+        if key != "steps" and not (layer in experts and kind in (*kinds, "bias")):
             raise ValueError(
                 f"the φ-balance state holds {key!r}, but this model's routers are {names[0]!r} ... "
                 f"{names[-1]!r}: it belongs to another model. Load the state saved with this one."
             )
     _check_steps(state.get("steps"))
-    for site, kind in itertools.product(sites, kinds):
-        name = f"{site.name}.{kind}"
+    if any(key.endswith(".bias") for key in state):
+        kinds.append("bias")
+    for router, kind in itertools.product(names, kinds):
+        name = f"{router}.{kind}"
         tensor = state.get(name)
         if tensor is None:
             raise ValueError(
-                f"the φ-balance state has no {name}: it was written with other `track`/`bias_track` "
-                "settings or for another model. Use the configuration beside it, or start with fresh duals."
+                f"the φ-balance state has no {name}: it was written for another model, or is incomplete. Use the state saved with "
+                "this model, or start with fresh duals."
             )
-        if tensor.shape != (site.num_experts,):
+        if tensor.shape != (experts[router],):
             raise ValueError(
                 f"{name} in the φ-balance state has shape {tuple(tensor.shape)}, but this router has "
-                f"{site.num_experts} experts: it belongs to another model. Load the state saved with this one."
+                f"{experts[router]} experts: it belongs to another model. Load the state saved with this one."
             )
         _check_values(name, tensor, is_mean=kind != "bias")
 

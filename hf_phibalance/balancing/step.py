@@ -1,201 +1,180 @@
-"""An optimizer step: opened with the tokens it will have, closed by moving the duals, or given up.
+"""
+An optimizer step and its training forwards: how many tokens N it has, and what each of them weighs.
 
-begin -> forwards (see `meter`) -> backward -> optimizer -> close. In between, the prices are fixed.
+A step begins with the first training forward after the last one has ended, and ends when an optimizer that owns parameters
+of the model has stepped. Its N is
+
+    announced by batches    `begin_step(batches)` has counted the tokens, over all ranks; each weighs 1/N
+    announced by number     each of so many backwards gets 1/number of the coefficient
+    not announced           the step has one backward, and N is counted over the forwards that are alive when it comes
+
+A Trainer also says which micro-batch each forward and backward belongs to. Micro-batch k then gets n_k/N of the coefficient,
+n_k being its announced tokens, whatever its forwards see (generated tokens, every token twice).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
-from ..config import PhiBalanceConfig
-from ..maths import BINS
-from ..routers import RouterSite, find_copies
-from .duals import Duals
-from .ranks import Ranks
-from .refusals import check_first_step, check_ranks
-from .tally import StepTally, Tally
-from .tokens import Announced, Counted, Tokens, count_mask
+from .counts import Counts
+from .process import next_node
+from .tokens import Tokens
 
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class OptimizerStep:
-    """What is known of the optimizer step under way."""
-
-    announced: bool = False  # by `Steps.begin`
-    micro_batches: int = 1  # forwards that share its coefficient, if the tokens are unknown
-    tokens: Tensor | None = None  # () number of tokens that count, over all micro-batches and ranks
-    batches: Announced = field(default_factory=Announced)  # that they are in
-    loss_scale: float | Tensor = 1.0  # what gradients are divided by before the optimizer sees them
-    trained: bool = False  # whether a training forward has run
-    deferred: list[Tokens] = field(default_factory=list)  # forwards under reentrant checkpointing
-    weights_version: int = -1  # of a trainable parameter, at the latest forward
-
-
-class Steps:
+class Forward:
     """
-    The optimizer steps of a patched model, one after another.
+    One training forward of the backbone. Only its autograd graph keeps it alive, so a forward whose graph is gone neither
+    counts nor adds a gradient.
 
     Args:
-        root (`torch.nn.Module`): the model.
-        config (`PhiBalanceConfig`): its configuration.
-        sites (`Sequence[RouterSite]`): its routers.
-        duals (`Duals`): what a step moves.
-        ranks (`Ranks`): who shares a step.
+        step (`OptimizerStep`): the step that it belongs to.
+        tokens (`Tokens`): its tokens.
+        number (`torch.Tensor` of shape `()`): how many of them count, over all ranks.
+        micro_batch (`int`, *optional*): the micro-batch that it belongs to, where a Trainer says so.
     """
 
-    def __init__(
-        self, root: nn.Module, config: PhiBalanceConfig, sites: Sequence[RouterSite], duals: Duals, ranks: Ranks
+    def __init__(self, step: OptimizerStep, tokens: Tokens, number: Tensor, micro_batch: int | None = None) -> None:
+        self.step, self.tokens, self.number, self.micro_batch = step, tokens, number, micro_batch
+        self.counts = step.counts.like()  # of its routers; they enter the step when its backward comes
+        self.counts.tokens.copy_(tokens.count)
+        self.share: Tensor | None = None  # () weight of a token, 1/N, once a backward has come
+        self.price: Tensor | None = None  # (L, E) coef · q, from then on
+        self.added: set[int] = set()  # routers that have added their gradient
+        self.first_node = next_node()  # of the autograd nodes that it makes
+
+
+class OptimizerStep:
+    """
+    What is known of the optimizer step under way.
+
+    Args:
+        counts (`Counts`): empty ones.
+        ranks (`int`): over which gradients are averaged.
+    """
+
+    def __init__(self, counts: Counts, ranks: int) -> None:
+        self.counts, self.ranks = counts, ranks
+        self.number: int | None = None  # of micro-batches, where announced
+        self.tokens: Tensor | None = None  # () N, where announced by batches
+        self.parts: list[Tensor] | None = None  # () announced tokens of each micro-batch on this rank, in a Trainer
+        self.loss_scale: float | Tensor = 1.0  # of a scaler that is not torch's
+        self.settled = 0  # micro-batches whose backward has come, ...
+        self.first = 0  # ... of which so many belong to earlier announcements
+        self.left, self.share = 1.0, 1.0  # of the coefficient: what is left for this announcement, and its share of that
+        self.paid: set[int] = set()  # micro-batches of a Trainer that have had their part
+        self.is_over = False  # its GradScaler has skipped the optimizer
+        self.scaler: Any = None  # that scaled its loss
+        self.second_order = False  # a backward with create_graph came
+        self.added: set[int] = set()  # routers that have added a gradient
+        self._alive: list[weakref.ref[Forward]] = []
+        self.kept: dict[int, Forward] = {}  # by number, those that compiled code refers to
+
+    # ------------------------------------------------------------------ announcing
+
+    def announce(
+        self,
+        number: int,
+        tokens: Tensor | None = None,
+        parts: list[Tensor] | None = None,
+        loss_scale: float | Tensor = 1.0,
+        share: float = 1.0,
     ) -> None:
-        self.root, self.config, self.sites, self.duals, self.ranks = root, config, sites, duals, ranks
-        sizes = duals.layout.sizes
-        self.now = OptimizerStep()
-        self.tally = StepTally(sizes, BINS if config.rules.bias_rule == "quantile" else 0)  # of the step under way
-        self.last = Tally(sizes)  # of the last step, over all ranks
-        self.last_price = torch.zeros(duals.layout.total)  # that was charged in it
-        self._checked = False
-        self._top_k = max(site.top_k for site in sites)
+        """
+        Announces the micro-batches that come now; those of an earlier announcement keep what they have been given.
 
-    def begin(self, micro_batches: Sequence[Mapping[str, Any]] | int, loss_scale: float | Tensor) -> None:
-        """See [`PhiBalancer.begin_step`]."""
-        if self.now.announced and self.now.trained:
+        Args:
+            number (`int`): how many they are.
+            tokens (`torch.Tensor` of shape `()`, *optional*): tokens that count in them, over all ranks.
+            parts (`list[torch.Tensor]`, *optional*): those of each on this rank, if a Trainer says which one is under way.
+            loss_scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`): by which their gradients will be divided.
+            share (`float`, *optional*, defaults to `1.0`): of what is left of the coefficient; less if more will be announced.
+        """
+        if self.settled:
+            self.left *= 1 - self.share
+        self.number, self.tokens, self.parts, self.loss_scale, self.share = number, tokens, parts, loss_scale, share
+        self.first, self.paid = self.settled, set()
+
+    # ------------------------------------------------------------------ forwards
+
+    def open(self, tokens: Tokens, number: Tensor, micro_batch: int | None) -> Forward:
+        forward = Forward(self, tokens, number, micro_batch)
+        self._alive = [reference for reference in self._alive if reference() is not None]
+        self._alive.append(weakref.ref(forward))
+        return forward
+
+    def find(self, node: int) -> Forward | None:
+        """The forward that the autograd node with this number recomputes: the last that had begun before it."""
+        begun = [f for reference in self._alive if (f := reference()) is not None and f.first_node <= node]
+        return max(begun, key=lambda f: f.first_node, default=None)
+
+    def settle(self, forward: Forward) -> list[Forward]:
+        """
+        The backward of `forward` has come: sets the weight of the tokens of all forwards that it may reach, each alike, and
+        returns these. Their counts enter the step.
+
+        Raises:
+            RuntimeError: if nothing was announced and the step has had a backward already.
+        """
+        if forward.share is not None:
+            return []
+        alive = [f for reference in self._alive if (f := reference()) is not None and f.share is None]
+        group = [f for f in alive if f.micro_batch == forward.micro_batch]
+        if forward not in group:
+            group.append(forward)
+        share = self._share(forward, sum((f.number for f in group[1:]), group[0].number).clamp(min=1))
+        self.settled += 1
+        for member in group:
+            member.share = share
+            self.counts.flat.add_(member.counts.flat)
+        return group
+
+    def _share(self, forward: Forward, tokens: Tensor) -> Tensor:
+        """Weight of a token among `tokens () ` that are settled together."""
+        scale, index = self.ranks * self.left * self.share, forward.micro_batch
+        number = self.number or accelerate_steps()
+        if index is not None:
+            if index in self.paid:
+                return torch.zeros_like(tokens)
+            self.paid.add(index)
+        if self.tokens is not None:
+            announced = self.tokens.clamp(min=1)
+            if self.parts is not None and index is not None and index < len(self.parts):
+                return scale * self.parts[index] / (announced * tokens)
+            return scale / announced
+        if index is None and self.settled - self.first >= number:
             raise RuntimeError(
-                "begin_step() was called twice without step() in between, so the prices would never move. Call "
-                "balancer.step() after optimizer.step(), or let phb.attach(trainer) do both. After a step that was "
-                "given up (an error, a skipped batch), call balancer.discard_step()."
+                f"this is backward number {self.settled - self.first + 1} of an optimizer step that was to have {number}, so each "
+                "token's share of the coefficient is not known. Call get_balancer(model).begin_step(batches), or "
+                "begin_step(number of micro-batches), before the first forward of the step. After a step that was given up, "
+                "call discard_step()."
             )
-        count = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
-        if count < 1:
-            raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
-        self.discard()
-        self.now = OptimizerStep(announced=True, micro_batches=count, loss_scale=loss_scale)
-        if isinstance(micro_batches, int):
-            return
-        device = self.move_to_model()
-        numbers = [number for batch in micro_batches if (number := self._announce(batch, device)) is not None]
-        if len(numbers) < count:
-            logger.warning_once(
-                f"The micro-batches do not hold what token_mask={self.config.token_mask!r} needs; each will be "
-                "charged its own mean instead of its exact share of the step's tokens."
-            )
-            return
-        self.now.tokens = self.ranks.sum(numbers[0] if count == 1 else torch.stack(numbers).sum())
+        return scale / (number * tokens)
 
-    def _announce(self, batch: Mapping[str, Any], device: torch.device) -> Tensor | None:
-        """How many tokens of `batch` count, `()`; its forward need not count them again."""
-        mask_BS = count_mask(batch, self.config.token_mask)
-        if mask_BS is None:
-            return None
-        if mask_BS.device != device:  # its forward will get a copy
-            return mask_BS.sum(dtype=torch.float32).to(device)
-        counted = Counted.of(mask_BS, self._top_k)
-        self.now.batches.keep(batch, self.config.token_mask, counted)
-        return counted.number
 
-    def count(self, inputs: Mapping[str, Any]) -> Counted | None:
-        """Which tokens of a forward with these `inputs` count, `None` if nothing tells."""
-        counted = self.now.batches.find(inputs, self.config.token_mask)
-        if counted is not None:
-            return counted
-        mask_BS = count_mask(inputs, self.config.token_mask)
-        return None if mask_BS is None else Counted.of(mask_BS.to(self.move_to_model()), self._top_k)
+def accelerate_steps() -> int:
+    """Micro-batches of a step in a loop with accelerate's `accumulate`, which divides the loss by the same number."""
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is None or not accelerate.GradientState._shared_state:
+        return 1
+    return accelerate.GradientState().num_steps
 
-    def begin_implicitly(self) -> None:
-        """A training forward without `begin`: fine for a step of one micro-batch in one process."""
-        probe = next((p for p in self.root.parameters() if p.requires_grad), None)
-        if self.now.trained and self.config.is_on and probe is not None:
-            remedy = "phb.attach(trainer) or PhiBalanceCallback does that inside a Trainer."
-            if probe._version != self.now.weights_version:
-                raise RuntimeError(
-                    "The optimizer has stepped without balancer.step() after it, so the prices would never move. Call "
-                    f"phb.get_balancer(model).step() after optimizer.step(); {remedy}"
-                )
-            if probe.grad is not None:
-                raise RuntimeError(
-                    "A second training forward on top of unused gradients, without balancer.begin_step(micro_batches): "
-                    "each token's share of the optimizer step is unknown. Call begin_step with all micro-batches of "
-                    f"the step before the first one; {remedy}"
-                )
-        if self.now.trained:
-            self.discard()  # nothing came of the earlier forward
-        if self.ranks.count > 1 and self.config.charges:
-            raise RuntimeError(
-                f"{self.ranks.count} data-parallel ranks need balancer.begin_step(micro_batches) on every rank before "
-                "the first forward of an optimizer step; phb.attach(trainer) does that inside a Trainer."
-            )
-        self.now.weights_version = -1 if probe is None else probe._version
 
-    def divisor(self, counted: Counted) -> Tensor:
-        """What a token's gradient is divided by, `()`, so that the optimizer gets 1/N of it whatever happens in between."""
-        tokens, share = self.now.tokens, float(self.ranks.count)  # over which gradients are averaged afterwards
-        if tokens is None:
-            tokens, share = counted.number, 1 / self.now.micro_batches
-        tokens, scale = tokens.clamp(min=1), share * self.now.loss_scale
-        return tokens if isinstance(scale, float) and scale == 1 else tokens / scale
-
-    def close(self, skipped: bool | None = None) -> None:
-        """See [`PhiBalancer.step`]."""
-        if not self.now.trained:
-            raise RuntimeError(
-                "step() was called before any training forward of the patched model. Layers that run without the forward "
-                f"of {type(self.root).__name__} around them, as in a stage of torch.distributed.pipelining, are neither "
-                "counted nor charged: φ-balancing does not support pipelines."
-            )
-        if skipped is not None and self._any_rank(skipped):
-            self.discard()
-            return
-        tally = self.tally
-        if not self._checked:
-            check_ranks(self.config, self.duals.layout, self.ranks, tally)
-        self.ranks.sum_(tally.flat)
-        if not self._checked:
-            find_copies(self.root, self.sites)
-            self._checked = check_first_step(self.config, self.sites, self.duals.layout, tally, self.now.tokens)
-        if self.config.coef > 0:
-            self.last_price = self.duals.price  # which is not written to again
-        self.duals.update(tally)
-        self.last.flat = tally.turn()
-        self.now = OptimizerStep()
-
-    def _any_rank(self, skipped: bool) -> bool:
-        """Whether any rank has skipped its optimizer step; reads the device, as the gradient scaler has just done."""
-        flag = self.tally.flat.new_tensor(float(skipped))
-        self.ranks.sum_(flag)
-        return bool(flag)
-
-    def discard(self) -> None:
-        """Forgets what has been counted since the last step."""
-        if self.now.trained:
-            self.tally.flat.zero_()
-        self.now = OptimizerStep()
-
-    def check_finite(self) -> None:
-        """See [`PhiBalancer.check_finite`]."""
-        bad = self.tally.count_not_finite()
-        if bad:
-            logger.warning_once(
-                f"The routing statistics of {bad} step(s) were not finite (the loss or the router logits diverged); "
-                "they were left out of the means and prices. Lower the learning rate or check the data."
-            )
-
-    def move_to_model(self) -> torch.device:
-        """Moves the state to the device of the model, if that has changed."""
-        present = self.tally.flat.device
-        device = next((p.device for p in self.root.parameters() if p.device.type != "meta"), present)
-        if device != present:
-            self.duals.to(device)
-            self.tally.to(device)
-            self.last.flat, self.last_price = self.last.flat.to(device), self.last_price.to(device)
-        return device
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: without the step under way."""
-        return {**vars(self), "now": OptimizerStep()}
+def check_numbers(step: OptimizerStep) -> str | None:
+    """What an announcement by number got wrong, as the host knows when the step ends."""
+    number = step.number or accelerate_steps()
+    if step.tokens is not None or step.settled - step.first == number:
+        return None
+    return (
+        f"an optimizer step of {number} announced micro-batches had {step.settled - step.first} backwards, so it received "
+        f"{(step.settled - step.first) / number:.2f} of the coefficient. Announce as many as there are: begin_step(batches)."
+    )

@@ -1,9 +1,8 @@
-"""Which tokens of a batch count, and what each of them pays."""
+"""Which tokens of a forward count, and to which sequence each belongs. Shapes: B rows, S positions, T = B·S tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,136 +11,137 @@ from torch import Tensor
 from ..routers import RouterSite, mask_of
 
 
-@dataclass(frozen=True)
-class Counted:
-    """Which of the T = batch x sequence tokens of a batch count."""
+class Tokens:
+    """
+    The tokens of one forward.
 
-    entries: Tensor  # (T, k) 1.0 for the tokens that count, once for each expert that is chosen
-    number: Tensor  # () of tokens that count
-    batch_size: int
+    Args:
+        mask_BS (`torch.Tensor` of shape `(B, S)`): whether each token counts.
+        image_T (`torch.Tensor` of shape `(T,)`, *optional*): tokens with routers of their own, in models that have such.
+        sequence_T (`torch.Tensor` of shape `(T,)`, *optional*): the sequence of each token, where rows are packed.
+    """
 
-    @classmethod
-    def of(cls, mask_BS: Tensor, top_k: int) -> Counted:
-        """Those in `mask_BS`, booleans, for routers that choose `top_k` experts per token."""
-        entries = mask_BS.reshape(-1, 1).expand(-1, top_k)
-        entries = entries.to(torch.float32, memory_format=torch.contiguous_format)
-        return cls(entries, mask_BS.sum(dtype=torch.float32), len(mask_BS))
+    def __init__(self, mask_BS: Tensor, image_T: Tensor | None = None, sequence_T: Tensor | None = None) -> None:
+        self.rows = len(mask_BS)
+        self.mask = mask_BS.reshape(-1).to(torch.float32)  # (T,) 1 for a token that counts, 0 for padding
+        self.count = self.mask.sum()  # ()
+        self.image, self.sequence = image_T, sequence_T
+        self._parts: dict[tuple[str, int], Tensor] = {}
+        self._entries: dict[tuple[int, int], Tensor] = {}
 
-    @property
-    def mask(self) -> Tensor:
-        """1.0 for the tokens that count, `(T,)`."""
-        return self.entries[:, 0]
+    def mask_at(self, site: RouterSite, routed: int) -> Tensor:
+        """Mask of the `routed` vectors that reach a router: all tokens, or those of its modality, `(routed,)`."""
+        if site.sees_all or (site.modality == "text" and self.image is None):
+            return self.mask
+        key = (site.modality, routed)
+        if key not in self._parts:
+            self._parts[key] = mask_of(site, self.mask, self.image, routed)
+        return self._parts[key]
 
+    def entries_of(self, mask: Tensor, top_k: int) -> Tensor:
+        """`mask (T,)` once for each selected expert, `(T·k,)`."""
+        key = (id(mask), top_k)
+        if key not in self._entries:
+            self._entries[key] = mask.unsqueeze(-1).expand(-1, top_k).reshape(-1)
+        return self._entries[key]
 
-class Announced:
-    """What has been counted of the batches that a step was announced with, for the forwards of the same tensors."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, tuple[int, torch.Size | None], Counted]] = {}
-
-    def keep(self, inputs: Mapping[str, Any], token_mask: str, counted: Counted) -> None:
-        """Takes note of what was `counted` of `inputs`, arguments of the model by name."""
-        source = _source(inputs, token_mask)
-        if isinstance(source, Tensor) and not source.is_inference():  # else nothing tells whether it has changed
-            self._kept[id(source)] = (source, (source._version, _shape(inputs)), counted)
-
-    def find(self, inputs: Mapping[str, Any], token_mask: str) -> Counted | None:
-        """What was counted of `inputs`; `None` if that was of other tensors, or if they have changed since."""
-        source = _source(inputs, token_mask)
-        if torch.compiler.is_compiling() or id(source) not in self._kept:
-            return None
-        kept, state, counted = self._kept[id(source)]
-        return counted if state == (kept._version, _shape(inputs)) else None
-
-
-def _source(inputs: Mapping[str, Any], token_mask: str) -> Any:
-    """What says which tokens of `inputs` count, if anything does."""
-    return inputs.get({"labels": "labels", "attention": "attention_mask"}.get(token_mask, ""))
+    def sequences(self) -> Tensor:
+        """The sequence of each token, `(T,)`: its row, unless rows are packed."""
+        if self.sequence is None:
+            rows = torch.arange(self.rows, device=self.mask.device)
+            self.sequence = rows.repeat_interleave(len(self.mask) // self.rows)
+        return self.sequence
 
 
-def _shape(inputs: Mapping[str, Any]) -> torch.Size | None:
-    """Of the sequences in `inputs`, `(B, S)`."""
-    hidden = _hidden(inputs)
+def hidden_shape(inputs: Mapping[str, Any]) -> torch.Size | None:
+    """(B, S) of the sequences in `inputs`; `None` if there are none."""
+    hidden = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
     return None if hidden is None else hidden.shape[:2]
 
 
-def _hidden(inputs: Mapping[str, Any]) -> Tensor | None:
-    return next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
-
-
-@dataclass
-class Tokens:
-    """The T = batch x sequence tokens of one forward."""
-
-    mask: Tensor  # (T,) 1.0 for the tokens that count
-    rate: Tensor  # (T,) `mask` over the `divisor`
-    batch_size: int = 1
-    toll: Tensor | None = None  # flat; what all routers charge, where that is known only after the forward
-    trains: bool = True  # False for a forward of an evaluation, which counts apart and never pays
-    in_forward: bool = True  # False during a recomputation, which pays but is not counted again
-    deferred: bool = False  # its routers ran without autograd, reentrant checkpointing will run them again
-    recomputing: bool = False  # and has begun to
-    image: Tensor | None = None  # (T,) those that have routers of their own, in models that have such
-    divisor: Tensor | None = None  # () of a token's gradient: N, whatever happens to it until the optimizer gets it
-    _weights: dict[int, Tensor] = field(default_factory=dict)
-    _parts: dict[tuple[str, int], Tokens] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, counted: Counted, divisor: Tensor | None = None, **kwargs: Any) -> Tokens:
-        """The tokens that were `counted`, each of whose gradients is divided by `divisor`."""
-        entries, mask = counted.entries, counted.mask
-        rate = mask if divisor is None else mask / divisor
-        weights = {entries.shape[1]: entries.view(-1)}
-        return cls(mask, rate, counted.batch_size, divisor=divisor, _weights=weights, **kwargs)
-
-    def reaching(self, site: RouterSite, routed: int) -> Tokens:
-        """Those that router `site` gets, which gets `routed`; all weigh the same, in which router ever."""
-        if site.sees_all or (site.modality == "text" and self.image is None):
-            return self
-        key = (site.modality, routed)
-        if key not in self._parts:
-            mask = mask_of(site, self.mask, self.image, routed)
-            rate = mask if self.divisor is None else mask / self.divisor
-            self._parts[key] = Tokens(mask, rate, toll=self.toll, trains=self.trains)
-        return self._parts[key]
-
-    def weights(self, chosen: Tensor) -> Tensor:
-        """`mask` of each entry of `chosen (T·k,)`, the experts of one token after those of another."""
-        top_k = len(chosen) // len(self.mask)
-        if top_k not in self._weights:
-            self._weights[top_k] = self.mask.unsqueeze(-1).expand(-1, top_k).reshape(-1)
-        return self._weights[top_k]
-
-
-def count_mask(inputs: Mapping[str, Any], token_mask: str) -> Tensor | None:
+def count_mask(inputs: Mapping[str, Any], token_mask: str, pad_token_id: int | None = None) -> Tensor | None:
     """
-    Which tokens of a batch count, `(B, S)` as booleans, or `None` if `inputs` does not tell.
+    Token mask of a batch, `(B, S)`: True for tokens that count. `None` if `inputs` does not tell.
+
+    Args:
+        inputs (`Mapping`): arguments of the model by name.
+        token_mask (`str`): `"attention"`, `"labels"` or `"all"`.
+        pad_token_id (`int`, *optional*): of the model, where packed rows are filled up with it.
 
     Raises:
-        ValueError: if `token_mask="attention"` and the attention mask is not a `(B, S)` tensor.
+        ValueError: if `token_mask="attention"` and the attention mask cannot be read.
     """
-    hidden = _hidden(inputs)
+    shape = hidden_shape(inputs)
     if token_mask == "labels":
         labels = inputs.get("labels")
         return None if labels is None else labels != -100
+    if shape is None:
+        return None
     mask = inputs.get("attention_mask") if token_mask == "attention" else None
+    if isinstance(mask, Mapping):  # one mask per kind of attention: a token sees itself in each
+        mask = next((part for part in mask.values() if isinstance(part, Tensor)), None)
     if mask is None:
-        return None if hidden is None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        everything = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+        mask_BS = torch.ones(shape, dtype=torch.bool, device=everything.device)
+        return mask_BS if token_mask == "all" else mask_BS & ~_filling(inputs, shape, pad_token_id, mask_BS)
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-2] == mask.shape[-1]:
-        return _may_see_itself(mask) if hidden is None else _may_see_itself(mask).expand(hidden.shape[:2])
+        own = mask[:, 0].diagonal(dim1=-2, dim2=-1)  # padding does not see itself
+        return (own == 0 if own.is_floating_point() else own != 0).expand(shape)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
             f"token_mask='attention' needs an attention_mask of shape (batch, sequence), got {kind}: the padding "
             "cannot be read off it. Set token_mask='labels' or token_mask='all' in PhiBalanceConfig."
         )
-    return (mask if hidden is None else mask[:, -hidden.shape[1] :]) != 0
+    return mask[:, -shape[1] :] != 0
 
 
-def _may_see_itself(mask: Tensor) -> Tensor:
+def _filling(inputs: Mapping[str, Any], shape: torch.Size, pad_token_id: int | None, mask_BS: Tensor) -> Tensor:
+    """Padding at the end of packed rows without an attention mask: position 0, and no position 1 after it."""
+    position = _positions(inputs)
+    ids = inputs.get("input_ids")
+    if position is None or ids is None or pad_token_id is None or shape[1] == 1:
+        return torch.zeros_like(mask_BS)
+    after = torch.nn.functional.pad(position[:, 1:], (0, 1))
+    return ((position == 0) & (after != 1) & (ids == pad_token_id)).expand(shape)
+
+
+def _positions(inputs: Mapping[str, Any]) -> Tensor | None:
+    position = inputs.get("position_ids")
+    return position if isinstance(position, Tensor) and position.ndim == 2 else None
+
+
+def packed_sequences(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The sequence of each token where rows are packed, `(T,)`, by `cu_seq_lens_q` or `position_ids`; `None` where nothing tells."""
+    shape = hidden_shape(inputs)
+    if shape is None:
+        return None
+    position, bounds = _positions(inputs), inputs.get("cu_seq_lens_q")
+    if bounds is not None and position is None:
+        return torch.searchsorted(bounds, torch.arange(shape.numel(), device=bounds.device, dtype=bounds.dtype), right=True) - 1
+    if position is None:
+        return None
+    starts = (position == 0).expand(shape).clone()
+    starts[:, 0] = True
+    return starts.reshape(-1).cumsum(0) - 1
+
+
+def announced_masks(batch: Any, token_mask: str, pad_token_id: int | None = None) -> list[Tensor]:
     """
-    What a mask `(B, 1, S, S)` of packed sequences says of each position: a token attends to itself, padding to nothing.
-    Such masks are added to the scores, 0 where attention is allowed; or they are true there.
+    Token masks of all that a micro-batch of a trainer holds: of a batch of the model's arguments, of pairs in columns such as
+    `chosen_input_ids`, or of a dict or list of batches. Empty if it does not tell.
     """
-    own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-    return own == 0 if own.is_floating_point() else own != 0
+    if isinstance(batch, (list, tuple)):
+        return [mask for part in batch for mask in announced_masks(part, token_mask, pad_token_id)]
+    if not isinstance(batch, Mapping):
+        return []
+    mask = count_mask(batch, token_mask, pad_token_id)
+    if mask is not None:
+        return [mask]
+    prefixes = [name.removesuffix("input_ids") for name in batch if name.endswith("_input_ids")]
+    parts = [{n.removeprefix(p): v for n, v in batch.items() if n.startswith(p)} for p in prefixes]
+    masks = [mask for part in parts if (mask := count_mask(part, token_mask, pad_token_id)) is not None]
+    if masks:
+        return masks if len(masks) == len(parts) else []
+    nested = [announced_masks(part, token_mask, pad_token_id) for part in batch.values() if isinstance(part, (Mapping, list))]
+    return [mask for masks in nested for mask in masks] if all(nested) else []

@@ -1,13 +1,16 @@
-"""Attribute changes that can be taken back."""
+"""Changes of a model that can be taken back. Nothing here keeps the model alive, and copies and pickles of it keep them."""
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..compat import keep_function
+from torch import nn
 
 
 class MISSING:
@@ -18,11 +21,11 @@ class Undo:
     """Attribute changes that can be taken back in reverse order, exactly: absence is restored as well."""
 
     def __init__(self) -> None:
-        self._changes: list[tuple[Any, str, Any, Any]] = []
+        self._changes: list[tuple[weakref.ref[Any], str, Any, Any]] = []
 
     def set(self, target: Any, name: str, value: Any) -> None:
         name = getattr(type(target), "attribute_map", {}).get(name, name)
-        self._changes.append((target, name, vars(target).get(name, MISSING), value))
+        self._changes.append((weakref.ref(target), name, vars(target).get(name, MISSING), value))
         setattr(target, name, value)
 
     def has_changed(self, name: str) -> bool:
@@ -31,8 +34,9 @@ class Undo:
 
     def restore(self) -> None:
         while self._changes:
-            target, name, old, value = self._changes.pop()
-            if callable(value) and vars(target).get(name) is not value:
+            reference, name, old, value = self._changes.pop()
+            target = reference()
+            if target is None or (isinstance(value, WrappedMethod) and vars(target).get(name) is not value):
                 continue  # somebody has wrapped our method since; it does nothing any more
             if old is MISSING:
                 vars(target).pop(name, None)
@@ -47,14 +51,55 @@ class Undo:
         try:
             yield
         finally:
-            for target, name, _, value in changes:
-                self.set(target, name, value)
+            for reference, name, _, value in changes:
+                self.set(reference(), name, value)
+
+    def __getstate__(self) -> list[tuple]:
+        return [(target, *change) for reference, *change in self._changes if (target := reference()) is not None]
+
+    def __setstate__(self, changes: list[tuple]) -> None:
+        self._changes = [(weakref.ref(target), *change) for target, *change in changes]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Undo:
+        twin = Undo()
+        for target, *change in self.__getstate__():
+            copied = memo.get(id(target)) if isinstance(target, nn.Module) else copy.deepcopy(target, memo)
+            if copied is not None:
+                twin._changes.append((weakref.ref(copied), *copy.deepcopy(change, memo)))
+        return twin
 
 
-def wrap_method(owner: Any, name: str, wrapper: Callable, undo: Undo) -> None:
-    """Lets `owner.name(...)` be `wrapper(owner, inner, ...)`, once, in a way that copies and pickles of `owner` keep."""
-    inner = getattr(owner, name)
-    if getattr(inner, "func", None) is not wrapper:
-        outer: Any = functools.update_wrapper(functools.partial(wrapper, owner, inner), inner)
-        keep_function(outer, inner)
-        undo.set(owner, name, outer)
+class WrappedMethod:
+    """
+    Stands in for the method `name` of a module: calls `wrapper(owner, inner, ...)`.
+
+    Args:
+        owner (`torch.nn.Module`): the module.
+        name (`str`): of the method.
+        wrapper (`Callable`): a function of a module, so that it can be pickled.
+        own (`Callable`, *optional*): what the instance had in place of its class's method, as accelerate puts in.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, wrapper: Callable, own: Callable | None = None) -> None:
+        self._owner, self._name, self._wrapper, self.own = weakref.ref(owner), name, wrapper, own
+        method = getattr(type(owner), name)
+        self.__name__, self.__doc__ = name, method.__doc__
+        self.__func__ = method  # TRL 1.9 reads the signature of `model.forward.__func__`
+        self.__signature__ = inspect.signature(functools.partial(method, owner) if own is None else own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self._owner()
+        inner = self.own or getattr(type(owner), self._name).__get__(owner)
+        return self._wrapper(owner, inner, *args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._owner(), self._name, self._wrapper, self.own)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WrappedMethod:
+        owner = self._owner()
+        return WrappedMethod(memo.get(id(owner), owner), self._name, self._wrapper, copy.deepcopy(self.own, memo))
+
+
+def wrap_method(owner: nn.Module, name: str, wrapper: Callable, undo: Undo) -> None:
+    """Lets `owner.name(...)` be `wrapper(owner, inner, ...)`."""
+    undo.set(owner, name, WrappedMethod(owner, name, wrapper, vars(owner).get(name)))

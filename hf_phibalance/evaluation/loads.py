@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..balancing import find_patch, get_balancer, patch
+from ..balancing import find_balancer, get_balancer, patch
 from ..config import PhiBalanceConfig
 
 
@@ -19,7 +19,7 @@ def count_loads(model: Any) -> None:
     Raises:
         `ValueError`: If the model has no routers.
     """
-    if find_patch(model) is None:
+    if find_balancer(model) is None:
         patch(model, PhiBalanceConfig(coef=0.0, bias_coef=0.0))
 
 

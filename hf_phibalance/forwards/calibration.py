@@ -61,7 +61,9 @@ def calibrate(
         batches = repeatable(batches)
         _even_out(model, batches, iterations)
     counted = _count(model, batches, with_scores=False)
-    balancer.set_means({"probs": counted.flat("probs"), "load": counted.flat("load")})
+    balancer.set_means(
+        {s: dict(zip(balancer.layer_names, getattr(counted, s))) for s in ("probs", "load")}
+    )
     loads = dict(zip(balancer.layer_names, (load.cpu() for load in counted.load)))
     return Figures(loads=loads, tokens=int(counted.tokens))
 
@@ -77,10 +79,6 @@ class _Counts:
         self._flat = torch.zeros(2 * sum(sizes) + len(sizes) + 1, dtype=exact, device=device)
         probs, load, self.slope, tokens = self._flat.split([sum(sizes), sum(sizes), len(sizes), 1])
         self.probs, self.load, self.tokens = probs.split(sizes), load.split(sizes), tokens[0]
-
-    def flat(self, statistic: str) -> Tensor:
-        """Sums of one statistic, router after router."""
-        return torch.cat(list(getattr(self, statistic)))
 
     def slopes(self) -> list[float]:
         """The slope of each router's scores at its threshold, the geometric mean: a few sure tokens must not set the pace."""
@@ -115,8 +113,7 @@ def _count(model: nn.Module, batches: Iterable[Batch], with_scores: bool) -> _Co
     with looking(model) as look:
         counts = _Counts(look, with_scores)
         look.on_choice = counts.choice
-        meter = look.balancer.meter
-        with meter.showing_scores(counts.scores) if with_scores else nullcontext():
+        with look.balancer.forwards.showing_scores(counts.scores) if with_scores else nullcontext():
             for batch in batches:
                 look.forward(batch)
                 counts.tokens += look.mask.sum()

@@ -205,7 +205,7 @@ class _Regression:
             for index, linear in enumerate(self.linears):
                 hook = linear.owner.register_forward_pre_hook(self._receive(index))
                 stack.callback(hook.remove)
-            stack.enter_context(self.look.balancer.meter.showing_scores(self._rank))
+            stack.enter_context(self.look.balancer.forwards.showing_scores(self._rank))
             yield
 
     def _receive(self, index: int) -> Any:

@@ -45,7 +45,6 @@ class Look(RouterReader):
     """
 
     is_idle = False
-    is_measuring = True
 
     def __init__(self, model: nn.Module) -> None:
         balancer = get_balancer(model)
@@ -90,13 +89,16 @@ class Look(RouterReader):
             )
         return mask_T
 
-    def measure(self, index: int, module: nn.Module, hidden: Tensor, logits: Tensor) -> None:
-        self.hidden[index] = hidden
+    @property
+    def owner(self) -> nn.Module:
+        return self.root
 
     def choice_bias(self, index: int) -> Tensor | None:
-        return self.balancer.meter.choice_bias(index)
+        return self.balancer.forwards.choice_bias(index)
 
-    def observe(self, index: int, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
+    def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
+        if hidden is not None:
+            self.hidden[index] = hidden
         if self.on_choice is not None:
             self.on_choice(index, logits, selected.reshape(len(logits), -1))
         return carrier

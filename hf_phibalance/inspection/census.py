@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..balancing import find_patch
+from ..balancing import find_balancer
 from ..maths import routing_probs
 from ..routers import RouterReader, RouterSite, find_backbone, find_routers, reading, unwrap
 from .findings import CONFIDENCE, Layer
@@ -35,8 +35,6 @@ class RouterCensus(RouterReader):
         ValueError: if the model has no router that can be read.
     """
 
-    is_measuring = False
-
     def __init__(self, model: nn.Module, domains: int) -> None:
         self.root = unwrap(model)[-1]
         try:
@@ -45,8 +43,7 @@ class RouterCensus(RouterReader):
             raise ValueError(f"There is nothing to inspect: {error}") from error
         self.domains = domains
         self.backbone = find_backbone(self.root, self.sites)
-        patch = find_patch(model)
-        self.balancer = None if patch is None else patch.balancer  # its selection bias is in force
+        self.balancer = find_balancer(model)  # its selection bias is in force
         self._counts: list[Tensor | None] = [None] * len(self.sites)
         self._confidence: list[Tensor | None] = [None] * len(self.sites)
         self._top_k = [site.top_k for site in self.sites]
@@ -77,13 +74,14 @@ class RouterCensus(RouterReader):
     def is_idle(self) -> bool:
         return self._mask is None
 
-    def measure(self, index: int, module: nn.Module, hidden: Tensor, logits: Tensor) -> None:
-        """Nothing: what goes into the routers does not matter here."""
+    @property
+    def owner(self) -> nn.Module:
+        return self.root
 
     def choice_bias(self, index: int) -> Tensor | None:
         """Bias that is in force in the selection of router `index`, for those that do not return their choice."""
         if self.balancer is not None:
-            return self.balancer.meter.choice_bias(index)
+            return self.balancer.forwards.choice_bias(index)
         bias = self.sites[index].read_native_bias()
         if bias is None and self.sites[index].native_bias:
             raise ValueError(
@@ -92,7 +90,7 @@ class RouterCensus(RouterReader):
             )
         return bias
 
-    def observe(self, index: int, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
+    def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         """Counts one call of router `index`: `logits (T, E)`, `selected (..., k)`; returns `carrier` as it is."""
         site, mask_T = self.sites[index], cast(Tensor, self._mask).to(logits.device)
         if logits.shape != (mask_T.numel(), site.num_experts):

@@ -113,15 +113,13 @@ def refuse_maskless(cfg: Any, model: Any, fields: dict[str, Any]) -> None:
 def keep_attention_mask(trainer: Any) -> None:
     """
     Axolotl fills packed rows up and drops their attention mask, so that attention tells the samples apart by position: the
-    padding would count and pay. Here the mask stays in the batch and is dropped where attention would look at it.
+    padding would count. Here the mask stays in the batch, is counted, and is dropped before the backbone's own forward.
     """
-    from ..balancing import get_balancer
-    from ..routers import find_backbone
+    from ..balancing import get_balancer, wrap_below
 
-    def drop(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def drop(backbone: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
         packed = kwargs.get("position_ids") is not None and kwargs.get("past_key_values") is None
-        return (args, {**kwargs, "attention_mask": None}) if packed else None
+        return inner(*args, **kwargs | ({"attention_mask": None} if packed else {}))
 
-    balancer = get_balancer(trainer.model)
-    find_backbone(balancer.root, balancer.sites).register_forward_pre_hook(drop, with_kwargs=True)
+    wrap_below(get_balancer(trainer.model), drop)
     trainer.args.sample_packing_drop_attention_mask = False

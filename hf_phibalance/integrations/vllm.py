@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..sidecar import EARLIER_STATE_NAME, STATE_NAME
+from ..sidecar import STATE_NAME
 
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ RANKED = {
 }
 REMEDY = (
     "`phibalance export` writes a checkpoint that needs no selection bias; without the state beside the weights "
-    f"({STATE_NAME}, or {EARLIER_STATE_NAME} of earlier versions), vLLM serves this one without its bias."
+    f"({STATE_NAME}), vLLM serves this one without its bias."
 )
 logger = logging.getLogger("vllm.hf_phibalance")  # below vLLM's, whose handler it uses
 
@@ -71,18 +71,6 @@ def tell_loaders() -> None:
     for loader in (BaseModelLoader, *BaseModelLoader.__subclasses__()):
         if "load_model" in vars(loader):
             loader.load_model = loading_biased(loader.load_model)
-    DefaultModelLoader._prepare_weights = passing_over_state(DefaultModelLoader._prepare_weights)
-
-
-def passing_over_state(prepare: Any) -> Any:
-    """`prepare` takes every safetensors file of a folder without an index for weights, also a state by its name of before."""
-
-    @functools.wraps(prepare)
-    def prepare_weights(loader: Any, *args: Any, **kwargs: Any) -> Any:
-        folder, files, *rest = prepare(loader, *args, **kwargs)
-        return folder, [file for file in files if Path(file).name != EARLIER_STATE_NAME], *rest
-
-    return prepare_weights
 
 
 def loading_biased(load: Any) -> Any:
@@ -236,9 +224,8 @@ def hand_out(state: StateFile, model: nn.Module, model_config: Any, stages: int)
                 f"{type(runner.router).__name__}), where no selection bias can be added. Another `--moe-backend`, or: {REMEDY}"
             )
         found = [runner.moe_config.num_logical_experts, runner.moe_config.experts_per_token, "softmax"]
-        if state.model is not None:
-            saved = {"type": state.model["type"], "routers": {names[index]: state.model["routers"][names[index]]}}
-            check_model(saved, {"type": model_config.hf_config.model_type, "routers": {names[index]: found}})
+        saved = {"type": state.model["type"], "routers": {names[index]: state.model["routers"][names[index]]}}
+        check_model(saved, {"type": model_config.hf_text_config.model_type, "routers": {names[index]: found}})
         weight = next(runner.parameters())
         runner.register_buffer("selection_bias", state.tensors[biases[index]].to(weight.device), persistent=False)
         choice.bias = runner.selection_bias

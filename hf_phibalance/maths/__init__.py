@@ -4,7 +4,7 @@ The maths: pure functions of tensors, without models, steps or trainers.
 | module | what it holds |
 |---|---|
 | `potentials` | the strictly convex potentials φ and their prices ∇φ |
-| `pricing` | routing probabilities of logits, the gradient of what they are charged |
+| `pricing` | routing probabilities of logits, the gradient of ⟨q, p⟩ |
 | `windup` | a step of a bias, only as far as the scores can answer it |
 | `quantile` | the bias of quantile balancing, from histograms of margins |
 | `folding` | a selection bias as a part of the router's weight |
@@ -34,7 +34,7 @@ from .metrics import (
     summarise,
 )
 from .potentials import POTENTIALS, Potential, centred_price, get_potential
-from .pricing import SCORINGS, ChargePrices, ChargeProbs, price_gradient, routing_probs, sequence_price
+from .pricing import SCORINGS, price_gradient, routing_probs, sequence_price
 from .quantile import BINS, margin_histogram, quantile_bias
 from .windup import step_within
 
@@ -44,8 +44,6 @@ __all__ = [
     "DEAD_THRESHOLD",
     "POTENTIALS",
     "SCORINGS",
-    "ChargePrices",
-    "ChargeProbs",
     "FoldedShift",
     "Potential",
     "ShiftMoments",

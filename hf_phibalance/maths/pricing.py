@@ -1,4 +1,4 @@
-"""The maths between router logits and gradients: routing probabilities, and the gradient of what they are charged.
+"""The maths between router logits and gradients: routing probabilities, and the gradient of ⟨q, p⟩.
 
 Every router of transformers turns its logits z into routing probabilities of the form p = s(z) / Σ s(z) with an
 elementwise positive score s: exp (softmax), the logistic function (sigmoid routers; p is then the normalised
@@ -83,79 +83,20 @@ def softmax_backward(slope: Tensor, probs: Tensor) -> Tensor:
     return torch.ops.aten._softmax_backward_data(slope, probs, -1, probs.dtype)
 
 
-class ChargePrices(torch.autograd.Function):
+def sequence_price(logits: Tensor, scoring: str, top_k: int, mask_T: Tensor, sequence_T: Tensor) -> Tensor:
     """
-    Identity on `carrier` whose backward adds [`price_gradient`] of `price (E,)` and, where there is one, of
-    `sequence_price (B, E)`, to the gradient of `logits`.
-
-    The carrier is any output of the router through which the task gradient flows back (the top-k weights), so the
-    charge reaches the router whatever the trainer does with the loss, and is paid once per backward.
-
-    `price` and `rate` are kept as attributes and not as saved tensors: under non-reentrant checkpointing saved tensors
-    are recomputed, and must not come from a state that has moved on meanwhile. What is saved is as large as the logits.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        carrier: Tensor,
-        logits: Tensor,
-        probs: Tensor | None,
-        price: Tensor,
-        sequence_price: Tensor | None,
-        rate: Tensor,
-        scoring: str,
-        z_loss: float,
-    ) -> Tensor:
-        ctx.saves_probs = probs is not None and probs.dtype == logits.dtype and scoring == "softmax" and not z_loss
-        ctx.save_for_backward(probs if ctx.saves_probs else logits)
-        ctx.price, ctx.sequence_price = price, sequence_price
-        ctx.rate, ctx.scoring, ctx.z_loss = rate, scoring, z_loss
-        ctx.dtype = logits.dtype
-        return carrier.view_as(carrier)
-
-    @staticmethod
-    def backward(ctx, grad_carrier: Tensor):
-        (saved,) = ctx.saved_tensors
-        probs = saved if ctx.saves_probs else None
-        # added here and not before: a price may be known only when the forward of all layers has ended
-        price = ctx.price if ctx.sequence_price is None else ctx.price + ctx.sequence_price
-        charge = price_gradient(saved, price, ctx.rate, ctx.scoring, ctx.z_loss, probs)
-        return grad_carrier, charge.to(ctx.dtype), None, None, None, None, None, None
-
-
-class ChargeProbs:
-    """
-    Gradient hook of the routing probabilities `p (..., E)` of a softmax router: adds the gradient of
-    Σ_t rate_t ⟨price, p_t⟩ with respect to p, of which the router's own backward makes that of its logits. What
-    [`ChargePrices`] does where nobody sees p, without a softmax of our own and without anything saved.
+    Returns the relative load of each expert within the sequence of each token, `(T, E)`: the price of DeepSeek-V3's complementary
+    sequence-wise loss (arXiv 2412.19437, Eqs. 17-20), with the load that the unbiased scores would choose.
 
     Args:
-        price (`torch.Tensor` of shape `(E,)`), rate (`torch.Tensor` of shape `(T,)`): read when the backward comes.
-    """
-
-    def __init__(self, price: Tensor, rate: Tensor) -> None:
-        self.price, self.rate = price, rate
-
-    def __call__(self, grad: Tensor) -> Tensor:
-        grad_TE = grad.reshape(-1, grad.shape[-1])
-        return torch.addr(grad_TE, self.rate.to(grad.dtype), self.price.to(grad.dtype)).view_as(grad)
-
-
-def sequence_price(logits: Tensor, scoring: str, top_k: int, mask_BS: Tensor) -> Tensor:
-    """
-    Relative load of each expert within each sequence, `(B, E)`: the price of DeepSeek-V3's complementary sequence-wise
-    loss (arXiv 2412.19437, Eqs. 17-20), with the load that the unbiased scores would choose.
-
-    Args:
-        logits (`torch.Tensor` of shape `(B·S, E)`): what the router returned.
+        logits (`torch.Tensor` of shape `(T, E)`): what the router returned.
         scoring (`str`): a key of `SCORINGS`.
         top_k (`int`): experts per token.
-        mask_BS (`torch.Tensor` of shape `(B, S)`): 1 for the tokens that count.
+        mask_T (`torch.Tensor` of shape `(T,)`): 1 for the tokens that count.
+        sequence_T (`torch.Tensor` of shape `(T,)`): the sequence of each token, a number below T.
     """
-    batch, experts = len(mask_BS), logits.shape[-1]
     scores = routing_probs(logits, scoring)
-    chosen = torch.ops.aten.topk(scores, top_k)[1].view(batch, -1)  # (B, S·k); the operator: no selection bias
-    weight = mask_BS.to(scores.dtype).unsqueeze(-1).expand(-1, -1, top_k).reshape(batch, -1)
-    load_BE = scores.new_zeros(batch, experts).scatter_add_(1, chosen, weight)
-    return load_BE * (experts / load_BE.sum(-1, keepdim=True).clamp(min=1))
+    chosen_Tk = torch.ops.aten.topk(scores, top_k)[1]  # the operator: no selection bias
+    chosen_TE = torch.zeros_like(scores).scatter_(1, chosen_Tk, mask_T.to(scores.dtype).unsqueeze(-1).expand_as(chosen_Tk))
+    load_SE = torch.zeros_like(scores).index_add_(0, sequence_T, chosen_TE)  # S <= T
+    return (load_SE * (scores.shape[-1] / load_SE.sum(-1, keepdim=True).clamp(min=1)))[sequence_T]

@@ -16,7 +16,7 @@ from ..balancing import config_in, get_balancer, patch
 from ..config import PhiBalanceConfig
 from ..files import read_json
 from ..reporting import auto_class_name
-from ..sidecar import STATE_NAME, first_state
+from ..sidecar import STATE_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -154,7 +154,7 @@ def _usable(saved: Any, source: str | None) -> PhiBalanceConfig:
 
 def find_state(source: str, kwargs: dict[str, Any]) -> str | None:
     """Path of the state beside the weights in `source`, a folder or a name on the Hub."""
-    return first_state(lambda name: cached_file(source, name, **_quietly(kwargs)))
+    return cached_file(source, STATE_NAME, **_quietly(kwargs))
 
 
 def _quietly(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
-from ..balancing import find_patch
+from ..balancing import find_balancer
 from .card import CARD_MARK, CARD_NAME, balance_section, tags
 from .run import Run
 
@@ -24,9 +24,9 @@ class _UploadCallback(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ) -> None:
-        present = find_patch(model)
+        present = find_balancer(model)
         if present is not None and state.is_world_process_zero:
-            present.balancer.save(str(args.output_dir))
+            present.save(str(args.output_dir))
 
 
 def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = None) -> None:
@@ -50,13 +50,13 @@ def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = No
         is_writer = trainer.is_world_process_zero()
         ours = path.read_text(encoding="utf-8", errors="replace") if is_writer and path.is_file() else ""
         create(*args, **kwargs)
-        present = find_patch(trainer.model)  # type: ignore[arg-type]
+        present = find_balancer(trainer.model)  # type: ignore[arg-type]
         if not is_writer or present is None or not path.is_file():
             return
         if CARD_MARK in ours:
             path.write_text(ours, encoding="utf-8")
         else:
-            _extend_card(path, Run.of(trainer, present.balancer.config, history or []))
+            _extend_card(path, Run.of(trainer, present.config, history or []))
 
     trainer.create_model_card = create_with_balance  # type: ignore[method-assign]
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..balancing import get_balancer
-from ..sidecar import EARLIER_STATE_NAME, STATE_NAME
+from ..sidecar import STATE_NAME
 from .folder import write_folder
 
 
@@ -129,7 +129,7 @@ def upload(
 ) -> CommitInfo:
     """
     Uploads `folder` as it is, for instance that of a dry run; arguments and errors are those of [`push_to_hub`]. The
-    folder is never changed. What an earlier version has uploaded of the duals goes with the commit that brings the new ones.
+    folder is never changed.
     """
     api = HfApi(token=token)
     tries = 1 if create_pr else max_retries + 1
@@ -139,7 +139,6 @@ def upload(
             return api.upload_folder(
                 repo_id=full_name,
                 folder_path=Path(folder),
-                delete_patterns=EARLIER_STATE_NAME if (Path(folder) / STATE_NAME).is_file() else None,
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,

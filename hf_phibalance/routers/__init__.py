@@ -9,17 +9,17 @@ Routers: where they are in a model, what they return, and how to look and act in
 | `parts` | routers that do not see every token |
 | `sources` | what the source of a class says of it |
 | `families` | the model types that have routers |
-| `inside` | the softmax and the top-k inside a router's forward |
+| `inside` | the selection bias inside a router's forward |
 | `linear` | the matrix of a router, to be written to |
-| `hooks` | hooks that show the routers to a meter, in and out |
+| `hooks` | hooks that show what routers do, and add to it |
 | `wrapping` | what models come wrapped in |
 """
 
 from .discovery import RouterSite, find_copies, find_routers
 from .families import Family, supported_families
 from .hooks import (
+    RouterBalancer,
     RouterHook,
-    RouterMeter,
     RouterReader,
     arguments_by_name,
     count_groups,
@@ -29,7 +29,7 @@ from .hooks import (
     reading,
     remove_hooks,
 )
-from .inside import Softmax, rank_scores
+from .inside import BiasedTopK, rank_scores
 from .linear import RouterLinear, find_linear, has_adapter, ranked_of
 from .parts import image_tokens, mask_of, modality_of
 from .sources import class_source
@@ -40,13 +40,13 @@ from .wrapping import canonical_name, find_backbone, unwrap
 __all__ = [
     "NATIVE_BIAS_NAMES",
     "REMOTE_TRAITS",
+    "BiasedTopK",
     "Family",
+    "RouterBalancer",
     "RouterHook",
     "RouterLinear",
-    "RouterMeter",
     "RouterReader",
     "RouterSite",
-    "Softmax",
     "arguments_by_name",
     "canonical_name",
     "class_source",

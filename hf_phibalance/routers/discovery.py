@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
@@ -30,26 +31,46 @@ class Reading(NamedTuple):
 
 @dataclass
 class RouterSite:
-    """One router of a model: its name, the module(s) that compute it, and how to read their outputs."""
+    """
+    One router of a model: its name, how to read what it returns, and weak references to the module(s) that compute it.
+    """
 
     name: str
     kind: RouterKind
     num_experts: int
     top_k: int
     scoring: str
-    modules: list[nn.Module] = field(default_factory=list)  # several where PEFT keeps a trainable copy
-    parent: nn.Module | None = None
-    native_bias: list[tuple[nn.Module, str]] = field(default_factory=list)
-    charged: bool = False  # whether a price gradient has gone through it
-    softmax_carries: bool | None = None  # whether the task gradient goes back through its softmax, once seen
     score_width: float | None = None  # the span of the scores that it ranks, once known
     not_logits: tuple[int, ...] = ()  # positions in the return value of what is as wide as the logits
-    experts: nn.Module | None = None  # which are handed the choice, where the router does not return it
     noted: Tensor | None = None  # the logits, until the experts are handed the choice
     modality: str = field(init=False)  # "text", or "vision" or "audio" if it routes nothing else
+    _modules: list[weakref.ref[nn.Module]] = field(default_factory=list, repr=False)
+    _parent: weakref.ref[nn.Module] | None = field(default=None, repr=False)
+    _experts: weakref.ref[nn.Module] | None = field(default=None, repr=False)
+    _native: list[tuple[weakref.ref[nn.Module], str]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.modality = modality_of(self.name)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that compute it: several where PEFT keeps a trainable copy."""
+        return [module for reference in self._modules if (module := reference()) is not None]
+
+    @property
+    def parent(self) -> nn.Module | None:
+        """The block that calls it."""
+        return None if self._parent is None else self._parent()
+
+    @property
+    def experts(self) -> nn.Module | None:
+        """The module that is handed the choice, where the block makes it and not the router."""
+        return None if self._experts is None else self._experts()
+
+    @property
+    def native_bias(self) -> list[tuple[nn.Module, str]]:
+        """Owner and name of the family's own selection bias."""
+        return [(owner, name) for reference, name in self._native if (owner := reference()) is not None]
 
     @property
     def in_tower(self) -> bool:
@@ -75,12 +96,17 @@ class RouterSite:
         chosen = next(indices, None) if self.kind.traits.returns_choice else None
         return Reading(logits, chosen, next((i for i in floats if i != logits), None))
 
+    def place(self, parent: nn.Module | None, experts: nn.Module | None) -> None:
+        """Notes the block around it, and the experts if the block makes the choice."""
+        self._parent = None if parent is None else weakref.ref(parent)
+        self._experts = None if experts is None else weakref.ref(experts)
+
     def add(self, module: nn.Module) -> None:
         """Takes in a module that computes this router, and the selection bias that comes with it."""
-        self.modules.append(module)
+        self._modules.append(weakref.ref(module))
         bias = _native_bias(module, self.parent, self.num_experts)
         if bias is not None and not any(owner is bias[0] for owner, _ in self.native_bias):
-            self.native_bias.append(bias)
+            self._native.append((weakref.ref(bias[0]), bias[1]))
             if self.kind.traits.biases == "scores" and self.scoring in ("sigmoid", "softmax"):
                 self.score_width = 1.0
 
@@ -90,17 +116,21 @@ class RouterSite:
         return self.modules[-1] if self.parent is None else getattr(self.parent, self.name.rpartition(".")[2])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "noted": None}
+        fleeting = {"noted": None, "_modules": [], "_parent": None, "_experts": None, "_native": []}
+        return {**vars(self), **fleeting}  # a copy looks for its own modules
 
-    def write_native_bias(self, bias: Tensor) -> None:
-        """Copies `bias (E,)` into the family's own selection bias, in place."""
+    def write_native_bias(self, bias: Tensor, keep_fp32: bool = False) -> None:
+        """Copies `bias (E,)` into the family's own selection bias, in place; with `keep_fp32`, makes that fp32 first."""
         for owner, name in self.native_bias:
-            target = getattr(owner, name).data
-            target.copy_(bias.view(target.shape))
+            tensor = getattr(owner, name)
+            if keep_fp32 and tensor.dtype != torch.float32:
+                tensor.data = tensor.data.float()
+            tensor.data.copy_(bias.view(tensor.shape))
 
     def read_native_bias(self) -> Tensor | None:
         """The family's own selection bias `(E,)`; `None` if it has none, or while accelerate has offloaded it."""
-        bias = getattr(*self.native_bias[0]).detach().reshape(-1) if self.native_bias else None
+        native = self.native_bias
+        bias = getattr(*native[0]).detach().reshape(-1) if native else None
         return None if bias is None or bias.is_meta else bias
 
 
@@ -134,12 +164,11 @@ def find_routers(root: nn.Module) -> list[RouterSite]:
                 num_experts,
                 _top_k(module, parent),
                 kind.scoring_of(module),
-                parent=parent,
                 not_logits=tuple(
                     i for i, how in enumerate(returned_values(cast(Hashable, kind.target))) if how == "scatter"
                 ),
-                experts=experts if kind.block else None,
             )
+            site.place(parent, experts if kind.block else None)
         site.add(module)
     if not sites:
         raise ValueError(
@@ -151,15 +180,29 @@ def find_routers(root: nn.Module) -> list[RouterSite]:
     return list(sites.values())
 
 
-def find_copies(root: nn.Module, sites: Sequence[RouterSite]) -> None:
-    """Looks for the modules of `sites` again: by their names, for wrappers may have changed what they hold."""
+def find_copies(root: nn.Module, sites: Sequence[RouterSite], prefix: str = "") -> None:
+    """
+    Looks for the modules of `sites` again, by their names: wrappers may have changed what they hold, or `root` is a copy.
+
+    Args:
+        root (`torch.nn.Module`): where to look.
+        sites (`Sequence[RouterSite]`): the routers.
+        prefix (`str`, *optional*): what is in front of the names of modules of `root` in those of `sites`.
+    """
     by_name = {site.name: site for site in sites}
-    for site in sites:
-        site.modules, site.native_bias = [], []
+    modules = {f"{prefix}{canonical_name(name)}": [] for name, _ in root.named_modules()}
     for name, module in root.named_modules():
-        known = by_name.get(canonical_name(name))
-        if known is not None and isinstance(module, known.kind.target):
-            known.add(module)
+        modules[f"{prefix}{canonical_name(name)}"].append(module)
+    for name, site in by_name.items():
+        found = [module for module in modules.get(name, []) if isinstance(module, site.kind.target)]
+        parents = modules.get(name.rpartition(".")[0], [])
+        has_experts = site.kind.block is not None
+        parent = parents[-1] if parents else None
+        experts = experts_beside(parent, name.rpartition(".")[2], site.num_experts) if parent and has_experts else None
+        site._modules, site._native = [], []
+        site.place(parent, experts)
+        for module in found:
+            site.add(module)
     for owner, name in (native for site in sites for native in site.native_bias):
         getattr(owner, name).requires_grad_(False)  # PEFT would train them, but selections have no gradient
 

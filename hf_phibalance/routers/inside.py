@@ -1,4 +1,4 @@
-"""What goes on inside a router's forward: its softmax is noted, and its top-k biased, without a forward of our own."""
+"""The selection bias, added inside a router's own forward: to what its top-k ranks, without a forward of ours."""
 
 from __future__ import annotations
 
@@ -11,36 +11,13 @@ from torch.overrides import TorchFunctionMode
 
 
 TOPKS = (torch.topk, Tensor.topk)
-SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
-CASTS = (Tensor.float, Tensor.to)
+SCORES = (F.softmax, torch.softmax, Tensor.softmax, torch.sigmoid, Tensor.sigmoid, F.sigmoid)
 FAINT = 1e-30  # a probability by which one can still divide, forwards and backwards, in fp32
 
 
-class Softmax:
-    """A call of softmax over the experts: its input, the tensor that the input was cast from, and its result."""
-
-    def __init__(self, logits: Tensor, uncast: Tensor, probs: Tensor) -> None:
-        self.logits, self.uncast, self.probs = logits, uncast, probs
-
-    def is_of(self, logits: Tensor) -> bool:
-        """Whether the result is the softmax of `logits`."""
-        return self.logits is logits or self.uncast is logits
-
-    def leads_to(self, output: Tensor) -> bool:
-        """Whether the gradient of `output` goes back through the result, within a few operations."""
-        wanted = self.probs.grad_fn
-        found: set[Any] = set()
-        frontier: set[Any] = {output.grad_fn}
-        while frontier and wanted not in frontier and len(found) < 50:
-            found |= frontier
-            frontier = {node for parent in frontier if parent for node, _ in parent.next_functions} - found
-        return wanted is not None and wanted in frontier
-
-
-class RouterMode(TorchFunctionMode):
+class BiasedTopK(TorchFunctionMode):
     """
-    While active, notes the first softmax over E logits that comes before any `topk`; and every `topk` over E scores
-    ranks `scores + bias` and returns the *unbiased* values it selected.
+    While active, every `topk` over E scores ranks `scores + bias` and returns the *unbiased* values it selected.
 
     Routers differ in what they do around their top-k (softmax before or after, renormalisation, scaling, grouping);
     biasing the one call that selects leaves all of that in place, so that no family needs a forward of its own. In
@@ -49,79 +26,55 @@ class RouterMode(TorchFunctionMode):
 
     Args:
         num_experts (`int`): E.
-        bias (`torch.Tensor` of shape `(E,)`, *optional*): added to the scores, in fp32.
+        bias (`torch.Tensor` of shape `(E,)`): added to the scores, in fp32.
         zero_is_masked (`bool`): whether a score of 0 marks an expert outside the chosen groups, whatever is ranked.
-        notes_softmax (`bool`): whether to look for the softmax.
-        are_probs (`bool`, *optional*): whether the scores lie in [0, 1], if that is known.
+
+    Attributes:
+        scores (`torch.Tensor` of shape `(..., E)`): what was ranked last, without the bias.
+        are_probs (`bool`): whether a softmax or a sigmoid over the experts came before the top-k.
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        bias: Tensor | None,
-        zero_is_masked: bool = False,
-        notes_softmax: bool = False,
-        are_probs: bool | None = None,
-    ) -> None:
+    def __init__(self, num_experts: int, bias: Tensor, zero_is_masked: bool = False) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.bias = bias
-        self.zero_is_masked = zero_is_masked
-        self.are_probs = are_probs
-        self.notes_softmax = notes_softmax
-        self.softmax: Softmax | None = None
-        self.scores: Tensor | None = None  # what was ranked last, without the bias
-        self._cast: tuple[Tensor, Tensor] | None = None  # the latest: its result, and what it was cast from
+        self.num_experts, self.bias, self.zero_is_masked = num_experts, bias, zero_is_masked
+        self.scores: Tensor | None = None
+        self.are_probs = False
 
     @staticmethod
-    def innermost() -> RouterMode | None:
+    def innermost() -> BiasedTopK | None:
         """The mode entered last, if it is one of ours."""
         modes = torch.overrides._get_current_function_mode_stack()
-        return modes[-1] if modes and isinstance(modes[-1], RouterMode) else None
+        return modes[-1] if modes and isinstance(modes[-1], BiasedTopK) else None
 
     @staticmethod
     def leave_interrupted() -> None:
         """Leaves the modes that are still active because Ctrl-C ended a forward: it runs no hook of a module."""
         modes = torch.overrides._get_current_function_mode_stack()
-        if any(isinstance(mode, RouterMode) for mode in modes):
+        if any(isinstance(mode, BiasedTopK) for mode in modes):
             for _ in modes:
                 torch.overrides._pop_mode()
             for mode in modes:
-                if not isinstance(mode, RouterMode):
+                if not isinstance(mode, BiasedTopK):
                     torch.overrides._push_mode(mode)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in TOPKS and self.bias is not None:
+        if func in TOPKS:
             scores = args[0] if args else kwargs["input"]
             if scores.shape[-1] == self.num_experts:
                 kwargs = {name: value for name, value in kwargs.items() if name != "input"}
                 self.scores = scores
-                self.notes_softmax = False
                 ranked = rank_scores(scores, self.bias, self.zero_is_masked, self.are_probs)
                 indices = func(ranked, *args[1:], **kwargs).indices
                 return torch.return_types.topk((scores.gather(-1, indices), indices))
         result = func(*args, **kwargs)
-        if self.notes_softmax:
-            self._note(func, args, kwargs, result)
+        if func in SCORES and self.scores is None and result.shape[-1] == self.num_experts:
+            self.are_probs = True
         return result
-
-    def _note(self, func, args: tuple, kwargs: dict, result: Tensor) -> None:
-        if func in CASTS and args:
-            self._cast = result, args[0]
-        elif func in TOPKS:
-            self.notes_softmax = False
-        elif func in SOFTMAXES and result.shape[-1] == self.num_experts:
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            logits = args[0] if args else kwargs["input"]
-            if dim in (-1, result.ndim - 1):
-                uncast = self._cast[1] if self._cast is not None and self._cast[0] is logits else logits
-                self.softmax = Softmax(logits, uncast, result)
-            self.notes_softmax = False
 
 
 @torch.no_grad()
-def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_probs: bool | None = None) -> Tensor:
+def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_probs: bool = False) -> Tensor:
     """
     What the biased selection ranks, `(..., E)` in fp32.
 
@@ -132,7 +85,7 @@ def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_
         scores (`torch.Tensor` of shape `(..., E)`): probabilities, affinities or logits.
         bias (`torch.Tensor` of shape `(E,)`): what is added to them.
         zero_is_masked (`bool`, *optional*, defaults to `False`): whether 0 marks an expert outside the chosen groups.
-        are_probs (`bool`, *optional*): whether the scores lie in [0, 1], if that is known; it saves kernels.
+        are_probs (`bool`, *optional*, defaults to `False`): whether the scores are known to lie in [0, 1].
     """
     scores, bias = scores.float(), bias.to(scores.device)
     if are_probs:
@@ -140,9 +93,7 @@ def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_
     ranked = scores + bias
     if zero_is_masked:
         return ranked.masked_fill(scores.abs() <= FAINT, float("-inf"))
-    if are_probs is not None:
-        return ranked  # where logits are ranked, 0 is one like any other
-    # So only in rows that could be of probabilities, and are not all 0.
+    # Only in rows that could be of probabilities, and are not all 0; where logits are ranked, 0 is one like any other.
     low, high = scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
     nothing = torch.where((low >= 0) & (high > FAINT), FAINT, float("-inf"))
     return torch.where(scores <= nothing, float("-inf"), ranked)

@@ -39,11 +39,10 @@ def unwrap(model: nn.Module) -> list[nn.Module]:
 
 
 def find_backbone(root: nn.Module, sites: Sequence[RouterSite]) -> nn.Module:
-    """The outermost transformers model *inside* `root` that holds all routers: heads and trainers call it, not `root`."""
+    """
+    The body of the transformers model `root`, `root.base_model`: what gets the batch, whatever head or trainer calls it. `root`
+    itself if routers are outside of its body.
+    """
     routers = {id(module) for site in sites for module in site.modules}
-    holders = [
-        module
-        for module in root.modules()
-        if isinstance(module, PreTrainedModel) and routers <= {id(child) for child in module.modules()}
-    ]
-    return holders[1] if len(holders) > 1 else root
+    body = root.base_model if isinstance(root, PreTrainedModel) else root
+    return body if routers <= {id(module) for module in body.modules()} else root

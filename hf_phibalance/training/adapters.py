@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from ..balancing import find_patch
+from ..balancing import find_balancer
 from ..compat import names_rewritten_by_peft
 from ..routers import NATIVE_BIAS_NAMES, RouterSite, class_source, find_routers, modality_of, unwrap
 
@@ -147,10 +147,10 @@ def _refuse_adapted(root: nn.Module) -> None:
 
 
 def _refuse_frozen(root: nn.Module, router: str) -> None:
-    present = find_patch(root)
-    if router != "frozen" and present is not None and present.balancer.config.rules.freezes:
+    present = find_balancer(root)
+    if router != "frozen" and present is not None and present.config.rules.freezes:
         raise ValueError(
-            f"router={router!r} would train the routers that method={present.balancer.config.method!r} holds still. Choose "
+            f"router={router!r} would train the routers that method={present.config.method!r} holds still. Choose "
             "router='frozen', or patch the model with another method."
         )
 

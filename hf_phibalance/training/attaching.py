@@ -1,24 +1,25 @@
-"""Wiring φ-balancing into a trainer: exact token counts, metrics in every reporter, what is off meanwhile or refused."""
+"""Wiring φ-balancing into a trainer: exact token counts, metrics in every reporter, state in checkpoints."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, cast
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..balancing import PhiBalancer, announce_switched_off, find_patch, get_balancer, patch
-from ..checkup import DoctorReport
+from ..balancing import PhiBalancer, announce_switched_off, find_balancers, get_balancer, on_train, patch
 from ..compat import stop_if_done
 from ..publishing import complete_uploads
 from .calibrating import CalibrateFirst, calibrated_batches
 from .callback import PhiBalanceCallback
 from .checkpoints import keep_whole
-from .examining import verify_first_step
 from .generated import announce_when_generated, generates
 from .refusals import refuse_ranks_apart, refuse_unknown_scaling
 
@@ -31,136 +32,232 @@ def attach(
     process_group: dist.ProcessGroup | None = None,
     verify: bool = False,
     calibrate: int = 0,
+    fresh_duals: bool = False,
 ) -> PhiBalanceCallback:
     """
-    Wires φ-balancing into `trainer`, whose model must be patched: duals, exact token counts, metrics in every reporter
-    and in `log_history`, loads of evaluations, state in checkpoints. A run that was killed, at whatever moment, resumes
-    from its newest complete checkpoint. Works with any subclass of `Trainer`; calling it again returns the same callback.
+    Wires φ-balancing into `trainer`, whose model must be patched: exact token counts, metrics in every reporter and in
+    `log_history`, loads of evaluations, state in checkpoints. A run that was killed, at whatever moment, resumes from its
+    newest complete checkpoint. Works with any subclass of `Trainer`. `train()` of a trainer whose model is patched does the
+    same with the defaults, so call this for its options; calling it again returns the same callback.
 
     Args:
         trainer (`transformers.Trainer`): the trainer, before `train()`.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             The data-parallel ranks, if they are not simply all ranks (tensor, context or sequence parallelism).
         verify (`bool`, *optional*, defaults to `False`):
-            Whether `train()` begins by trying out its first step, as [`doctor`] does: training then ends before it has begun
-            if anything is wrong, and else goes on as if nothing had been. The report is logged, and kept in `callback.report`.
+            Whether the first optimizer step with prices is measured as [`doctor`] does, while it is taken: training ends after it
+            if anything is wrong. The report is logged, and kept in `callback.report`.
         calibrate (`int`, *optional*, defaults to `0`):
             `train()` begins by setting the means to those of so many of its first batches (`True`: 8), as [`calibrate`] does,
             where they would be uniform; for routers that are trained already. The training then sees the same batches in the
             same order. Left out where there are duals to go on from.
+        fresh_duals (`bool`, *optional*, defaults to `False`):
+            Whether a run that resumes from a checkpoint without a state of φ-balancing begins with fresh duals, instead of ending
+            with an error.
 
     Returns:
-        `PhiBalanceCallback`: the callback in use; its `history` holds the loads at each logging step.
+        `PhiBalanceCallback`: the callback in use; its `history` holds the loads at each logging step, its `detach()` takes all of
+        this out of the trainer again.
 
     Raises:
-        ValueError: if the model is not patched, or the way of training cannot keep the promise of an exact coefficient; with
-            `verify`, `train()` raises it with the problems and their remedies.
+        ValueError: if the model is not patched, or the way of training cannot keep the promise of an exact coefficient.
     """
     callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
-    if callback is not None and callback.attached:
-        return callback
-    model: Any = trainer.model
-    is_on = get_balancer(model).config.is_on
-    refuse_unknown_scaling(trainer, process_group)
-    if callback is None:
-        callback = PhiBalanceCallback()
-        trainer.add_callback(callback)
-    callback.attached, callback.verifies = True, verify
-    if calibrate:
-        trainer.add_callback(CalibrateFirst(trainer, calibrated_batches(trainer, calibrate)))
-    if is_on:
-        _switch_off_trainer_loss(trainer)
-    patch(model)
-
-    get_batch_samples, log, evaluate = trainer.get_batch_samples, trainer.log, trainer.evaluate
-    load_optimizer: Any = trainer._load_optimizer_and_scheduler
-    is_generated = generates(trainer)
-
-    def current() -> PhiBalancer | None:
-        """The balancer of the model as it is now: patched again with another configuration, or not any more."""
-        present = find_patch(cast(Any, trainer.model))
-        if present is None:
-            return None
-        present.balancer.process_group = process_group
-        return present.balancer
-
-    @functools.wraps(get_batch_samples)
-    def counted_batch_samples(*args, **kwargs):
-        if stop_if_done(trainer):
-            return [], None
-        batches, items = get_batch_samples(*args, **kwargs)
-        if process_group is None:  # else ranks may share a model that nothing wraps
-            refuse_ranks_apart(trainer)
-        balancer = current()
-        if batches and balancer is not None:
-            micro_batches = len(batches) if is_generated else _model_inputs(batches)
-            balancer.begin_step(micro_batches, loss_scale=callback.loss_scale)
-            if callback.verifies and callback.report is None:
-                callback.report = verify_first_step(trainer, callback, batches, items)
-                _act_on(callback.report, balancer, trainer.is_world_process_zero())
-        return batches, items
-
-    @functools.wraps(log)
-    def log_with_metrics(logs, *args, **kwargs):
-        balancer = current()
-        if balancer is not None:
-            logs.update(_metrics_for(logs, balancer, callback, trainer))
-        return log(logs, *args, **kwargs)
-
-    @functools.wraps(evaluate)
-    def counted_evaluate(*args, **kwargs):
-        balancer = current()
-        with nullcontext() if balancer is None else balancer.evaluation():
-            return evaluate(*args, **kwargs)
-
-    @functools.wraps(load_optimizer)
-    def noted_load(checkpoint, *args, **kwargs):
-        callback.resumed_from = checkpoint
-        return load_optimizer(checkpoint, *args, **kwargs)
-
-    wrappers = {
-        "get_batch_samples": counted_batch_samples,
-        "log": log_with_metrics,
-        "evaluate": counted_evaluate,
-        "_load_optimizer_and_scheduler": noted_load,
-    }
-    for name, wrapper in wrappers.items():
-        setattr(trainer, name, wrapper)
-    if is_generated:
-        announce_when_generated(trainer, current, lambda: callback.loss_scale)
-    keep_whole(trainer, callback, current)
-    complete_uploads(trainer, callback.history)
+    if callback is None or callback.detach is None:
+        get_balancer(trainer.model)  # type: ignore[arg-type]
+        refuse_unknown_scaling(trainer, process_group)
+        batches = calibrated_batches(trainer, calibrate) if calibrate else 0
+        added = [] if callback is not None else [PhiBalanceCallback()]
+        callback = callback or added[0]
+        if batches:
+            added.append(CalibrateFirst(trainer, batches))
+        for each in added:
+            trainer.add_callback(each)
+        Attachment(trainer, callback, process_group, added)
+    callback.verifies |= verify
+    callback.fresh_duals |= fresh_duals
     return callback
 
 
-def _act_on(report: DoctorReport, balancer: PhiBalancer, says: bool) -> None:
-    """Ends a training that has a problem, on all ranks alike; else one of them says what was found."""
-    if report.problems:
-        balancer.discard_step()
-        raise ValueError(f"verify=True found what makes this training go wrong. {report}")
-    if says:
-        (logger.info if report.status == "ok" else logger.warning)(str(report))
+class Attachment:
+    """
+    What a trainer does beside its own work, a method for each of its methods that is wrapped.
+
+    Args:
+        trainer (`transformers.Trainer`): the trainer.
+        callback (`PhiBalanceCallback`): the callback in use.
+        process_group (`torch.distributed.ProcessGroup`, *optional*): see [`attach`].
+        added (`list`): the callbacks that [`attach`] has added.
+    """
+
+    def __init__(self, trainer: Any, callback: PhiBalanceCallback, process_group: Any, added: list[Any]) -> None:
+        self._trainer, self.callback, self.process_group, self._added = weakref.ref(trainer), callback, process_group, added
+        self._micro_batch = 0  # of the optimizer step under way
+        self._is_generated = generates(trainer)
+        self._restore: list[Callable[[], None]] = []
+        model: Any = trainer.model
+        self._switch_off_trainer_loss()
+        patch(model)
+        self._give_reference_its_bias()
+        self._warn_about_engine()
+        for name in ("get_batch_samples", "training_step", "log", "evaluate"):
+            self.wrap(name, getattr(self, name))
+        self.wrap("_load_optimizer_and_scheduler", self.note_checkpoint)
+        if self._is_generated:
+            self.wrap("_prepare_inputs", functools.partial(announce_when_generated, self.trainer, self.current))
+        keep_whole(trainer, callback, self.current, self.wrap)
+        complete_uploads(trainer, callback.history)
+        callback.detach = self.detach
+
+    @property
+    def trainer(self) -> Any:
+        return self._trainer()
+
+    def wrap(self, name: str, outer: Callable) -> None:
+        """Lets `trainer.name(...)` be `outer(inner, ...)`, until [`~Attachment.detach`]."""
+        trainer, own = self.trainer, vars(self.trainer).get(name)
+        inner = getattr(trainer, name)
+        wrapper = functools.wraps(inner)(functools.partial(outer, inner))
+        setattr(trainer, name, wrapper)
+
+        def restore() -> None:
+            if vars(self.trainer).get(name) is wrapper:
+                setattr(self.trainer, name, own) if own is not None else delattr(self.trainer, name)
+
+        self._restore.append(restore)
+
+    def detach(self) -> None:
+        """Takes everything out of the trainer again; its model stays patched."""
+        while self._restore:
+            self._restore.pop()()
+        for callback in self._added:
+            self.trainer.remove_callback(callback)
+        self.callback.detach = None
+
+    # ------------------------------------------------------------------ balancers
+
+    def balancers(self) -> list[PhiBalancer]:
+        """Those of all patched models in the trainer's model, as it is now."""
+        found = find_balancers(self.trainer.model)
+        for balancer in found:
+            balancer.process_group = self.process_group
+        return found
+
+    def current(self) -> PhiBalancer | None:
+        """That of the model that is trained; `None` if it was unpatched."""
+        found = self.balancers()
+        trained = [b for b in found if any(p.requires_grad for p in b.root.parameters())]
+        return next(iter(trained or found), None)
+
+    # ------------------------------------------------------------------ methods of the trainer
+
+    def get_batch_samples(self, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The batches of an optimizer step have been drawn: announces their tokens."""
+        trainer = self.trainer
+        if stop_if_done(trainer):
+            return [], None
+        batches, items = inner(*args, **kwargs)
+        if self.process_group is None:  # else ranks may share a model that nothing wraps
+            refuse_ranks_apart(trainer)
+        self._micro_batch = 0
+        wanted = kwargs.get("num_batches", args[1] if len(args) > 1 else len(batches))
+        share = 1.0
+        if 0 < len(batches) < wanted:  # the data are over, and the trainer goes on with those of the next pass
+            share = len(batches) / (len(batches) + trainer.args.gradient_accumulation_steps)
+        for balancer in self.balancers() if batches else ():
+            micro_batches = len(batches) if self._is_generated else batches
+            balancer.announce(micro_batches, by_part=True, share=share)
+        return batches, items
+
+    def training_step(self, inner: Callable, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """A micro-batch is trained on."""
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
+        number, self._micro_batch = self._micro_batch, self._micro_batch + 1
+        with ExitStack() as stack:
+            for balancer in self.balancers():
+                stack.enter_context(balancer.forwards.labels_of(labels, number))
+            return inner(model, inputs, *args, **kwargs)
+
+    def log(self, inner: Callable, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        balancer = self.current()
+        if balancer is not None:
+            logs.update(self._metrics_for(logs, balancer))
+        return inner(logs, *args, **kwargs)
+
+    def _metrics_for(self, logs: dict[str, float], balancer: PhiBalancer) -> dict[str, float]:
+        if balancer.is_evaluating:
+            prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
+            values = balancer.eval_metrics(self.callback.per_layer)
+            return {f"{prefix}_moe/{key}": value for key, value in values.items()}
+        if "loss" in logs and self.trainer.is_world_process_zero():
+            return self.callback.training_metrics(self.trainer.state)
+        return {}
+
+    def evaluate(self, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for balancer in self.balancers():
+                stack.enter_context(balancer.evaluation())
+            return inner(*args, **kwargs)
+
+    def note_checkpoint(self, inner: Callable, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        """Training begins, from `checkpoint` or without one."""
+        self.callback.resumed_from = checkpoint
+        return inner(checkpoint, *args, **kwargs)
+
+    # ------------------------------------------------------------------ once
+
+    def _switch_off_trainer_loss(self) -> None:
+        """TRL's trainers add an auxiliary loss of their own to any MoE."""
+        trainer = self.trainer
+        if getattr(trainer, "aux_loss_enabled", False) and get_balancer(trainer.model).config.is_on:
+            announce_switched_off()
+            trainer.aux_loss_enabled = False
+            trainer.router_aux_loss_coef = 0.0
+
+    def _give_reference_its_bias(self) -> None:
+        """The reference that TRL has loaded by itself, from the policy's own checkpoint, routes as the policy does."""
+        reference, policy = getattr(self.trainer, "ref_model", None), self.current()
+        if reference is None or policy is None or not policy.duals.own_bias or find_balancers(reference):
+            return
+        biases = policy.biases()
+        if not any(bool(bias.any()) for bias in biases.values()) or not _has_same_weights(reference, policy):
+            return
+        patch(reference, {"method": "none"})
+        get_balancer(reference).set_biases(biases)
+        logger.warning(
+            f"The reference model of {type(self.trainer).__name__} has the weights of the policy, but not its selection bias: it has "
+            "been given that bias. A ref_model that was loaded with phi_balance=True is left as it is."
+        )
+
+    def _warn_about_engine(self) -> None:
+        balancer = self.current()
+        if getattr(self.trainer.args, "use_vllm", False) and balancer is not None and balancer.duals.own_bias:
+            logger.warning(
+                "use_vllm=True hands the weights over to vLLM during training, but not the selection bias: completions are generated "
+                "with the bias that the checkpoint had, while the trained one moves. Set bias_coef=0 and balance by coef."
+            )
 
 
-def _switch_off_trainer_loss(trainer: Any) -> None:
-    """TRL's trainers add an auxiliary loss of their own to any MoE."""
-    if getattr(trainer, "aux_loss_enabled", False):
-        announce_switched_off()
-        trainer.aux_loss_enabled = False
-        trainer.router_aux_loss_coef = 0.0
+def _has_same_weights(reference: Any, policy: PhiBalancer) -> bool:
+    """Whether all routers of `reference` have the weights of those of `policy`."""
+    theirs = dict(reference.named_parameters())
+    own = {
+        name: p for name, p in policy.root.named_parameters() if any(name.startswith(f"{layer}.") for layer in policy.layer_names)
+    }
+    return bool(own) and all(
+        name in theirs and theirs[name].shape == p.shape and torch.equal(theirs[name].detach().to(p), p.detach())
+        for name, p in own.items()
+    )
 
 
-def _model_inputs(batches: Sequence[Any]) -> list[Mapping[str, Any]]:
-    return [batch if isinstance(batch, Mapping) else {} for batch in batches]
+def _attach_when_training(trainer: Any) -> None:
+    """The flag is enough: `Trainer.train` of a patched model balances."""
+    has_callback = any(isinstance(c, PhiBalanceCallback) for c in trainer.callback_handler.callbacks)
+    if trainer.model is None or not (has_callback or find_balancers(trainer.model)):
+        return
+    attach(trainer)
+    logger.warning_once(f"φ-balancing is on in {type(trainer).__name__}: {get_balancer(trainer.model).config}.")
 
 
-def _metrics_for(
-    logs: dict[str, float], balancer: PhiBalancer, callback: PhiBalanceCallback, trainer: Trainer
-) -> dict[str, float]:
-    if balancer.is_evaluating:
-        prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
-        values = balancer.eval_metrics(callback.per_layer)
-        return {f"{prefix}_moe/{key}": value for key, value in values.items()}
-    if "loss" in logs and trainer.is_world_process_zero():
-        return callback.training_metrics(trainer.state)
-    return {}
+on_train.append(_attach_when_training)

@@ -67,7 +67,9 @@ def _marked_step(checkpoint: Path) -> int | None:
         return None
 
 
-def keep_whole(trainer: Trainer, callback: PhiBalanceCallback, current: Callable[[], PhiBalancer | None]) -> None:
+def keep_whole(
+    trainer: Any, callback: PhiBalanceCallback, current: Callable[[], PhiBalancer | None], wrap: Callable[[str, Callable], None]
+) -> None:
     """
     Has `trainer` write checkpoints in the order above, and `resume_from_checkpoint=True` take the newest that is complete
     on every rank.
@@ -76,27 +78,26 @@ def keep_whole(trainer: Trainer, callback: PhiBalanceCallback, current: Callable
         trainer (`transformers.Trainer`): the trainer.
         callback (`PhiBalanceCallback`): knows where it has resumed from.
         current (`Callable`): returns the balancer of its model as it is now, if there is one.
+        wrap (`Callable`): wraps a method of the trainer.
     """
-    save, train = trainer._save_checkpoint, trainer.train
 
-    @functools.wraps(save)
-    def save_whole(model, trial=None):
+    def save_whole(save: Callable, model: Any, trial: Any = None) -> Any:
         balancer = current()
         if balancer is None:
             return save(model, trial)
         step = trainer.state.global_step
         folder = Path(trainer._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         came_from = Path(callback.resumed_from or "").resolve()
-        if folder.resolve() == came_from and _marked_step(folder) == step:
+        if callback.resumed_from and folder.resolve() == came_from and _marked_step(folder) == step:
             return None  # it holds this very state; writing it again would leave a moment without it
         return _save_in_order(trainer, balancer, folder, functools.partial(save, model, trial))
 
-    @functools.wraps(train)
-    def train_from_complete(resume_from_checkpoint=None, *args, **kwargs):
+    def train_from_complete(train: Callable, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        callback.resumed_from = None
         return train(_complete(trainer, resume_from_checkpoint), *args, **kwargs)
 
-    for name, wrapper in {"_save_checkpoint": save_whole, "train": train_from_complete}.items():
-        setattr(trainer, name, wrapper)
+    wrap("_save_checkpoint", save_whole)
+    wrap("train", train_from_complete)
 
 
 def _save_in_order(trainer: Trainer, balancer: PhiBalancer, folder: Path, save: Callable[[], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,36 +24,29 @@ def generates(trainer: Any) -> bool:
 
 
 def announce_when_generated(
-    trainer: Any, current: Callable[[], PhiBalancer | None], loss_scale: Callable[[], float | Tensor]
-) -> None:
+    trainer: Any, current: Callable[[], PhiBalancer | None], inner: Callable, *args: Any, **kwargs: Any
+) -> Any:
     """
-    Lets `trainer` announce the tokens of each optimizer step after its first micro-batch has been prepared, and before the
-    model has seen it: by then everything that the step will train on has been generated.
+    Announces the tokens of an optimizer step after `inner`, the trainer's `_prepare_inputs`, has prepared its first micro-batch,
+    and before the model has seen it: by then everything that the step will train on has been generated.
 
     Args:
-        trainer (`trl.GRPOTrainer` or `trl.RLOOTrainer`): which has opened the step with the number of its micro-batches.
+        trainer (`trl.GRPOTrainer` or `trl.RLOOTrainer`): which has announced the step by the number of its micro-batches.
         current (`Callable`): returns the balancer, if there is one.
-        loss_scale (`Callable`): returns the scale of the `GradScaler` in use, else 1.
     """
-    prepare = trainer._prepare_inputs
-
-    @functools.wraps(prepare)
-    def prepare_and_announce(*args, **kwargs):
-        inputs = prepare(*args, **kwargs)
-        balancer = current()
-        if balancer is not None and balancer.is_open and not balancer.is_trained_on and trainer.model.training:
-            micro_batches = generated_step(trainer)
-            if micro_batches is not None:
-                balancer.begin_step(micro_batches, loss_scale=loss_scale())
-            else:
-                logger.warning_once(
-                    "Not all that an optimizer step trains on has been generated when it begins, so each micro-batch is "
-                    "charged its own mean instead of its exact share of the step's tokens. In trl's GRPOTrainer and "
-                    "RLOOTrainer it has, if steps_per_generation is a multiple of gradient_accumulation_steps (the default)."
-                )
-        return inputs
-
-    trainer._prepare_inputs = prepare_and_announce
+    inputs = inner(*args, **kwargs)
+    balancer = current()
+    if balancer is not None and balancer.is_open and balancer.now.tokens is None and not balancer.is_trained_on:
+        micro_batches = generated_step(trainer) if trainer.model.training else None
+        if micro_batches is not None:
+            balancer.announce(micro_batches, by_part=True)
+        elif trainer.model.training:
+            logger.warning_once(
+                "Not all that an optimizer step trains on has been generated when it begins, so each micro-batch gets its own "
+                "mean instead of its exact share of the step's tokens. In trl's GRPOTrainer and RLOOTrainer it has, if "
+                "steps_per_generation is a multiple of gradient_accumulation_steps (the default)."
+            )
+    return inputs
 
 
 def generated_step(trainer: Any) -> list[dict[str, Tensor]] | None:

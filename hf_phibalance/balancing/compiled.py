@@ -1,0 +1,88 @@
+"""
+Inside `torch.compile`: one operator for a forward of the backbone and one per router, which the compiler does not look into.
+
+So the graph stays whole. An operator hands on tensors and nothing else: a forward is known by a number, and a router by
+the key that [`new_key`] gave it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .gradient import auxiliary_gradient
+
+
+if TYPE_CHECKING:
+    from .forwards import Forwards
+
+
+_forwards: list[weakref.ref[Forwards]] = []
+
+
+def new_key(forwards: Forwards) -> int:
+    """Number by which compiled code knows `forwards`."""
+    _forwards.append(weakref.ref(forwards))
+    return len(_forwards) - 1
+
+
+@torch.library.custom_op("phi_balance::open", mutates_args=())
+def open_forward(mask: Tensor, image: Tensor | None, sequence: Tensor | None, training: bool, cached: bool, key: int) -> Tensor:
+    """Opens a forward of the backbone with this token mask `(B, S)`; returns its number, -1 if nothing is to be counted."""
+    forwards = _forwards[key]()
+    return torch.tensor(-1 if forwards is None else forwards.open_compiled(mask, image, sequence, training, cached))
+
+
+@open_forward.register_fake
+def _(mask, image, sequence, training, cached, key):
+    return torch.empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("phi_balance::route", mutates_args=())
+def route(carrier: Tensor, logits: Tensor, selected: Tensor, number: Tensor, index: int, key: int) -> Tensor:
+    """Counts what router `index` did in the forward `number`; returns `carrier`, whose backward adds the auxiliary gradient."""
+    forwards = _forwards[key]()
+    if forwards is not None and int(number) >= 0:  # a tensor of the host
+        forwards.count_compiled(int(number), index, logits, selected)
+    return carrier.clone()
+
+
+@route.register_fake
+def _(carrier, logits, selected, number, index, key):
+    return torch.empty_like(carrier)
+
+
+@torch.library.custom_op("phi_balance::gradient", mutates_args=())
+def gradient(logits: Tensor, number: Tensor, index: int, key: int) -> Tensor:
+    """What router `index` adds to the gradient of `logits (T, E)`, in the backward that runs now."""
+    forwards = _forwards[key]()
+    forward = None if forwards is None or int(number) < 0 else forwards.balancer.now.kept.get(int(number))
+    if forwards is None or forward is None:
+        return torch.zeros_like(logits)
+    due = forwards.due(forward, index, len(logits))
+    if due is None:
+        return torch.zeros_like(logits)
+    settings = forwards.further_losses(forward, index, logits)
+    return auxiliary_gradient(logits, *due, forwards.balancer.sites[index].scoring, *settings).to(logits.dtype)
+
+
+@gradient.register_fake
+def _(logits, number, index, key):
+    return torch.empty_like(logits)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, logits, _, number, ctx.index, ctx.key = inputs
+    ctx.save_for_backward(logits, number)
+
+
+def _backward(ctx: Any, gradient_of_carrier: Tensor) -> tuple:
+    logits, number = ctx.saved_tensors
+    added = torch.ops.phi_balance.gradient(logits, number, ctx.index, ctx.key)
+    return gradient_of_carrier, added, None, None, None, None
+
+
+route.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,429 @@
+"""
+What a forward of a patched model is, and what its routers do in it.
+
+| forward | told by | its tokens count | adds the auxiliary gradient |
+|---|---|---|---|
+| training | `train()`, gradients on, no backward under way | in the step, when its backward comes | once per router |
+| recomputed (both kinds of checkpointing, of layers or of the whole model) | a backward is under way | no | what its forward has not added |
+| abandoned (graph dropped, exception, a metric in train mode) | its graph is gone | no | no |
+| differentiated twice (`create_graph`) | gradients on in its backward | yes | only if a first-order backward follows |
+| evaluation | [`~PhiBalancer.evaluation`] is open, no cache | in the evaluation | no |
+| generation | `evaluation(generation=True)` is open | prompt and new tokens, each once; finished rows never | no |
+| none of these, e.g. a frozen teacher; another thread meanwhile | | no | no |
+| compiled | `torch.compile` | as above | as above |
+
+In all of them the selection bias acts. Which forward is under way is known per thread, so one thread can serve while
+another trains.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..maths import SCORINGS, margin_histogram, routing_probs, sequence_price
+from ..methods import price_now
+from ..routers import image_tokens
+from . import compiled
+from .counts import Counts
+from .gradient import add_gradient
+from .process import backward_node, loss_scale, unrecorded
+from .step import Forward
+from .tokens import Tokens, count_mask, hidden_shape, packed_sequences
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .balancer import PhiBalancer
+
+
+class Evaluation:
+    """
+    What is counted in forwards without gradients while [`~PhiBalancer.evaluation`] is open.
+
+    Args:
+        counts (`Counts`): empty ones; as `extra`, what the routers would select without a bias of ours.
+        end_ids (`Sequence[int]`, *optional*): ids that end a row, where generation is counted.
+    """
+
+    def __init__(self, counts: Counts, end_ids: list[int] | None = None) -> None:
+        self.counts, self.end_ids = counts, end_ids
+        self._is_over: Tensor | None = None  # (B,) rows of the generation under way that have ended
+
+    def mask_of_generation(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tensor:
+        """Tokens of a generation's forward that count: of the prompt those that are no padding, then one per open row."""
+        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        if cache is None or not cache.get_seq_length() or self._is_over is None or len(mask_BS) != len(self._is_over):
+            self._is_over = mask_BS.new_zeros(len(mask_BS))
+            return mask_BS
+        counted = ~self._is_over[:, None] & mask_BS
+        if ids is not None:
+            self._is_over |= torch.isin(ids, ids.new_tensor(self.end_ids)).any(-1)
+        return counted
+
+
+class _Here(threading.local):
+    """What holds in one thread."""
+
+    forward: Forward | Evaluation | None = None  # that is under way, ...
+    tokens: Tokens | None = None  # ... and its tokens
+    labels: Tensor | None = None  # that its batch has, where the backbone does not get them
+    micro_batch: int | None = None  # of a Trainer's step
+    replaying = False
+
+
+class Forwards:
+    """
+    The forwards of one patched model; what the hooks on its backbone and routers talk to ([`RouterBalancer`]).
+
+    Args:
+        balancer (`PhiBalancer`): that of the model.
+    """
+
+    def __init__(self, balancer: PhiBalancer) -> None:
+        self.balancer = balancer
+        self._begin()
+
+    def _begin(self) -> None:
+        self._here = _Here()
+        self._key = compiled.new_key(self)
+        self._number: Tensor | None = None  # of the forward that is being compiled
+        self._labels: Tensor | None = None  # for compiled code, which cannot ask in which thread it runs
+        self._replaying = False
+        self.evaluation: Evaluation | None = None
+        self.watch: Callable[[int, Tensor], None] | None = None  # who else wants to see the scores that are ranked
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"balancer": self.balancer}  # a copy begins with no forward under way
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.balancer = state["balancer"]
+        self._begin()
+
+    @property
+    def sites(self):
+        return self.balancer.sites
+
+    @property
+    def owner(self) -> nn.Module | None:
+        return self.balancer.backbone
+
+    # ------------------------------------------------------------------ a forward of the backbone
+
+    @contextmanager
+    def labels_of(self, labels: Tensor | None, micro_batch: int | None = None) -> Iterator[None]:
+        """Forwards inside it use `labels (B, S)` as those of their batch, and belong to `micro_batch` of a Trainer's step."""
+        if torch.compiler.is_compiling():
+            self._labels = labels
+            yield
+            return
+        here = self._here
+        outer = here.labels, here.micro_batch
+        here.labels = self._labels = here.labels if labels is None else labels
+        here.micro_batch = here.micro_batch if micro_batch is None else micro_batch
+        try:
+            yield
+        finally:
+            here.labels, here.micro_batch = outer
+            self._labels = here.labels
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Routers called inside it are told from outside what to select."""
+        here = self._here
+        outer = here.replaying
+        here.replaying = self._replaying = True
+        try:
+            yield
+        finally:
+            here.replaying = self._replaying = outer
+
+    def run(self, backbone: nn.Module, inner: Callable, inputs: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
+        """Calls `inner(*args, **kwargs)`, the forward of `backbone`, as one forward with these `inputs`."""
+        if torch.compiler.is_compiling():
+            self._number = self._open_traced(backbone, inputs)
+            return inner(*args, **kwargs)
+        here = self._here
+        outer = here.forward, here.tokens
+        here.forward, here.tokens = self._open(backbone, inputs)
+        try:
+            output = inner(*args, **kwargs)
+            if isinstance(here.forward, Forward) and here.forward.share is None:
+                self._settle_at(output, here.forward)
+            return output
+        finally:
+            here.forward, here.tokens = outer
+
+    def _open(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[Forward | Evaluation | None, Tokens | None]:
+        """The forward that begins with these `inputs`; see the table above."""
+        balancer, node = self.balancer, backward_node()
+        if node is not None and (found := balancer.now.find(node)) is not None:
+            return found, found.tokens  # the whole backbone is recomputed
+        training = backbone.training and torch.is_grad_enabled()
+        evaluation = None if training else self.evaluation
+        is_cached = any(inputs.get(name) is not None for name in ("cache", "past_key_values"))
+        if evaluation is not None and evaluation.end_ids is None and is_cached:
+            evaluation = None
+        if not training and evaluation is None:
+            return None, None
+        with unrecorded():
+            mask_BS = self._mask(inputs)
+            if mask_BS is None:
+                if evaluation is not None:
+                    return None, None  # a second forward of the same batch, for its logits only
+                raise ValueError(self._no_mask(inputs))
+            if evaluation is not None and evaluation.end_ids is not None:
+                mask_BS = evaluation.mask_of_generation(inputs, mask_BS)
+            tokens = self._tokens(inputs, mask_BS)
+            if evaluation is not None:
+                evaluation.counts.tokens.add_(tokens.count)
+                return evaluation, tokens
+            return self._open_training(tokens), tokens
+
+    def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        if self.balancer.config.token_mask == "labels" and inputs.get("labels") is None:
+            labels = self._labels if torch.compiler.is_compiling() else self._here.labels
+            inputs = {**inputs, "labels": labels}
+        return count_mask(inputs, self.balancer.config.token_mask, self.balancer.pad_token_id)
+
+    def _no_mask(self, inputs: Mapping[str, Any]) -> str:
+        kind = self.balancer.config.token_mask
+        missing = "labels" if kind == "labels" and hidden_shape(inputs) is not None else "input_ids or inputs_embeds"
+        return (
+            f"token_mask={kind!r}, but this forward received no {missing}. Pass them to the model, or set another token_mask "
+            "in PhiBalanceConfig."
+        )
+
+    def _tokens(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tokens:
+        device = self.balancer.duals.values.device
+        sequence = packed_sequences(inputs) if self.balancer.config.sequence_coef > 0 else None
+        image = image_tokens(inputs, self.sites)
+        return Tokens(mask_BS.to(device), image, None if sequence is None else sequence.to(device))
+
+    def _open_training(self, tokens: Tokens) -> Forward:
+        balancer = self.balancer
+        balancer.continue_or_begin()
+        number = tokens.count
+        if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.charges:
+            number = balancer.sum_over_ranks(number.clone())  # nobody has announced it
+        forward = balancer.now.open(tokens, number, self._here.micro_batch)
+        if self._here.replaying:
+            forward.counts.replayed.add_(1)
+        return forward
+
+    def _settle_at(self, output: Any, forward: Forward) -> None:
+        """The backward of a forward comes by what the backbone returned, whether or not it reaches a router."""
+        parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+
+        def begin_backward(gradient: Tensor) -> None:
+            self.settle(forward)
+
+        for part in parts:
+            if isinstance(part, Tensor) and part.requires_grad:
+                part.register_hook(begin_backward)
+
+    # ------------------------------------------------------------------ a call of a router
+
+    @property
+    def is_idle(self) -> bool:
+        if torch.compiler.is_compiling():
+            return self._number is None
+        return self._here.forward is None and backward_node() is None
+
+    def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
+        """Counts what router `index` did, and lets its backward add the auxiliary gradient; see [`RouterReader`]."""
+        if torch.compiler.is_compiling():
+            return torch.ops.phi_balance.route(carrier, logits, selected, self._number, index, self._key)
+        node, here = backward_node(), self._here
+        forward = None if node is None else self.balancer.now.find(node)
+        if forward is None:
+            if here.forward is None or here.tokens is None:
+                return carrier
+            self._count(index, logits, selected, here.forward.counts, here.tokens)
+            forward = here.forward
+        if not isinstance(forward, Forward) or not torch.is_grad_enabled() or not logits.requires_grad:
+            return carrier
+        if not self.balancer.config.charges:
+            return carrier
+        due = functools.partial(self.due, forward, index, len(logits))
+        return add_gradient(
+            carrier, logits, self.sites[index].scoring, due, *self.further_losses(forward, index, logits)
+        )
+
+    def _count(self, index: int, logits: Tensor, selected: Tensor, counts: Counts, tokens: Tokens) -> None:
+        site = self.sites[index]
+        expected = tokens.mask_at(site, len(logits)).numel(), site.num_experts
+        if tuple(logits.shape) != expected:
+            raise ValueError(
+                f"router {site.name!r} returned logits of shape {tuple(logits.shape)} where the token mask and the "
+                f"patch expect {expected}; this model routes something else than its (batch x sequence) tokens. If experts "
+                "were added or removed, patch the model again. If images are among the inputs, input_ids must hold a "
+                "placeholder for each of their vectors, as the processor of the model makes them."
+            )
+        with unrecorded():
+            probs = routing_probs(logits.detach(), site.scoring)
+            counts.add(index, site, probs, selected.detach(), tokens)
+            if site.native_bias and counts.extra.numel():
+                by_logits = site.kind.traits.biases == "logits"
+                self._use_scores(index, logits if by_logits else SCORINGS[site.scoring].score(logits.float()))
+
+    @torch.no_grad()
+    def further_losses(self, forward: Forward, index: int, logits: Tensor) -> tuple[float, Tensor | None]:
+        """Strength of the z-loss, and the price of the sequence-wise loss `(T, E)`, if there is one."""
+        config, site = self.balancer.config, self.sites[index]
+        if config.sequence_coef == 0:
+            return config.z_loss_coef, None
+        with unrecorded():
+            mask, sequence = forward.tokens.mask, forward.tokens.sequences()
+            price = sequence_price(logits.detach(), site.scoring, site.top_k, mask.to(logits.device), sequence.to(logits.device))
+        return config.z_loss_coef, config.sequence_coef * price
+
+    # ------------------------------------------------------------------ its backward
+
+    def settle(self, forward: Forward) -> None:
+        """A backward has reached `forward`: its tokens get their weight, and its counts enter the step."""
+        balancer, step = self.balancer, forward.step
+        found = loss_scale()
+        if found is not None:
+            step.scaler, step.loss_scale = found
+        with torch.no_grad():
+            for member in step.settle(forward):
+                member.price = self._price_of(member)
+                step.counts.balance.add_((member.price * member.counts.probs).sum())
+        if torch.is_grad_enabled():
+            step.second_order = True
+        balancer.idle_steps = 0
+
+    def _price_of(self, forward: Forward) -> Tensor:
+        """q of all routers in `forward`, `(L, E)`."""
+        balancer = self.balancer
+        config, duals = balancer.config, balancer.duals
+        if config.coef == 0 or (config.price_from == "previous" and not config.rules.pooled):
+            return duals.price.clone()
+        own, so_far = (getattr(counts, config.track) for counts in (forward.counts, forward.step.counts))
+        price = torch.zeros_like(duals.price)
+        for rows, experts in duals.blocks():
+            price[rows, :experts] = price_now(
+                duals.potential,
+                duals.mean(config.track)[rows, :experts],
+                own[rows, :experts],
+                so_far[rows, :experts],
+                price_from=config.price_from,
+                pooled=config.rules.pooled,
+                ema_rate=config.ema_rate,
+                top_k=self.sites[0].top_k,
+                sum_over_ranks=balancer.sum_over_ranks,
+            )
+        return price
+
+    def due(self, forward: Forward, index: int, routed: int) -> tuple[Tensor, Tensor] | None:
+        """What router `index` adds in the backward that runs now: weight of each token `(T,)` and coef · q `(E,)`."""
+        self.settle(forward)
+        if torch.is_grad_enabled() or index in forward.added or forward.share is None or forward.price is None:
+            return None  # a backward with `create_graph` is the task's own
+        forward.added.add(index)
+        forward.step.added.add(index)
+        site, scale = self.sites[index], forward.step.loss_scale
+        scale = scale.to(forward.share.device) if isinstance(scale, Tensor) else scale
+        mask = forward.tokens.mask_at(site, routed)
+        return mask * (forward.share * scale), self.balancer.coef * forward.price[index, : site.num_experts]
+
+    # ------------------------------------------------------------------ inside a router
+
+    def selection_bias(self, index: int) -> Tensor | None:
+        """Bias `(E,)` that the selection of router `index` has to add; `None` if it has none or adds it itself."""
+        duals, site = self.balancer.duals, self.sites[index]
+        replaying = self._replaying if torch.compiler.is_compiling() else self._here.replaying
+        if not duals.has_bias or self.balancer.ignores_bias or site.native_bias or replaying:
+            return None
+        return duals.biases[index, : site.num_experts]
+
+    def choice_bias(self, index: int) -> Tensor | None:
+        """Bias `(E,)` that is in force in the selection of router `index`, wherever it is kept."""
+        site = self.sites[index]
+        return site.read_native_bias() if site.native_bias else self.selection_bias(index)
+
+    def observe_scores(self, index: int, scores: Tensor, are_probs: bool) -> None:
+        """Router `index` ranked `scores (..., E)`, to which its bias was added."""
+        if self.sites[index].score_width is None and are_probs:
+            self.sites[index].score_width = 1.0
+        with unrecorded():
+            self._use_scores(index, scores.detach())
+
+    @contextmanager
+    def showing_scores(self, watch: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """While open, `watch(index, scores)` sees the scores `(..., E)` to which the bias of router `index` is added."""
+        self.watch = watch
+        try:
+            yield
+        finally:
+            self.watch = None
+
+    def _use_scores(self, index: int, scores: Tensor) -> None:
+        """Counts by the scores that router `index` ranks, where a method or an evaluation needs it."""
+        if self.watch is not None:
+            self.watch(index, scores)
+        here, site = self._here, self.sites[index]
+        if here.forward is None or here.tokens is None or not here.forward.counts.extra.numel() or backward_node() is not None:
+            return
+        scores = scores.reshape(-1, site.num_experts).float()
+        extra = here.forward.counts.extra[index, : site.num_experts]
+        mask = here.tokens.mask_at(site, len(scores))
+        if isinstance(here.forward, Forward):
+            bias_E = self.balancer.duals.biases[index, : site.num_experts].to(scores.device)
+            width = site.score_width or self.balancer.LOGIT_WIDTH
+            extra.add_(margin_histogram(scores, bias_E, site.top_k, mask.to(scores.device), width).to(extra.device))
+        elif not site.native_bias:
+            chosen = scores.topk(site.top_k, dim=-1).indices.reshape(-1).to(extra.device)
+            extra[:, 0].scatter_add_(0, chosen, here.tokens.entries_of(mask, site.top_k))
+
+    # ------------------------------------------------------------------ compiled
+
+    def _open_traced(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        """What the compiler traces of opening a forward: its token mask, and one operator."""
+        training = backbone.training and torch.is_grad_enabled()
+        is_cached = any(inputs.get(name) is not None for name in ("cache", "past_key_values"))
+        mask_BS = self._mask(inputs)
+        if mask_BS is None:
+            if training:
+                raise ValueError(self._no_mask(inputs))
+            return None
+        sequence = packed_sequences(inputs) if self.balancer.config.sequence_coef > 0 else None
+        image = image_tokens(inputs, self.sites)
+        return torch.ops.phi_balance.open(mask_BS, image, sequence, training, is_cached, self._key)
+
+    def open_compiled(
+        self, mask_BS: Tensor, image: Tensor | None, sequence: Tensor | None, training: bool, is_cached: bool
+    ) -> int:
+        """Opens a forward when compiled code runs; returns its number, -1 if nothing is to be counted."""
+        device = self.balancer.duals.values.device
+        tokens = Tokens(mask_BS.to(device), image, sequence)
+        if training:
+            forward = self._open_training(tokens)
+            number = forward.first_node * 2 + len(forward.step.kept) * 2
+            forward.step.kept[number] = forward
+            return number
+        if self.evaluation is None or is_cached:
+            return -1
+        self.evaluation.counts.tokens.add_(tokens.count)
+        self._here.tokens = tokens
+        return EVALUATION
+
+    def count_compiled(self, number: int, index: int, logits: Tensor, selected: Tensor) -> None:
+        if number == EVALUATION:
+            if self.evaluation is not None and self._here.tokens is not None:
+                self._count(index, logits, selected, self.evaluation.counts, self._here.tokens)
+            return
+        forward = self.balancer.now.kept.get(number)
+        if forward is not None and forward.share is None:
+            self._count(index, logits, selected, forward.counts, forward.tokens)
+
+
+EVALUATION = 1  # number of a compiled forward of an evaluation; those of training are even

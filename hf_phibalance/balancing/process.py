@@ -1,0 +1,211 @@
+"""
+All that φ-balancing sets in the process, beyond the models it patches, and every private name of torch that it uses.
+
+| what | why |
+|---|---|
+| a step hook of all torch optimizers | a step ends when an optimizer that owns parameters of a patched model has stepped |
+| wrappers on `GradScaler.scale` and `.update` | the scale of a loss is found at the root of its backward; a skipped step is noticed |
+| a wrapper on `transformers.Trainer.train` | a Trainer whose model is patched announces the tokens of its steps |
+| a wrapper on `PreTrainedModel.save_pretrained` | the state is written beside the weights |
+| wrappers on `PeftModel.save_pretrained` and `.load_adapter` | a selection bias is kept with the adapter that it was trained with |
+| `torch._dynamo.config.skip_nnmodule_hook_guards = False` | else compiled code of an ordinary model may run in a patched one |
+
+[`follow`] puts them in when the first model is patched; [`forget`] takes them out when none is left.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+if TYPE_CHECKING:
+    from .balancer import PhiBalancer
+
+
+_balancers: list[weakref.ref[PhiBalancer]] = []  # in the order of patching, which is the same on all ranks
+_undo: list[Callable[[], None]] = []
+_scales: dict[int, tuple[Any, Tensor]] = {}  # GradScaler and scale of the loss, by the backward that is under way
+# What others want to be called for: a Trainer that begins to train; `save_pretrained` of a model, with the method to go on with;
+# a `PeftModel` and the folder that it is about to be saved to; one, the adapter that was loaded into it, and its name.
+on_train: list[Callable[[Any], None]] = []
+around_save: list[Callable] = []
+on_peft_save: list[Callable[[Any, str], None]] = []
+on_peft_load: list[Callable[[Any, str, str], None]] = []
+
+
+def balancers() -> list[PhiBalancer]:
+    """The balancers of all models that are patched and alive."""
+    return [b for reference in _balancers if (b := reference()) is not None and b.backbone is not None]
+
+
+def follow(balancer: PhiBalancer) -> None:
+    """Lets `balancer` know what optimizers, scalers and trainers of this process do."""
+    _balancers[:] = [weakref.ref(other) for other in balancers() if other is not balancer] + [weakref.ref(balancer)]
+    if not _undo:
+        _install()
+
+
+def forget(balancer: PhiBalancer) -> None:
+    """`balancer` is out of its model; without any other the process is left as it was found."""
+    _balancers[:] = [weakref.ref(other) for other in balancers() if other is not balancer]
+    if not _balancers:
+        while _undo:
+            _undo.pop()()
+
+
+def _install() -> None:
+    _undo.append(register_optimizer_step_post_hook(_after_optimizer).remove)
+    for scaler in (torch.amp.GradScaler, *torch.amp.GradScaler.__subclasses__()):
+        _wrap(scaler, "scale", _scale)
+        _wrap(scaler, "update", _update)
+    from transformers import PreTrainedModel, Trainer
+
+    _wrap(Trainer, "train", _train)
+    _wrap(PreTrainedModel, "save_pretrained", _save_model)
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        _undo.append(functools.partial(setattr, torch._dynamo.config, "skip_nnmodule_hook_guards", True))
+
+
+def _wrap(cls: type, name: str, outer: Callable) -> None:
+    """Lets `cls.name(self, ...)` be `outer(inner, self, ...)`, unless `cls` inherits it."""
+    inner = vars(cls).get(name)
+    if inner is None or hasattr(inner, "_phi_balance"):
+        return
+
+    @functools.wraps(inner)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return outer(inner, self, *args, **kwargs)
+
+    wrapper._phi_balance = True  # type: ignore[attr-defined]
+
+    def restore() -> None:
+        if vars(cls).get(name) is wrapper:  # else somebody has wrapped it since; ours does nothing without balancers
+            setattr(cls, name, inner)
+
+    setattr(cls, name, wrapper)
+    _undo.append(restore)
+
+
+def follow_peft() -> None:
+    """Wraps the saving and loading of adapters, once PEFT is imported and while a model is patched."""
+    cls: Any = getattr(sys.modules.get("peft"), "PeftModel", None)
+    if cls is not None and _undo:
+        _wrap(cls, "save_pretrained", _save_adapter)
+        _wrap(cls, "load_adapter", _load_adapter)
+
+
+def _save_adapter(inner: Callable, model: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+    for save in on_peft_save if kwargs.get("is_main_process", True) else ():
+        save(model, save_directory)
+    return inner(model, save_directory, *args, **kwargs)
+
+
+def _load_adapter(inner: Callable, model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    result = inner(model, model_id, adapter_name, *args, **kwargs)
+    for load in on_peft_load:
+        load(model, model_id, adapter_name)
+    return result
+
+
+# ---------------------------------------------------------------------- optimizers, scalers, trainers
+
+
+@torch.compiler.disable
+def _after_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """Ends the step of every model of which `optimizer` owns parameters."""
+    skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips on the device, without telling the host
+    for balancer in balancers():
+        if not in_backward():
+            balancer.optimizer_has_stepped(optimizer, skipped)
+        elif balancer.is_owned_by(optimizer):  # one optimizer per parameter, which steps inside the backward
+            end = functools.partial(balancer.optimizer_has_stepped, optimizer, skipped)
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+
+
+def _scale(inner: Callable, scaler: Any, outputs: Any) -> Any:
+    scaled = inner(scaler, outputs)
+    if scaler.is_enabled():
+        for loss in [scaled] if isinstance(scaled, Tensor) else list(scaled):
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                loss.register_hook(functools.partial(_begin_scaled, scaler))
+    return scaled
+
+
+def _begin_scaled(scaler: Any, grad: Tensor) -> None:
+    """The backward of a scaled loss begins: the loss is its root."""
+    if len(_scales) > 8:
+        _scales.clear()
+    _scales[torch._C._current_graph_task_id()] = scaler, scaler._scale
+
+
+def loss_scale() -> tuple[Any, Tensor] | None:
+    """GradScaler and scale of the loss whose backward is under way; `None` if it is not scaled."""
+    return _scales.get(torch._C._current_graph_task_id())
+
+
+def _update(inner: Callable, scaler: Any, *args: Any, **kwargs: Any) -> None:
+    inner(scaler, *args, **kwargs)
+    for balancer in balancers():
+        balancer.scaler_has_updated(scaler)
+
+
+def _save_model(inner: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+    save = functools.partial(inner, model)
+    for outer in around_save:
+        save = functools.partial(outer, model, save)
+    return save(*args, **kwargs)
+
+
+def _train(inner: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    own = vars(trainer).get("train")
+    for begin in on_train if balancers() else ():
+        begin(trainer)
+    if vars(trainer).get("train") is not own:
+        return trainer.train(*args, **kwargs)  # which has just been wrapped, for this call too
+    return inner(trainer, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------- private names of torch
+
+
+def in_backward() -> bool:
+    """Whether a backward is under way in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def backward_node() -> int | None:
+    """Number of the autograd node whose backward runs in this thread; `None` outside of a backward."""
+    if not in_backward():
+        return None
+    node: Any = torch._C._current_autograd_node()
+    return -1 if node is None else node._sequence_nr()
+
+
+def next_node() -> int:
+    """Number of the autograd node that this thread makes next; later nodes have larger numbers."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """
+    Operations inside are seen by no dispatch mode. Selective checkpointing is one, and wants a recomputation to run the very
+    operations of the forward; ours only count, and are not run again.
+    """
+    if torch._C._len_torch_dispatch_stack() == 0:
+        with torch.no_grad():
+            yield
+        return
+    with torch.no_grad(), _disable_current_modes():
+        yield
