@@ -12,7 +12,7 @@ import transformers
 
 
 # Assertions in helpers say what was unequal, as those in tests do.
-pytest.register_assert_rewrite("adapters", "charging", "checks", "steps", "training")
+pytest.register_assert_rewrite("adapters", "charging", "checks", "measuring", "steps", "training")
 
 
 # Files whose tests share what takes long to set up, such as processes: each goes to one worker.

@@ -186,12 +186,10 @@ def check_probs(model, batch):
 def check_bias(model, batch):
     phb.patch(model, {"coef": 0.0, "bias_coef": 0.1})
     balancer = phb.get_balancer(model)
-    state = balancer.state_dict()
+    biases = balancer.biases()
     for site in balancer.sites:
-        bias = state[f"{site.name}.bias"]
-        bias.zero_()
-        bias[: site.top_k] = 50.0
-    balancer.load_state_dict(state)
+        biases[site.name].zero_()[: site.top_k] = 50.0
+    balancer.set_biases(biases)
     output, logits, handed, returned = run(model, batch, balancer)
     output.loss.backward()
     before = balancer.biases()
@@ -199,7 +197,7 @@ def check_bias(model, batch):
     for site in balancer.sites:
         load = balancer.loads()[site.name]
         assert load[: site.top_k].sum() == load.sum() > 0, f"{site.name}: {load}"
-        bias = state[f"{site.name}.bias"]
+        bias = biases[site.name]
         used = indices(site, handed, returned, logits[site.name] + 0 * bias, bias)
         if handed.get(site.name) and site.kind.traits.returns_choice and len(handed[site.name]) > 1:
             assert int(used.max()) < site.top_k, f"{site.name}: the experts were handed {used.unique()}"

@@ -30,6 +30,7 @@ from .adapters import virtual_tokens
 from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off
 from .duals import LOGIT_WIDTH
+from .gradient import auxiliary_gradient
 from .learning import LearningReport, describe_router
 from .patching import find_balancer, find_balancers, get_balancer, learning_report, patch, unpatch, wrap_below
 from .process import on_train
@@ -45,6 +46,7 @@ __all__ = [
     "RandomState",
     "StateFile",
     "announce_switched_off",
+    "auxiliary_gradient",
     "check_model",
     "config_in",
     "count_mask",

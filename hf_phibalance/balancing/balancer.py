@@ -118,7 +118,7 @@ class PhiBalancer:
             self._root = weakref.ref(root)
             self._ranks.copies = count_copies(root)
             config = getattr(root, "config", None)
-            self.pad_token_id = None if config is None else config.get_text_config().pad_token_id
+            self.pad_token_id = None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
 
     def set_config(self, config: PhiBalanceConfig) -> None:
         """Goes on with another configuration, in the middle of a step too."""
@@ -179,7 +179,7 @@ class PhiBalancer:
     @property
     def coef(self) -> float:
         """Strength of the price gradient in the step under way, by the schedule of the configuration."""
-        return self.config.coef_at(self.steps)
+        return self.config.coef_at(self.duals.begun)
 
     @property
     def has_bias(self) -> bool:
@@ -392,13 +392,16 @@ class PhiBalancer:
             )
         self._notice_faults(step, counts)
         self.duals.update(counts, skipped)
-        self.last = counts
+        if skipped is None:
+            self.last = counts
+        else:  # that of a step which the optimizer has skipped is none
+            self.last.flat.copy_(torch.where((skipped.to(counts.flat.device) != 0).any(), self.last.flat, counts.flat))
 
     def _notice_faults(self, step: OptimizerStep, counts: Counts) -> None:
         """Says if announced tokens were wrong, or statistics not finite, without waiting for the device: a step later."""
         if complaint := check_numbers(step):
             logger.warning_once(complaint)
-        wrong = torch.zeros_like(counts.tokens) if step.tokens is None else ((counts.tokens - step.tokens).abs() > 0.5)
+        wrong = torch.zeros_like(counts.tokens) if step.expected is None else (counts.tokens - step.expected).abs() > 0.5
         bad = ~torch.isfinite(counts.flat).all()
         self._say_faults()
         self._faults = self._faults.to(counts.flat.device) + torch.stack([wrong.to(torch.float32), bad.to(torch.float32)])
@@ -604,7 +607,7 @@ class PhiBalancer:
                 for statistic in STATISTICS:
                     row = duals.mean(statistic)[index, : site.num_experts]
                     row.copy_(state[f"{name}.mean_{statistic}"])
-                if biased or not site.native_bias:
+                if biased or not site.has_native_bias:
                     duals.biases[index, : site.num_experts] = state[f"{name}.bias"].to(row) if biased else 0.0
         duals.has_bias = biased or self.config.bias_coef > 0
         if biased:

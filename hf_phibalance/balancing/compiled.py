@@ -59,7 +59,7 @@ def _(carrier, logits, selected, number, index, key):
 def gradient(logits: Tensor, number: Tensor, index: int, key: int) -> Tensor:
     """What router `index` adds to the gradient of `logits (T, E)`, in the backward that runs now."""
     forwards = _forwards[key]()
-    forward = None if forwards is None or int(number) < 0 else forwards.balancer.now.kept.get(int(number))
+    forward = None if forwards is None or int(number) < 0 else forwards.balancer.now.numbered.get(int(number))
     if forwards is None or forward is None:
         return torch.zeros_like(logits)
     due = forwards.due(forward, index, len(logits))

@@ -52,7 +52,8 @@ class Duals(nn.Module):
         super().__init__()
         self.sites = list(sites)
         self.balancer: Any = None  # set by its owner
-        self.steps = 0
+        self.begun = 0  # optimizer steps, ...
+        self._skipped: Tensor | None = None  # () ... of which so many were skipped on the device
         self.adapter: str | None = None  # that the bias in force belongs to; None: the model itself
         self.by_adapter: dict[str | None, Tensor] = {}  # biases of the others, (L, E)
         self.has_bias = False
@@ -63,7 +64,7 @@ class Duals(nn.Module):
         """Goes on with another configuration, from the same means and biases."""
         self.config, self.potential = config, config.build_potential()
         self.has_bias |= config.bias_coef > 0
-        if self.steps:
+        if self.begun:
             self._set_price()
         self.read_native()
 
@@ -83,6 +84,15 @@ class Duals(nn.Module):
         elif self.values.dtype != torch.float32:  # after `.to(torch.bfloat16)`, which would round it
             self.values = before.to(self.values.device)
         return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that have moved the duals; reads the device if one may have been skipped there."""
+        return self.begun if self._skipped is None else self.begun - int(self._skipped)
+
+    @steps.setter
+    def steps(self, number: int) -> None:
+        self.begun, self._skipped = number, None
 
     # ------------------------------------------------------------------ rows
 
@@ -129,7 +139,9 @@ class Duals(nn.Module):
         """
         moves = torch.isfinite(counts.flat).all()
         if skipped is not None:
-            moves = moves & (skipped.to(moves.device) == 0).all()
+            was_skipped = (skipped.to(moves.device) != 0).any()
+            moves = moves & ~was_skipped
+            self._skipped = was_skipped.long() if self._skipped is None else self._skipped + was_skipped
         total = counts.sums.sum(dim=-1, keepdim=True)  # (2, L, 1)
         means = self.values[:PRICE]
         means.lerp_(torch.where((total > 0) & moves, counts.sums / total, means), self.config.ema_rate)
@@ -138,7 +150,7 @@ class Duals(nn.Module):
             self.read_native()
             self._move_biases(counts, moves & (counts.replayed == 0))
             self.write_native()
-        self.steps += 1
+        self.begun += 1
 
     def _set_price(self) -> None:
         for rows, experts in self.blocks():
@@ -170,7 +182,7 @@ class Duals(nn.Module):
         `step_LE`, in which experts that no token could choose, having no probability, keep their place among the others. Only
         where the selection is the family's own: it adds the bias to their score of 0 too, and would choose them in the end.
         """
-        if not any(site.native_bias for site in sites):
+        if not any(site.has_native_bias for site in sites):
             return step_LE
         open_LE = probs_LE > 0
         mean_L1 = (step_LE * open_LE).sum(-1, keepdim=True) / open_LE.sum(-1, keepdim=True).clamp(min=1)
@@ -198,7 +210,7 @@ class Duals(nn.Module):
 
     def _native(self) -> Iterator[tuple[Tensor, RouterSite]]:
         for index, site in enumerate(self.sites):
-            if site.native_bias:
+            if site.has_native_bias:
                 yield self.biases[index, : site.num_experts], site
 
     # ------------------------------------------------------------------ adapters
@@ -252,7 +264,7 @@ class Duals(nn.Module):
     @property
     def own_bias(self) -> bool:
         """Whether there is a selection bias that no tensor of the family holds."""
-        return self.has_bias and not all(site.native_bias for site in self.sites)
+        return self.has_bias and not all(site.has_native_bias for site in self.sites)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         if self.own_bias:
@@ -274,5 +286,5 @@ class Duals(nn.Module):
         if self.own_bias:
             logger.warning_once("These weights hold no selection bias of φ-balancing: the one in force is set to 0.")
             for index, site in enumerate(self.sites):
-                if not site.native_bias:
+                if not site.has_native_bias:
                     self.biases[index].zero_()

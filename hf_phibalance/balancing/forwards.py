@@ -33,7 +33,7 @@ from ..routers import image_tokens
 from . import compiled
 from .counts import Counts
 from .gradient import add_gradient
-from .process import backward_node, loss_scale, unrecorded
+from .process import backward_node, in_backward, loss_scale, unrecorded
 from .step import Forward
 from .tokens import Tokens, count_mask, hidden_shape, packed_sequences
 
@@ -94,11 +94,12 @@ class Forwards:
     def _begin(self) -> None:
         self._here = _Here()
         self._key = compiled.new_key(self)
-        self._number: Tensor | None = None  # of the forward that is being compiled
+        self._number: Tensor | None = None  # of the forward under way, for compiled code
         self._labels: Tensor | None = None  # for compiled code, which cannot ask in which thread it runs
         self._replaying = False
         self.evaluation: Evaluation | None = None
         self.watch: Callable[[int, Tensor], None] | None = None  # who else wants to see the scores that are ranked
+        self.recorder: Any = None  # a `StepRecorder` of the room `checkup`, while a step is recorded
 
     def __getstate__(self) -> dict[str, Any]:
         return {"balancer": self.balancer}  # a copy begins with no forward under way
@@ -153,6 +154,7 @@ class Forwards:
         here = self._here
         outer = here.forward, here.tokens
         here.forward, here.tokens = self._open(backbone, inputs)
+        self._number = torch.tensor(self._key_of(here.forward))  # where layers are compiled one by one
         try:
             output = inner(*args, **kwargs)
             if isinstance(here.forward, Forward) and here.forward.share is None:
@@ -186,6 +188,11 @@ class Forwards:
                 evaluation.counts.tokens.add_(tokens.count)
                 return evaluation, tokens
             return self._open_training(tokens), tokens
+
+    @staticmethod
+    def _key_of(forward: Forward | Evaluation | None) -> int:
+        """Number by which compiled code knows a forward; -1 for none."""
+        return forward.key if isinstance(forward, Forward) else -1 if forward is None else EVALUATION
 
     def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         if self.balancer.config.token_mask == "labels" and inputs.get("labels") is None:
@@ -248,9 +255,12 @@ class Forwards:
                 return carrier
             self._count(index, logits, selected, here.forward.counts, here.tokens)
             forward = here.forward
-        if not isinstance(forward, Forward) or not torch.is_grad_enabled() or not logits.requires_grad:
+        if not isinstance(forward, Forward):
             return carrier
-        if not self.balancer.config.charges:
+        if self.recorder is not None:
+            with unrecorded():
+                self.recorder.saw(forward, index, hidden, logits, selected)
+        if not torch.is_grad_enabled() or not logits.requires_grad or not self.balancer.config.charges:
             return carrier
         due = functools.partial(self.due, forward, index, len(logits))
         return add_gradient(
@@ -265,12 +275,12 @@ class Forwards:
                 f"router {site.name!r} returned logits of shape {tuple(logits.shape)} where the token mask and the "
                 f"patch expect {expected}; this model routes something else than its (batch x sequence) tokens. If experts "
                 "were added or removed, patch the model again. If images are among the inputs, input_ids must hold a "
-                "placeholder for each of their vectors, as the processor of the model makes them."
+                "placeholder for each vector of an image, as the processor of the model makes them."
             )
         with unrecorded():
             probs = routing_probs(logits.detach(), site.scoring)
             counts.add(index, site, probs, selected.detach(), tokens)
-            if site.native_bias and counts.extra.numel():
+            if site.has_native_bias and counts.extra.numel():
                 by_logits = site.kind.traits.biases == "logits"
                 self._use_scores(index, logits if by_logits else SCORINGS[site.scoring].score(logits.float()))
 
@@ -297,6 +307,9 @@ class Forwards:
             for member in step.settle(forward):
                 member.price = self._price_of(member)
                 step.counts.balance.add_((member.price * member.counts.probs).sum())
+                if self.recorder is not None:
+                    self.recorder.settles(member)
+        self._number = torch.tensor(forward.key)  # for compiled layers that are recomputed now
         if torch.is_grad_enabled():
             step.second_order = True
         balancer.idle_steps = 0
@@ -333,7 +346,10 @@ class Forwards:
         site, scale = self.sites[index], forward.step.loss_scale
         scale = scale.to(forward.share.device) if isinstance(scale, Tensor) else scale
         mask = forward.tokens.mask_at(site, routed)
-        return mask * (forward.share * scale), self.balancer.coef * forward.price[index, : site.num_experts]
+        weight_T, price_E = mask * (forward.share * scale), self.balancer.coef * forward.price[index, : site.num_experts]
+        if self.recorder is not None:
+            self.recorder.adds(forward, index, weight_T, price_E)
+        return weight_T, price_E
 
     # ------------------------------------------------------------------ inside a router
 
@@ -341,14 +357,14 @@ class Forwards:
         """Bias `(E,)` that the selection of router `index` has to add; `None` if it has none or adds it itself."""
         duals, site = self.balancer.duals, self.sites[index]
         replaying = self._replaying if torch.compiler.is_compiling() else self._here.replaying
-        if not duals.has_bias or self.balancer.ignores_bias or site.native_bias or replaying:
+        if not duals.has_bias or self.balancer.ignores_bias or site.has_native_bias or replaying:
             return None
         return duals.biases[index, : site.num_experts]
 
     def choice_bias(self, index: int) -> Tensor | None:
         """Bias `(E,)` that is in force in the selection of router `index`, wherever it is kept."""
         site = self.sites[index]
-        return site.read_native_bias() if site.native_bias else self.selection_bias(index)
+        return site.read_native_bias() if site.has_native_bias else self.selection_bias(index)
 
     def observe_scores(self, index: int, scores: Tensor, are_probs: bool) -> None:
         """Router `index` ranked `scores (..., E)`, to which its bias was added."""
@@ -380,7 +396,7 @@ class Forwards:
             bias_E = self.balancer.duals.biases[index, : site.num_experts].to(scores.device)
             width = site.score_width or self.balancer.LOGIT_WIDTH
             extra.add_(margin_histogram(scores, bias_E, site.top_k, mask.to(scores.device), width).to(extra.device))
-        elif not site.native_bias:
+        elif not site.has_native_bias:
             chosen = scores.topk(site.top_k, dim=-1).indices.reshape(-1).to(extra.device)
             extra[:, 0].scatter_add_(0, chosen, here.tokens.entries_of(mask, site.top_k))
 
@@ -405,24 +421,27 @@ class Forwards:
         """Opens a forward when compiled code runs; returns its number, -1 if nothing is to be counted."""
         device = self.balancer.duals.values.device
         tokens = Tokens(mask_BS.to(device), image, sequence)
+        # noted for this thread as well: where the graph breaks, routers run without the compiler
+        here = self._here
+        here.forward, here.tokens = None, tokens
         if training:
-            forward = self._open_training(tokens)
-            number = forward.first_node * 2 + len(forward.step.kept) * 2
-            forward.step.kept[number] = forward
-            return number
-        if self.evaluation is None or is_cached:
-            return -1
-        self.evaluation.counts.tokens.add_(tokens.count)
-        self._here.tokens = tokens
-        return EVALUATION
+            here.forward = forward = self._open_training(tokens)
+            forward.step.kept.append(forward)
+        elif self.evaluation is not None and not is_cached:
+            here.forward = self.evaluation
+            self.evaluation.counts.tokens.add_(tokens.count)
+        return self._key_of(here.forward)
 
     def count_compiled(self, number: int, index: int, logits: Tensor, selected: Tensor) -> None:
+        """Counts what router `index` did in the forward of this number, unless it is recomputed."""
+        if in_backward():
+            return
         if number == EVALUATION:
             if self.evaluation is not None and self._here.tokens is not None:
                 self._count(index, logits, selected, self.evaluation.counts, self._here.tokens)
             return
-        forward = self.balancer.now.kept.get(number)
-        if forward is not None and forward.share is None:
+        forward = self.balancer.now.numbered.get(number)
+        if forward is not None:
             self._count(index, logits, selected, forward.counts, forward.tokens)
 
 

@@ -158,6 +158,7 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
         config = present.config
     config = PhiBalanceConfig.from_any(config)
     if present is not None and _has_other_experts(present):
+        logger.warning("Experts or layers were added or removed since the model was patched: balancing begins anew.")
         unpatch(model)
         present = None
     if present is None:

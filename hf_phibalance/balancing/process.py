@@ -16,6 +16,7 @@ All that φ-balancing sets in the process, beyond the models it patches, and eve
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -169,8 +170,10 @@ def _save_model(inner: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _train(inner: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     own = vars(trainer).get("train")
-    for begin in on_train if balancers() else ():
-        begin(trainer)
+    if balancers():
+        importlib.import_module("..training", __package__)  # the room above this one, which adds to `on_train`
+        for begin in on_train:
+            begin(trainer)
     if vars(trainer).get("train") is not own:
         return trainer.train(*args, **kwargs)  # which has just been wrapped, for this call too
     return inner(trainer, *args, **kwargs)

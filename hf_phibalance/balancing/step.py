@@ -14,6 +14,7 @@ n_k being its announced tokens, whatever its forwards see (generated tokens, eve
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from .tokens import Tokens
 
 
 logger = logging.get_logger(__name__)
+_keys = itertools.count(1)
 
 
 class Forward:
@@ -51,6 +53,7 @@ class Forward:
         self.price: Tensor | None = None  # (L, E) coef · q, from then on
         self.added: set[int] = set()  # routers that have added their gradient
         self.first_node = next_node()  # of the autograd nodes that it makes
+        self.key = 0  # by which compiled code knows it
 
 
 class OptimizerStep:
@@ -66,6 +69,7 @@ class OptimizerStep:
         self.counts, self.ranks = counts, ranks
         self.number: int | None = None  # of micro-batches, where announced
         self.tokens: Tensor | None = None  # () N, where announced by batches
+        self.expected: Tensor | None = None  # () tokens of all announcements, if all told them
         self.parts: list[Tensor] | None = None  # () announced tokens of each micro-batch on this rank, in a Trainer
         self.loss_scale: float | Tensor = 1.0  # of a scaler that is not torch's
         self.settled = 0  # micro-batches whose backward has come, ...
@@ -77,7 +81,8 @@ class OptimizerStep:
         self.second_order = False  # a backward with create_graph came
         self.added: set[int] = set()  # routers that have added a gradient
         self._alive: list[weakref.ref[Forward]] = []
-        self.kept: dict[int, Forward] = {}  # by number, those that compiled code refers to
+        self.numbered: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()  # for compiled code
+        self.kept: list[Forward] = []  # whose autograd graph, being compiled, does not keep them alive
 
     # ------------------------------------------------------------------ announcing
 
@@ -101,6 +106,9 @@ class OptimizerStep:
         """
         if self.settled:
             self.left *= 1 - self.share
+            self.expected = None if self.expected is None or tokens is None else self.expected + tokens
+        else:
+            self.expected = tokens
         self.number, self.tokens, self.parts, self.loss_scale, self.share = number, tokens, parts, loss_scale, share
         self.first, self.paid = self.settled, set()
 
@@ -110,6 +118,8 @@ class OptimizerStep:
         forward = Forward(self, tokens, number, micro_batch)
         self._alive = [reference for reference in self._alive if reference() is not None]
         self._alive.append(weakref.ref(forward))
+        forward.key = 2 * next(_keys)
+        self.numbered[forward.key] = forward
         return forward
 
     def find(self, node: int) -> Forward | None:

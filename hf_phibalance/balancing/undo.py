@@ -89,7 +89,7 @@ class WrappedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self._owner()
-        inner = self.own or getattr(type(owner), self._name).__get__(owner)
+        inner = self.own or functools.partial(getattr(type(owner), self._name), owner)
         return self._wrapper(owner, inner, *args, **kwargs)
 
     def __reduce__(self) -> tuple:

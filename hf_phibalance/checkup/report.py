@@ -39,10 +39,12 @@ class Coefficient:
     The coefficient that one optimizer step received.
 
     Args:
-        declared (`float`): `coef` of the configuration.
-        ratio (`float`): effective over declared one: the projection of what balancing adds to the gradient on the definition.
-        residual (`float`): norm of what is left of the added gradient, relative to the definition.
-        by_router (`dict[str, float]`): the ratio at the parameters of each router that learns and had something to route.
+        declared (`float`): `coef` of the configuration, at this step of its schedule.
+        ratio (`float`):
+            Effective over declared one: the projection of what balancing added to the gradient on what is declared, times what
+            the loop left of the gradient of the routers' weights.
+        residual (`float`): norm of what is left of the added gradient, relative to the declared one.
+        by_router (`dict[str, float]`): the ratio at each router that had something to route.
         parameters (`str`): where the gradient was compared.
         precise (`bool`): whether everything was float32, so that the ratio must be 1 within 1e-3.
     """

@@ -14,7 +14,6 @@ import functools
 import logging
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..sidecar import STATE_NAME
@@ -65,8 +64,8 @@ def register() -> None:
 
 @functools.cache
 def tell_loaders() -> None:
-    """Lets the loaders of this process hand our biases to the model, and pass over the file of earlier versions."""
-    from vllm.model_executor.model_loader import BaseModelLoader, DefaultModelLoader
+    """Lets the loaders of this process hand our biases to the model."""
+    from vllm.model_executor.model_loader import BaseModelLoader
 
     for loader in (BaseModelLoader, *BaseModelLoader.__subclasses__()):
         if "load_model" in vars(loader):

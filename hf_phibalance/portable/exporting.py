@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
-from ..balancing import get_balancer, patch, read_state, unpatch
+from ..balancing import PhiBalancer, get_balancer, patch, read_state, unpatch
 from ..forwards import Folding, compare
 from ..inspection import padded_batches, padding_of, parse_domains
 from ..models import find_state, load_any, register_deepseek_moe
-from ..routers import find_routers, has_adapter, unwrap
+from ..routers import has_adapter
 from ..sidecar import STATE_NAME
 from .report import VARIANTS, ExportReport
 from .texts import split_texts
@@ -134,20 +134,21 @@ def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport]:
         )
     found = read_state(state)
     biases = {name.removesuffix(".bias"): part for name, part in found.tensors.items() if name.endswith(".bias")}
-    native = any(site.native_bias for site in find_routers(unwrap(plain)[-1]))
-    if native:
-        _check_native(plain, state, biases)
     saved = {name: value for name, value in found.config.items() if name != "version"}
     model = patch(plain, saved)
-    get_balancer(model).load(state)
+    balancer = get_balancer(model)
+    native = any(site.native_bias for site in balancer.sites)
+    if native:
+        _check_native(balancer, state, biases)
+    balancer.load(state)
     ours = not native and any(bool(bias.any()) for bias in biases.values())
     return model, ExportReport(source, "native" if native else "ours" if ours else "none")
 
 
-def _check_native(model: nn.Module, state: str, biases: dict[str, Tensor]) -> None:
+def _check_native(balancer: PhiBalancer, state: str, biases: dict[str, Tensor]) -> None:
     """Refuses weights whose own selection bias is not the one that training left."""
-    for site in find_routers(unwrap(model)[-1]):
-        there, wanted = site.read_native_bias(), biases.get(site.name)
+    for site in balancer.sites:
+        there, wanted = site.read_native_bias(), biases.get(site.name.removeprefix(balancer.prefix))
         if there is None or wanted is None:
             continue
         difference = (there.cpu().float() - wanted.to(there.dtype).float()).abs().max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ class _UploadCallback(TrainerCallback):
             present.save(str(args.output_dir))
 
 
-def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = None) -> None:
+def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = None) -> Callable[[], None]:
     """
     Lets `Trainer(push_to_hub=True)` and `trainer.push_to_hub()` upload the duals at every push, and say in the card how
     the model was balanced. A card that [`push_to_hub`] or a recipe's report wrote is kept instead of the trainer's draft.
@@ -38,11 +39,16 @@ def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = No
     Args:
         trainer (`transformers.Trainer`): The trainer.
         history (`list[dict]`, *optional*): The `history` of the [`PhiBalanceCallback`].
+
+    Returns:
+        `Callable`: takes it out of the trainer again.
     """
     if any(isinstance(callback, _UploadCallback) for callback in trainer.callback_handler.callbacks):
-        return
-    trainer.add_callback(_UploadCallback())
+        return lambda: None
+    uploads = _UploadCallback()
+    trainer.add_callback(uploads)
     create: Any = trainer.create_model_card
+    own = vars(trainer).get("create_model_card")
 
     @functools.wraps(create)
     def create_with_balance(*args, **kwargs):
@@ -58,7 +64,14 @@ def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = No
         else:
             _extend_card(path, Run.of(trainer, present.config, history or []))
 
+    def undo() -> None:
+        trainer.remove_callback(uploads)
+        if vars(trainer).get("create_model_card") is create_with_balance:
+            vars(trainer).pop("create_model_card")
+            vars(trainer).update({} if own is None else {"create_model_card": own})
+
     trainer.create_model_card = create_with_balance  # type: ignore[method-assign]
+    return undo
 
 
 def _extend_card(path: Path, run: Run) -> None:

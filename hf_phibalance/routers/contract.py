@@ -76,8 +76,10 @@ def expert_count(router: nn.Module, attribute: str | None = None) -> int:
     matrix; 0 if neither tells.
     """
     values = (getattr(router, name, None) for name in ((attribute,) if attribute else ()) + EXPERT_COUNTS)
+    linear = next((m for m in router.modules() if isinstance(m, nn.Linear)), None)
     matrix = router_matrix(router)
-    rows = 0 if matrix is None else _shape(matrix)[0]
+    # a linear layer knows its outputs where its weight is packed into fewer rows, as in 4 bits
+    rows = linear.out_features if linear is not None else 0 if matrix is None else _shape(matrix)[0]
     return next((value for value in values if isinstance(value, int)), rows)
 
 

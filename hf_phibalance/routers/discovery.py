@@ -43,6 +43,7 @@ class RouterSite:
     score_width: float | None = None  # the span of the scores that it ranks, once known
     not_logits: tuple[int, ...] = ()  # positions in the return value of what is as wide as the logits
     noted: Tensor | None = None  # the logits, until the experts are handed the choice
+    has_native_bias: bool = False  # whether the family has a selection bias of its own
     modality: str = field(init=False)  # "text", or "vision" or "audio" if it routes nothing else
     _modules: list[weakref.ref[nn.Module]] = field(default_factory=list, repr=False)
     _parent: weakref.ref[nn.Module] | None = field(default=None, repr=False)
@@ -55,7 +56,7 @@ class RouterSite:
     @property
     def modules(self) -> list[nn.Module]:
         """The modules that compute it: several where PEFT keeps a trainable copy."""
-        return [module for reference in self._modules if (module := reference()) is not None]
+        return [module for module in (reference() for reference in self._modules) if module is not None]
 
     @property
     def parent(self) -> nn.Module | None:
@@ -70,7 +71,8 @@ class RouterSite:
     @property
     def native_bias(self) -> list[tuple[nn.Module, str]]:
         """Owner and name of the family's own selection bias."""
-        return [(owner, name) for reference, name in self._native if (owner := reference()) is not None]
+        owners = ((reference(), name) for reference, name in self._native)
+        return [(owner, name) for owner, name in owners if owner is not None]
 
     @property
     def in_tower(self) -> bool:
@@ -106,6 +108,7 @@ class RouterSite:
         self._modules.append(weakref.ref(module))
         bias = _native_bias(module, self.parent, self.num_experts)
         if bias is not None and not any(owner is bias[0] for owner, _ in self.native_bias):
+            self.has_native_bias = True
             self._native.append((weakref.ref(bias[0]), bias[1]))
             if self.kind.traits.biases == "scores" and self.scoring in ("sigmoid", "softmax"):
                 self.score_width = 1.0

@@ -20,6 +20,7 @@ from ..publishing import complete_uploads
 from .calibrating import CalibrateFirst, calibrated_batches
 from .callback import PhiBalanceCallback
 from .checkpoints import keep_whole
+from .examining import verifying
 from .generated import announce_when_generated, generates
 from .refusals import refuse_ranks_apart, refuse_unknown_scaling
 
@@ -177,6 +178,8 @@ class Attachment:
         with ExitStack() as stack:
             for balancer in self.balancers():
                 stack.enter_context(balancer.forwards.labels_of(labels, number))
+            if self.callback.verifies:
+                stack.enter_context(verifying(self.trainer, self.callback, self.current(), inputs))
             return inner(model, inputs, *args, **kwargs)
 
     def log(self, inner: Callable, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:

@@ -90,6 +90,7 @@ def train(
     try:
         for step, ids in itertools.islice(stream, len(losses), None):
             clock.step()
+            biases = balancer.biases() if step in probes else None
             clock.start()
             micro_batches = ids.to(run.device).tensor_split(run.micro_batches)
             balancer.begin_step([{"input_ids": part} for part in micro_batches])
@@ -104,12 +105,8 @@ def train(
             scheduler.step()
             optimizer.zero_grad()
             clock.stop()
-            before = choose(model, balancer, probe) if step in probes else None
-            clock.start()
-            balancer.step()
-            clock.stop()
-            if before is not None:
-                churn.append(changed_share(before, choose(model, balancer, probe)))
+            if biases is not None:
+                churn.append(moved_by_bias(model, balancer, probe, biases))
             losses.append(float(total))
             max_vios.append(float(max_vio(torch.stack(list(balancer.loads().values()))).mean()))
             if not math.isfinite(losses[-1]):
@@ -180,6 +177,15 @@ def choose(model: torch.nn.Module, balancer: phb.PhiBalancer, ids: Tensor) -> li
         model.base_model(input_ids=ids)
     model.train()
     return chosen
+
+
+def moved_by_bias(model: torch.nn.Module, balancer: phb.PhiBalancer, ids: Tensor, before: Mapping[str, Tensor]) -> float:
+    """Share of the choices for `ids` that are others with the biases as they are than with those of `before`."""
+    after, chosen = balancer.biases(), choose(model, balancer, ids)
+    balancer.set_biases(before)
+    chosen_before = choose(model, balancer, ids)
+    balancer.set_biases(after)
+    return changed_share(chosen_before, chosen)
 
 
 @torch.no_grad()

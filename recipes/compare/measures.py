@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_phibalance import PhiBalancer
 from hf_phibalance.maths import dead_experts, gini, max_vio, mutual_information
@@ -20,19 +20,20 @@ from hf_phibalance.routers import RouterReader, reading
 class _Choices(RouterReader):
     """Notes what every router chooses."""
 
-    is_idle = is_measuring = False
+    is_idle = False
 
     def __init__(self, balancer: PhiBalancer) -> None:
-        self.root, self.sites, self._meter = balancer.root, balancer.sites, balancer.meter
+        self.sites, self._balancer = balancer.sites, balancer
         self.chosen: list[Tensor] = []
 
-    def measure(self, index, module, hidden, logits) -> None:
-        """Nothing."""
+    @property
+    def owner(self) -> nn.Module | None:
+        return self._balancer.backbone
 
     def choice_bias(self, index: int) -> Tensor | None:
-        return self._meter.choice_bias(index)
+        return self._balancer.forwards.choice_bias(index)
 
-    def observe(self, index: int, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
+    def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         self.chosen.append(selected.detach())
         return carrier
 

@@ -186,7 +186,7 @@ def test_evaluation_adds_the_graph_that_it_adds_anyway(config):
             counted.append(phb.get_balancer(model).eval_metrics())
     counted[1].pop("plain_max_vio", None)  # what a plain load would choose is not counted where the model is compiled
     assert counted[0] == counted[1]
-    assert graphs() == 3
+    assert graphs() == 2
 
 
 @contextlib.contextmanager

@@ -14,12 +14,10 @@ import hf_phibalance as phb
 
 
 def tokens_of(balancer):
-    """Tokens counted since the last step, `None` if there was no training forward."""
-    try:
-        balancer.step()
-    except RuntimeError:
-        return None
-    return balancer.metrics()["tokens"]
+    """Tokens counted since the last step, `None` if there was no training."""
+    before = balancer.steps
+    balancer.step()
+    return None if balancer.steps == before else balancer.metrics()["tokens"]
 
 
 def test_only_training_forwards_count_and_pay():
@@ -42,6 +40,10 @@ def test_only_training_forwards_count_and_pay():
     assert tokens_of(balancer) is None
 
     model.train()
+    model(**batch)  # for its loss only: its graph is gone
+    model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False)
+    assert tokens_of(balancer) is None
+    assert_same(balancer.state_dict(), before)
     assert any(not torch.equal(g, evaluated[name]) for name, g in gradients(model, batch).items())
     assert tokens_of(balancer) == batch["attention_mask"].sum()
 

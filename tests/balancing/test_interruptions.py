@@ -49,12 +49,10 @@ def test_an_interrupted_forward_leaves_nothing_behind(model_type, where, error, 
         model(**tiny_batch(model))
     if isinstance(error, ValueError):
         assert _get_current_function_mode_stack() == []
-    if announced:
-        with pytest.raises(RuntimeError, match="discard_step"):
-            balancer.begin_step([tiny_batch(model, seed=1)])
-        balancer.discard_step()
     for seed in (1, 2):
         batch = tiny_batch(model, seed=seed)
+        if announced:
+            balancer.begin_step([batch])
         assert_same(gradients(model, batch), gradients(reference, batch))
         balancer.step()
         phb.get_balancer(reference).step()
@@ -129,4 +127,4 @@ def test_non_finite_logits_move_nothing(value, warned):
     gradients(model, tiny_batch(model))
     balancer.step()
     assert all(torch.isfinite(tensor).all() for tensor in balancer.state_dict().values())
-    assert not torch.equal(balancer.means()["model.layers.0.mlp.gate"], before["model.layers.0.mlp.gate.mean_probs"])
+    assert not torch.equal(balancer.means()["model.layers.0.mlp.gate"], before["layers.0.mlp.gate.mean_probs"])

@@ -32,12 +32,6 @@ def log_price(share):
     return (price - price.mean()).float()
 
 
-def of_layer(state, name, kind):
-    """The tensor of a layer in a state. The keys may or may not begin with the name of the backbone, `model.`"""
-    (value,) = (v for key, v in state.items() if f"model.{key.removeprefix('model.')}" == f"{name}.{kind}")
-    return value
-
-
 def test_more_than_ten_layers_keep_their_names(tmp_path):
     model, batch, routed = deep()
     balancer = phb.get_balancer(model)
@@ -51,10 +45,11 @@ def test_more_than_ten_layers_keep_their_names(tmp_path):
         assert balancer.loads()[name].tolist() == router.counts.tolist()
         torch.testing.assert_close(balancer.prices()[name], log_price(router.mean_probs()), rtol=1e-4, atol=1e-5)
         for state in (saved, balancer.state_dict()):
-            mean = of_layer(state, name, "mean_probs")
+            mean = state[f"{name.removeprefix('model.')}.mean_probs"]
             torch.testing.assert_close(mean, router.mean_probs().float(), rtol=1e-4, atol=1e-6)
-            assert torch.equal(of_layer(state, name, "bias"), biases[name])
-    other = phb.get_balancer(deep()[0])
+            assert torch.equal(state[f"{name.removeprefix('model.')}.bias"], biases[name])
+    twin = deep()[0]
+    other = phb.get_balancer(twin)
     other.load(tmp_path)
     assert_same(other.prices(), balancer.prices())
     assert_same(other.biases(), biases)

@@ -37,9 +37,8 @@ def test_resumed_training_is_bitwise_the_same(model_type, run, tmp_path):
     weights = {name: tensor.clone() for name, tensor in straight.state_dict().items()}
     phb.get_balancer(straight).save(tmp_path)
     train(straight, 2, start=2)
-    resumed = build_for(config, model_type, seed=1)
+    resumed = phb.patch(build_for(config, model_type, seed=1), config)
     resumed.load_state_dict(weights)
-    phb.patch(resumed, config)
     phb.get_balancer(resumed).load(tmp_path)
     train(resumed, 2, start=2)
     assert_same(dict(resumed.state_dict()), dict(straight.state_dict()))

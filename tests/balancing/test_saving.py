@@ -2,6 +2,7 @@
 
 import json
 import os
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ import hf_phibalance as phb
 from hf_phibalance.sidecar import STATE_NAME
 
 
+# of vLLM, SGLang, TGI, llama.cpp and MLX
+GLOBS_OF_ENGINES = ("*.safetensors", "consolidated*", "*.bin", "*.pt", "*.pth", "*.gguf", "*.npz")
+
+
 # ---------------------------------------------------------------------- what is written
+
+
+def test_no_engine_takes_the_state_for_weights():
+    assert not [glob for glob in GLOBS_OF_ENGINES if fnmatch(STATE_NAME, glob)]
 
 
 def test_a_saved_model_is_the_ordinary_model_plus_a_sidecar(tmp_path):
@@ -45,7 +54,9 @@ def test_sidecar_says_what_it_is(tmp_path):
         header, keys = file.metadata(), set(file.keys())
     assert phb.PhiBalanceConfig.from_dict(json.loads(header["config"])) == phb.PhiBalanceConfig(**GRADIENT)
     assert header["version"] == phb.PhiBalanceConfig().to_dict()["version"]
-    names = [f"model.layers.{i}.mlp.gate" for i in range(3)]
+    assert header["phi_balance"] == "1"
+    names = [f"layers.{i}.mlp.gate" for i in range(3)]
+    assert json.loads(header["model"]) == {"type": "mixtral", "routers": {name: [8, 2, "softmax"] for name in names}}
     assert keys == {"steps"} | {f"{name}.mean_{statistic}" for name in names for statistic in ("probs", "load")}
 
 

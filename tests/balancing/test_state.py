@@ -34,7 +34,8 @@ def test_state_moves_to_another_model_of_the_same_shape(model_type, tmp_path):
 
 
 def test_state_dict_is_a_copy():
-    balancer = phb.get_balancer(trained("mixtral", BIAS))
+    model = trained("mixtral", BIAS)
+    balancer = phb.get_balancer(model)
     before = {name: value.clone() for name, value in balancer.state_dict().items()}
     for value in balancer.state_dict().values():
         value.zero_()
@@ -100,6 +101,3 @@ def test_a_kill_never_leaves_half_a_file(tmp_path):
     script = [sys.executable, "-c", KILLED_WRITERS, tmp_path, HELPERS]
     result = subprocess.run(script, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-
-
-# ---------------------------------------------------------------------- bad sidecars

@@ -1,4 +1,4 @@
-"""What a step must not cost: reads of the device, and more than one all-reduce of statistics."""
+"""What a step must not cost: reads of the device, more than one all-reduce of statistics, many kernels, and memory."""
 
 import contextlib
 from collections import Counter
@@ -6,15 +6,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
-from driven import make_duals, tally_of
 from operators import Operators
 from tiny import tiny_batch, tiny_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import make_trainer, patched
 
 import hf_phibalance as phb
-from hf_phibalance.balancing.tally import StepTally
-from hf_phibalance.balancing.tokens import Counted
+from hf_phibalance.balancing import forwards
 
 
 # What makes the host wait for the device: methods that Python sees, and operators that the dispatcher sees.
@@ -27,6 +25,12 @@ CONFIGS = {
     "labels": {"token_mask": "labels"},
     "bias": {"bias_coef": 0.1, "bias_track": "load"},
 }
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch):
+    """What is counted runs outside of dispatch modes; here it is to be seen."""
+    monkeypatch.setattr(forwards, "unrecorded", torch.no_grad)
 
 
 @contextlib.contextmanager
@@ -46,9 +50,9 @@ def counted_reads(monkeypatch):
     reads.update({name: operators.seen[name, "aten"] for name in READING_OPERATORS if operators.seen[name, "aten"]})
 
 
-def step(model, batches, balancer=None):
+def step(model, batches, balancer=None, announced=True):
     model.zero_grad()
-    if balancer is not None:
+    if balancer is not None and announced:
         balancer.begin_step(batches)
     for batch in batches:
         model(**batch).loss.backward()
@@ -60,7 +64,10 @@ def step(model, batches, balancer=None):
 @pytest.mark.parametrize("case", CONFIGS)
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
 def test_a_step_reads_nothing_off_the_device(model_type, case, checkpointing, monkeypatch):
-    """From the second step on: not once more than the unpatched model does in its forward and backward."""
+    """
+    From the second step on: not once more than the unpatched model does in its forward and backward, but for the number of bad
+    steps, which a copy has brought to the host during the step before.
+    """
     model = tiny_model(model_type).train()
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
@@ -75,7 +82,7 @@ def test_a_step_reads_nothing_off_the_device(model_type, case, checkpointing, mo
     assert first != unpatched  # the start-up checks do read
     with counted_reads(monkeypatch) as second:
         step(model, batches, balancer)
-    assert second == unpatched
+    assert second - unpatched == {"tolist": 1}
     assert balancer.steps == 2 and any(price.abs().max() > 1e-3 for price in balancer.prices().values())
 
 
@@ -110,17 +117,18 @@ def two_ranks():
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("announced", [True, False])
 @pytest.mark.parametrize("case", CONFIGS)
-def test_one_all_reduce_a_step(case, two_ranks):
+def test_one_all_reduce_a_step(case, announced, two_ranks):
     """
-    All statistics of all layers in one, and the number of tokens in another; nothing else, however many layers, but whether the
-    ranks balance the same, once.
+    All statistics of all layers in one, and the number of tokens in another, of each forward where nothing was announced; nothing
+    else, however many layers, but whether the ranks balance the same, once.
     """
     for layers in (2, 5):
         model = tiny_model("mixtral", num_hidden_layers=layers).train()
         phb.patch(model, CONFIGS[case])
         balancer = phb.get_balancer(model)
-        batches = [tiny_batch(model, seed=seed) for seed in range(3)]
+        batches = [tiny_batch(model, seed=seed) for seed in range(3 if announced else 1)]
         for once in ([2], []):
             sizes = []
             with pytest.MonkeyPatch.context() as patch:
@@ -132,10 +140,10 @@ def test_one_all_reduce_a_step(case, two_ranks):
 
                 patch.setattr(dist, "all_reduce", sized)
                 with Operators() as operators:
-                    step(model, batches, balancer)
+                    step(model, batches, balancer, announced)
             collectives = {name: count for (name, space), count in operators.seen.items() if space.startswith("c10d")}
             assert collectives == {"allreduce_": 2 + len(once)}
-            assert sizes == [1, *once, 2 * 8 * layers + 3]  # probs, load, tokens, what they paid, replays
+            assert sizes == [1, *once, 2 * 8 * layers + 3]  # probs, load; tokens, replays, what they paid
 
 
 # Operators that start no kernel: what they return is a view, or no tensor.
@@ -143,11 +151,6 @@ VIEWS = {
     *("alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "promote_types", "select", "slice", "split"),
     *("squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_unsafe_view"),
 }
-
-
-def started(operators):
-    """Kernels that were started."""
-    return sum(count for (name, _), count in operators.seen.items() if name not in VIEWS)
 
 
 def kernels(layers, config=None, built_in=False):
@@ -162,65 +165,37 @@ def kernels(layers, config=None, built_in=False):
         step(model, [batch], balancer)
     with Operators() as operators:
         step(model, [batch], balancer)
-    return started(operators)
+    return sum(count for (name, _), count in operators.seen.items() if name not in VIEWS)
 
 
-def added(config=None, built_in=False):
-    """What balancing adds for each router, and for all of them together."""
+def added_by_a_router(config=None, built_in=False):
     few, many = (kernels(layers, config, built_in) - kernels(layers) for layers in (2, 4))
-    return (many - few) / 2, 2 * few - many
+    return (many - few) / 2
 
 
 @pytest.mark.parametrize(
-    ("config", "router", "fixed"),
-    [({}, 3, 18), ({"coef": 0.0, "bias_coef": 0.003}, 5, 16), ({"bias_coef": 0.003}, 6, 19)],
+    ("config", "most"),
+    [({}, 4), ({"coef": 0.0, "bias_coef": 0.003}, 6), ({"bias_coef": 0.003}, 7)],
     ids=["price", "bias", "both"],
 )
-def test_kernels_that_a_step_adds(config, router, fixed):
-    """
-    A number that depends on no machine: of all steps but the few of the next two tests. Much less for each router than the loss of
-    transformers takes.
-    """
-    of_router, of_all = added(config)
-    assert of_router <= router and of_all <= fixed
-    built_in, _ = added(built_in=True)
-    assert of_router < built_in / 2
+def test_kernels_that_a_router_adds(config, most):
+    """A number that depends on no machine: much less than the loss of transformers takes."""
+    assert added_by_a_router(config) <= most <= added_by_a_router(built_in=True) / 2
 
 
-def test_every_20th_step_brings_biases_back():
-    """Some fifty kernels for all routers, less than three a step."""
-    duals = make_duals({"bias_coef": 0.003}, [8, 8])
-    tally = tally_of(duals, torch.arange(1.0, 17.0), torch.arange(1.0, 17.0))
-    took = []
-    for _ in range(60):
-        with Operators() as operators:
-            duals.update(tally)
-        took.append(started(operators))
-    ordinary = min(took)
-    assert [step for step, count in enumerate(took) if count > ordinary] == [0, 20, 40]
-    assert max(took[1:]) - ordinary <= 54
-
-
-def test_every_64th_step_clears_the_tallies():
-    """And looks through them for what was not finite; a tenth of a kernel a step."""
-    tally = StepTally([8, 8])
-    first = tally.flat
-    with Operators() as operators:
-        for _ in range(128):
-            tally.turn()
-    assert tally.flat.data_ptr() != first.data_ptr()
-    assert started(operators) <= 6 * 128 / 64
-
-
-def test_micro_batches_are_counted_once(monkeypatch, tmp_path):
-    """A trainer hands the forwards the tensors that the step was announced with."""
-    counted = []
-    of = Counted.of
-    monkeypatch.setattr(Counted, "of", lambda mask, top_k: counted.append(mask) or of(mask, top_k))
-    trainer = make_trainer(patched(), tmp_path, max_steps=3, gradient_accumulation_steps=2)
-    phb.attach(trainer)
-    trainer.train()
-    assert len(counted) == 3 * 2
+@pytest.mark.parametrize(("model_type", "more"), [("mixtral", 0), ("qwen3_moe", 0), ("deepseek_v3", 2)])
+def test_what_is_kept_for_the_backward(model_type, more):
+    """Nothing where the router has a softmax of its own; else its logits, once more."""
+    kept = []
+    for config in (None, {"coef": 0.1}):
+        model = tiny_model(model_type).train()
+        if config is not None:
+            phb.patch(model, config)
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, kept=tensors: kept.append(tensor) or tensor, lambda tensor: tensor):
+            model(**tiny_batch(model))
+        kept.append(len(tensors))
+    assert kept[1] - kept[0] == more
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

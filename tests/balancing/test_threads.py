@@ -163,12 +163,12 @@ def test_serving_all_the_time_changes_no_bit(model_type):
 
 
 def test_serving_writes_nothing_that_threads_share():
-    """What makes the above more than luck: a forward that neither counts nor pays leaves the meter as it is throughout."""
+    """What makes the above more than luck: a forward that neither counts nor pays leaves all as it is throughout."""
     model = build()
-    meter = phb.get_balancer(model).meter
+    forwards = phb.get_balancer(model).forwards
 
     def shared():
-        return {name: value for name, value in vars(meter).items() if name != "_here"}
+        return {name: value for name, value in vars(forwards).items() if name != "_here"}
 
     before, looked = shared(), []
 
@@ -192,7 +192,7 @@ def test_replaying_holds_in_its_thread_only():
     biases = {"biased": 0, "unbiased": 0}
 
     def look(*_):
-        biases["unbiased" if balancer.meter.selection_bias(1) is None else "biased"] += 1
+        biases["unbiased" if balancer.forwards.selection_bias(1) is None else "biased"] += 1
 
     model.model.layers[1].mlp.gate.register_forward_pre_hook(look)
     with balancer.replaying():

@@ -85,8 +85,8 @@ def test_lora(saved, capsys):
         words = ["doctor", f"{saved}/plain", "--lora", f"router={router}", "targets=attention", "r=2", "--json", "-"]
         assert cli.main(words) == 0
         reports[router] = json.loads(capsys.readouterr().out)
-    assert reports["frozen"]["status"] == "warning" and not reports["frozen"]["coefficient"]["by_router"]
-    assert reports["lora"]["status"] == "ok" and len(reports["lora"]["coefficient"]["by_router"]) == 2
+    assert reports["frozen"]["status"] == "warning" and reports["lora"]["status"] == "ok"
+    assert all(len(report["coefficient"]["by_router"]) == 2 for report in reports.values())
     assert all(abs(report["coefficient"]["ratio"] - 1) < 1e-4 for report in reports.values())
 
 

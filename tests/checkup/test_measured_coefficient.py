@@ -27,6 +27,13 @@ def build(policy=None, **config):
     return phb.patch(model, {"coef": COEF, **config})
 
 
+def verified(trainer):
+    """The report of the first step of `trainer` that has prices."""
+    callback = phb.attach(trainer, verify=True)
+    trainer.train()
+    return callback.report
+
+
 @pytest.mark.parametrize(
     "cls, accumulation, policy, reentrant",
     [
@@ -42,14 +49,19 @@ def test_it_is_the_declared_one(tmp_path, cls, accumulation, policy, reentrant):
     checkpointing = {"gradient_checkpointing": False}
     if reentrant is not None:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    trainer = make_trainer(build(policy), tmp_path, cls, gradient_accumulation_steps=accumulation, **checkpointing)
-    phb.attach(trainer)
-    report = phb.doctor(trainer)
-    found = report.coefficient
-    assert report.status == "ok", str(report)
-    assert found.declared == COEF and abs(found.ratio - 1) < 1e-4 and found.residual < 1e-4
-    assert len(found.by_router) == 3 and all(abs(ratio - 1) < 1e-4 for ratio in found.by_router.values())
-    assert f"{accumulation} micro-batch" in report.measured and cls.__name__ in report.measured
+    arguments = {"gradient_accumulation_steps": accumulation, "max_steps": 2, "max_grad_norm": 1e-3, **checkpointing}
+    trainer = make_trainer(build(policy), tmp_path, cls, **arguments)
+    for report in (phb.doctor(trainer), verified(trainer)):
+        found = report.coefficient
+        assert report.status == "ok", str(report)
+        assert found.declared == COEF and abs(found.ratio - 1) < 1e-4 and found.residual < 1e-4
+        assert len(found.by_router) == 3 and all(abs(ratio - 1) < 1e-4 for ratio in found.by_router.values())
+        assert cls.__name__ in report.measured
+        assert ("logits of 3" if policy else "weights of 3") in found.parameters
+        kind = {None: "none", True: "reentrant", False: "non-reentrant"}[reentrant]
+        assert check(report, "checkpointing").finding == kind
+    micro_batches = min(accumulation, 2) if accumulation == 4 else 1  # the second step of the epoch has two
+    assert f"optimizer step 2 of {cls.__name__}, {micro_batches} micro-batch" in report.measured
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "llama4_text", "dbrx"])
@@ -69,55 +81,113 @@ def test_other_families_and_methods(model_type, config):
     assert abs(found.ratio - 1) < 1e-4 and found.residual < 1e-3
 
 
-def test_frozen_routers_are_measured_below():
+def test_frozen_routers_are_measured_at_their_logits():
     found = phb.doctor(balanced(tiny_model("qwen3_moe"), targets="attention")).coefficient
-    assert "of which none learns" in found.parameters and not found.by_router
+    assert "the logits of 2 (frozen" in found.parameters and len(found.by_router) == 2
     assert abs(found.ratio - 1) < 1e-4
 
 
-def test_dropout_is_the_same_in_every_run(tmp_path):
-    model = patched(model_args={"attention_dropout": 0.5}, coef=COEF)
-    assert phb.doctor(model).coefficient.residual < 1e-4
+def test_a_schedule_that_begins_at_0_is_not_measured():
+    model = build()
+    phb.patch(model, {"coef": COEF, "schedule": "linear", "schedule_steps": 4})
+    found = check(phb.doctor(model), "coefficient")
+    assert found.status == "ok" or "schedule" in found.finding
+
+
+def test_the_definition_is_apart_from_the_core(monkeypatch):
+    """What the core adds is wrong by a factor for one router, and by a sign for another."""
+    model = build()
+    balancer = phb.get_balancer(model)
+    due = balancer.forwards.due
+
+    def wrong(forward, index, routed):
+        recorder, balancer.forwards.recorder = balancer.forwards.recorder, None
+        weight, price = due(forward, index, routed)
+        balancer.forwards.recorder = recorder
+        price = price * {0: 3.0, 1: -1.0}.get(index, 1.0)
+        recorder.adds(forward, index, weight, price)
+        return weight, price
+
+    monkeypatch.setattr(balancer.forwards, "due", wrong)
+    report = phb.doctor(model)
+    assert check(report, "coefficient").status == "problem"
+    assert list(report.coefficient.by_router.values()) == pytest.approx([3.0, -1.0, 1.0], abs=1e-4)
 
 
 class Scaled(Trainer):
     """Scales its loss, and its gradients back: those of the prices are not scaled with the loss."""
 
+    factor = 8
+
     def training_step(self, model, *args, **kwargs):
         loss = super().training_step(model, *args, **kwargs)
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter.grad /= 8
+                parameter.grad /= self.factor
         return loss
 
 
 def test_a_trainer_that_scales_gradients(tmp_path):
     trainer = make_trainer(build(), tmp_path, Scaled, gradient_accumulation_steps=1)
-    phb.attach(trainer)
-    report = phb.doctor(trainer)
+    callback = phb.attach(trainer, verify=True)
+    assert phb.doctor(trainer).status == "ok"  # which does not look at what the trainer's own loop does
+    with pytest.raises(ValueError, match="verify=True"):
+        trainer.train()
+    report = callback.report
     assert report.coefficient.ratio == pytest.approx(1 / 8, rel=1e-4)
     assert check(report, "coefficient").status == "problem" and "ratio 0.1250" in str(report)
 
 
-def test_a_hook_that_is_gone():
-    """The price of one layer is not charged: its router is the one with nothing."""
+def test_a_hook_on_the_weight_of_one_router(tmp_path):
+    """The gradients of half of its experts are dropped: the residual says so."""
     model = build()
-    name = phb.get_balancer(model).layer_names[-1]
-    gate = model.get_submodule(name)
-    gate._forward_hooks.pop(next(k for k, hook in gate._forward_hooks.items() if type(hook).__name__ == "RouterHook"))
-    report = phb.doctor(model)
-    assert abs(report.coefficient.by_router[name]) < 1e-3
-    assert f"{name} 0.0000" in check(report, "coefficient").finding
-    assert name in check(report, "patch").finding and check(report, "patch").status == "problem"
+    name = phb.get_balancer(model).layer_names[1]
+    mask = (torch.arange(8) < 4).float()[:, None]
+    model.get_submodule(name).weight.register_hook(lambda gradient: gradient * mask)
+    trainer = make_trainer(model, tmp_path)
+    callback = phb.attach(trainer, verify=True)
+    with pytest.raises(ValueError, match=f"(?s)verify=True.*{name} 0"):
+        trainer.train()
+    by_router = callback.report.coefficient.by_router
+    assert 0 < by_router.pop(name) < 1 and all(abs(ratio - 1) < 1e-4 for ratio in by_router.values())
 
 
-def test_fp16_at_a_scale_that_overflows(tmp_path):
-    """Measured at a lower loss scale; the one of the training stays."""
-    model = phb.patch(tiny_model("mixtral", dtype=torch.float16).train(), {"coef": COEF})
-    trainer = make_trainer(model, tmp_path, max_steps=1)
-    trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
-    phb.attach(trainer)
-    report = phb.doctor(trainer)
-    assert abs(report.coefficient.ratio - 1) < 1e-2 and not report.coefficient.precise
-    assert "lower loss scale" in check(report, "coefficient").finding
-    assert scaler.get_scale() == 2.0**24
+class Overflows(Trainer):
+    """Its loss is infinite in the second and third step: the first ones with prices."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * torch.inf if self.state.global_step in (1, 2) else loss
+
+
+def test_a_step_that_overflows_is_not_the_one_that_is_measured(tmp_path):
+    trainer = make_trainer(build(), tmp_path, Overflows, max_steps=5)
+    trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    report = verified(trainer)
+    assert report.measured.startswith("optimizer step 4") and report.status == "ok", report
+    assert abs(report.coefficient.ratio - 1) < 1e-4 and scaler.get_scale() == 2.0**8
+
+
+def test_without_a_scaler_it_is_a_problem(tmp_path):
+    trainer = make_trainer(build(), tmp_path, Overflows, max_steps=5)
+    with pytest.raises(ValueError, match=r"gradients of the step are not finite"):
+        verified(trainer)
+
+
+def test_16_bits():
+    model = phb.patch(tiny_model("mixtral", dtype=torch.bfloat16).train(), {"coef": COEF})
+    found = phb.doctor(model, [tiny_batch(model, seed=seed) for seed in range(3)])
+    assert abs(found.coefficient.ratio - 1) < 1e-2 and not found.coefficient.precise
+    assert check(found, "coefficient").status == "ok" and "weights of 3" in found.coefficient.parameters
+
+
+def test_dropout_is_in_the_step_that_is_measured():
+    model = patched(model_args={"attention_dropout": 0.5}, coef=COEF)
+    assert phb.doctor(model).coefficient.residual < 1e-4
+
+
+def test_a_compiled_model_is_tried_uncompiled():
+    model = build()
+    compiled = torch.compile(model)
+    found = phb.doctor(compiled).coefficient
+    assert abs(found.ratio - 1) < 1e-4

@@ -112,7 +112,7 @@ def test_model_goes_on_without_a_bias_and_with_everything_else_as_it_was():
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training and not collect(model)
     changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
-    assert changed == {f"{name}.weight" for name in routers(model)}
+    assert changed == {"model.phi_balance.bias", *(f"{name}.weight" for name in routers(model))}
     after = balancer.state_dict()
     assert all(not after[name].any() for name in after if name.endswith(".bias"))
     assert_same(

@@ -1,10 +1,11 @@
-"""Duals without a model: routers of given sizes, the tallies of made steps, and means in exact enough arithmetic."""
+"""Duals without a model: routers of given sizes, the counts of made steps, and means in exact enough arithmetic."""
 
 import torch
 
 from hf_phibalance import PhiBalanceConfig
+from hf_phibalance.balancing.counts import Counts
 from hf_phibalance.balancing.duals import LOGIT_WIDTH, Duals
-from hf_phibalance.balancing.tally import StepTally
+from hf_phibalance.config import STATISTICS
 from hf_phibalance.maths import BINS, margin_histogram
 from hf_phibalance.routers import RouterSite
 
@@ -15,39 +16,38 @@ def make_duals(config, sizes, top_k=2, width=1.0):
         RouterSite(f"router.{i}", None, size, min(top_k, size - 1) or 1, "softmax", score_width=width)
         for i, size in enumerate(sizes)
     ]
-    return Duals(config if isinstance(config, PhiBalanceConfig) else PhiBalanceConfig(**config), sites)
+    config = config if isinstance(config, PhiBalanceConfig) else PhiBalanceConfig(**config)
+    return Duals(config, sites, torch.device("cpu"))
 
 
-def tally_of(duals, probs, load, scores=()):
-    """The tally of a step: `probs` and `load` flat; for quantile balancing also `scores (T, E)` of every router."""
-    tally = StepTally(duals.layout.sizes, BINS if duals.config.rules.bias_rule == "quantile" else 0)
-    tally.probs.copy_(probs)
-    tally.load.copy_(load)
-    tally.tokens.fill_(load.sum())
-    for index, (site, span) in enumerate(zip(duals.sites, duals.layout.spans)):
+def rows_of(duals, values_LE):
+    """Of each router, what is not padding in `(L, E)`."""
+    return [row[: site.num_experts] for row, site in zip(values_LE, duals.sites)]
+
+
+def counts_of(duals, probs, load, scores=()):
+    """The counts of a step: `probs` and `load`, `(E,)` of each router; for quantile balancing also its `scores (T, E)`."""
+    counts = Counts(duals.shape, torch.device("cpu"), BINS if duals.config.rules.bias_rule == "quantile" else 0)
+    for index, site in enumerate(duals.sites):
+        counts.probs[index, : site.num_experts] = probs[index]
+        counts.load[index, : site.num_experts] = load[index]
         if len(scores) > index:
-            width = site.score_width or LOGIT_WIDTH
+            width, bias = site.score_width or LOGIT_WIDTH, duals.biases[index, : site.num_experts]
             mask = torch.ones(len(scores[index]))
-            tally.margins_of(index).copy_(margin_histogram(scores[index], duals.bias[span], site.top_k, mask, width))
-    return tally
-
-
-def off_mean(duals, flat):
-    """Differences of each router's values from their mean, flat."""
-    return torch.cat([flat[span] - flat[span].mean() for span in duals.layout.spans])
+            counts.extra[index, : site.num_experts] = margin_histogram(scores[index], bias, site.top_k, mask, width)
+    counts.tokens.fill_(counts.load.sum())
+    return counts
 
 
 class ExactMeans:
     """The means in float64, router by router, by their definition."""
 
     def __init__(self, duals):
-        self.rate = duals.config.ema_rate
-        self.means = {name: mean.double().clone() for name, mean in duals.means.items()}
-        self.spans = duals.layout.spans
+        self.rate, self.duals = duals.config.ema_rate, duals
+        self.means = {name: [row.double().clone() for row in rows_of(duals, duals.mean(name))] for name in STATISTICS}
 
-    def update(self, tally):
-        for name, mean in self.means.items():
-            sums = getattr(tally, name).double()
-            for span in self.spans:
-                if sums[span].sum() > 0:
-                    mean[span] = (1 - self.rate) * mean[span] + self.rate * sums[span] / sums[span].sum()
+    def update(self, counts):
+        for name, means in self.means.items():
+            for mean, sums in zip(means, rows_of(self.duals, getattr(counts, name).double())):
+                if sums.sum() > 0:
+                    mean.copy_((1 - self.rate) * mean + self.rate * sums / sums.sum())

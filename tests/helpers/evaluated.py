@@ -39,10 +39,8 @@ def biased_mixtral():
     tokenizer = train_tokenizer(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows["train"])
     torch.manual_seed(0)
     model = phb.patch(build_model("mixtral", FIELDS, tokenizer), {"coef": 0.0, "bias_coef": 0.01})
-    state = phb.get_balancer(model).state_dict()
-    for name in phb.get_balancer(model).layer_names:
-        state[f"{name}.bias"] = torch.tensor([0.5, 0.0, 0.0, -0.5])
-    phb.get_balancer(model).load_state_dict(state)
+    balancer = phb.get_balancer(model)
+    balancer.set_biases({name: torch.tensor([0.5, 0.0, 0.0, -0.5]) for name in balancer.layer_names})
     return model, tokenizer
 
 

@@ -28,6 +28,7 @@ from training import Recorder, make_trainer
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 import hf_phibalance as phb
+from hf_phibalance.config import STATISTICS
 
 
 CONFIGS = {
@@ -53,6 +54,7 @@ class Reference:
     def __init__(self, model):
         self.model, self.config, self.steps = model, None, 0
         self.means, self.prices, self.biases = {}, {}, {}
+        self.adapter, self.by_adapter = None, {}  # whose the bias is that acts, and the biases of others
 
     def routers(self):
         """By the names that they have without adapters."""
@@ -63,20 +65,32 @@ class Reference:
         return hasattr(next(iter(self.routers().values())), "e_score_correction_bias")
 
     def patch(self, config):
-        """A new configuration keeps what it needs of the present one's duals."""
+        """A new configuration goes on from the duals of the present one."""
         experts = self.model.config.num_local_experts
         before, self.config = self.config, config
-        kept = self.means if before is not None else {}
-        uniform = torch.full((experts,), 1 / experts, dtype=torch.float64)
-        self.means = {kind: kept.get(kind, dict.fromkeys(self.routers(), uniform)) for kind in config.statistics}
-        if before is None or not set(config.statistics) <= set(kept):
-            self.steps = 0
-        if before is None and not self.has_native_bias:
-            self.biases = {name: torch.zeros(experts, dtype=torch.float64) for name in self.routers()}
+        if before is None:
+            uniform = torch.full((experts,), 1 / experts, dtype=torch.float64)
+            self.means, self.steps = {kind: dict.fromkeys(self.routers(), uniform) for kind in STATISTICS}, 0
+            self.adapter, self.by_adapter = None, {}
+            if not self.has_native_bias:
+                self.biases = {name: torch.zeros(experts, dtype=torch.float64) for name in self.routers()}
         self.set_prices()
 
     def unpatch(self):
+        """A family's own bias stays: that of the model itself."""
+        self.follow(None)
         self.config, self.biases = None, {}
+
+    def follow(self, adapter):
+        """Puts the bias of `adapter` in force, `None` for that of the model itself; that of a new one begins as the present one."""
+        if self.config is None or adapter == self.adapter:
+            return
+        native = {name: router.e_score_correction_bias for name, router in self.routers().items() if self.has_native_bias}
+        self.by_adapter[self.adapter] = {name: bias.clone() for name, bias in (native or self.biases).items()}
+        biases = self.by_adapter.pop(adapter, self.by_adapter[self.adapter])
+        for name, bias in native.items():
+            bias.copy_(biases[name])
+        self.biases, self.adapter = {} if native else dict(biases), adapter
 
     def set_prices(self):
         self.prices = {name: self.price_of(mean) for name, mean in self.means[self.config.track].items()}
@@ -190,7 +204,7 @@ class Life(RuleBasedStateMachine):
         other = tiny_model(self.model_type, seed=1, **SIZES[self.model_type]).train()
         self.other = phb.patch(other, {"coef": 0.5, "bias_coef": 0.01})
         self.other_before, self.left = everything(self.other), None
-        self.adapters, self.seed, self.events = 0, 0, 0
+        self.adapters, self.active, self.seed, self.events = 0, None, 0, 0
         if name is not None:
             self.patch(name)
 
@@ -258,6 +272,7 @@ class Life(RuleBasedStateMachine):
         assert phb.patch(self.model, config) is self.model
         if self.reference.config != config:
             self.reference.patch(config)
+            self.reference.follow(self.active)
 
     @precondition(lambda self: is_patched(self.model))
     @rule()
@@ -442,26 +457,34 @@ class Life(RuleBasedStateMachine):
             return model.train()
 
         self.both(add)
+        self.active = name
+        self.reference.follow(name)
 
     @precondition(lambda self: self.adapters == 2)
     @rule(number=st.integers(1, 2))
     def switch_adapter(self, number):
         self.tried["switch adapter"] += 1
         self.both(lambda model: model.set_adapter(f"adapter{number}") or model)
+        self.active = f"adapter{number}"
+        self.reference.follow(self.active)
 
     @precondition(lambda self: self.has_adapter)
     @rule()
     def disable_adapter(self):
         self.tried["disable adapter"] += 1
         with self.model.disable_adapter(), self.plain.disable_adapter():
+            self.reference.follow(None)
             self.evaluate()
+        self.reference.follow(self.active)
 
     @precondition(lambda self: self.has_adapter)
     @rule(keep=st.booleans())
     def end_adapters(self, keep):
         """Merged into the weights, or taken out; then the whole model is trained, but for routers that we hold frozen."""
         self.tried["end adapters"] += 1
-        self.adapters = 0
+        if not keep:
+            self.reference.follow(None)
+        self.adapters, self.active, self.reference.adapter, self.reference.by_adapter = 0, None, None, {}
 
         def end(model):
             is_plain = model is self.plain

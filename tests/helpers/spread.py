@@ -59,16 +59,16 @@ def train(run, folder, balanced):
     if balanced:
         phb.patch(model, {"coef": 5.0})
         phb.attach(trainer)
-        begin = phb.PhiBalancer.begin_step
+        announce = phb.PhiBalancer.announce
 
-        def noting_begin(balancer, batches, **more):
+        def noting(balancer, batches, **more):
             own = [[ids[m.bool()].tolist() for ids, m in zip(b["input_ids"], b["attention_mask"])] for b in batches]
             seen.append(own)
             prices.append({name: price.numpy() for name, price in balancer.prices().items()})
-            return begin(balancer, batches, **more)
+            return announce(balancer, batches, **more)
 
         balancer = phb.get_balancer(model)
-        balancer.begin_step = noting_begin.__get__(balancer)
+        balancer.announce = noting.__get__(balancer)
     trainer.train()
     return optimizer.gradients, seen, prices
 

@@ -89,4 +89,5 @@ class Recorder(TrainerCallback):
 
 
 def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    """Without the selection bias, which belongs to the duals."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "phi_balance." not in name}

@@ -173,7 +173,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner, table_row):
         expected, found = (load_file(run / "out" / "checkpoint-4" / name) for run in (whole, resumed))
         assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
     assert not torch.equal(*(
-        load_file(whole / "out" / f"checkpoint-{step}" / "phi_balance.state")["model.layers.0.mlp.gate.mean_probs"]
+        load_file(whole / "out" / f"checkpoint-{step}" / "phi_balance.state")["layers.0.mlp.gate.mean_probs"]
         for step in (2, 4)
     ))  # fmt: skip
     trains = "full" if tuner == "full" else "LoRA on linear layers"

@@ -10,7 +10,6 @@ from tiny import MODEL_TYPES, tiny_batch, tiny_model
 
 import hf_phibalance as phb
 from hf_phibalance.integrations import vllm
-from hf_phibalance.sidecar import EARLIER_STATE_NAME
 
 
 def routed(model, batch):
@@ -55,7 +54,7 @@ def test_it_chooses_and_weighs_as_the_patched_model(family):
     biased = routed(model, batch)
     for name, (logits, expected) in biased.items():
         choice = vllm.BiasedChoice(vllm.RANKED[family])
-        choice.bias = balancer.state_dict()[f"{name}.bias"]
+        choice.bias = balancer.biases()[name]
         top_k = int((expected > 0).sum(-1).max())
         renormalize = bool(torch.allclose(expected.sum(-1), torch.ones(len(expected))))
         weights, chosen = choice(None, logits, top_k, renormalize)
@@ -75,13 +74,6 @@ def test_vllm_finds_the_plugin_and_its_import_is_light():
         "assert not {'torch', 'transformers', 'vllm', 'safetensors'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_it_hides_the_file_of_earlier_versions_from_vllm():
-    prepare = vllm.passing_over_state(
-        lambda loader, folder: (folder, [f"{folder}/a.safetensors", f"{folder}/{EARLIER_STATE_NAME}"], True, "i")
-    )
-    assert prepare(None, "x") == ("x", ["x/a.safetensors"], True, "i")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def test_every_family_folds_and_loads_plainly(model_type, tmp_path, warned):
     report = phb.fold(model, [batch])
     assert report.folded.tokens == int(batch["attention_mask"].sum())
     changed = {name for name, part in model.state_dict().items() if not torch.equal(part, before[name])}
+    changed -= {name for name in changed if name.endswith("phi_balance.bias")}  # which is in the routers now
     assert changed and all(
         any(name.startswith(f"{router}.") for router in phb.get_balancer(model).layer_names) for name in changed
     )

@@ -10,7 +10,7 @@ import hf_phibalance as phb
 from hf_phibalance.publishing import push_to_hub
 from hf_phibalance.publishing.licence import base_licence
 from hf_phibalance.publishing.upload import upload
-from hf_phibalance.sidecar import EARLIER_STATE_NAME, STATE_NAME
+from hf_phibalance.sidecar import STATE_NAME
 
 
 @pytest.mark.parametrize("kind", ["trained", "adapter"])
@@ -29,23 +29,16 @@ def test_the_hub_receives_the_dry_run(kind, request, run_folder, stub, tmp_path)
     assert len(stub.commits) == 1
 
 
-def test_what_an_earlier_version_has_uploaded(trained, stub):
-    """It loads by its name on the Hub, and goes with the commit that brings the state under its new name."""
+def test_what_was_uploaded_loads_by_its_name(trained, stub):
     push_to_hub(trained, REPO)
-    files = stub.files[REPO]
-    files[EARLIER_STATE_NAME] = files.pop(STATE_NAME)
-    assert_same_duals(phb.AutoModelForCausalLM.from_pretrained(REPO), trained)
-    push_to_hub(trained, REPO)
-    assert STATE_NAME in files and EARLIER_STATE_NAME not in files
-    files[EARLIER_STATE_NAME] = b"of before"  # as `Trainer` would have left it
     assert_same_duals(phb.AutoModelForCausalLM.from_pretrained(REPO), trained)
 
 
 def test_an_upload_without_duals_takes_none_away(stub, tmp_path):
-    stub.files[REPO], stub.private[REPO] = {EARLIER_STATE_NAME: b"somebody's"}, False
+    stub.files[REPO], stub.private[REPO] = {STATE_NAME: b"somebody's"}, False
     (tmp_path / "config.json").write_text("{}")
     upload(tmp_path, REPO)
-    assert stub.files[REPO].keys() == {EARLIER_STATE_NAME, "config.json"}
+    assert stub.files[REPO].keys() == {STATE_NAME, "config.json"}
 
 
 def test_pull_request(trained, stub):

@@ -176,10 +176,7 @@ def test_adapter_with_its_bias(recipe, folder, tmp_path, monkeypatch):
     torch.manual_seed(1)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     balancer = phb.get_balancer(model)
-    state = balancer.state_dict()
-    for name in balancer.layer_names:
-        state[f"{name}.bias"] = torch.tensor([0.0, 0.5, -0.5, 0.0])
-    balancer.load_state_dict(state)
+    balancer.set_biases({name: torch.tensor([0.0, 0.5, -0.5, 0.0]) for name in balancer.layer_names})
     adapted.save_pretrained(tmp_path / "adapter")
     balancer.save(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "config.json").exists()

@@ -270,10 +270,10 @@ def test_bias_selects(block):
     model = model_with(block)
     phb.patch(model, {"coef": 0.0, "bias_coef": 0.1})
     balancer = phb.get_balancer(model)
-    state = balancer.state_dict()
-    for name in balancer.layer_names:
-        state[f"{name}.bias"].zero_()[-K:] = 50.0
-    balancer.load_state_dict(state)
+    biases = balancer.biases()
+    for bias in biases.values():
+        bias.zero_()[-K:] = 50.0
+    balancer.set_biases(biases)
     model(**tiny_batch(model)).loss.backward()
     balancer.step()
     for site in balancer.sites:
@@ -288,7 +288,7 @@ def test_choice_of_the_block_compiles_copies_and_pickles(block):
     set_prices(model)
     batch = tiny_batch(model)
     eager = gradients(model, batch)
-    loads = phb.get_balancer(model)._steps.tally.load.clone()
+    loads = phb.get_balancer(model).now.counts.load.clone()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert phb.get_balancer(twin) is not phb.get_balancer(model)
         same = gradients(twin, batch)
@@ -298,7 +298,7 @@ def test_choice_of_the_block_compiles_copies_and_pickles(block):
     graph = gradients(compiled, batch)
     for name in eager:
         torch.testing.assert_close(graph[f"_orig_mod.{name}"], eager[name], rtol=1e-4, atol=1e-6)
-    assert torch.equal(phb.get_balancer(model)._steps.tally.load, loads)
+    assert torch.equal(phb.get_balancer(model).now.counts.load, loads)
 
 
 @pytest.mark.parametrize("patched", ["before", "after"])

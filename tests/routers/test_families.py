@@ -206,12 +206,10 @@ def test_bias_selects_and_leaves_weights_unbiased(model_type):
     model, batch = build(model_type)
     phb.patch(model, {"coef": 0.0, "bias_coef": 0.1})
     balancer = phb.get_balancer(model)
-    state = balancer.state_dict()
+    biases = balancer.biases()
     for site in balancer.sites:
-        bias = state[f"{site.name}.bias"]
-        bias.zero_()
-        bias[: site.top_k] = 50.0
-    balancer.load_state_dict(state)
+        biases[site.name].zero_()[: site.top_k] = 50.0
+    balancer.set_biases(biases)
     with recorded(balancer) as seen:
         model(**batch).loss.backward()
     balancer.step()

@@ -66,7 +66,7 @@ def test_checkpointing_charges_the_same(model_type, reentrant):
         phb.get_balancer(model).begin_step(batches)
         for batch in batches:
             model(**batch).loss.backward()
-        loads = phb.get_balancer(model)._steps.tally.load.clone()
+        loads = phb.get_balancer(model).now.counts.load.clone()
         phb.get_balancer(model).discard_step()
         return {**collect(model), "loads": loads}
 

@@ -32,7 +32,7 @@ class Steps(TrainerCallback):
 
 
 def trained(folder, cls, coef, steps=1, token_mask="attention", accumulation=4, **options):
-    """Trains with known prices, and a learning rate so small that nothing else moves; what each step was, and the doctor's word."""
+    """Trains with known prices, and a learning rate so small that nothing else moves; what each step was, and the report on it."""
     torch.manual_seed(0)
     model = build("mixtral")
     prompts = [" ".join(f"w{3 + (row + i) % 9}" for i in range((1, 3, 20, 9)[row % 4])) for row in range(16)]
@@ -66,12 +66,10 @@ def trained(folder, cls, coef, steps=1, token_mask="attention", accumulation=4, 
     phb.patch(model, {"coef": coef, "ema_rate": 1e-4, "token_mask": token_mask})
     seen = Steps(model)
     trainer.add_callback(seen)
-    phb.attach(trainer)
+    callback = phb.attach(trainer, verify=coef > 0)
     means = set_prices(model).means()
-    report = phb.doctor(trainer) if coef else None
-    seen.fed = [[]]
     trainer.train()
-    return seen, means, report
+    return seen, means, callback.report
 
 
 @pytest.mark.parametrize(

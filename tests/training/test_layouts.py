@@ -114,7 +114,7 @@ def test_ranks_that_step_alone(two_ranks):
         for kind in ("means", "biases"):
             suffix = {"means": "mean_probs", "biases": "bias"}[kind]
             for name, value in found[kind].items():
-                np.testing.assert_allclose(found["own"][f"{name}.{suffix}"], value, atol=1e-5)
+                np.testing.assert_allclose(found["own"][f"{name.removeprefix('model.')}.{suffix}"], value, atol=1e-5)
     prices = [results["local"]["prices"] for results in two_ranks]
     assert any(np.abs(prices[0][name] - prices[1][name]).max() > 1e-2 for name in prices[0])
 

@@ -224,10 +224,10 @@ def test_evaluation_uses_the_selection_bias(tmp_path):
     """A strong bias on two experts shows in the evaluation loads."""
     model = patched(coef=0.0, bias_coef=0.05)
     balancer = phb.get_balancer(model)
-    state = balancer.state_dict()
-    for name in balancer.layer_names:
-        state[f"{name}.bias"][:2] = 50.0
-    balancer.load_state_dict(state)
+    biases = balancer.biases()
+    for bias in biases.values():
+        bias[:2] = 50.0
+    balancer.set_biases(biases)
     trainer = make_trainer(model, tmp_path, eval_dataset=rows(3))
     phb.attach(trainer)
     logged = figures(trainer.evaluate(), "eval_moe/")

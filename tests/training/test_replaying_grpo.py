@@ -9,6 +9,7 @@ from references import routers
 from replay import Rollouts, replayed
 from tiny import tiny_model
 from training import tokenizer
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import hf_phibalance as phb
@@ -67,13 +68,12 @@ def run(model_type, folder):
     biases = balancer.biases()
     native = {name: r.e_score_correction_bias.clone() for name, r in routers(model).items() if model_type != "mixtral"}
     loads = []
-    step = balancer.step
 
-    def noting_step(*args):
-        step(*args)
-        loads.append(balancer.loads())
+    class Loads(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            loads.append(balancer.loads())
 
-    balancer.step = noting_step
+    trainer.add_callback(Loads())
     before = balancer.prices()
     trainer.train()
     return model, trainer, updates, loads, biases, native, before

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 import hf_phibalance as phb
-from hf_phibalance.sidecar import EARLIER_STATE_NAME, STATE_NAME
+from hf_phibalance.sidecar import STATE_NAME
 
 
 CONFIGS = {
@@ -53,14 +53,24 @@ class StopAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(folder, case="gradient", attach=True, cls=Trainer, resume=None, callbacks=(), seed=0, **arguments):
+def run(
+    folder,
+    case="gradient",
+    attach=True,
+    cls=Trainer,
+    resume=None,
+    callbacks=(),
+    seed=0,
+    fresh_duals=False,
+    **arguments,
+):
     """A run in a fresh model and trainer; `seed` of the weights it starts from, which a checkpoint must overwrite."""
     model_type, config = CONFIGS[case]
     model = patched(model_type, seed=seed, **config)
     callbacks = [*callbacks, *([] if attach else [phb.PhiBalanceCallback()])]
     trainer = make_trainer(model, folder, cls, data=rows(14), callbacks=callbacks, **{**ARGUMENTS, **arguments})
     if attach:
-        phb.attach(trainer)
+        phb.attach(trainer, fresh_duals=fresh_duals)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -141,13 +151,17 @@ def test_checkpoint_without_duals_is_refused(attach, tmp_path):
         run(tmp_path, resume=True, attach=attach)
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
-    straight = run(tmp_path / "straight", "bias")
-    run(tmp_path / "cut", "bias", callbacks=[StopAt(2)])
-    checkpoint = tmp_path / "cut" / "checkpoint-2"
-    (checkpoint / STATE_NAME).rename(checkpoint / EARLIER_STATE_NAME)
-    assert_same_outcome(run(tmp_path / "cut", "bias", resume=True, seed=1), straight)
-    assert (checkpoint / EARLIER_STATE_NAME).is_file() and (tmp_path / "cut" / "checkpoint-4" / STATE_NAME).is_file()
+def test_fresh_duals_can_be_asked_for(tmp_path, warned):
+    """The resumed run has the weights of the checkpoint, and uniform means; with a state there, that is taken all the same."""
+    run(tmp_path, callbacks=[StopAt(2)])
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "kept")
+    (tmp_path / "checkpoint-2" / STATE_NAME).unlink()
+    first = Snapshots()
+    run(tmp_path, resume=True, seed=1, callbacks=[first, StopAt(3)], fresh_duals=True)
+    assert warned.about("resumes with fresh duals")
+    assert first.by_step[3]["duals"]["steps"] == 1
+    run(tmp_path, resume=str(tmp_path / "kept"), seed=1, callbacks=[first, StopAt(3)], fresh_duals=True)
+    assert first.by_step[3]["duals"]["steps"] == 3
 
 
 def test_duals_of_another_run_are_not_taken_instead(tmp_path):

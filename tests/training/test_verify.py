@@ -1,12 +1,15 @@
 """`attach(trainer, verify=True)` and `doctor(trainer)` leave no trace, and the first ends what would go wrong."""
 
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 from checks import assert_same
-from training import make_trainer, patched, weights
+from datasets import IterableDataset
+from tiny import tiny_model
+from training import make_trainer, patched, rows, weights
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
@@ -46,10 +49,11 @@ def trained(folder, cls, verify=False, doctor=False, **arguments):
         **arguments,
     )
     callback = phb.attach(trainer, verify=verify)
-    before = len(vars(trainer)), dict(vars(trainer.accelerator.gradient_state))
+    before = len(vars(trainer)), dict(vars(trainer.accelerator.gradient_state)), len(trainer.accelerator._dataloaders)
     if doctor:
         assert phb.doctor(trainer).coefficient is not None
-        assert before == (len(vars(trainer)), dict(vars(trainer.accelerator.gradient_state)))
+        state = dict(vars(trainer.accelerator.gradient_state))
+        assert before == (len(vars(trainer)), state, len(trainer.accelerator._dataloaders))
         assert seen.events == [] and trainer.optimizer is None and trainer.state.global_step == 0
         assert all(parameter.grad is None for parameter in model.parameters())
         assert trainer.model_wrapped is model and not trainer.is_in_train
@@ -71,27 +75,62 @@ def trained(folder, cls, verify=False, doctor=False, **arguments):
     return left, logs, seen.events, seen.fed[count:], callback
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("cls", [Trainer, SFTTrainer])
-def test_training_is_bit_identical(tmp_path, cls):
-    left, logs, events, fed, callback = trained(tmp_path, cls)
+def test_training_is_bit_identical(tmp_path, cls, reentrant):
+    arguments = {"gradient_checkpointing": reentrant is not None}
+    if reentrant is not None:
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+    left, logs, events, fed, callback = trained(tmp_path, cls, **arguments)
     assert callback.report is None and len(fed) == 6
     for how in ({"verify": True}, {"doctor": True}):
-        other_left, other_logs, other_events, other_fed, callback = trained(tmp_path, cls, **how)
+        other_left, other_logs, other_events, other_fed, callback = trained(tmp_path, cls, **how, **arguments)
         assert_same(left, other_left)
         assert logs == other_logs and events == other_events
-        last = other_fed[-len(fed) :]  # before them, in the same forward hooks, those of the trial
-        assert all(torch.equal(a, b) for a, b in zip(fed, last))
+        assert len(fed) == len(other_fed) and all(torch.equal(a, b) for a, b in zip(fed, other_fed))
+        assert (callback.report is not None) == ("verify" in how)
     assert len({row["loss"] for row in logs if "loss" in row}) == 2
 
 
 def test_the_report_is_kept_and_said(tmp_path, warned):
+    """It is that of the second step, since the first has no prices."""
     model = patched(bias_coef=0.05, coef=0.01)
-    trainer = make_trainer(model, tmp_path, max_steps=1)
+    trainer = make_trainer(model, tmp_path)
     callback = phb.attach(trainer, verify=True)
     trainer.train()
     assert callback.report.coefficient.ratio == pytest.approx(1, abs=1e-4)
-    assert len(warned.about("! selection bias")) == 1 and phb.get_balancer(model).steps == 1
-    assert callback.report.exit_status() == 0
+    assert callback.report.measured == "optimizer step 2 of Trainer, 2 micro-batches"
+    assert len(warned.about("! selection bias")) == 1 and phb.get_balancer(model).steps == 4
+    assert callback.report.exit_status() == 0 and phb.get_balancer(model).forwards.recorder is None
+
+
+def test_one_step_without_prices_is_all_there_is(tmp_path, warned):
+    trainer = make_trainer(patched(coef=0.01), tmp_path, max_steps=1)
+    callback = phb.attach(trainer, verify=True)
+    trainer.train()
+    assert callback.report.coefficient is None and len(warned.about("all prices are 0")) == 1
+
+
+def test_calibrated_prices_and_those_of_the_batch_are_measured_at_once(tmp_path):
+    for config, options in (({"method": "switch"}, {}), ({"coef": 0.01}, {"calibrate": 1})):
+        model = phb.patch(tiny_model("mixtral").train(), config)
+        trainer = make_trainer(model, tmp_path)
+        callback = phb.attach(trainer, verify=True, **options)
+        trainer.train()
+        assert callback.report.measured.startswith("optimizer step 1")
+        assert callback.report.coefficient.ratio == pytest.approx(1, abs=1e-4)
+
+
+def test_accumulation_over_the_end_of_an_epoch(tmp_path):
+    """Seven batches of a stream whose length nobody knows, four a step: the last step of an epoch goes on in the next one."""
+    data = IterableDataset.from_generator(lambda: iter(rows(14).to_list()))
+    trainer = make_trainer(patched(coef=0.01), tmp_path, data=data, max_steps=4, num_train_epochs=1)
+    callback = phb.attach(trainer, verify=True)
+    trainer.train()
+    assert "optimizer step 2 of Trainer, 7 micro-batches" in callback.report.measured, callback.report
+    found = check(callback.report, "coefficient")
+    assert found.status == "warning" and "goes on over the end of a pass" in found.finding
+    assert callback.report.coefficient.ratio == pytest.approx(1, abs=1e-2)
 
 
 class Halves(Trainer):
@@ -103,20 +142,90 @@ class Halves(Trainer):
         return loss
 
 
-def test_problems_end_training_before_it_begins(tmp_path):
-    model = patched(coef=0.01)
-    before = weights(model)
-    trainer = make_trainer(model, tmp_path, Halves, gradient_accumulation_steps=1)
-    phb.attach(trainer, verify=True)
-    with pytest.raises(ValueError, match=r"(?s)verify=True.*ratio 0\.5000.*training_step"):
+class DropsMask(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "attention_mask"}, **kwargs)
+
+
+class Trims(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, {k: v[:, :-2] for k, v in inputs.items()}, **kwargs)
+
+
+class AsksTwice(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        first = super().compute_loss(model, inputs, **kwargs)
+        return first + super().compute_loss(model, inputs, **kwargs)
+
+
+class Elsewhere(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        return model.lm_head(torch.ones(1, 32)).sum()
+
+
+def check(report, name):
+    return next(check for check in report.checks if check.name == name)
+
+
+def test_problems_end_training_before_the_optimizer_steps(tmp_path):
+    before = []
+    for cls in (Trainer, Halves):
+        model = patched(coef=0.01)
+        trainer = make_trainer(model, tmp_path, cls, gradient_accumulation_steps=1, max_steps=1 if cls is Trainer else 9)
+        if cls is Halves:
+            trainer.args.learning_rate *= 2  # of half a gradient
+            phb.attach(trainer, verify=True)
+            with pytest.raises(ValueError, match=r"(?s)verify=True.*ratio 0\.5000.*training_step"):
+                trainer.train()
+        else:
+            trainer.train()
+        assert phb.get_balancer(model).steps == 1 and trainer.state.global_step == 1
+        assert not phb.get_balancer(model).is_trained_on
+        before.append(weights(model))
+    assert_same(*before)
+
+
+@pytest.mark.parametrize(
+    "cls, name, words, remedy",
+    [
+        (DropsMask, "attention mask", "the model received none", "token_mask='labels'"),
+        (Elsewhere, "first step", "no training forward", "trains this model"),
+    ],
+)
+def test_what_a_trainer_does_to_tokens_is_found_in_the_first_step(tmp_path, cls, name, words, remedy):
+    trainer = make_trainer(patched(coef=0.01), tmp_path, cls)
+    callback = phb.attach(trainer, verify=True)
+    with pytest.raises(ValueError, match="verify=True"):
         trainer.train()
-    assert_same(before, weights(model))
-    assert phb.get_balancer(model).steps == 0 and trainer.state.global_step == 0
-    assert all(parameter.grad is None for parameter in model.parameters())
+    found = check(callback.report, name)
+    assert found.status == "problem" and words in found.finding and remedy in found.remedy
+    assert trainer.state.global_step == 0
 
 
-def test_a_resumed_training_is_verified_with_its_own_duals(tmp_path):
-    """Known prices take their place for the trial only."""
+def test_tokens_that_the_trainer_drops(tmp_path):
+    """Each micro-batch gets the share that was announced: the whole is the declared coefficient, its parts are not even."""
+    trainer = make_trainer(patched(coef=0.01), tmp_path, Trims)
+    callback = phb.attach(trainer, verify=True)
+    trainer.train()
+    found = check(callback.report, "announced tokens")
+    announced, seen = map(int, re.findall(r"\d+", found.finding))
+    assert found.status == "warning" and seen < announced
+    assert check(callback.report, "coefficient").status == "warning" and not callback.report.problems
+    assert callback.report.coefficient.ratio == pytest.approx(1, abs=0.1) and callback.report.coefficient.residual > 1e-2
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_two_forwards_of_a_micro_batch(tmp_path, reentrant):
+    arguments = {"gradient_checkpointing": reentrant is not None}
+    if reentrant is not None:
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+    trainer = make_trainer(patched(coef=0.01), tmp_path, AsksTwice, **arguments)
+    callback = phb.attach(trainer, verify=True)
+    trainer.train()
+    assert callback.report.status == "ok" and callback.report.coefficient.ratio == pytest.approx(1, abs=1e-4)
+
+
+def test_a_resumed_training_is_verified_in_its_first_step(tmp_path):
     duals = []
     for verify in (False, True):
         folder = tmp_path / str(verify)
@@ -131,6 +240,23 @@ def test_a_resumed_training_is_verified_with_its_own_duals(tmp_path):
         assert (callback.report is not None) == verify
         duals.append({"duals": phb.get_balancer(model).state_dict(), "weights": weights(model)})
     assert_same(*duals)
+    assert callback.report.measured.startswith("optimizer step 2") and callback.report.coefficient is not None
+
+
+class Fails(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        if self.state.global_step == 1:
+            raise KeyError("labels")
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def test_an_interrupted_step_is_not_recorded_further(tmp_path):
+    model = patched(coef=0.5)
+    trainer = make_trainer(model, tmp_path, Fails)
+    callback = phb.attach(trainer, verify=True)
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert phb.get_balancer(model).forwards.recorder is None and callback.report is None
 
 
 def test_a_batch_is_not_for_a_trainer(tmp_path):

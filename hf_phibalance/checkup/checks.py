@@ -1,0 +1,546 @@
+"""All checks: each problem by name, with its remedy. First those of a recorded step, then those of the set-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..balancing import PhiBalancer, describe_router
+from ..compat import dependencies, is_supported
+from ..routers import REMOTE_TRAITS, RouterHook, find_routers
+from ..sidecar import STATE_NAME, state_in
+from .recorder import LOW, StepRecorder
+from .report import Check, Coefficient
+
+
+PRECISE, ROUGH = 1e-3, 2e-2  # how far the coefficient may be from the declared one in fp32, and in less
+VANISHING = 1e-200  # a coefficient that stands for 0
+EVEN, COLLAPSED = 0.9, 0.5  # effective experts, as a share of all
+ASSIGNED = 10  # selections per expert, below which loads say little
+VERIFY = "phb.attach(trainer, verify=True), which measures a step of the training itself"
+
+
+@dataclass
+class Subject:
+    """
+    What is examined.
+
+    Args:
+        root (`torch.nn.Module`): the transformers model.
+        balancer (`PhiBalancer`, *optional*): `None` if the model is not patched.
+        seen (`StepRecorder`, *optional*): a recorded step; `None` if nothing was run.
+        trainer (`str`, *optional*): name of the trainer's class.
+        is_attached (`bool`): whether the trainer is attached already.
+        auxiliary (`float`): coefficient of an auxiliary loss that the trainer adds.
+        parallel (`str`): what is wrong with the way of training.
+        engine (`str`): name of the engine that gets the weights during training.
+        checkpointing (`bool`, *optional*): whether the trainer will checkpoint, reentrantly if `True`.
+        pad_token_id (`int`, *optional*): of the tokenizer.
+        unmeasured (`str`): why nothing could be run.
+    """
+
+    root: nn.Module
+    balancer: PhiBalancer | None
+    seen: StepRecorder | None = None
+    trainer: str | None = None
+    is_attached: bool = False
+    auxiliary: float = 0.0
+    parallel: str = ""
+    engine: str = ""
+    checkpointing: bool | None = None
+    pad_token_id: int | None = None
+    unmeasured: str = ""
+
+    @property
+    def batches(self) -> list[Mapping[str, Any]]:
+        """The micro-batches of the step that are mappings."""
+        return [] if self.seen is None else [batch for batch in self.seen.batches if isinstance(batch, Mapping)]
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint that the model was loaded from, if it is a folder."""
+        name = getattr(self.root, "name_or_path", "")
+        return Path(name) if name and Path(name).is_dir() else None
+
+
+def run_checks(subject: Subject) -> list[Check]:
+    """Returns the findings of all checks that apply."""
+    return [check for look in CHECKS for check in look(subject)]
+
+
+def _many(names: Sequence[str]) -> str:
+    """The first of `names`, for a sentence."""
+    shown = ", ".join(names[:3])
+    return f"{shown}, ..." if len(names) > 3 else shown
+
+
+# ---------------------------------------------------------------------- a recorded step
+
+
+def coefficient(subject: Subject) -> Iterator[Check]:
+    """The effective coefficient against the declared one."""
+    seen, balancer = subject.seen, subject.balancer
+    if balancer is None:
+        return
+    if balancer.config.coef == 0:
+        yield Check("coefficient", "ok", "coef=0: there is no price gradient to measure")
+    elif seen is None:
+        if subject.unmeasured:
+            yield Check("coefficient", "warning", f"not measured: {subject.unmeasured}", VERIFY)
+    elif seen.coefficient is not None:
+        yield _judge(seen, seen.coefficient)
+    elif seen.unmeasured and seen.error is None:
+        remedy = "measure it uncompiled: phb.doctor(model)" if "compiled" in seen.unmeasured else VERIFY
+        yield Check("coefficient", "warning", f"not measured: {seen.unmeasured}", remedy)
+
+
+def _judge(seen: StepRecorder, found: Coefficient) -> Check:
+    if not seen.is_finite:
+        return Check(
+            "coefficient",
+            "problem",
+            "the gradients of the step are not finite",
+            "lower the learning rate or the loss scale, and check the data",
+        )
+    if math.isnan(found.ratio):
+        return Check(
+            "coefficient",
+            "problem",
+            f"{found.declared:g} declared, but no gradient comes back through any router",
+            "train the routers, e.g. phb.lora_config(model, router='lora'), or balance by bias_coef alone (coef=0)",
+        )
+    bound = PRECISE if found.precise else ROUGH
+    text = (
+        f"{found.declared:g} declared, {found.effective:.6g} received: ratio {found.ratio:.4f}, residual "
+        f"{found.residual:.0e}, at {found.parameters}"
+    )
+    off = {name: ratio for name, ratio in found.by_router.items() if not abs(ratio - 1) <= bound}
+    if not off and abs(found.ratio - 1) <= bound and found.residual <= 10 * bound:
+        return Check("coefficient", "ok", text)
+    is_kept = all(abs(projection - 1) <= bound for projection in seen.kept.values())
+    if is_kept and seen.goes_on:
+        return Check(
+            "coefficient",
+            "warning",
+            f"{text}. The step goes on over the end of a pass through the data, so its tokens became known in two parts",
+            "other steps are exact; a dataset whose length is known has no such steps",
+        )
+    if is_kept and seen.announced is None and len(seen.forwards) > 1:
+        return Check(
+            "coefficient",
+            "warning",
+            f"{text}. The micro-batches do not say how many tokens they hold, so each is charged its own mean",
+            "one micro-batch a step makes it exact; with micro-batches of similar length it is close. In trl's GRPO and RLOO "
+            "the tokens are known if steps_per_generation is a multiple of gradient_accumulation_steps",
+        )
+    if is_kept and seen.by_part and seen.announced != seen.tokens:
+        return Check(
+            "coefficient",
+            "warning",
+            f"{text}. The model saw other tokens than the step was announced with, and each micro-batch gets the share that was "
+            "announced",
+            "see announced tokens",
+        )
+    worst = sorted(off, key=lambda name: -abs(off[name] - 1))
+    at = f"; {_many([f'{name} {off[name]:.4f}' for name in worst])}" if worst else ""
+    return Check(
+        "coefficient",
+        "problem",
+        f"{text}{at}",
+        "something between backward and optimizer changes gradients (a training_step of one's own, hooks on parameters), "
+        "or hides tokens or routers from balancing: see the other checks",
+    )
+
+
+def first_step(subject: Subject) -> Iterator[Check]:
+    seen = subject.seen
+    if seen is not None and seen.error is not None:
+        yield Check("first step", "problem", seen.error, "mend that first; what follows could not all be looked at")
+    elif seen is not None and not seen.has_run:
+        yield Check(
+            "first step",
+            "problem",
+            f"no training forward of the model was seen in {seen.what}",
+            "check that the trainer trains this model and not a copy of it, and that it is in train mode",
+        )
+
+
+def tokens(subject: Subject) -> Iterator[Check]:
+    """Which tokens count: padding, masks that get lost, announced and seen ones."""
+    seen, balancer = subject.seen, subject.balancer
+    if seen is None or balancer is None or not seen.forwards:
+        return
+    kind, batches = balancer.config.token_mask, subject.batches
+    positions, own = seen.count("all"), seen.count("mask")
+    labels = [batch["labels"] for batch in batches if isinstance(batch.get("labels"), Tensor)]
+    labelled = sum(int((each != -100).sum()) for each in labels) if labels and len(labels) == len(batches) else None
+    text = f"token_mask={kind!r}: {own:,} of {positions:,} positions count"
+    text += "" if labelled is None else f"; {labelled:,} have labels"
+    masks = [batch["attention_mask"] for batch in batches if isinstance(batch.get("attention_mask"), Tensor)]
+    masked_out = sum(int((mask == 0).sum()) for mask in masks)
+    is_full, is_cut = own == positions, seen.announced not in (None, seen.tokens)
+    padding = sum(_padding(batch.get("input_ids"), subject) for batch in batches) if kind != "labels" and is_full else 0
+    if kind == "attention" and masked_out and is_full:
+        yield Check(
+            "attention mask",
+            "problem",
+            f"{text}. The batches have an attention_mask with {masked_out:,} zeros, but the model received none: the "
+            "trainer drops it, and padding counts",
+            "PhiBalanceConfig(token_mask='labels'), or let the trainer pass the attention_mask on",
+        )
+    elif padding:
+        lost = f"token_mask={kind!r}" if kind == "all" else "an attention_mask of ones" if masks else "no attention_mask"
+        yield Check(
+            "attention mask",
+            "problem" if kind == "attention" else "warning",
+            f"{text}, among them {padding:,} of padding ({lost})",
+            "let the collator return an attention_mask, or PhiBalanceConfig(token_mask='labels')",
+        )
+    elif labelled is not None and own < labelled and kind != "labels" and not is_cut:
+        yield Check(
+            "attention mask",
+            "problem",
+            f"{text}: tokens that are trained on do not count",
+            "check the attention_mask of the batches, or PhiBalanceConfig(token_mask='labels')",
+        )
+    elif own == 0:
+        yield Check("attention mask", "problem", f"{text}: there is nothing to balance", "check the batches' masks")
+    else:
+        packed = "" if masks or not batches or kind != "attention" else ", no attention_mask (packed or unpadded)"
+        yield Check("attention mask", "ok", text + packed)
+    exact = seen.coefficient is not None and seen.coefficient.residual <= 10 * PRECISE
+    if is_cut and not (seen.by_part and exact):
+        yield Check(
+            "announced tokens",
+            "warning" if seen.by_part else "problem",
+            f"the step was announced with {seen.announced:,.0f} tokens, the model saw {seen.tokens:,.0f}",
+            "give the model the batches as the dataloader makes them, or begin_step() what the model gets",
+        )
+
+
+def _padding(ids: Any, subject: Subject) -> int:
+    """Padding among `ids (B, S)`: runs of the padding token at the ends of rows; a single one may end a text as well."""
+    config = getattr(subject.root, "config", None)
+    pad = subject.pad_token_id
+    if pad is None and config is not None:
+        pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[-1] < 2 or not isinstance(pad, int):
+        return 0
+    is_pad = (ids == pad).long()
+    runs = is_pad.cumprod(-1).sum(-1), is_pad.flip(-1).cumprod(-1).sum(-1)
+    return sum(int(run[run >= 2].sum()) for run in runs)
+
+
+def routers_run(subject: Subject) -> Iterator[Check]:
+    """Routers that never ran, do not learn, or from which no gradient path leads anywhere."""
+    seen, balancer = subject.seen, subject.balancer
+    if balancer is None:
+        return
+    names, is_seen = balancer.layer_names, seen is not None and seen.has_run
+    loads = {} if seen is None else seen.loads
+    idle = [s.name for s in balancer.sites if not s.sees_all and not loads.get(s.name)]  # for images, if there was none
+    silent = [name for name in names if not loads.get(name) and name not in idle]
+    if is_seen and seen is not None and seen.tokens:
+        if silent:
+            yield Check(
+                "routers that run",
+                "problem",
+                f"{len(silent)} of {len(names)} routers were never called: {_many(silent)}. Something bypasses them (a fused "
+                "kernel, use_kernels=True, layers that are not run)",
+                "switch that off, or phb.unpatch(model)",
+            )
+        else:
+            but = f" but {_many(idle)}, which had nothing to route" if idle else ""
+            yield Check("routers that run", "ok", f"all {len(names)}{but}")
+    rows = [describe_router(name, subject.root) for name in names]
+    if balancer.config.rules.freezes or not balancer.config.charges:
+        learning = [row.name for row in rows if row.how != "frozen"]
+        if balancer.config.rules.freezes and learning:
+            yield Check(
+                "routers that learn",
+                "problem",
+                f"method='frozen', but {len(learning)} routers are trained: {_many(learning)}",
+                "leave the routers out of the adapter, e.g. by phb.lora_config(model, router='frozen'), or choose another method",
+            )
+        return
+    unmoved = [row.name for row in rows if not row.parameters and not row.below]
+    reached = names if seen is None or not is_seen else [*seen.added, *unmoved, *idle]
+    cut = [name for name in names if name not in reached]
+    frozen = [row.name for row in rows if row.how == "frozen"]
+    remedy = "phb.lora_config(model, router='lora') or 'full', or coef=0 and bias_coef > 0, which needs no gradient"
+    if len(unmoved) == len(names):
+        yield Check("routers that learn", "problem", "all routers are frozen, and nothing below them learns", remedy)
+    elif cut:
+        yield Check(
+            "routers that learn",
+            "problem",
+            f"no gradient path leads from {len(cut)} of {len(names)} routers: {_many(cut)}",
+            "with reentrant gradient checkpointing: use_reentrant=False or model.enable_input_require_grads(); else look for "
+            "torch.no_grad() and detach() around these layers",
+        )
+    elif frozen:
+        yield Check(
+            "routers that learn",
+            "warning",
+            f"{len(frozen)} of {len(names)} routers are frozen ({_many(frozen)}): balancing moves only what lies below them"
+            + (f", and there is nothing below {_many(unmoved)}" if unmoved else ""),
+            remedy,
+        )
+    else:
+        kinds = sorted({"in full" if row.how == "full" else "by LoRA" for row in rows})
+        yield Check("routers that learn", "ok", f"all {len(names)}, {' and '.join(kinds)}")
+
+
+def balance(subject: Subject) -> Iterator[Check]:
+    """Routers whose probabilities are even while a few experts get all tokens: a price on probabilities cannot see that."""
+    seen, balancer = subject.seen, subject.balancer
+    if seen is None or balancer is None or not seen.forwards or not balancer.config.is_on:
+        return
+    config, collapsed = balancer.config, []
+    probs_LE, load_LE = seen.sums
+    for site, probs, load in zip(balancer.sites, probs_LE, load_LE):
+        even, used = (_effective(x) / site.num_experts for x in (probs, load))
+        if load.sum() >= ASSIGNED * site.num_experts and even > EVEN and used < COLLAPSED:
+            collapsed.append(f"{site.name} (as good as {used * site.num_experts:.1f} of {site.num_experts} experts)")
+    if collapsed and config.track == "probs" and config.coef > 0 and config.bias_coef == 0:
+        yield Check(
+            "loads",
+            "warning",
+            f"the probabilities of {len(collapsed)} routers are even, but their loads have collapsed: {_many(collapsed)}. "
+            "The price is one of probabilities and does not act on that",
+            "track='load', or a selection bias (bias_coef > 0), which is moved by loads",
+        )
+
+
+def _effective(share_E: Tensor) -> float:
+    """Returns how many experts with equal shares would be as uneven: 1 / Σ share²."""
+    return float(share_E.sum() ** 2 / share_E.square().sum().clamp(min=1e-30))
+
+
+def precision(subject: Subject) -> Iterator[Check]:
+    """Quantised routers, routers trained in 16 bits, routers that compute in 16 bits."""
+    if subject.balancer is None:
+        return
+    weights = {
+        site.name: parameter
+        for site in subject.balancer.sites
+        for module in site.modules
+        for name, parameter in module.named_parameters()
+        if ".lora_" not in f".{name}" and parameter.numel() > 1
+    }
+    packed = [name for name, p in weights.items() if not p.is_floating_point() or hasattr(p, "quant_state")]
+    if packed:
+        leaf = packed[0].rpartition(".")[2]
+        yield Check(
+            "precision",
+            "warning",
+            f"{len(packed)} routers are quantised ({_many(packed)}): their choices are rounded, their weights cannot be trained",
+            f"leave them out: BitsAndBytesConfig(llm_int8_skip_modules=['{leaf}'])",
+        )
+        return
+    rounded = None if subject.seen is None else subject.seen.rounded
+    share = "" if rounded is None else f"; {rounded:.2%} of the choices are others than in fp32"
+    trained = [name for name, p in weights.items() if p.dtype in LOW and p.requires_grad]
+    if trained:
+        dtype = weights[trained[0]].dtype
+        step = 2.0 ** -(8 if dtype == torch.bfloat16 else 11)
+        yield Check(
+            "precision",
+            "warning",
+            f"{len(trained)} routers are trained in {str(dtype).removeprefix('torch.')}: a step of less than about {step:.2%} of "
+            f"a weight is rounded away{share}",
+            "keep the weights in float32 and compute in bf16 (bf16=True and from_pretrained(dtype=torch.float32)), or train "
+            "the routers by LoRA, which PEFT keeps in float32",
+        )
+    elif rounded is not None and rounded > 0.01:
+        yield Check(
+            "precision",
+            "warning",
+            f"routers compute in 16 bits{share}",
+            "harmless where training and serving do alike; else compute the router's linear layer in float32",
+        )
+    else:
+        types = sorted({str(p.dtype).removeprefix("torch.") for p in weights.values()})
+        yield Check("precision", "ok", f"router weights in {', '.join(types)}{share}")
+
+
+# ---------------------------------------------------------------------- the set-up
+
+
+def patched(subject: Subject) -> Iterator[Check]:
+    """A patch, and its hooks where the routers now are."""
+    if subject.balancer is None:
+        yield Check(
+            "patch", "problem", f"{type(subject.root).__name__} is not φ-balanced", "phb.patch(model, {'coef': 0.01})"
+        )
+        return
+    here = find_routers(subject.root)
+    bare = [
+        site.name
+        for site in here
+        if not all(any(isinstance(hook, RouterHook) for hook in m._forward_hooks.values()) for m in site.modules)
+    ]
+    if bare:
+        yield Check(
+            "patch",
+            "problem",
+            f"{len(bare)} of {len(here)} routers have no hook: {_many(bare)}. Something removed it, or put another module "
+            "there since the patch (an adapter, quantisation, kernels)",
+            "phb.unpatch(model), then phb.patch(model, config) as the last thing before training",
+        )
+    else:
+        config = subject.balancer.config
+        settings = f"method {config.method!r}, coef={config.coef}, bias_coef={config.bias_coef}"
+        yield Check("patch", "ok", f"{len(here)} routers, {settings}")
+
+
+def wiring(subject: Subject) -> Iterator[Check]:
+    if subject.trainer is not None and subject.balancer is not None:
+        how = "attached" if subject.is_attached else "not attached yet, which train() does"
+        yield Check("trainer", "ok", f"{subject.trainer}: {how}")
+
+
+def auxiliary_loss(subject: Subject) -> Iterator[Check]:
+    """A second auxiliary loss, of the model or of the trainer."""
+    if subject.balancer is None or not subject.balancer.config.is_on:
+        return
+    found = list(_built_in(subject.root))
+    if found:
+        yield Check(
+            "auxiliary loss",
+            "problem",
+            f"the model adds its own auxiliary loss to φ-balancing ({_many(found)}); it was switched on after the patch",
+            "set output_router_logits=False in the model's config, or call phb.patch(model) again",
+        )
+    elif subject.auxiliary:
+        yield Check(
+            "auxiliary loss",
+            "problem",
+            f"{subject.trainer} adds an auxiliary loss of its own, router_aux_loss_coef={subject.auxiliary}; it was switched on "
+            "after phb.attach(trainer)",
+            "set trainer.aux_loss_enabled=False, or router_aux_loss_coef=0.0 in the trainer's arguments",
+        )
+    else:
+        yield Check("auxiliary loss", "ok", "none beside φ-balancing")
+
+
+def _built_in(root: nn.Module) -> Iterator[str]:
+    whole: Any = getattr(root, "config", None)
+    for config in {id(c): c for c in (whole, whole.get_text_config())}.values() if whole is not None else ():
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            value = getattr(config, name, 0.0) or 0.0
+            if getattr(config, "output_router_logits", False) and value > VANISHING:
+                yield f"output_router_logits=True, {name}={value}"
+    for name, module in root.named_modules():
+        alpha = getattr(module, "alpha", None) or 0.0
+        if type(module).__name__ in REMOTE_TRAITS and alpha > VANISHING:
+            yield f"alpha={alpha} of {name}"
+
+
+def parallelism(subject: Subject) -> Iterator[Check]:
+    """Ways of training in which the data-parallel ranks are not simply all."""
+    if subject.parallel:
+        yield Check("parallelism", "problem", subject.parallel)
+    elif subject.balancer is not None:
+        ranks = subject.balancer.ranks
+        yield Check("parallelism", "ok", "one process" if ranks == 1 else f"{ranks} data-parallel ranks")
+
+
+def checkpointing(subject: Subject) -> Iterator[Check]:
+    if subject.balancer is None:
+        return
+    functions = [
+        vars(module).get("_gradient_checkpointing_func")
+        for module in subject.root.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+    kinds = {function.keywords.get("use_reentrant") is not False for function in functions if hasattr(function, "keywords")}
+    kinds |= set() if subject.checkpointing is None else {subject.checkpointing}
+    yield Check("checkpointing", "ok", "none" if not kinds else "reentrant" if True in kinds else "non-reentrant")
+
+
+def selection_bias(subject: Subject) -> Iterator[Check]:
+    """What a plain load loses of the selection bias, and what an engine does not get of it."""
+    balancer = subject.balancer
+    if balancer is None or not balancer.has_bias:
+        return
+    if subject.engine and balancer.config.bias_coef > 0:
+        yield Check(
+            "selection bias",
+            "warning",
+            f"{subject.engine} generates with the selection bias of the checkpoint, while the trained one moves: only weights are "
+            "handed over to it during training",
+            "bias_coef=0, and balance by coef",
+        )
+        return
+    own = [site.name for site in balancer.sites if not site.has_native_bias]
+    if not own:
+        yield Check("selection bias", "ok", "kept in the weights, by a buffer of the family's own")
+        return
+    changed = None if subject.seen is None else subject.seen.unbiased
+    cost = "" if changed is None else f"; now that would change {changed:.1%} of the choices"
+    yield Check(
+        "selection bias",
+        "warning",
+        f"that of {len(own)} routers is kept in {STATE_NAME} beside the weights, and a plain from_pretrained loses it{cost}",
+        "load with hf_phibalance (from_pretrained(..., phi_balance=True)), and serve with it, or balance by coef alone",
+    )
+
+
+def state_file(subject: Subject) -> Iterator[Check]:
+    """The state beside the checkpoint: damaged, of another model, or missing."""
+    if subject.balancer is None or subject.folder is None:
+        return
+    path = state_in(subject.folder)
+    if path is None:
+        saved = subject.folder / "config.json"
+        if saved.is_file() and '"phi_balance"' in saved.read_text(encoding="utf-8", errors="replace"):
+            yield Check(
+                "state file",
+                "warning",
+                f"the model was saved while φ-balanced, but there is no {STATE_NAME} beside it: its duals start anew",
+                "copy that file from where the model was saved",
+            )
+        return
+    try:
+        steps = subject.balancer.check(path)
+    except (ValueError, OSError) as error:
+        yield Check("state file", "problem", str(error), f"replace {path.name}, or delete it to start with fresh duals")
+        return
+    yield Check("state file", "ok", f"{path.name} fits, after {steps} steps")
+
+
+def versions(subject: Subject) -> Iterator[Check]:
+    found = dependencies()
+    wrong = [(requirement, present) for requirement, present in found if not is_supported(requirement, present)]
+    if wrong:
+        names = ", ".join(f"{r.name} {present}" for r, present in wrong)
+        wanted = " ".join(f'"{r.name}{r.specifier}"' for r, _ in wrong)
+        yield Check("versions", "problem", f"{names} is outside the supported range", f"pip install {wanted}")
+    elif found:
+        yield Check("versions", "ok", ", ".join(f"{r.name} {present}" for r, present in found))
+
+
+# in the order in which one would want to read them
+CHECKS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
+    coefficient,
+    first_step,
+    patched,
+    wiring,
+    auxiliary_loss,
+    tokens,
+    routers_run,
+    balance,
+    precision,
+    checkpointing,
+    parallelism,
+    selection_bias,
+    state_file,
+    versions,
+)

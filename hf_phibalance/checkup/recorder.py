@@ -1,0 +1,323 @@
+"""
+Records one real optimizer step, and measures the coefficient that it received.
+
+The core calls the recorder where a router has run, where tokens get their weight, and where the auxiliary gradient is added.
+The gradient itself is seen by a hook on the logits, wherever it flows: with non-reentrant checkpointing those of the forward,
+with reentrant checkpointing those of the recomputation. What is declared is computed apart from the core, by autograd of
+
+    coef / N · Σ_tokens ⟨q, p⟩                 N: tokens of all forwards of the step, over all ranks.
+
+Shapes: L routers, T tokens of a call, E experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..balancing import PhiBalancer, auxiliary_gradient
+from ..maths import routing_probs
+from ..routers import find_linear
+from .report import Coefficient
+
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Call:
+    """
+    The first call of a router in the step.
+
+    Args:
+        mask (`torch.Tensor` of shape `(T,)`): whether each token counts.
+        selected (`torch.Tensor` of shape `(T, k)`): experts selected.
+        computed, exact (`torch.Tensor` of shape `(T, k)`, *optional*): top-k of the logits, and of logits computed in fp32.
+    """
+
+    mask: Tensor
+    selected: Tensor
+    computed: Tensor | None = None
+    exact: Tensor | None = None
+
+
+@dataclass
+class Weight:
+    """The weight `(E, H)` of a router that is one linear layer, and Σ gᵀx over the step: the gradient that it should have."""
+
+    owner: nn.Module
+    name: str
+    gradient: Tensor
+
+    @property
+    def parameter(self) -> Any:
+        return getattr(self.owner, self.name)
+
+
+class StepRecorder:
+    """
+    Records an optimizer step between [`~StepRecorder.start`] and [`~StepRecorder.finish`], which is to be called after the last
+    backward and before gradients are clipped. The step is taken as it would be without it.
+
+    Args:
+        balancer (`PhiBalancer`): that of the model.
+        what (`str`): names the step in a report.
+
+    Attributes:
+        batches (`list[Mapping]`): micro-batches of the step as the loop has them; filled by the caller.
+        error (`str`, *optional*): exception that ended the step.
+        forwards (`list[Tokens]`): tokens of its training forwards.
+        tokens (`float`): tokens that count, over all ranks.
+        announced (`float`, *optional*): tokens that the step was announced with, over all ranks.
+        goes_on (`bool`): whether it was announced in several parts, over the end of a pass through the data.
+        by_part (`bool`): whether each micro-batch gets the share that it was announced with.
+        loads (`dict[str, float]`): selections of each router on this rank.
+        added (`list[str]`): routers that added a gradient on this rank.
+        sums (`torch.Tensor` of shape `(2, L, E)`): probabilities and loads over all ranks.
+        coefficient (`Coefficient`, *optional*): coefficient that the step received.
+        unmeasured (`str`): why there is none.
+        is_finite (`bool`): whether the gradients at the logits and at the weights are finite.
+        kept (`dict[str, float]`): projection of the gradient of each router's weight on the one that the backward made.
+    """
+
+    def __init__(self, balancer: PhiBalancer, what: str = "") -> None:
+        self.balancer, self.what = balancer, what
+        self.batches: list[Mapping[str, Any]] = []
+        self.error: str | None = None
+        self.forwards: list[Any] = []
+        self.tokens = 0.0
+        self.announced: float | None = None
+        self.goes_on = self.by_part = False
+        self.loads: dict[str, float] = {}
+        self.added: list[str] = []
+        self.coefficient: Coefficient | None = None
+        self.unmeasured, self.is_finite = "", True
+        self.kept: dict[str, float] = {}
+        self._calls: dict[int, Call] = {}
+        self._plain: dict[int, Tensor] = {}  # top-k without the selection bias (T, k), of the first call
+        self._weights: dict[int, Weight] = {}
+        self._is_precise = True
+        self._due: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # weights and price added, until the logits are reached
+        self._done: set[tuple[int, int]] = set()
+        # Σ a², a·d, d², r² by router: a is what was added at the logits, d is declared (without coef / N), r is the rest
+        self._products = torch.zeros(len(balancer.sites), 4, dtype=torch.float64)
+
+    def start(self) -> StepRecorder:
+        """Records from now on."""
+        self.balancer.forwards.recorder, self.balancer.forwards.watch = self, self._ranked
+        return self
+
+    def stop(self) -> None:
+        self.balancer.forwards.recorder = self.balancer.forwards.watch = None
+
+    # ------------------------------------------------------------------ called by the core
+
+    def saw(self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor) -> None:
+        """Router `index` made `logits (T, E)` of `hidden` in `forward`, which may be its recomputation."""
+        if index not in self._calls:
+            self._calls[index] = self._look(forward, index, hidden, logits, selected)
+        if logits.requires_grad:
+            inputs = hidden.detach() if hidden is not None and index in self._weights else None
+            # detached: the graph alone keeps a forward alive, and a hook that holds its own tensor would be a cycle
+            logits.register_hook(functools.partial(self._reached, forward, index, inputs, logits.detach()))
+
+    def settles(self, forward: Any) -> None:
+        """A backward has reached `forward`, which belongs to the step."""
+        self.forwards.append(forward.tokens)
+
+    def adds(self, forward: Any, index: int, weight_T: Tensor, price_E: Tensor) -> None:
+        """Router `index` adds the gradient of Σ_t weight_t ⟨price, p_t⟩ in the backward that runs now."""
+        self._due[forward.key, index] = weight_T, price_E
+
+    def _ranked(self, index: int, scores: Tensor) -> None:
+        """Router `index` ranked `scores (..., E)` plus its selection bias."""
+        if index not in self._plain:
+            site = self.balancer.sites[index]
+            self._plain[index] = torch.ops.aten.topk(scores.reshape(-1, site.num_experts), site.top_k)[1]
+
+    # ------------------------------------------------------------------ what it notes
+
+    def _look(self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor) -> Call:
+        """What there is to note of the first call: choices, and the weight if the logits are one linear layer of `hidden`."""
+        site = self.balancer.sites[index]
+        call = Call(forward.tokens.mask_at(site, len(logits)) != 0, selected.detach().reshape(len(logits), -1))
+        self._is_precise &= logits.dtype not in LOW and not torch.is_autocast_enabled(logits.device.type)
+        if hidden is None or len(hidden.reshape(-1, hidden.shape[-1])) != len(logits) or hasattr(hidden, "full_tensor"):
+            return call
+        try:
+            linear = find_linear(site)
+        except (ValueError, StopIteration):  # not one linear layer, not whole in this process, or made by an adapter
+            return call
+        if linear.weight.shape[-1] != hidden.shape[-1]:
+            return call
+        with torch.autocast(logits.device.type, enabled=False):
+            exact = linear.logits(hidden.detach().reshape(-1, hidden.shape[-1]))
+        if float((exact - logits.float()).norm()) > 0.05 * float(exact.norm()):
+            return call  # the router does more than that
+        if any(torch.equal(logits.to(dtype).float(), logits.float()) for dtype in LOW) or linear.weight.dtype in LOW:
+            call.computed, call.exact = (torch.ops.aten.topk(z, site.top_k)[1] for z in (logits.detach().float(), exact))
+        weight = linear.weight
+        if isinstance(weight, nn.Parameter) and weight.requires_grad:
+            shared = next((w for w in self._weights.values() if w.parameter is weight), None)
+            name = next(name for name, p in linear.owner.named_parameters(recurse=False) if p is weight)
+            gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            self._weights[index] = shared or Weight(linear.owner, name, gradient)
+        return call
+
+    def _reached(self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, gradient: Tensor) -> None:
+        """The whole gradient `(T, E)` at the logits of router `index` has come."""
+        if torch.is_grad_enabled():
+            return  # a backward with create_graph, in which nothing is added
+        key = forward.key, index
+        with torch.autocast(logits.device.type, enabled=False):
+            found = self._due.pop(key, None)
+            if key not in self._done:  # a router that is called twice in a forward adds its gradient once
+                self._done.add(key)
+                scoring = self.balancer.sites[index].scoring
+                added = torch.zeros_like(logits) if found is None else auxiliary_gradient(logits, *found, scoring)
+                declared = self._declared(forward, index, logits)
+                rest = gradient.float() - added
+                pairs = (added, added), (added, declared), (declared, declared), (rest, rest)
+                self._products[index] += torch.stack([(a.cpu().double() * b.cpu().double()).sum() for a, b in pairs])
+            if hidden is not None:
+                sum_ = self._weights[index].gradient
+                sum_.addmm_(gradient.float().t(), hidden.reshape(-1, hidden.shape[-1]).float())
+
+    def _declared(self, forward: Any, index: int, logits: Tensor) -> Tensor:
+        """Gradient of Σ_tokens ⟨q, p⟩ at the logits, by autograd, `(T, E)` in fp32."""
+        site = self.balancer.sites[index]
+        prices = self.balancer.duals.price if uses_kept_prices(self.balancer) else forward.price
+        price_E = prices[index, : site.num_experts].to(logits.device)
+        mask = forward.tokens.mask_at(site, len(logits)).to(logits.device)
+        with torch.enable_grad():
+            z = logits.detach().float().requires_grad_()
+            term = (routing_probs(z, site.scoring) @ price_E * mask).sum()
+            return torch.autograd.grad(term, z)[0]
+
+    # ------------------------------------------------------------------ the end of the step
+
+    @torch.no_grad()
+    def finish(self, loss_scale: float | None = None) -> StepRecorder:
+        """
+        Ends the recording, and measures; on all ranks that share the step.
+
+        Args:
+            loss_scale (`float`, *optional*): what the loop will divide gradients by; what the core has found unless given.
+        """
+        balancer, step = self.balancer, self.balancer.now
+        self.stop()
+        self.goes_on = step.first > 0
+        self.announced = None if step.tokens is None or self.goes_on else float(step.tokens)
+        self.by_part = step.parts is not None
+        names = balancer.layer_names
+        self.loads = dict(zip(names, step.counts.load.sum(-1).tolist()))
+        self.added = [name for index, name in enumerate(names) if index in step.added]
+        self.sums = balancer.sum_over_ranks(step.counts.sums.clone()).cpu()
+        own = torch.tensor(float(self.count("mask")), device=step.counts.flat.device)
+        self.tokens = float(balancer.sum_over_ranks(own))
+        self._measure(float(step.loss_scale) if loss_scale is None else loss_scale)
+        if self.error is not None:
+            self.coefficient = None
+        return self
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a training forward was seen."""
+        return bool(self._calls or self.forwards)
+
+    def count(self, what: str) -> int:
+        """Positions of the forwards on this rank (`"all"`), or those that count (`"mask"`)."""
+        return sum(tokens.mask.numel() if what == "all" else int(tokens.mask.sum()) for tokens in self.forwards)
+
+    def _measure(self, loss_scale: float) -> None:
+        balancer, config = self.balancer, self.balancer.config
+        if config.coef == 0:
+            return
+        products = balancer.sum_over_ranks(self._products.to(balancer.duals.values.device)).cpu()
+        loop, left = self._compare_weights(products)
+        self.is_finite = bool(torch.isfinite(products).all() and torch.isfinite(loop).all())
+        if not self._calls and self._due:
+            self.unmeasured = "the routers run compiled, where nobody sees their logits"
+        elif balancer.coef == 0:
+            self.unmeasured = f"schedule={config.schedule!r} makes coef 0 in this step"
+        elif uses_kept_prices(balancer) and not bool(balancer.duals.price.any()):
+            self.unmeasured = "all prices are 0 before the first step has ended"
+        if self.unmeasured:
+            return
+        strength = balancer.coef / max(self.tokens, 1.0)
+        scale = loop / (loss_scale * balancer.ranks)
+        aa, ad, dd = products[:, 0] * scale**2, products[:, 1] * scale * strength, products[:, 2] * strength**2
+        others = len(dd) - len(self.kept)
+        where = [f"the weights of {len(self.kept)} routers"] if self.kept else []
+        where += [f"the logits of {others} (frozen, adapted, or more than one linear layer)"] if others else []
+        if not float(dd.sum()):
+            ratio = residual = math.nan
+        else:
+            ratio = float(ad.sum() / dd.sum())
+            square = float((aa.sum() - 2 * ratio * ad.sum() + ratio**2 * dd.sum()) / dd.sum())
+            residual = math.hypot(math.sqrt(max(square, 0.0)), left)
+        by_router = {name: float(a / d) for name, a, d in zip(balancer.layer_names, ad, dd) if d > 0}
+        precise = self._is_precise and not any(p.dtype in LOW for p in balancer.root.parameters())
+        self.coefficient = Coefficient(balancer.coef, ratio, residual, by_router, " and ".join(where), precise)
+
+    def _compare_weights(self, products: Tensor) -> tuple[Tensor, float]:
+        """
+        Compares the gradient of each weight with Σ gᵀx, both averaged over the ranks.
+
+        Returns:
+            `tuple[Tensor, float]`: projection of the one on the other by router, 1 where there is no such weight, `(L,)`; and
+            the largest norm of what is left, relative to Σ gᵀx.
+        """
+        balancer, device = self.balancer, self.balancer.duals.values.device
+        loop, left = torch.ones(len(products), dtype=torch.float64), 0.0
+        is_plain = torch.zeros(len(products), device=device)
+        for index, weight in self._weights.items():
+            gradient = weight.parameter.grad
+            is_plain[index] = float(gradient is not None and gradient.shape == weight.gradient.shape)
+        is_plain = balancer.sum_over_ranks(is_plain) == balancer.ranks
+        # without a gradient of the task these logits are not those that the model goes on with
+        has_task = products[:, 3] > 1e-6 * products[:, 0]
+        for index in (is_plain.cpu() & (has_task | products.isnan().any(-1))).nonzero().flatten().tolist():
+            weight = self._weights[index]
+            received = weight.parameter.grad
+            received = (received.full_tensor() if hasattr(received, "full_tensor") else received).float().clone()
+            received, expected = (balancer.sum_over_ranks(g).double().cpu() for g in (received, weight.gradient.clone()))
+            square = expected.square().sum()
+            loop[index] = (received * expected).sum() / square if square != 0 else 1.0
+            left = max(left, float((received - loop[index] * expected).norm() / square.sqrt().clamp(min=1e-300)))
+            self.kept[balancer.layer_names[index]] = float(loop[index])
+        return loop, left
+
+    # ------------------------------------------------------------------ choices
+
+    @property
+    def rounded(self) -> float | None:
+        """Share of selections that would be others in fp32; `None` where routers compute in fp32."""
+        return _share((call.mask, call.computed, call.exact) for call in self._calls.values())
+
+    @property
+    def unbiased(self) -> float | None:
+        """Share of selections that would be others without the selection biases that a plain load leaves out."""
+        return _share((call.mask, call.selected, self._plain.get(index)) for index, call in self._calls.items())
+
+
+def uses_kept_prices(balancer: PhiBalancer) -> bool:
+    """Whether the prices of a step are those that the last one left, and not computed from its own tokens."""
+    return balancer.config.price_from == "previous" and not balancer.config.rules.pooled
+
+
+def _share(calls: Any) -> float | None:
+    missing = total = 0
+    for mask, mine, other in calls:
+        if mine is None or other is None:
+            continue
+        mine, other = mine[mask.to(mine.device)].cpu(), other[mask.to(other.device)].cpu()
+        missing += int((mine.unsqueeze(-1) != other.unsqueeze(-2)).all(-1).sum())
+        total += mine.numel()
+    return missing / total if total else None

@@ -1,0 +1,110 @@
+"""One optimizer step of a model's loss that leaves no trace: for a set-up that does not train yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..balancing import PhiBalancer, RandomState
+from ..routers import unwrap
+from .recorder import StepRecorder
+
+
+ROWS, LONGEST = 4, 32  # of a made batch
+FAILURES = (ValueError, RuntimeError, TypeError, KeyError)
+
+
+def try_step(model: nn.Module, balancer: PhiBalancer, batches: Sequence[Mapping[str, Any]], what: str) -> StepRecorder:
+    """
+    Runs the forwards and backwards of one step with known prices, without an optimizer. Model, gradients, duals and random
+    numbers are as before afterwards. On all ranks that share the step.
+
+    Args:
+        model (`torch.nn.Module`): the model as a loop calls it.
+        balancer (`PhiBalancer`): that of the model.
+        batches (`Sequence[Mapping]`): micro-batches of the step.
+        what (`str`): names the step in the report.
+    """
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    batches = [{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()} for batch in batches]
+    with _leaving_no_trace(model, balancer), _eager(model):
+        recorder = StepRecorder(balancer, what).start()
+        recorder.batches.extend(batches)
+        model.train()
+        _set_known_prices(balancer)
+        try:
+            balancer.begin_step(batches)
+            for batch in batches:
+                output = model(**batch)
+                loss = getattr(output, "loss", None)
+                (output[0].float().mean() if loss is None else loss / len(batches)).backward()
+        except FAILURES as error:
+            recorder.error = f"{type(error).__name__}: {error}"
+        return recorder.finish()  # after an error too, since other ranks measure
+
+
+@torch.no_grad()
+def _set_known_prices(balancer: PhiBalancer) -> None:
+    """Sets uneven prices, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    for row, site in zip(balancer.duals.price, balancer.sites):
+        drawn = torch.randn(site.num_experts, generator=generator)
+        row[: site.num_experts] = (drawn - drawn.mean()).to(row.device)
+
+
+@contextmanager
+def _leaving_no_trace(model: nn.Module, balancer: PhiBalancer) -> Iterator[None]:
+    """Restores random numbers, gradients, buffers, the duals among them, train and eval modes, and the step under way."""
+    random, step, idle = RandomState(), balancer.now, balancer.idle_steps
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    modes = [(module, module.training) for module in model.modules()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    balancer.discard_step()
+    try:
+        yield
+    finally:
+        random.restore()
+        balancer.now, balancer.idle_steps = step, idle
+        balancer.forwards.recorder = balancer.forwards.watch = None
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled models run uncompiled meanwhile, since compiled routers cannot be seen."""
+    modules = [*unwrap(model), *model.modules()]
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def made_batch(model: nn.Module) -> dict[str, Tensor]:
+    """Returns rows of made tokens of unequal lengths, padded on the right; draws no random numbers of the process."""
+    root: Any = unwrap(model)[-1]
+    config = root.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    first = min(3, config.vocab_size - 1)
+    ids = torch.randint(first, config.vocab_size, (ROWS, LONGEST), generator=generator)
+    mask = torch.arange(LONGEST) < LONGEST - 5 * torch.arange(ROWS)[:, None]
+    values = vars(root.config).items()
+    special = [v for name, v in values if name.endswith(("_token_id", "_token_index")) and isinstance(v, int)]
+    plain = next(i for i in range(first, config.vocab_size) if i not in special)
+    ids[torch.isin(ids, torch.tensor(special, dtype=ids.dtype))] = plain  # there are no images for their places
+    pad = getattr(config, "pad_token_id", None)
+    filler = pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0
+    return {
+        "input_ids": ids.masked_fill(~mask, filler),
+        "attention_mask": mask.long(),
+        "labels": ids.masked_fill(~mask, -100),
+    }
