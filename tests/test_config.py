@@ -27,6 +27,8 @@ OTHER = PhiBalanceConfig(
     token_mask="labels",
     z_loss_coef=0.001,
     sequence_coef=0.0001,
+    schedule="cosine",
+    schedule_steps=7,
 )
 NO_NUMBERS = [True, False, "0.1", None, [0.1], 1 + 0j, math.nan, math.inf, -math.inf]
 
@@ -69,9 +71,15 @@ def test_the_defaults_are_those_of_the_contract():
                 ("bias_track", ["probs", "load"]),
                 ("price_from", ["previous", "current", "global"]),
                 ("token_mask", ["attention", "labels", "all"]),
+                ("schedule", ["constant", "linear", "cosine", "off"]),
             )
             for value in ["Probs", "", None, True, ["probs"]]
         ),
+        *(
+            ({"schedule": "linear", "schedule_steps": value}, ["`schedule_steps`", repr(value), "'linear'"])
+            for value in [0, -1, 1.5, True, "10", None]
+        ),
+        ({"schedule": "constant", "schedule_steps": 5}, ["`schedule_steps`", "5", "'constant'"]),
     ],
     ids=str,
 )
@@ -139,6 +147,20 @@ def test_does_not_share_what_it_was_given():
 def test_equality_and_copies():
     assert PhiBalanceConfig() == PhiBalanceConfig() != OTHER
     assert copy.deepcopy(OTHER) == pickle.loads(pickle.dumps(OTHER)) == copy.copy(OTHER) == OTHER
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "shares"),
+    [
+        ("constant", 0, {0: 1, 10: 1, 10**6: 1}),
+        ("linear", 10, {0: 1, 1: 0.9, 5: 0.5, 9: 0.1, 10: 0, 11: 0}),
+        ("cosine", 10, {0: 1, 1: (1 + math.cos(0.1 * math.pi)) / 2, 5: 0.5, 10: 0, 10**6: 0}),
+        ("off", 10, {0: 1, 9: 1, 10: 0, 11: 0}),
+    ],
+)
+def test_coefficient_by_schedule(schedule, steps, shares):
+    config = PhiBalanceConfig(coef=3.0, schedule=schedule, schedule_steps=steps)
+    assert {step: config.coef_at(step) for step in shares} == pytest.approx({s: 3.0 * x for s, x in shares.items()})
 
 
 def test_derived_properties():

@@ -80,11 +80,23 @@ class PhiBalancer:
         self.idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
         self.now = self._new_step()
         self.last = self.now.counts  # of the last step, over all ranks
-        self._noticed = self._faults = torch.zeros(2, device=self.duals.values.device)  # steps with wrong N, and not finite
+        self._noticed = self._faults = torch.zeros(
+            2, device=self.duals.values.device
+        )  # steps with wrong N, and not finite
         self._said = [0, 0]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("config", "sites", "duals", "prefix", "forwards", "_ranks", "evaluated", "virtual_tokens", "pad_token_id")
+        kept = (
+            "config",
+            "sites",
+            "duals",
+            "prefix",
+            "forwards",
+            "_ranks",
+            "evaluated",
+            "virtual_tokens",
+            "pad_token_id",
+        )
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -256,9 +268,7 @@ class PhiBalancer:
 
     # ------------------------------------------------------------------ one optimizer step
 
-    def begin_step(
-        self, micro_batches: Sequence[Mapping[str, Any]] | int, loss_scale: float | Tensor = 1.0
-    ) -> None:
+    def begin_step(self, micro_batches: Sequence[Mapping[str, Any]] | int, loss_scale: float | Tensor = 1.0) -> None:
         """
         Announces an optimizer step that has several micro-batches. Every data-parallel rank must call it.
 
@@ -401,10 +411,14 @@ class PhiBalancer:
         """Says if announced tokens were wrong, or statistics not finite, without waiting for the device: a step later."""
         if complaint := check_numbers(step):
             logger.warning_once(complaint)
-        wrong = torch.zeros_like(counts.tokens) if step.expected is None else (counts.tokens - step.expected).abs() > 0.5
+        wrong = (
+            torch.zeros_like(counts.tokens) if step.expected is None else (counts.tokens - step.expected).abs() > 0.5
+        )
         bad = ~torch.isfinite(counts.flat).all()
         self._say_faults()
-        self._faults = self._faults.to(counts.flat.device) + torch.stack([wrong.to(torch.float32), bad.to(torch.float32)])
+        self._faults = self._faults.to(counts.flat.device) + torch.stack(
+            [wrong.to(torch.float32), bad.to(torch.float32)]
+        )
         self._noticed = self._faults.to("cpu", non_blocking=True)
 
     def _say_faults(self) -> None:

@@ -189,7 +189,9 @@ class Duals(nn.Module):
         return torch.where(open_LE.all(-1, keepdim=True), step_LE, (step_LE - mean_L1) * open_LE)
 
     def _by_router(self, numbers: Sequence[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float32).unsqueeze(-1).to(self.values.device, non_blocking=True)  # (L, 1)
+        return (
+            torch.tensor(numbers, dtype=torch.float32).unsqueeze(-1).to(self.values.device, non_blocking=True)
+        )  # (L, 1)
 
     # ------------------------------------------------------------------ a family's own bias
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..maths import SCORINGS, margin_histogram, routing_probs, sequence_price
 from ..methods import price_now
-from ..routers import image_tokens
+from ..routers import RouterSite, image_tokens
 from . import compiled
 from .counts import Counts
 from .gradient import add_gradient
@@ -39,8 +39,6 @@ from .tokens import Tokens, count_mask, hidden_shape, packed_sequences
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .balancer import PhiBalancer
 
 
@@ -109,7 +107,7 @@ class Forwards:
         self._begin()
 
     @property
-    def sites(self):
+    def sites(self) -> Sequence[RouterSite]:
         return self.balancer.sites
 
     @property
@@ -163,7 +161,9 @@ class Forwards:
         finally:
             here.forward, here.tokens = outer
 
-    def _open(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[Forward | Evaluation | None, Tokens | None]:
+    def _open(
+        self, backbone: nn.Module, inputs: Mapping[str, Any]
+    ) -> tuple[Forward | Evaluation | None, Tokens | None]:
         """The forward that begins with these `inputs`; see the table above."""
         balancer, node = self.balancer, backward_node()
         if node is not None and (found := balancer.now.find(node)) is not None:
@@ -227,7 +227,13 @@ class Forwards:
 
     def _settle_at(self, output: Any, forward: Forward) -> None:
         """The backward of a forward comes by what the backbone returned, whether or not it reaches a router."""
-        parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+        parts = (
+            output.values()
+            if isinstance(output, Mapping)
+            else output
+            if isinstance(output, (tuple, list))
+            else [output]
+        )
 
         def begin_backward(gradient: Tensor) -> None:
             self.settle(forward)
@@ -249,7 +255,7 @@ class Forwards:
         if torch.compiler.is_compiling():
             return torch.ops.phi_balance.route(carrier, logits, selected, self._number, index, self._key)
         node, here = backward_node(), self._here
-        forward = None if node is None else self.balancer.now.find(node)
+        forward: Forward | Evaluation | None = None if node is None else self.balancer.now.find(node)
         if forward is None:
             if here.forward is None or here.tokens is None:
                 return carrier
@@ -292,7 +298,9 @@ class Forwards:
             return config.z_loss_coef, None
         with unrecorded():
             mask, sequence = forward.tokens.mask, forward.tokens.sequences()
-            price = sequence_price(logits.detach(), site.scoring, site.top_k, mask.to(logits.device), sequence.to(logits.device))
+            price = sequence_price(
+                logits.detach(), site.scoring, site.top_k, mask.to(logits.device), sequence.to(logits.device)
+            )
         return config.z_loss_coef, config.sequence_coef * price
 
     # ------------------------------------------------------------------ its backward
@@ -346,7 +354,10 @@ class Forwards:
         site, scale = self.sites[index], forward.step.loss_scale
         scale = scale.to(forward.share.device) if isinstance(scale, Tensor) else scale
         mask = forward.tokens.mask_at(site, routed)
-        weight_T, price_E = mask * (forward.share * scale), self.balancer.coef * forward.price[index, : site.num_experts]
+        weight_T, price_E = (
+            mask * (forward.share * scale),
+            self.balancer.coef * forward.price[index, : site.num_experts],
+        )
         if self.recorder is not None:
             self.recorder.adds(forward, index, weight_T, price_E)
         return weight_T, price_E
@@ -387,7 +398,12 @@ class Forwards:
         if self.watch is not None:
             self.watch(index, scores)
         here, site = self._here, self.sites[index]
-        if here.forward is None or here.tokens is None or not here.forward.counts.extra.numel() or backward_node() is not None:
+        if (
+            here.forward is None
+            or here.tokens is None
+            or not here.forward.counts.extra.numel()
+            or backward_node() is not None
+        ):
             return
         scores = scores.reshape(-1, site.num_experts).float()
         extra = here.forward.counts.extra[index, : site.num_experts]

@@ -42,12 +42,13 @@ def add_gradient(
         return _AuxiliaryGradient.apply(carrier, logits, scoring, due, z_loss, sequence_price)
 
     def add_price(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-        found = None if gradients[0] is None else due()
-        if found is None:
+        gradient = gradients[0]
+        found = None if gradient is None else due()
+        if gradient is None or found is None:
             return None
         weight_T, price_E = found
-        gradient_TE = gradients[0].reshape(-1, len(price_E))
-        return (torch.addr(gradient_TE, weight_T.to(gradient_TE), price_E.to(gradient_TE)).view_as(gradients[0]),)
+        gradient_TE = gradient.reshape(-1, len(price_E))
+        return (torch.addr(gradient_TE, weight_T.to(gradient_TE), price_E.to(gradient_TE)).view_as(gradient),)
 
     node.register_prehook(add_price)
     return carrier
@@ -74,7 +75,12 @@ class _AuxiliaryGradient(torch.autograd.Function):
 
 @torch.no_grad()
 def auxiliary_gradient(
-    logits: Tensor, weight_T: Tensor, price_E: Tensor, scoring: str, z_loss: float = 0.0, sequence_price: Tensor | None = None
+    logits: Tensor,
+    weight_T: Tensor,
+    price_E: Tensor,
+    scoring: str,
+    z_loss: float = 0.0,
+    sequence_price: Tensor | None = None,
 ) -> Tensor:
     """Closed form of what [`add_gradient`] adds to the gradient of `logits`, `(T, E)`."""
     price = price_E.to(logits.device)
@@ -87,7 +93,7 @@ def auxiliary_gradient(
 def _softmax_node(carrier: Tensor, logits: Tensor) -> Any:
     """The autograd node of the router's softmax over `logits`, in fp32 or better, on the way back from `carrier`; or `None`."""
     seen: set[Any] = set()
-    frontier = {carrier.grad_fn}
+    frontier: set[Any] = {carrier.grad_fn}
     while frontier and len(seen) < 50:
         for node in frontier:
             if node is not None and node.name() == "SoftmaxBackward0":

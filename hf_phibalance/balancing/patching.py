@@ -201,7 +201,9 @@ def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     refuse_impossible(root, sites, config)
     backbone = find_backbone(root, sites)
     prefix = canonical_name(next(name for name, module in root.named_modules() if module is backbone))
-    device = next((p.device for m in sites[0].modules for p in m.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    device = next(
+        (p.device for m in sites[0].modules for p in m.parameters() if p.device.type != "meta"), torch.device("cpu")
+    )
     duals = Duals(config, sites, device)
     balancer = PhiBalancer(config, sites, duals, f"{prefix}." if prefix else "")
     patch = Patch()
@@ -272,9 +274,10 @@ def unpatch(model: nn.Module) -> nn.Module:
         patch.built_in.restore()
         patch.undo.restore()
         patch.thaw(balancer)
-        for key, hook in list(backbone._load_state_dict_pre_hooks.items()):
+        hooks: dict[int, Any] = backbone._load_state_dict_pre_hooks
+        for key, hook in list(hooks.items()):
             if hook.hook is _before_loading:
-                del backbone._load_state_dict_pre_hooks[key]
+                del hooks[key]
         del vars(backbone)[PATCH], backbone._modules[NAME]
         process.forget(balancer)
     return model
@@ -323,7 +326,9 @@ def wrap_below(balancer: PhiBalancer, wrapper: Callable) -> None:
 
 def _forward_with_labels(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
     """For `token_mask="labels"`: the backbone never sees the labels."""
-    duals: Any = next((m._modules[NAME] for m in (root, getattr(root, "base_model", root)) if NAME in m._modules), None)
+    duals: Any = next(
+        (m._modules[NAME] for m in (root, getattr(root, "base_model", root)) if NAME in m._modules), None
+    )
     if duals is None or duals.balancer.config.token_mask != "labels":
         return inner(*args, **kwargs)
     with duals.balancer.forwards.labels_of(arguments_by_name(root, args, kwargs).get("labels")):

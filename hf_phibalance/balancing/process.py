@@ -66,7 +66,8 @@ def forget(balancer: PhiBalancer) -> None:
 
 def _install() -> None:
     _undo.append(register_optimizer_step_post_hook(_after_optimizer).remove)
-    for scaler in (torch.amp.GradScaler, *torch.amp.GradScaler.__subclasses__()):
+    scalers: Any = (torch.amp.GradScaler, *torch.amp.GradScaler.__subclasses__())
+    for scaler in scalers:
         _wrap(scaler, "scale", _scale)
         _wrap(scaler, "update", _update)
     from transformers import PreTrainedModel, Trainer

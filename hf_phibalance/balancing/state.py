@@ -190,7 +190,11 @@ def fit_names(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         for prefix in prefixes if first else ():
             if {f"{prefix}{name}" for name in inner} <= set(outer) and not set(saved) & set(names):
                 shorter = inner is names
-                renamed = {f"{prefix}{name}": name for name in inner} if shorter else {name: f"{prefix}{name}" for name in inner}
+                renamed = (
+                    {f"{prefix}{name}": name for name in inner}
+                    if shorter
+                    else {name: f"{prefix}{name}" for name in inner}
+                )
                 return {
                     ".".join([renamed[key.rpartition(".")[0]], key.rpartition(".")[2]]) if "." in key else key: value
                     for key, value in state.items()

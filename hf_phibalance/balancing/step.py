@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,7 +73,10 @@ class OptimizerStep:
         self.loss_scale: float | Tensor = 1.0  # of a scaler that is not torch's
         self.settled = 0  # micro-batches whose backward has come, ...
         self.first = 0  # ... of which so many belong to earlier announcements
-        self.left, self.share = 1.0, 1.0  # of the coefficient: what is left for this announcement, and its share of that
+        self.left, self.share = (
+            1.0,
+            1.0,
+        )  # of the coefficient: what is left for this announcement, and its share of that
         self.paid: set[int] = set()  # micro-batches of a Trainer that have had their part
         self.is_over = False  # its GradScaler has skipped the optimizer
         self.scaler: Any = None  # that scaled its loss

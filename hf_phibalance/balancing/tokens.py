@@ -118,7 +118,12 @@ def packed_sequences(inputs: Mapping[str, Any]) -> Tensor | None:
         return None
     position, bounds = _positions(inputs), inputs.get("cu_seq_lens_q")
     if bounds is not None and position is None:
-        return torch.searchsorted(bounds, torch.arange(shape.numel(), device=bounds.device, dtype=bounds.dtype), right=True) - 1
+        return (
+            torch.searchsorted(
+                bounds, torch.arange(shape.numel(), device=bounds.device, dtype=bounds.dtype), right=True
+            )
+            - 1
+        )
     if position is None:
         return None
     starts = (position == 0).expand(shape).clone()
@@ -143,5 +148,7 @@ def announced_masks(batch: Any, token_mask: str, pad_token_id: int | None = None
     masks = [mask for part in parts if (mask := count_mask(part, token_mask, pad_token_id)) is not None]
     if masks:
         return masks if len(masks) == len(parts) else []
-    nested = [announced_masks(part, token_mask, pad_token_id) for part in batch.values() if isinstance(part, (Mapping, list))]
+    nested = [
+        announced_masks(part, token_mask, pad_token_id) for part in batch.values() if isinstance(part, (Mapping, list))
+    ]
     return [mask for masks in nested for mask in masks] if all(nested) else []

@@ -96,7 +96,7 @@ class WrappedMethod:
         return type(self), (self._owner(), self._name, self._wrapper, self.own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WrappedMethod:
-        owner = self._owner()
+        owner: Any = self._owner()
         return WrappedMethod(memo.get(id(owner), owner), self._name, self._wrapper, copy.deepcopy(self.own, memo))
 
 

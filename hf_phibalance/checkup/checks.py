@@ -185,7 +185,9 @@ def tokens(subject: Subject) -> Iterator[Check]:
     masks = [batch["attention_mask"] for batch in batches if isinstance(batch.get("attention_mask"), Tensor)]
     masked_out = sum(int((mask == 0).sum()) for mask in masks)
     is_full, is_cut = own == positions, seen.announced not in (None, seen.tokens)
-    padding = sum(_padding(batch.get("input_ids"), subject) for batch in batches) if kind != "labels" and is_full else 0
+    padding = 0
+    if kind != "labels" and is_full:
+        padding = sum(_padding(batch.get("input_ids"), subject) for batch in batches)
     if kind == "attention" and masked_out and is_full:
         yield Check(
             "attention mask",
@@ -195,7 +197,8 @@ def tokens(subject: Subject) -> Iterator[Check]:
             "PhiBalanceConfig(token_mask='labels'), or let the trainer pass the attention_mask on",
         )
     elif padding:
-        lost = f"token_mask={kind!r}" if kind == "all" else "an attention_mask of ones" if masks else "no attention_mask"
+        lost = "an attention_mask of ones" if masks else "no attention_mask"
+        lost = f"token_mask={kind!r}" if kind == "all" else lost
         yield Check(
             "attention mask",
             "problem" if kind == "attention" else "warning",
@@ -244,7 +247,8 @@ def routers_run(subject: Subject) -> Iterator[Check]:
         return
     names, is_seen = balancer.layer_names, seen is not None and seen.has_run
     loads = {} if seen is None else seen.loads
-    idle = [s.name for s in balancer.sites if not s.sees_all and not loads.get(s.name)]  # for images, if there was none
+    # those for images, if there was none
+    idle = [site.name for site in balancer.sites if not site.sees_all and not loads.get(site.name)]
     silent = [name for name in names if not loads.get(name) and name not in idle]
     if is_seen and seen is not None and seen.tokens:
         if silent:
@@ -455,13 +459,11 @@ def parallelism(subject: Subject) -> Iterator[Check]:
 def checkpointing(subject: Subject) -> Iterator[Check]:
     if subject.balancer is None:
         return
-    functions = [
-        vars(module).get("_gradient_checkpointing_func")
-        for module in subject.root.modules()
-        if getattr(module, "gradient_checkpointing", False)
-    ]
-    kinds = {function.keywords.get("use_reentrant") is not False for function in functions if hasattr(function, "keywords")}
-    kinds |= set() if subject.checkpointing is None else {subject.checkpointing}
+    kinds = set() if subject.checkpointing is None else {subject.checkpointing}
+    for module in subject.root.modules():
+        function: Any = vars(module).get("_gradient_checkpointing_func")
+        if getattr(module, "gradient_checkpointing", False) and hasattr(function, "keywords"):
+            kinds.add(function.keywords.get("use_reentrant") is not False)
     yield Check("checkpointing", "ok", "none" if not kinds else "reentrant" if True in kinds else "non-reentrant")
 
 
@@ -511,7 +513,9 @@ def state_file(subject: Subject) -> Iterator[Check]:
     try:
         steps = subject.balancer.check(path)
     except (ValueError, OSError) as error:
-        yield Check("state file", "problem", str(error), f"replace {path.name}, or delete it to start with fresh duals")
+        yield Check(
+            "state file", "problem", str(error), f"replace {path.name}, or delete it to start with fresh duals"
+        )
         return
     yield Check("state file", "ok", f"{path.name} fits, after {steps} steps")
 

@@ -103,7 +103,8 @@ class StepRecorder:
         self._plain: dict[int, Tensor] = {}  # top-k without the selection bias (T, k), of the first call
         self._weights: dict[int, Weight] = {}
         self._is_precise = True
-        self._due: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # weights and price added, until the logits are reached
+        # by forward and router: weights and price that it adds, until its logits are reached
+        self._due: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._done: set[tuple[int, int]] = set()
         # Σ a², a·d, d², r² by router: a is what was added at the logits, d is declared (without coef / N), r is the rest
         self._products = torch.zeros(len(balancer.sites), 4, dtype=torch.float64)
@@ -148,20 +149,23 @@ class StepRecorder:
         site = self.balancer.sites[index]
         call = Call(forward.tokens.mask_at(site, len(logits)) != 0, selected.detach().reshape(len(logits), -1))
         self._is_precise &= logits.dtype not in LOW and not torch.is_autocast_enabled(logits.device.type)
-        if hidden is None or len(hidden.reshape(-1, hidden.shape[-1])) != len(logits) or hasattr(hidden, "full_tensor"):
+        if hidden is None or hasattr(hidden, "full_tensor"):
             return call
+        hidden_TH = hidden.detach().reshape(-1, hidden.shape[-1])
         try:
             linear = find_linear(site)
         except (ValueError, StopIteration):  # not one linear layer, not whole in this process, or made by an adapter
             return call
-        if linear.weight.shape[-1] != hidden.shape[-1]:
+        if hidden_TH.shape != (len(logits), linear.weight.shape[-1]):
             return call
         with torch.autocast(logits.device.type, enabled=False):
-            exact = linear.logits(hidden.detach().reshape(-1, hidden.shape[-1]))
+            exact = linear.logits(hidden_TH)
         if float((exact - logits.float()).norm()) > 0.05 * float(exact.norm()):
             return call  # the router does more than that
         if any(torch.equal(logits.to(dtype).float(), logits.float()) for dtype in LOW) or linear.weight.dtype in LOW:
-            call.computed, call.exact = (torch.ops.aten.topk(z, site.top_k)[1] for z in (logits.detach().float(), exact))
+            call.computed, call.exact = (
+                torch.ops.aten.topk(z, site.top_k)[1] for z in (logits.detach().float(), exact)
+            )
         weight = linear.weight
         if isinstance(weight, nn.Parameter) and weight.requires_grad:
             shared = next((w for w in self._weights.values() if w.parameter is weight), None)
@@ -287,7 +291,9 @@ class StepRecorder:
             weight = self._weights[index]
             received = weight.parameter.grad
             received = (received.full_tensor() if hasattr(received, "full_tensor") else received).float().clone()
-            received, expected = (balancer.sum_over_ranks(g).double().cpu() for g in (received, weight.gradient.clone()))
+            received, expected = (
+                balancer.sum_over_ranks(g).double().cpu() for g in (received, weight.gradient.clone())
+            )
             square = expected.square().sum()
             loop[index] = (received * expected).sum() / square if square != 0 else 1.0
             left = max(left, float((received - loop[index] * expected).norm() / square.sqrt().clamp(min=1e-300)))

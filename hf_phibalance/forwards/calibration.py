@@ -61,9 +61,7 @@ def calibrate(
         batches = repeatable(batches)
         _even_out(model, batches, iterations)
     counted = _count(model, batches, with_scores=False)
-    balancer.set_means(
-        {s: dict(zip(balancer.layer_names, getattr(counted, s))) for s in ("probs", "load")}
-    )
+    balancer.set_means({s: dict(zip(balancer.layer_names, getattr(counted, s))) for s in ("probs", "load")})
     loads = dict(zip(balancer.layer_names, (load.cpu() for load in counted.load)))
     return Figures(loads=loads, tokens=int(counted.tokens))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..balancing import RandomState, count_mask, get_balancer
-from ..routers import RouterReader, find_backbone, image_tokens, mask_of, reading, unwrap
+from ..routers import find_backbone, image_tokens, mask_of, reading, unwrap
 
 
 Batch = Mapping[str, Any]
@@ -32,7 +32,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class Look(RouterReader):
+class Look:
     """
     Who sees the routers of a patched model in forwards that only look; made by [`looking`].
 

@@ -97,6 +97,8 @@ def sequence_price(logits: Tensor, scoring: str, top_k: int, mask_T: Tensor, seq
     """
     scores = routing_probs(logits, scoring)
     chosen_Tk = torch.ops.aten.topk(scores, top_k)[1]  # the operator: no selection bias
-    chosen_TE = torch.zeros_like(scores).scatter_(1, chosen_Tk, mask_T.to(scores.dtype).unsqueeze(-1).expand_as(chosen_Tk))
+    chosen_TE = torch.zeros_like(scores).scatter_(
+        1, chosen_Tk, mask_T.to(scores.dtype).unsqueeze(-1).expand_as(chosen_Tk)
+    )
     load_SE = torch.zeros_like(scores).index_add_(0, sequence_T, chosen_TE)  # S <= T
     return (load_SE * (scores.shape[-1] / load_SE.sum(-1, keepdim=True).clamp(min=1)))[sequence_T]

@@ -21,7 +21,6 @@ from torch import nn
 from transformers.utils import logging
 
 from ..balancing import get_balancer
-from ..sidecar import STATE_NAME
 from .folder import write_folder
 
 

@@ -119,7 +119,7 @@ class RouterSite:
         return self.modules[-1] if self.parent is None else getattr(self.parent, self.name.rpartition(".")[2])
 
     def __getstate__(self) -> dict[str, Any]:
-        fleeting = {"noted": None, "_modules": [], "_parent": None, "_experts": None, "_native": []}
+        fleeting: dict[str, Any] = {"noted": None, "_modules": [], "_parent": None, "_experts": None, "_native": []}
         return {**vars(self), **fleeting}  # a copy looks for its own modules
 
     def write_native_bias(self, bias: Tensor, keep_fp32: bool = False) -> None:
@@ -193,9 +193,9 @@ def find_copies(root: nn.Module, sites: Sequence[RouterSite], prefix: str = "") 
         prefix (`str`, *optional*): what is in front of the names of modules of `root` in those of `sites`.
     """
     by_name = {site.name: site for site in sites}
-    modules = {f"{prefix}{canonical_name(name)}": [] for name, _ in root.named_modules()}
+    modules: dict[str, list[nn.Module]] = {}
     for name, module in root.named_modules():
-        modules[f"{prefix}{canonical_name(name)}"].append(module)
+        modules.setdefault(f"{prefix}{canonical_name(name)}", []).append(module)
     for name, site in by_name.items():
         found = [module for module in modules.get(name, []) if isinstance(module, site.kind.target)]
         parents = modules.get(name.rpartition(".")[0], [])

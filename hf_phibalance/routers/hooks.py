@@ -27,7 +27,9 @@ from .inside import BiasedTopK, rank_scores
 class RouterReader(Protocol):
     """Who is told what the routers of a model do."""
 
-    sites: Sequence[RouterSite]
+    @property
+    def sites(self) -> Sequence[RouterSite]:
+        """The routers."""
 
     @property
     def owner(self) -> nn.Module | None:
@@ -199,7 +201,9 @@ def install_hooks(reader: RouterBalancer) -> None:
 def hook_adapters(reader: RouterBalancer) -> None:
     """Hooks what has been put around routers that return logits only, since they were patched."""
     for index, site in enumerate(reader.sites):
-        if site.kind.block is None or any(isinstance(hook, RouterHook) for hook in site.router._forward_hooks.values()):
+        if site.kind.block is None or any(
+            isinstance(hook, RouterHook) for hook in site.router._forward_hooks.values()
+        ):
             continue
         site.router.register_forward_hook(RouterHook(reader, index))
         forget_compiled_code()

@@ -68,8 +68,10 @@ def attach(
         get_balancer(trainer.model)  # type: ignore[arg-type]
         refuse_unknown_scaling(trainer, process_group)
         batches = calibrated_batches(trainer, calibrate) if calibrate else 0
-        added = [] if callback is not None else [PhiBalanceCallback()]
-        callback = callback or added[0]
+        added: list[Any] = []
+        if callback is None:
+            callback = PhiBalanceCallback()
+            added.append(callback)
         if batches:
             added.append(CalibrateFirst(trainer, batches))
         for each in added:
@@ -92,7 +94,12 @@ class Attachment:
     """
 
     def __init__(self, trainer: Any, callback: PhiBalanceCallback, process_group: Any, added: list[Any]) -> None:
-        self._trainer, self.callback, self.process_group, self._added = weakref.ref(trainer), callback, process_group, added
+        self._trainer, self.callback, self.process_group, self._added = (
+            weakref.ref(trainer),
+            callback,
+            process_group,
+            added,
+        )
         self._micro_batch = 0  # of the optimizer step under way
         self._is_generated = generates(trainer)
         self._restore: list[Callable[[], None]] = []
@@ -246,7 +253,9 @@ def _has_same_weights(reference: Any, policy: PhiBalancer) -> bool:
     """Whether all routers of `reference` have the weights of those of `policy`."""
     theirs = dict(reference.named_parameters())
     own = {
-        name: p for name, p in policy.root.named_parameters() if any(name.startswith(f"{layer}.") for layer in policy.layer_names)
+        name: p
+        for name, p in policy.root.named_parameters()
+        if any(name.startswith(f"{layer}.") for layer in policy.layer_names)
     }
     return bool(own) and all(
         name in theirs and theirs[name].shape == p.shape and torch.equal(theirs[name].detach().to(p), p.detach())

@@ -81,13 +81,21 @@ class PhiBalanceCallback(TrainerCallback):
         self._reports_learning = True
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, model=None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer=None,
+        model=None,
+        **kwargs,
     ) -> None:
         balancer = find_balancer(model)  # patched anew, or not any more
         if balancer is None:
             return
         self._balancer = balancer
-        balancer.step(skipped=getattr(optimizer, "step_was_skipped", False))  # ends it for optimizers that are not torch's
+        balancer.step(
+            skipped=getattr(optimizer, "step_was_skipped", False)
+        )  # ends it for optimizers that are not torch's
         if self._reports_learning and balancer.steps:
             self._report_learning(state)
 
@@ -140,7 +148,9 @@ class PhiBalanceCallback(TrainerCallback):
         if isinstance(named, str) and Path(named).is_dir():
             folder = Path(named)
         if state_in(folder) is None and self.fresh_duals:
-            logger.warning(f"There is no {STATE_NAME} in {folder}: training resumes with fresh duals, as fresh_duals=True asks.")
+            logger.warning(
+                f"There is no {STATE_NAME} in {folder}: training resumes with fresh duals, as fresh_duals=True asks."
+            )
             self.balancer.reset()
             return
         if state_in(folder) is None:

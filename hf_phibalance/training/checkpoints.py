@@ -68,7 +68,10 @@ def _marked_step(checkpoint: Path) -> int | None:
 
 
 def keep_whole(
-    trainer: Any, callback: PhiBalanceCallback, current: Callable[[], PhiBalancer | None], wrap: Callable[[str, Callable], None]
+    trainer: Any,
+    callback: PhiBalanceCallback,
+    current: Callable[[], PhiBalancer | None],
+    wrap: Callable[[str, Callable], None],
 ) -> None:
     """
     Has `trainer` write checkpoints in the order above, and `resume_from_checkpoint=True` take the newest that is complete

@@ -54,7 +54,9 @@ def doctor(
     """
     if isinstance(subject, Trainer):
         if batch is not None:
-            raise ValueError("`batch` is for a model; a trainer is examined on the first batch of its own. Leave it out.")
+            raise ValueError(
+                "`batch` is for a model; a trainer is examined on the first batch of its own. Leave it out."
+            )
         return _examine_trainer(subject)
     found = Subject(unwrap(subject)[-1], find_balancer(subject))
     batches = [made_batch(subject)] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
@@ -185,8 +187,10 @@ def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer 
     if not trainer.accelerator.sync_gradients:
         return
     number, ranks = len(recorder.batches), trainer.args.world_size
-    recorder.what += f", {number} micro-batch{'es' * (number > 1)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
-    scaler = getattr(trainer.accelerator, "scaler", None)
+    recorder.what += f", {number} micro-batch{'es' * (number > 1)}" + (
+        f" on each of {ranks} ranks" if ranks > 1 else ""
+    )
+    scaler: Any = getattr(trainer.accelerator, "scaler", None)
     scales = scaler is not None and scaler.is_enabled()
     recorder.finish(scaler.get_scale() if scales else None)
     is_last = trainer.state.global_step + 1 >= trainer.state.max_steps

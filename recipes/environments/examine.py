@@ -27,7 +27,6 @@ CORE = (
     "tests/balancing/test_state.py",
     "tests/balancing/test_refused_states.py",
     "tests/balancing/test_hostile_states.py",
-    "tests/balancing/test_earlier_versions.py",
     "tests/balancing/test_copies.py",
     "tests/models/test_auto.py",
     "tests/training/test_resume.py",

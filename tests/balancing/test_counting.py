@@ -7,6 +7,7 @@ import pytest
 import torch
 from charging import COEF, collect, gradients, priced
 from checks import assert_same
+from references import naive_figures, routed
 from steps import EXTRA_COEF, METHODS, build, micro_batches, step_gradient
 from tiny import set_prices, tiny_batch, tiny_model
 
@@ -67,6 +68,39 @@ def test_evaluation_counts_apart_and_generation_does_not():
     assert balancer.metrics() == step_metrics
     assert_same(balancer.state_dict(), before)
     assert tokens_of(balancer) == batch["attention_mask"].sum()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_evaluation_of_a_generation(model_type):
+    """Prompts and new tokens once, padding and what comes after the end of a row never; by a forward of all that was generated."""
+    model, plain = phb.patch(tiny_model(model_type), {"coef": COEF, "bias_coef": 0.1}), tiny_model(model_type)
+    prompts = tiny_batch(model, 3, 6)
+    prompts = {name: prompts[name].flip(1) for name in ("input_ids", "attention_mask")}  # padding on the left
+    free = plain.generate(**prompts, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    model.generation_config.eos_token_id = end = int(free[0, 8])  # of the first row, the third new token
+    balancer = phb.get_balancer(model)
+    with balancer.evaluation(generation=True):
+        for _ in range(2):  # a second generation begins anew
+            made = model.generate(**prompts, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        metrics = balancer.eval_metrics()
+    assert made.shape == free.shape  # another row went on to the end
+
+    fed = made[:, :-1]  # nothing has been computed of the last token
+    ended = (fed[:, 6:] == end).long().cumsum(1)
+    new = ended - (fed[:, 6:] == end).long() == 0  # the end itself is fed as well
+    mask = torch.cat([prompts["attention_mask"].bool(), new], 1)
+    assert (~mask[:, 6:]).any()
+    attended = torch.cat([prompts["attention_mask"], torch.ones_like(fed[:, 6:])], 1)
+    position_ids = (attended.cumsum(1) - 1).clamp(min=0)
+    with routed(plain) as seen:
+        plain(input_ids=fed, attention_mask=attended, position_ids=position_ids)
+    counts = {
+        name: torch.bincount(chosen[mask.flatten()].flatten(), minlength=8).tolist() for name, ((_, chosen),) in seen.items()
+    }
+    expected = naive_figures(counts)
+    assert metrics["tokens"] == 2 * mask.sum()
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_evaluation_between_forward_and_backward_does_not_disturb():

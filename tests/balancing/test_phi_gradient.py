@@ -4,7 +4,7 @@ import pytest
 import torch
 from charging import COEF
 from references import forward, phi_loss, share
-from steps import added_gradient, assert_gradient, build, loss_gradient, micro_batches, step_gradient
+from steps import added_gradient, assert_gradient, build, difference, loss_gradient, micro_batches, step_gradient
 from tiny import set_prices
 
 import hf_phibalance as phb
@@ -32,6 +32,29 @@ def test_gradient_of_phi(model_type, potential, track, price_from):
     assert min((mean - 1 / len(mean)).abs().max() for mean in means.values()) > 0.05
     loss = phi_loss(means, price_from, potential, 0.4, track)
     assert_gradient(added, loss_gradient(build(model_type), batches, [(COEF, loss)]))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [("constant", [1, 1, 1, 1]), ("linear", [1, 0.5, 0, 0]), ("cosine", [1, 0.5, 0, 0]), ("off", [1, 1, 0, 0])],
+)
+def test_gradient_of_a_step_follows_the_schedule(schedule, shares):
+    """The same step again and again, with the same prices, as if it were the first, the second, ..."""
+    model, batches = build("mixtral"), micro_batches(build("mixtral"))
+    plain = step_gradient(model, batches)
+    config = {"coef": COEF, "schedule": schedule, "schedule_steps": 0 if schedule == "constant" else 2}
+    phb.patch(model, config)
+    balancer = phb.get_balancer(model)
+    declared = None
+    for step, share in enumerate(shares):
+        assert balancer.steps == step and balancer.coef == pytest.approx(COEF * share)
+        set_prices(model)
+        added = difference(step_gradient(model, batches), plain)
+        declared = added if declared is None else declared
+        assert balancer.metrics().get("coef") == (None if schedule == "constant" else balancer.coef)
+        for name, gradient in added.items():
+            torch.testing.assert_close(gradient, share * declared[name], rtol=1e-3, atol=1e-5)
+    assert_gradient(declared, added_gradient(build("mixtral"), {"coef": COEF}, batches, set_prices))
 
 
 @pytest.mark.parametrize("price_from", ["current", "global"])

@@ -102,6 +102,23 @@ def test_failing_save_leaves_the_built_in_loss_off(tmp_path, monkeypatch):
     assert model.config.router_aux_loss_coef == 0.02 and model.router_aux_loss_coef == 0.02
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_a_selection_bias_of_ours_is_part_of_the_weights_while_patched(model_type, warned):
+    """So a state dict brings back what the model computes; only files for others leave it out."""
+    model, other = trained(model_type, BIAS), phb.patch(tiny_model(model_type), BIAS)
+    plain = tiny_model(model_type).state_dict()
+    extra = {"model.phi_balance.bias"} if model_type == "mixtral" else set()
+    assert model.state_dict().keys() - plain.keys() == extra
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(other), logits_of(model))
+    other.load_state_dict(plain)
+    assert torch.equal(logits_of(other), logits_of(tiny_model(model_type)))
+    assert bool(warned.about("no selection bias of φ-balancing")) is bool(extra)
+    if extra:
+        with pytest.raises(RuntimeError, match=r"Unexpected.*model\.phi_balance\.bias"):
+            tiny_model(model_type).load_state_dict(model.state_dict())
+
+
 # ---------------------------------------------------------------------- plain loads
 
 

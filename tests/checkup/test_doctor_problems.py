@@ -112,7 +112,9 @@ def test_a_selection_bias_that_a_plain_load_loses():
     pairs, counted = [], batch["attention_mask"].reshape(-1).bool()
     for site in find_routers(model):
         gate = model.get_submodule(site.name)
-        gate.register_forward_hook(lambda _, args, out: pairs.extend(zip(out[2][counted], out[0].topk(2).indices[counted])))
+        gate.register_forward_hook(
+            lambda _, args, out: pairs.extend(zip(out[2][counted], out[0].topk(2).indices[counted]))
+        )
     with torch.no_grad():
         model(**batch)
     lost = sum(len(set(ours.tolist()) - set(plain.tolist())) for ours, plain in pairs) / (2 * len(pairs))

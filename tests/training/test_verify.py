@@ -171,7 +171,9 @@ def test_problems_end_training_before_the_optimizer_steps(tmp_path):
     before = []
     for cls in (Trainer, Halves):
         model = patched(coef=0.01)
-        trainer = make_trainer(model, tmp_path, cls, gradient_accumulation_steps=1, max_steps=1 if cls is Trainer else 9)
+        trainer = make_trainer(
+            model, tmp_path, cls, gradient_accumulation_steps=1, max_steps=1 if cls is Trainer else 9
+        )
         if cls is Halves:
             trainer.args.learning_rate *= 2  # of half a gradient
             phb.attach(trainer, verify=True)
@@ -211,7 +213,9 @@ def test_tokens_that_the_trainer_drops(tmp_path):
     announced, seen = map(int, re.findall(r"\d+", found.finding))
     assert found.status == "warning" and seen < announced
     assert check(callback.report, "coefficient").status == "warning" and not callback.report.problems
-    assert callback.report.coefficient.ratio == pytest.approx(1, abs=0.1) and callback.report.coefficient.residual > 1e-2
+    assert (
+        callback.report.coefficient.ratio == pytest.approx(1, abs=0.1) and callback.report.coefficient.residual > 1e-2
+    )
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
