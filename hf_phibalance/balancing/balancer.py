@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..config import STATISTICS, PhiBalanceConfig
 from ..maths import BINS, max_vio, model_metrics
-from ..routers import RouterSite, find_copies, unwrap
+from ..routers import RouterSite, find_copies
 from . import adapters, process
 from .counts import Counts
 from .duals import LOGIT_WIDTH, Duals
@@ -31,6 +31,7 @@ from .tokens import announced_masks
 
 
 logger = logging.get_logger(__name__)
+UNSEEN = 32  # more evaluations than LBFGS makes in one step
 SILENT = 8  # optimizer steps without a backward through the routers, after which that is said
 
 
@@ -75,9 +76,10 @@ class PhiBalancer:
         self._backbone: weakref.ref[nn.Module] | None = None
         self._root: weakref.ref[nn.Module] | None = None
         self._adapter_layer: weakref.ref[nn.Module] | None = None
-        self._owners: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._owners: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._is_checked = False
         self.idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
+        self._unseen_steps, self._version = 0, -1  # changes of the weights by no optimizer of torch's
         self.now = self._new_step()
         self.last = self.now.counts  # of the last step, over all ranks
         self._noticed = self._faults = torch.zeros(
@@ -268,7 +270,14 @@ class PhiBalancer:
 
     # ------------------------------------------------------------------ one optimizer step
 
-    def begin_step(self, micro_batches: Sequence[Mapping[str, Any]] | int, loss_scale: float | Tensor = 1.0) -> None:
+    def begin_step(
+        self,
+        micro_batches: Sequence[Any] | int,
+        loss_scale: float | Tensor = 1.0,
+        *,
+        by_part: bool = False,
+        share: float = 1.0,
+    ) -> None:
         """
         Announces an optimizer step that has several micro-batches. Every data-parallel rank must call it.
 
@@ -280,32 +289,19 @@ class PhiBalancer:
             loss_scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`):
                 What gradients are divided by before the optimizer sees them, for scalers that are not torch's; the scale of
                 a `GradScaler` is found without it.
+            by_part (`bool`, *optional*, defaults to `False`): for trainers, whose forwards say which micro-batch they belong to.
+            share (`float`, *optional*, defaults to `1.0`): of the coefficient, if more micro-batches will be announced.
 
         Raises:
             ValueError: if there is no micro-batch.
         """
-        self.announce(micro_batches, loss_scale)
-
-    def announce(
-        self,
-        micro_batches: Sequence[Any] | int,
-        loss_scale: float | Tensor = 1.0,
-        by_part: bool = False,
-        share: float = 1.0,
-    ) -> None:
-        """
-        As [`~PhiBalancer.begin_step`], for trainers.
-
-        Args:
-            by_part (`bool`, *optional*, defaults to `False`): whether each forward says which micro-batch it belongs to.
-            share (`float`, *optional*, defaults to `1.0`): of the coefficient, if more micro-batches will be announced.
-        """
         number = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
         if number < 1:
             raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
-        goes_on = self.now.settled > 0 and not self._is_given_up()
-        if not goes_on:
+        if self.now.settled == 0 or self.now.is_over:
             self.now = self._new_step()
+        elif self._is_given_up():
+            self._give_up()
         elif self.now.number is not None:
             logger.warning_once(
                 "begin_step() came again, but no optimizer of the model has stepped since the last one. The step goes on, over "
@@ -373,8 +369,23 @@ class PhiBalancer:
     def continue_or_begin(self) -> None:
         """A training forward begins: in the step under way, or in a new one."""
         moved = self.now.counts.flat.device != self.duals.values.device
-        if moved or self.now.is_over or (self.now.settled and self.now.number is None and self._is_given_up()):
+        if moved or self.now.is_over:
             self.now = self._new_step()
+        elif self.now.settled and self.now.number is None and self._is_given_up():
+            self._give_up()
+        probe = next((p for p in self.root.parameters() if p.requires_grad), None)
+        self._version = -1 if probe is None else probe._version
+
+    def _give_up(self) -> None:
+        """Forgets a step of whose gradients nothing is left; says if it looks as if an optimizer that is not torch's took it."""
+        probe = next(p for p in self.root.parameters() if p.requires_grad)
+        self._unseen_steps += probe._version != self._version
+        if self._unseen_steps == UNSEEN:
+            logger.warning(
+                f"The weights of {type(self.root).__name__} have changed {UNSEEN} times, but no optimizer of torch's has stepped, so "
+                "the prices never move. Call phb.get_balancer(model).step() after the optimizer has stepped."
+            )
+        self.now = self._new_step()
 
     def _is_given_up(self) -> bool:
         """Whether nothing is left of the gradients of the step under way."""
@@ -400,6 +411,7 @@ class PhiBalancer:
                 "The backward of an optimizer step was run with create_graph=True alone, so the price gradient was not added in "
                 "it; the means have moved."
             )
+        self._unseen_steps = 0
         self._notice_faults(step, counts)
         self.duals.update(counts, skipped)
         if skipped is None:
@@ -436,10 +448,13 @@ class PhiBalancer:
 
     def is_owned_by(self, optimizer: Any) -> bool:
         """Whether `optimizer` has parameters of the model."""
-        if not self._owners.get(optimizer, False):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        number, owns = self._owners.get(optimizer, (-1, False))
+        if number != len(parameters):
             own = {id(p) for p in self.root.parameters()}
-            self._owners[optimizer] = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
-        return self._owners[optimizer]
+            owns = any(id(p) in own for p in parameters)
+            self._owners[optimizer] = len(parameters), owns
+        return owns
 
     def optimizer_has_stepped(self, optimizer: Any, skipped: Tensor | None) -> None:
         """Ends the step that `optimizer` has made. Of a model that trains nothing itself (prompt tuning), any optimizer does."""
@@ -668,13 +683,3 @@ NOT_FINITE = (
     "The routing statistics of {} step(s) were not finite (the loss or the router logits diverged); they were left out of the "
     "means and prices. Lower the learning rate or check the data."
 )
-
-
-def find_root(model: nn.Module, backbone: nn.Module) -> nn.Module:
-    """The outermost transformers model in `model` that holds `backbone`."""
-    from transformers import PreTrainedModel
-
-    for module in unwrap(model)[-1].modules():
-        if isinstance(module, PreTrainedModel) and any(inner is backbone for inner in module.modules()):
-            return module
-    return backbone

@@ -31,7 +31,7 @@ from ..routers import (
 from ..sidecar import STATE_NAME, state_in
 from . import process
 from .adapters import virtual_tokens
-from .balancer import PhiBalancer, find_root
+from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off, switch_off_built_in_loss
 from .duals import NAME, Duals
 from .learning import LearningReport
@@ -82,11 +82,19 @@ def find_balancers(model: nn.Module) -> list[PhiBalancer]:
         if isinstance(duals, Duals):
             balancer: PhiBalancer = duals.balancer
             if balancer.backbone is not backbone or balancer._root is None:
-                balancer.bind(backbone, find_root(model, backbone))
+                balancer.bind(backbone, _find_root(model, backbone))
             balancer.virtual_tokens = virtual_tokens(model)
             found.append(balancer)
     process.follow_peft()
     return found
+
+
+def _find_root(model: nn.Module, backbone: nn.Module) -> nn.Module:
+    """The outermost transformers model in `model` that holds `backbone`."""
+    for module in unwrap(model)[-1].modules():
+        if isinstance(module, PreTrainedModel) and any(inner is backbone for inner in module.modules()):
+            return module
+    return backbone
 
 
 def find_balancer(model: nn.Module) -> PhiBalancer | None:

@@ -96,7 +96,7 @@ def coefficient(subject: Subject) -> Iterator[Check]:
     elif seen.coefficient is not None:
         yield _judge(seen, seen.coefficient)
     elif seen.unmeasured and seen.error is None:
-        remedy = "measure it uncompiled: phb.doctor(model)" if "compiled" in seen.unmeasured else VERIFY
+        remedy = "measure it uncompiled: phb.doctor(model)" if not seen.is_early else f"a later step: {VERIFY}"
         yield Check("coefficient", "warning", f"not measured: {seen.unmeasured}", remedy)
 
 

@@ -82,6 +82,7 @@ class StepRecorder:
         sums (`torch.Tensor` of shape `(2, L, E)`): probabilities and loads over all ranks.
         coefficient (`Coefficient`, *optional*): coefficient that the step received.
         unmeasured (`str`): why there is none.
+        is_early (`bool`): whether that is because there are no prices yet.
         is_finite (`bool`): whether the gradients at the logits and at the weights are finite.
         kept (`dict[str, float]`): projection of the gradient of each router's weight on the one that the backward made.
     """
@@ -97,7 +98,7 @@ class StepRecorder:
         self.loads: dict[str, float] = {}
         self.added: list[str] = []
         self.coefficient: Coefficient | None = None
-        self.unmeasured, self.is_finite = "", True
+        self.unmeasured, self.is_early, self.is_finite = "", False, True
         self.kept: dict[str, float] = {}
         self._calls: dict[int, Call] = {}
         self._plain: dict[int, Tensor] = {}  # top-k without the selection bias (T, k), of the first call
@@ -249,8 +250,10 @@ class StepRecorder:
         if not self._calls and self._due:
             self.unmeasured = "the routers run compiled, where nobody sees their logits"
         elif balancer.coef == 0:
+            self.is_early = True
             self.unmeasured = f"schedule={config.schedule!r} makes coef 0 in this step"
         elif uses_kept_prices(balancer) and not bool(balancer.duals.price.any()):
+            self.is_early = True
             self.unmeasured = "all prices are 0 before the first step has ended"
         if self.unmeasured:
             return

@@ -174,7 +174,7 @@ class Attachment:
             share = len(batches) / (len(batches) + trainer.args.gradient_accumulation_steps)
         for balancer in self.balancers() if batches else ():
             micro_batches = len(batches) if self._is_generated else batches
-            balancer.announce(micro_batches, by_part=True, share=share)
+            balancer.begin_step(micro_batches, by_part=True, share=share)
         return batches, items
 
     def training_step(self, inner: Callable, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -87,8 +87,6 @@ def _examine_trainer(trainer: Any) -> DoctorReport:
     subject = _subject_of(trainer, find_balancer(trainer.model))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         subject.unmeasured = "parameters and gradients will be sharded"
-    if getattr(trainer.model, "is_distributed_loading_by_transformers", False):
-        subject.unmeasured = "the model is spread over the ranks"
     subject.unmeasured = subject.parallel or subject.unmeasured
     if subject.balancer is not None and not subject.unmeasured:
         batch, error = _first_batch(trainer)
@@ -203,7 +201,7 @@ def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer 
         callback.report = report
         balancer.discard_step()
         raise ValueError(f"verify=True found what makes this training go wrong. {report}")
-    if is_last or not recorder.unmeasured or "prices" not in recorder.unmeasured:
+    if is_last or not recorder.is_early:
         callback.report = report
         if trainer.is_world_process_zero():
             (logger.info if report.status == "ok" else logger.warning)(str(report))

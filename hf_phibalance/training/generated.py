@@ -39,7 +39,7 @@ def announce_when_generated(
     if balancer is not None and balancer.is_open and balancer.now.tokens is None and not balancer.is_trained_on:
         micro_batches = generated_step(trainer) if trainer.model.training else None
         if micro_batches is not None:
-            balancer.announce(micro_batches, by_part=True)
+            balancer.begin_step(micro_batches, by_part=True)
         elif trainer.model.training:
             logger.warning_once(
                 "Not all that an optimizer step trains on has been generated when it begins, so each micro-batch gets its own "

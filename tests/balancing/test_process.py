@@ -7,6 +7,7 @@ import torch
 import transformers
 from peft import PeftModel
 from tiny import tiny_batch, tiny_model
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import hf_phibalance as phb
 
@@ -22,7 +23,7 @@ def footprint():
         torch.optim.Optimizer: ("step", "zero_grad"),
     }
     methods = [vars(owner).get(name) for owner, names in owners.items() for name in names]
-    hooks = [dict(table) for table in (torch.optim.optimizer._global_optimizer_post_hooks, torch.optim.optimizer._global_optimizer_pre_hooks)]
+    hooks = [dict(table) for table in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)]
     stacks = torch.overrides._get_current_function_mode_stack(), torch._C._len_torch_dispatch_stack()
     return methods, hooks, stacks, torch._dynamo.config.skip_nnmodule_hook_guards
 

@@ -1,9 +1,11 @@
 """The coefficient as it arrives over two real ranks, and problems that only one of them sees."""
 
 import tempfile
+from pathlib import Path
 
+import pytest
 import torch
-from invariance import in_ranks
+from invariance import in_ranks, save_models
 from tiny import tiny_batch, tiny_model
 from transformers import Trainer, TrainingArguments
 
@@ -52,6 +54,25 @@ def with_sums(folder):
         trainer.train()
     except ValueError as error:
         return str(error), callback.report.coefficient.ratio
+
+
+def spread(folder):
+    from invariance.layouts import LAYOUTS, load_spread
+
+    reports = {}
+    for layout in LAYOUTS:
+        if layout.name in ("FSDP2", "TP", "FSDP2, EP"):
+            reports[layout.name] = phb.doctor(phb.patch(load_spread(layout, Path(folder, "mixtral")), {"coef": 0.01}))
+    return reports
+
+
+def test_models_that_transformers_spreads(tmp_path):
+    save_models(tmp_path, ["mixtral"])
+    for reports in in_ranks(spread, 2, str(tmp_path)):
+        assert set(reports) == {"FSDP2", "TP", "FSDP2, EP"}
+        for report in reports.values():
+            assert report.status == "ok" and "weights of 2 routers" in report.coefficient.parameters, str(report)
+            assert report.coefficient.ratio == pytest.approx(1, abs=1e-4)
 
 
 def test_two_ranks():
