@@ -103,7 +103,9 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
     written = _written_keys(checkpoint)
     if not written or not isinstance(root, PreTrainedModel) or AcceleratorState().distributed_type in sharded:
         return
-    ours = {key for key in root.state_dict() if "phi_balance." in key}  # the selection bias, which the state file holds
+    ours = {
+        key for key in root.state_dict() if "phi_balance." in key
+    }  # the selection bias, which the state file holds
     missing = sorted(set(root.state_dict()) - written - set(root.all_tied_weights_keys) - ours)
     if not missing:
         return

@@ -145,7 +145,12 @@ class PhiBalanceConfig:
             if value not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
         steps = self.schedule_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0 or (steps > 0) != (self.schedule != "constant"):
+        if (
+            isinstance(steps, bool)
+            or not isinstance(steps, int)
+            or steps < 0
+            or (steps > 0) != (self.schedule != "constant")
+        ):
             raise ValueError(
                 f"`schedule_steps` must be a number of optimizer steps > 0 with schedule='linear', 'cosine' or 'off', and 0 with "
                 f"'constant'; got {steps!r} with schedule={self.schedule!r}."

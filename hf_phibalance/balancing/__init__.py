@@ -32,10 +32,19 @@ from .built_in_loss import announce_switched_off
 from .duals import LOGIT_WIDTH
 from .gradient import auxiliary_gradient
 from .learning import LearningReport, describe_router
-from .patching import find_balancer, find_balancers, get_balancer, learning_report, patch, unpatch, wrap_below
+from .patching import (
+    find_balancer,
+    find_balancers,
+    get_balancer,
+    give_own_config,
+    learning_report,
+    patch,
+    unpatch,
+    wrap_below,
+)
 from .process import on_train
 from .random_state import RandomState
-from .state import StateFile, check_model, config_in, read_state
+from .state import StateFile, check_model, config_in, fingerprint, read_state
 from .tokens import count_mask
 
 
@@ -53,7 +62,9 @@ __all__ = [
     "describe_router",
     "find_balancer",
     "find_balancers",
+    "fingerprint",
     "get_balancer",
+    "give_own_config",
     "learning_report",
     "on_train",
     "patch",

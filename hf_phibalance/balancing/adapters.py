@@ -11,30 +11,35 @@ from torch import nn
 from .process import follow_peft
 
 
-def active(root: nn.Module, known: weakref.ref[nn.Module] | None) -> tuple[str | None, weakref.ref[nn.Module] | None]:
+def find_layer(root: nn.Module, known: weakref.ref[nn.Module] | None = None) -> weakref.ref[nn.Module] | None:
     """
-    The adapter that is switched on in `root`; `None` if there is none, or if it is disabled.
+    A layer of PEFT in `root`, which tells what adapter is switched on; `None` if there is none.
 
     Args:
         root (`torch.nn.Module`): the transformers model.
-        known (`weakref.ref`, *optional*): to a layer of PEFT in it, as returned by the last call.
+        known (`weakref.ref`, *optional*): what the last call returned.
     """
-    layer: Any = None if known is None else known()
-    if layer is None:
-        tuners = sys.modules.get("peft.tuners.tuners_utils")
-        if tuners is None or not hasattr(root, "peft_config"):
-            return None, None
-        layer = next((module for module in root.modules() if isinstance(module, tuners.BaseTunerLayer)), None)
-        if layer is None:
-            return None, None
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None or not hasattr(root, "peft_config"):
+        return None
+    if known is None or known() is None:
         follow_peft()  # which may have been imported since
-    names = () if layer.disable_adapters else layer.active_adapters
-    return (names[0] if names else None), weakref.ref(layer)
+        found = (module for module in root.modules() if isinstance(module, tuners.BaseTunerLayer))
+        known = next((weakref.ref(layer) for layer in found), None)
+    return known
 
 
-def virtual_tokens(model: nn.Module) -> int:
-    """Tokens that prompt learning of PEFT (prompt tuning, P-tuning) puts in front of each row of `model`; 0 without it."""
+def active(layer: weakref.ref[nn.Module] | None, even_disabled: bool = False) -> str | None:
+    """The adapter that is switched on in `layer`, as [`find_layer`] returns it; `None` if there is none, or if it is disabled."""
+    found: Any = None if layer is None else layer()
+    if found is None or (found.disable_adapters and not even_disabled):
+        return None
+    return next(iter(found.active_adapters), None)
+
+
+def virtual_tokens(model: nn.Module) -> int | None:
+    """Tokens that prompt learning of PEFT (prompt tuning, P-tuning) puts in front of each row of `model`; `None` without it."""
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     if config is None or not getattr(config, "is_prompt_learning", False):
-        return 0
+        return None
     return 0 if str(config.peft_type).endswith("PREFIX_TUNING") else int(config.num_virtual_tokens)

@@ -31,7 +31,6 @@ from .tokens import announced_masks
 
 
 logger = logging.get_logger(__name__)
-UNSEEN = 32  # more evaluations than LBFGS makes in one step
 SILENT = 8  # optimizer steps without a backward through the routers, after which that is said
 
 
@@ -67,7 +66,7 @@ class PhiBalancer:
         self._ranks = Ranks()
         self.evaluated: dict[str, float] = {}  # MaxVio of the last evaluation, with and without a bias of ours
         self.ignores_bias = False
-        self.virtual_tokens = 0  # that PEFT puts in front of each row
+        self.virtual_tokens: int | None = None  # that prompt learning of PEFT puts in front of each row
         self.pad_token_id: int | None = None
         self._begin()
 
@@ -76,15 +75,15 @@ class PhiBalancer:
         self._backbone: weakref.ref[nn.Module] | None = None
         self._root: weakref.ref[nn.Module] | None = None
         self._adapter_layer: weakref.ref[nn.Module] | None = None
+        self._adapter_names: tuple[str, ...] = ()
+        self._is_held = False
         self._owners: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._is_checked = False
         self.idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
         self._unseen_steps, self._version = 0, -1  # changes of the weights by no optimizer of torch's
-        self.now = self._new_step()
-        self.last = self.now.counts  # of the last step, over all ranks
-        self._noticed = self._faults = torch.zeros(
-            2, device=self.duals.values.device
-        )  # steps with wrong N, and not finite
+        self._now: OptimizerStep | None = None  # made when asked for: in the middle of a copy there are no duals yet
+        self._last: Counts | None = None
+        self._noticed = self._faults = torch.zeros(2)  # steps with wrong N, and not finite
         self._said = [0, 0]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,6 +105,20 @@ class PhiBalancer:
         self.ignores_bias = False
         self._begin()
 
+    @property
+    def now(self) -> OptimizerStep:
+        """The optimizer step under way."""
+        if self._now is None:
+            self._now = OptimizerStep(Counts(self.duals.shape, self.duals.values.device, self._bins), self.ranks)
+        return self._now
+
+    @property
+    def last(self) -> Counts:
+        """What was counted in the last step, over all ranks."""
+        if self._last is None:
+            self._last = Counts(self.duals.shape, self.duals.values.device, self._bins)
+        return self._last
+
     # ------------------------------------------------------------------ its model
 
     @property
@@ -121,6 +134,17 @@ class PhiBalancer:
         if found is None:
             raise RuntimeError("the model of this balancer is gone.")
         return found
+
+    @property
+    def has_root(self) -> bool:
+        """Whether the model around the backbone is known and alive."""
+        return self._root is not None and self._root() is not None
+
+    def rename(self, prefix: str) -> None:
+        """Names the routers as in a model that has its backbone at `prefix`."""
+        for site in self.sites:
+            site.name = f"{prefix}{site.name.removeprefix(self.prefix)}"
+        self.prefix = prefix
 
     def bind(self, backbone: nn.Module, root: nn.Module | None = None) -> None:
         """Belongs to `backbone` from now on, as a copy does."""
@@ -149,8 +173,26 @@ class PhiBalancer:
 
     def follow_adapter(self) -> None:
         """The bias that acts is that of the adapter which is switched on."""
-        adapter, self._adapter_layer = adapters.active(self.root, self._adapter_layer)
+        if self._is_held:
+            return
+        names = tuple(getattr(self.root, "peft_config", ()))
+        if names != self._adapter_names:  # PEFT may have copied routers
+            self._adapter_names = names
+            self.find_copies()
+        self._adapter_layer = adapters.find_layer(self.root, self._adapter_layer)
+        self.duals.use_adapter(adapters.active(self._adapter_layer))
+
+    @contextmanager
+    def using_adapter(self, adapter: str | None) -> Iterator[None]:
+        """While open, the bias is that of `adapter`, whichever is switched on."""
+        self.follow_adapter()
+        self._is_held = True
         self.duals.use_adapter(adapter)
+        try:
+            yield
+        finally:
+            self._is_held = False
+            self.follow_adapter()
 
     # ------------------------------------------------------------------ what users read
 
@@ -218,6 +260,7 @@ class PhiBalancer:
 
     def biases(self) -> dict[str, Tensor]:
         """Selection biases b by layer name, each `(E,)` fp32."""
+        self.follow_adapter()
         self.duals.read_native()
         return self._by_layer(self.duals.biases)
 
@@ -299,7 +342,7 @@ class PhiBalancer:
         if number < 1:
             raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
         if self.now.settled == 0 or self.now.is_over:
-            self.now = self._new_step()
+            self._now = None
         elif self._is_given_up():
             self._give_up()
         elif self.now.number is not None:
@@ -328,7 +371,7 @@ class PhiBalancer:
             return None
         device = self.duals.values.device
         number = torch.stack([mask.sum(dtype=torch.float32).to(device) for mask in masks]).sum()
-        in_front = self.virtual_tokens if self.config.token_mask != "labels" else 0
+        in_front = self.virtual_tokens if self.virtual_tokens and self.config.token_mask != "labels" else 0
         return number + in_front * sum(len(mask) for mask in masks)
 
     def step(self, skipped: bool | None = None) -> None:
@@ -349,28 +392,34 @@ class PhiBalancer:
 
     def discard_step(self) -> None:
         """Forgets what has been counted since the last step: of a step that was given up, or an interrupted run."""
-        self.now = self._new_step()
+        self._now = None
+
+    @contextmanager
+    def step_aside(self) -> Iterator[None]:
+        """While open, another step is under way; afterwards the present one goes on."""
+        step, idle, self._now = self._now, self.idle_steps, None
+        try:
+            yield
+        finally:
+            self._now, self.idle_steps = step, idle
 
     def reset(self) -> None:
         """Begins anew, with even means, no prices and no bias of ours; a family's own bias stays."""
         self.duals.reset()
         self.duals.has_bias = self.config.bias_coef > 0
         self.discard_step()
-        self.last = self.now.counts
+        self._last = None
 
     @property
     def _bins(self) -> int:
         """Bins of the histograms that the method wants of each expert."""
         return BINS if self.config.rules.bias_rule == "quantile" and self.config.bias_coef > 0 else 0
 
-    def _new_step(self) -> OptimizerStep:
-        return OptimizerStep(Counts(self.duals.shape, self.duals.values.device, self._bins), self.ranks)
-
     def continue_or_begin(self) -> None:
         """A training forward begins: in the step under way, or in a new one."""
         moved = self.now.counts.flat.device != self.duals.values.device
         if moved or self.now.is_over:
-            self.now = self._new_step()
+            self._now = None
         elif self.now.settled and self.now.number is None and self._is_given_up():
             self._give_up()
         probe = next((p for p in self.root.parameters() if p.requires_grad), None)
@@ -379,13 +428,13 @@ class PhiBalancer:
     def _give_up(self) -> None:
         """Forgets a step of whose gradients nothing is left; says if it looks as if an optimizer that is not torch's took it."""
         probe = next(p for p in self.root.parameters() if p.requires_grad)
-        self._unseen_steps += probe._version != self._version
-        if self._unseen_steps == UNSEEN:
+        self._unseen_steps += probe._version != self._version and not process.is_stepping
+        if self._unseen_steps == SILENT:
             logger.warning(
-                f"The weights of {type(self.root).__name__} have changed {UNSEEN} times, but no optimizer of torch's has stepped, so "
+                f"The weights of {type(self.root).__name__} have changed {SILENT} times, but no optimizer of torch's has stepped, so "
                 "the prices never move. Call phb.get_balancer(model).step() after the optimizer has stepped."
             )
-        self.now = self._new_step()
+        self._now = None
 
     def _is_given_up(self) -> bool:
         """Whether nothing is left of the gradients of the step under way."""
@@ -398,7 +447,7 @@ class PhiBalancer:
         step = self.now
         if not step.settled and not (step.tokens is not None and self.ranks > 1):
             return
-        self.now = self._new_step()
+        self._now = None
         counts = step.counts
         if not self._is_checked:
             check_ranks(self.config, self.sites, self._ranks, counts)
@@ -406,6 +455,11 @@ class PhiBalancer:
         if not self._is_checked:
             self.find_copies()
             self._is_checked = check_first_step(self.config, self.sites, counts, step.added, step.second_order)
+        if self.config.charges and any(step.members) and not all(step.members):
+            logger.warning_once(
+                "A training forward that was alive during the backward got none of it, and was counted all the same, so the step received "
+                "less than its coefficient. Run forwards for metrics under torch.no_grad(), or drop what they returned."
+            )
         if step.second_order and not step.added and self.config.charges:
             logger.warning_once(
                 "The backward of an optimizer step was run with create_graph=True alone, so the price gradient was not added in "
@@ -413,9 +467,11 @@ class PhiBalancer:
             )
         self._unseen_steps = 0
         self._notice_faults(step, counts)
+        self.duals.use_adapter(step.adapter)  # a reference may have run since, with the adapter off
         self.duals.update(counts, skipped)
+        self.follow_adapter()
         if skipped is None:
-            self.last = counts
+            self._last = counts
         else:  # that of a step which the optimizer has skipped is none
             self.last.flat.copy_(torch.where((skipped.to(counts.flat.device) != 0).any(), self.last.flat, counts.flat))
 
@@ -457,9 +513,8 @@ class PhiBalancer:
         return owns
 
     def optimizer_has_stepped(self, optimizer: Any, skipped: Tensor | None) -> None:
-        """Ends the step that `optimizer` has made. Of a model that trains nothing itself (prompt tuning), any optimizer does."""
-        owns = self.is_owned_by(optimizer)
-        if not owns and not (self.now.settled and not any(p.requires_grad for p in self.root.parameters())):
+        """Ends the step that `optimizer` has made. With prompt learning the model trains nothing itself, so any optimizer does."""
+        if not self.is_owned_by(optimizer) and not (self.now.settled and self.virtual_tokens is not None):
             return
         if self.now.settled == 0:
             self._say_silence()
@@ -589,6 +644,7 @@ class PhiBalancer:
 
     def set_biases(self, biases: Mapping[str, Tensor]) -> None:
         """Sets the selection biases by layer name, each `(E,)`; a family's own where it has one."""
+        self.follow_adapter()
         self.duals.set_biases(self._rows(biases))
 
     def _rows(self, by_layer: Mapping[str, Tensor]) -> Tensor:
@@ -608,6 +664,7 @@ class PhiBalancer:
         Means and biases by `"{router}.{mean_probs | mean_load | bias}"`, and the number of steps. Routers are named relative to
         the backbone, so that a model with a head and one without share their state.
         """
+        self.follow_adapter()
         self.duals.read_native()
         state = {"steps": torch.tensor(self.steps)}
         for index, (name, site) in enumerate(zip(self._own_names(), self.sites)):
@@ -627,6 +684,7 @@ class PhiBalancer:
                 or belongs to no router of this model.
         """
         self.find_copies()
+        self.follow_adapter()
         state = fit_names(state, self._own_names())
         check_state(state, dict(zip(self._own_names(), (site.num_experts for site in self.sites))))
         biased = any(key.endswith(".bias") for key in state)

@@ -18,6 +18,7 @@ from ..config import STATISTICS, PhiBalanceConfig
 from ..maths import centred_price, step_within
 from ..methods import bias_step
 from ..routers import RouterSite
+from .adapters import active, find_layer
 from .counts import Counts
 
 
@@ -210,6 +211,16 @@ class Duals(nn.Module):
         for bias_E, site in self._native():
             site.write_native_bias(bias_E, keep_fp32=self.config.bias_coef > 0)
 
+    def keep_native_fp32(self) -> None:
+        """A family's own bias that moves stays in fp32, also after `model.to(torch.bfloat16)`."""
+        moves = self.config.bias_coef > 0
+        if moves and any(
+            getattr(owner, name).dtype != torch.float32
+            for _, site in self._native()
+            for owner, name in site.native_bias
+        ):
+            self.write_native()
+
     def _native(self) -> Iterator[tuple[Tensor, RouterSite]]:
         for index, site in enumerate(self.sites):
             if site.has_native_bias:
@@ -229,9 +240,9 @@ class Duals(nn.Module):
         self.write_native()
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> Duals:
-        """PEFT unloads its adapters: what has been merged keeps its bias, what has not goes back to the model's own."""
-        if not merge:
-            self.use_adapter(None)
+        """PEFT is about to unload its adapters: with the one that is merged goes its bias, else the model's own comes back."""
+        layer = find_layer(self.balancer.root)  # still there, since this module is the first in the backbone
+        self.use_adapter(next(iter(adapter_names or ()), active(layer, even_disabled=True)) if merge else None)
         self.adapter, self.by_adapter = None, {}
         return self
 

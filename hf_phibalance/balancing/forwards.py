@@ -217,9 +217,12 @@ class Forwards:
     def _open_training(self, tokens: Tokens) -> Forward:
         balancer = self.balancer
         balancer.continue_or_begin()
+        balancer.duals.keep_native_fp32()
         number = tokens.count
         if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.charges:
             number = balancer.sum_over_ranks(number.clone())  # nobody has announced it
+        if balancer.now.is_empty:
+            balancer.now.adapter = balancer.duals.adapter
         forward = balancer.now.open(tokens, number, self._here.micro_batch)
         if self._here.replaying:
             forward.counts.replayed.add_(1)

@@ -81,9 +81,10 @@ def find_balancers(model: nn.Module) -> list[PhiBalancer]:
         duals = backbone._modules.get(NAME)
         if isinstance(duals, Duals):
             balancer: PhiBalancer = duals.balancer
-            if balancer.backbone is not backbone or balancer._root is None:
+            if balancer.backbone is not backbone or not balancer.has_root:
                 balancer.bind(backbone, _find_root(model, backbone))
-            balancer.virtual_tokens = virtual_tokens(model)
+            in_front = virtual_tokens(model)
+            balancer.virtual_tokens = balancer.virtual_tokens if in_front is None else in_front
             found.append(balancer)
     process.follow_peft()
     return found
@@ -173,6 +174,7 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
         present = _install(_find_target(model), config)
         get_balancer(model)
     else:
+        _adopt(present, model)
         _reconfigure(present, config)
     if config.is_on and switch_off_built_in_loss(present.root, _patch_of(present).built_in):
         announce_switched_off()
@@ -207,6 +209,11 @@ def _find_target(model: nn.Module) -> nn.Module:
 def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     sites = find_routers(root)
     refuse_impossible(root, sites, config)
+    if getattr(getattr(root, "config", None), "phi_balance", None) is not None:
+        logger.warning(
+            f"{type(root).__name__} was saved while φ-balanced, but loaded without its {STATE_NAME}: it begins with fresh duals, and a "
+            "selection bias is lost. phb.AutoModelForCausalLM.from_pretrained loads both."
+        )
     backbone = find_backbone(root, sites)
     prefix = canonical_name(next(name for name, module in root.named_modules() if module is backbone))
     device = next(
@@ -217,21 +224,39 @@ def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     patch = Patch()
     vars(backbone)[PATCH] = patch
     balancer.bind(backbone, root)
-    _own_config(root)
+    give_own_config(root)
     patch.freeze(balancer)
     install_hooks(balancer.forwards)
-    backbone.register_module(NAME, duals)
+    backbone._modules = {NAME: duals, **backbone._modules}  # first, so that PEFT unloads it before its own layers
     backbone.register_load_state_dict_pre_hook(_before_loading)
     wrap_method(backbone, "forward", _forward_of_backbone, patch.undo)
     if root is not backbone:
         wrap_method(root, "forward", _forward_with_labels, patch.undo)
-    if hasattr(type(root), "save_pretrained"):
-        ignored = {*(getattr(root, "_keys_to_ignore_on_save", None) or ()), f"{balancer.prefix}{NAME}.bias"}
-        patch.undo.set(root, "_keys_to_ignore_on_save", ignored)
-    if hasattr(root, "config"):
-        patch.undo.set(root.config, "phi_balance", config.to_dict())
+    _mark(balancer)
     forget_compiled_code()
     return balancer
+
+
+def _mark(balancer: PhiBalancer) -> None:
+    """Notes in the model what its `save_pretrained` writes, and what not."""
+    root, undo = balancer.root, _patch_of(balancer).undo
+    if hasattr(type(root), "save_pretrained"):
+        ignored = {*(getattr(root, "_keys_to_ignore_on_save", None) or ()), f"{balancer.prefix}{NAME}.bias"}
+        undo.set(root, "_keys_to_ignore_on_save", ignored)
+    if hasattr(root, "config"):
+        undo.set(root.config, "phi_balance", balancer.config.to_dict())
+
+
+def _adopt(balancer: PhiBalancer, model: nn.Module) -> None:
+    """Belongs to the transformers model in `model` from now on, which may be another one around the same backbone."""
+    backbone, inner = balancer.backbone, unwrap(model)[-1]
+    if backbone is None or inner is backbone or inner is balancer.root or not isinstance(inner, PreTrainedModel):
+        return
+    prefix = canonical_name(next(name for name, module in inner.named_modules() if module is backbone))
+    balancer.rename(f"{prefix}." if prefix else "")
+    balancer.bind(backbone, inner)
+    _mark(balancer)
+    wrap_method(inner, "forward", _forward_with_labels, _patch_of(balancer).undo)
 
 
 def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
@@ -291,7 +316,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
-def _own_config(root: nn.Module) -> None:
+def give_own_config(root: nn.Module) -> None:
     """Gives `root` a config of its own: another model may have been made of the same one."""
     config = getattr(root, "config", None)
     if config is None:
@@ -349,7 +374,9 @@ def _before_loading(backbone: nn.Module, state_dict: Mapping[str, Any], prefix: 
     if duals is None or any(key.startswith(f"{prefix}{NAME}.") for key in state_dict):
         return
     first = duals.balancer._own_names()[0]
-    if any(key.startswith(f"{prefix}{first}.") for key in state_dict):
+    others = ("lora_", "modules_to_save")  # of an adapter
+    keys = (key for key in state_dict if first.rpartition(".")[2] in key and not any(part in key for part in others))
+    if any(canonical_name(key).startswith(f"{canonical_name(prefix)}{first}.") for key in keys):
         duals.forget_bias()
 
 
@@ -358,7 +385,9 @@ def _save_with_state(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
     balancer = find_balancer(root)
     if balancer is None:
         return inner(*args, **kwargs)
-    balancer.follow_adapter()
+    _adopt(balancer, root)
+    if _has_other_experts(balancer):
+        balancer = get_balancer(patch(root))
     given = inspect.signature(inner).bind(*args, **kwargs).arguments
     if given.get("is_main_process", True) and not (dist.is_initialized() and dist.get_rank()):
         balancer.save(given["save_directory"])
@@ -395,12 +424,9 @@ def _save_beside_adapter(model: Any, folder: str | os.PathLike) -> None:
     if balancer is None or (dist.is_initialized() and dist.get_rank()):
         return
     balancer.follow_adapter()
-    duals = balancer.duals
-    present = duals.adapter
-    for name in [present, *(other for other in duals.by_adapter if other is not None)]:
-        duals.use_adapter(name)
-        balancer.save(folder if name in (None, "default") else Path(folder, name))
-    duals.use_adapter(present)
+    for name in [balancer.duals.adapter, *(other for other in balancer.duals.by_adapter if other is not None)]:
+        with balancer.using_adapter(name):
+            balancer.save(folder if name in (None, "default") else Path(folder, name))
     if balancer.has_bias and any(bool(bias.any()) for bias in balancer.biases().values()):
         logger.warning_once(
             f"The selection bias that was trained with this adapter is in {STATE_NAME} beside it, not in the adapter: an engine, or "
@@ -424,10 +450,8 @@ def _load_beside_adapter(model: Any, source: str, name: str) -> None:
             "base. Load the base with phi_balance=True."
         )
         return
-    balancer.follow_adapter()
-    balancer.duals.use_adapter(name)
-    balancer.load(path)
-    balancer.follow_adapter()
+    with balancer.using_adapter(name):
+        balancer.load(path)
 
 
 process.around_save.append(_save_with_state)

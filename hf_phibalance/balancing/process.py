@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _balancers: list[weakref.ref[PhiBalancer]] = []  # in the order of patching, which is the same on all ranks
 _undo: list[Callable[[], None]] = []
+is_stepping = False  # an optimizer of torch's is, which may run closures
 _scales: dict[int, tuple[Any, Tensor]] = {}  # GradScaler and scale of the loss, by the backward that is under way
 # What others want to be called for: a Trainer that begins to train; `save_pretrained` of a model, with the method to go on with;
 # a `PeftModel` and the folder that it is about to be saved to; one, the adapter that was loaded into it, and its name.
@@ -65,6 +66,7 @@ def forget(balancer: PhiBalancer) -> None:
 
 
 def _install() -> None:
+    _undo.append(register_optimizer_step_pre_hook(_before_optimizer).remove)
     _undo.append(register_optimizer_step_post_hook(_after_optimizer).remove)
     scalers: Any = (torch.amp.GradScaler, *torch.amp.GradScaler.__subclasses__())
     for scaler in scalers:
@@ -124,8 +126,16 @@ def _load_adapter(inner: Callable, model: Any, model_id: Any, adapter_name: str,
 
 
 @torch.compiler.disable
+def _before_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    global is_stepping
+    is_stepping = True
+
+
+@torch.compiler.disable
 def _after_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     """Ends the step of every model of which `optimizer` owns parameters."""
+    global is_stepping
+    is_stepping = False
     skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips on the device, without telling the host
     for balancer in balancers():
         if not in_backward():

@@ -8,12 +8,14 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import PhiBalanceConfig
+from ..maths import noise_floor
 from ..routers import RouterSite, count_groups
 from .counts import Counts
 from .ranks import Ranks
 
 
 logger = logging.get_logger(__name__)
+EVEN = 0.02  # greatest relative distance of a probability from the mean
 
 
 def refuse_impossible(root: nn.Module, sites: Sequence[RouterSite], config: PhiBalanceConfig) -> None:
@@ -176,6 +178,24 @@ def check_first_step(
             f"LoraConfig(target_parameters=['{sites[0].name.split('.', 3)[-1]}.weight', ...]), or set it to 0 "
             "and bias_coef > 0, which needs no gradient."
         )
+    _warn_of_even_probabilities(config, sites, counts)
     if config.charges and silent and not second_order:
         logger.warning(f"The price gradient reaches no trainable parameter from router(s) {', '.join(silent[:4])}.")
     return True
+
+
+def _warn_of_even_probabilities(config: PhiBalanceConfig, sites: Sequence[RouterSite], counts: Counts) -> None:
+    """New or upcycled routers: a price on probabilities that are even has nothing to act on, however uneven the loads are."""
+    if config.coef == 0 or config.track != "probs" or config.bias_coef > 0:
+        return
+    for index, site in enumerate(sites):
+        probs, load = (rows[index, : site.num_experts].double() for rows in (counts.probs, counts.load))
+        even = float((probs / probs.mean().clamp(min=1e-30) - 1).abs().max())
+        uneven = float(load.max() / load.mean().clamp(min=1e-30)) - 1
+        expected = noise_floor(site.num_experts, site.top_k, max(float(load.sum()) / site.top_k, 1.0))
+        if even < EVEN and uneven > 0.5 + 3 * expected:
+            logger.warning(
+                f"The probabilities of router {site.name!r} are even (to {even:.1%}) while its loads are not (MaxVio {uneven:.2f}), as in "
+                "routers that are new: the price on probabilities has nothing to act on. Set track='load', or bias_coef=0.003."
+            )
+            return

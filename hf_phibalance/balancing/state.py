@@ -6,8 +6,9 @@ The file `phi_balance.state` beside a model's weights, and whether a state fits 
   selection bias, `{router}.bias`, each `(E,)` in fp32. `{router}` is its name relative to the backbone (`model.base_model`), for
   example `layers.0.mlp.gate`.
 - Header: `format` "pt"; `phi_balance` "1"; `version` of this package; `config`, the [`PhiBalanceConfig`] as JSON; `model` as JSON,
-  `{"type": model type of the language model, "routers": {router: [experts, experts per token, scoring]}}`; and `checksum`, SHA-256
-  over the rest of the header and all tensors. What is read is what was written, or it is refused.
+  `{"type": model type of the language model, "routers": {router: [experts, experts per token, scoring]}, "weights": fingerprint of
+  the first router's weight, or ""}`; and `checksum`, SHA-256 over the rest of the header and all tensors. What is read is what was
+  written, or it is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from ..config import STATISTICS, PhiBalanceConfig, package_version
 from ..durable import replacing
 from ..files import parse_json
-from ..routers import RouterSite
+from ..routers import RouterSite, router_matrix
 from ..sidecar import STATE_NAME, state_in
 
 
@@ -52,7 +53,19 @@ def describe_model(root: nn.Module, sites: Sequence[RouterSite], names: Sequence
     """What a state file says of its model: the type of its language model, and for each router (`names`) its sizes and scoring."""
     config: Any = getattr(root, "config", None)
     model_type = type(root).__name__ if config is None else config.get_text_config().model_type
-    return {"type": model_type, "routers": {n: [s.num_experts, s.top_k, s.scoring] for n, s in zip(names, sites)}}
+    routers = {n: [s.num_experts, s.top_k, s.scoring] for n, s in zip(names, sites)}
+    return {"type": model_type, "routers": routers, "weights": fingerprint(sites[0])}
+
+
+def fingerprint(site: RouterSite) -> str:
+    """Hash of a router's weight in bf16, so that it is the same in fp32 and bf16; `""` if it is sharded, packed or in fp16."""
+    weight = router_matrix(site.router)
+    if weight is None or weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta:
+        return ""
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.numel():
+        return ""
+    rounded = weight.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16)
+    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------- the file
@@ -140,6 +153,7 @@ def _describes_model(model: Any) -> bool:
     return (
         isinstance(model, dict)
         and isinstance(model.get("type"), str)
+        and isinstance(model.get("weights"), str)
         and isinstance(model.get("routers"), dict)
         and all(isinstance(router, list) and len(router) == 3 for router in model["routers"].values())
     )

@@ -78,6 +78,8 @@ class OptimizerStep:
             1.0,
         )  # of the coefficient: what is left for this announcement, and its share of that
         self.paid: set[int] = set()  # micro-batches of a Trainer that have had their part
+        self.adapter: str | None = None  # that is trained, by the first forward
+        self.members: list[set[int]] = []  # for each settled forward, the routers that have added their gradient
         self.is_over = False  # its GradScaler has skipped the optimizer
         self.scaler: Any = None  # that scaled its loss
         self.second_order = False  # a backward with create_graph came
@@ -85,6 +87,11 @@ class OptimizerStep:
         self._alive: list[weakref.ref[Forward]] = []
         self.numbered: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()  # for compiled code
         self.kept: list[Forward] = []  # whose autograd graph, being compiled, does not keep them alive
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no training forward has begun."""
+        return not self._alive and not self.settled
 
     # ------------------------------------------------------------------ announcing
 
@@ -148,6 +155,7 @@ class OptimizerStep:
         for member in group:
             member.share = share
             self.counts.flat.add_(member.counts.flat)
+            self.members.append(member.added)
         return group
 
     def _share(self, forward: Forward, tokens: Tensor) -> Tensor:

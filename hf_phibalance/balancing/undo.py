@@ -52,7 +52,8 @@ class Undo:
             yield
         finally:
             for reference, name, _, value in changes:
-                self.set(reference(), name, value)
+                if (target := reference()) is not None:
+                    self.set(target, name, value)
 
     def __getstate__(self) -> list[tuple]:
         return [(target, *change) for reference, *change in self._changes if (target := reference()) is not None]

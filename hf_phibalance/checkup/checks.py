@@ -96,8 +96,10 @@ def coefficient(subject: Subject) -> Iterator[Check]:
     elif seen.coefficient is not None:
         yield _judge(seen, seen.coefficient)
     elif seen.unmeasured and seen.error is None:
-        remedy = "measure it uncompiled: phb.doctor(model)" if not seen.is_early else f"a later step: {VERIFY}"
-        yield Check("coefficient", "warning", f"not measured: {seen.unmeasured}", remedy)
+        is_over = balancer.coef == 0
+        remedy = f"a later step: {VERIFY}" if seen.is_early else "measure it uncompiled: phb.doctor(model)"
+        finding = f"not measured: {seen.unmeasured}"
+        yield Check("coefficient", "ok" if is_over else "warning", finding, "" if is_over else remedy)
 
 
 def _judge(seen: StepRecorder, found: Coefficient) -> Check:

@@ -250,8 +250,7 @@ class StepRecorder:
         if not self._calls and self._due:
             self.unmeasured = "the routers run compiled, where nobody sees their logits"
         elif balancer.coef == 0:
-            self.is_early = True
-            self.unmeasured = f"schedule={config.schedule!r} makes coef 0 in this step"
+            self.unmeasured = f"schedule={config.schedule!r} is over, and coef is 0"
         elif uses_kept_prices(balancer) and not bool(balancer.duals.price.any()):
             self.is_early = True
             self.unmeasured = "all prices are 0 before the first step has ended"

@@ -59,18 +59,17 @@ def _set_known_prices(balancer: PhiBalancer) -> None:
 @contextmanager
 def _leaving_no_trace(model: nn.Module, balancer: PhiBalancer) -> Iterator[None]:
     """Restores random numbers, gradients, buffers, the duals among them, train and eval modes, and the step under way."""
-    random, step, idle = RandomState(), balancer.now, balancer.idle_steps
+    random = RandomState()
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     modes = [(module, module.training) for module in model.modules()]
     for parameter, _ in gradients:
         parameter.grad = None
-    balancer.discard_step()
     try:
-        yield
+        with balancer.step_aside():
+            yield
     finally:
         random.restore()
-        balancer.now, balancer.idle_steps = step, idle
         balancer.forwards.recorder = balancer.forwards.watch = None
         with torch.no_grad():
             for buffer, before in buffers:

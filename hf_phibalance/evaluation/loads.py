@@ -56,6 +56,8 @@ def expert_load(
             lengths = torch.tensor([[len(row)] for row in rows])
             mask = (torch.arange(tokens.shape[1]) < lengths).long().to(model.device)
             tokens = tokens.to(model.device)
-            with balancer.forwards.labels_of(tokens.masked_fill(mask == 0, -100)):  # for token_mask="labels": count all
+            with balancer.forwards.labels_of(
+                tokens.masked_fill(mask == 0, -100)
+            ):  # for token_mask="labels": count all
                 model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
         return balancer.eval_metrics(per_layer=0)

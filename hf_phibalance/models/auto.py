@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file, logging
 
-from ..balancing import config_in, get_balancer, patch
+from ..balancing import config_in, fingerprint, get_balancer, give_own_config, patch, read_state
 from ..config import PhiBalanceConfig
 from ..files import read_json
 from ..reporting import auto_class_name
@@ -123,8 +123,9 @@ def _is_adapter(model: nn.Module) -> bool:
 def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs: dict[str, Any]) -> None:
     """Patches a freshly loaded model as `phi_balance` asks and gives it the state that was saved beside its weights."""
     saved = getattr(model.config, "phi_balance", None)
-    if source is not None:
+    if saved is not None:
         # so that what is unpatched later, or not patched at all, is saved as an ordinary model
+        give_own_config(model)
         vars(model.config).pop("phi_balance", None)
     if phi_balance is None or phi_balance is False:
         return
@@ -133,7 +134,14 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
         saved = config_in(state)
     patch(model, _usable(saved, source) if saved and phi_balance is True else phi_balance)
     if state is not None:
-        get_balancer(model).load(state)
+        balancer = get_balancer(model)
+        balancer.load(state)
+        now, then = fingerprint(balancer.sites[0]), read_state(state).model["weights"]
+        if now and then and now != then:
+            logger.warning(
+                f"The routers of {source} are not those that its {STATE_NAME} was saved with: they were trained since, without "
+                "φ-balancing. Its prices and selection bias are of then; get_balancer(model).reset() begins anew."
+            )
     elif saved and source is not None:
         logger.warning(
             f"{source} was saved while φ-balanced, but its {STATE_NAME} was not found: its prices and means start anew "

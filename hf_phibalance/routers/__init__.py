@@ -15,6 +15,7 @@ Routers: where they are in a model, what they return, and how to look and act in
 | `wrapping` | what models come wrapped in |
 """
 
+from .contract import router_matrix
 from .discovery import RouterSite, find_copies, find_routers
 from .families import Family, supported_families
 from .hooks import (
@@ -66,6 +67,7 @@ __all__ = [
     "ranked_of",
     "reading",
     "remove_hooks",
+    "router_matrix",
     "supported_families",
     "unwrap",
 ]

@@ -137,7 +137,7 @@ class PhiBalanceCallback(TrainerCallback):
     def _report_learning(self, state: TrainerState) -> None:
         """Logs once which routers and experts learn: a warning unless all do in full, as without an adapter."""
         self._reports_learning = False
-        if state.is_world_process_zero and self.balancer.config.coef > 0:
+        if state.is_world_process_zero and self.balancer.config.coef > 0 and self.balancer.virtual_tokens is None:
             report = self.balancer.learning_report()
             say = logger.info if report.all_in_full else logger.warning
             say(str(report))

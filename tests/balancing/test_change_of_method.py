@@ -82,14 +82,14 @@ def test_a_loss_without_memory_is_the_same_after_another_method(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_phi_after_another_method_has_its_means(method):
-    """Those of φ are carried over; the others leave the uniform one, or the share of what they have counted."""
+    """Whatever the method, both means are kept, and the prices of the next one come from them."""
     model = build("mixtral")
     phb.patch(model, {"method": method})
     step_gradient(model, micro_batches(model))
-    before = phb.get_balancer(model).means() if method == "phi" else None
+    before = phb.get_balancer(model).means("probs")
     phb.patch(model, {"coef": COEF})
     for name, mean in phb.get_balancer(model).means().items():
         torch.testing.assert_close(mean.sum(), torch.tensor(1.0))
-        assert before is None or torch.equal(mean, before[name])
+        assert torch.equal(mean, before[name])
     step_gradient(model, micro_batches(model, seed=10))
     assert all(torch.isfinite(price).all() and price.any() for price in phb.get_balancer(model).prices().values())

@@ -59,10 +59,3 @@ def test_copy_of_a_model_in_the_middle_of_a_step():
     assert phb.get_balancer(model).metrics()["tokens"] == 2 * tiny_batch(model)["attention_mask"].sum()
     phb.get_balancer(reference).step()
     assert phb.get_balancer(reference).steps == 0
-
-
-def test_copy_of_a_router_alone_belongs_to_the_same_balancer():
-    """What PEFT does for `modules_to_save`."""
-    model = priced()
-    copied = copy.deepcopy(model.model.layers[0].mlp.gate)
-    assert {id(hook.reader) for hook in ours(copied)} == {id(phb.get_balancer(model).forwards)}

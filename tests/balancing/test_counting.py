@@ -96,7 +96,8 @@ def test_evaluation_of_a_generation(model_type):
     with routed(plain) as seen:
         plain(input_ids=fed, attention_mask=attended, position_ids=position_ids)
     counts = {
-        name: torch.bincount(chosen[mask.flatten()].flatten(), minlength=8).tolist() for name, ((_, chosen),) in seen.items()
+        name: torch.bincount(chosen[mask.flatten()].flatten(), minlength=8).tolist()
+        for name, ((_, chosen),) in seen.items()
     }
     expected = naive_figures(counts)
     assert metrics["tokens"] == 2 * mask.sum()

@@ -12,6 +12,14 @@ from torch.overrides import _get_current_function_mode_stack
 import hf_phibalance as phb
 
 
+@pytest.fixture(autouse=True)
+def modes():
+    """What a test that fails leaves behind is none of the next one's."""
+    yield
+    while _get_current_function_mode_stack():
+        torch.overrides._pop_mode()
+
+
 @contextlib.contextmanager
 def broken(module, error, after):
     """`module` raises in its forward, before or after doing its work."""

@@ -17,7 +17,6 @@ from steps import (
     micro_batches,
     step_gradient,
 )
-from tiny import tiny_batch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import hf_phibalance as phb
@@ -186,30 +185,3 @@ def test_global_batch_begins_anew_with_each_step():
     first = step_gradient(model, batches)
     step_gradient(model, micro_batches(model, seed=10))
     assert_same(step_gradient(model, batches), first)
-
-
-@pytest.mark.parametrize("method", ["switch", "pooled", "global_batch"])
-def test_a_step_that_is_given_up_leaves_nothing(method):
-    model = build("mixtral")
-    batches = micro_batches(model)
-    phb.patch(model, {"method": method, "coef": COEF})
-    first = step_gradient(model, batches)
-    step_gradient(model, micro_batches(model, seed=10), close=False)
-    phb.get_balancer(model).discard_step()
-    assert_same(step_gradient(model, batches), first)
-
-
-def test_an_evaluation_between_micro_batches_is_not_part_of_the_step():
-    model = build("mixtral")
-    batches = micro_batches(model)
-    phb.patch(model, {"method": "global_batch", "coef": COEF})
-    straight = step_gradient(model, batches)
-    model.zero_grad()
-    phb.get_balancer(model).begin_step(batches)
-    for batch in batches:
-        (model(**batch).loss / len(batches)).backward()
-        with torch.no_grad():
-            model.eval()(**tiny_batch(model, 4, 8, seed=99))
-        model.train()
-    phb.get_balancer(model).step()
-    assert_same(collect(model), straight)

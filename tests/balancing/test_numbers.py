@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from charging import COEF, assert_charged_as_defined, by_definition, collect, priced
-from checks import assert_same
 from driven import counts_of, make_duals
 from references import routers
-from shifted import choosing, shifted
+from shifted import shifted
 from steps import UNGROUPED
 from tiny import set_prices, tiny_batch, tiny_model
 
@@ -204,23 +203,3 @@ def test_a_masked_expert_is_never_chosen_by_a_family_that_adds_the_bias_itself(c
     assert max(spread[-10:]) < max(spread[:10])  # the others go on being balanced
     count(model, batch)
     assert balancer.loads()[name][2] > 0
-
-
-def test_a_bias_holds_while_choices_are_replayed():
-    """Two hundred steps of a choice that no bias can change: loads and prices follow it, the bias does not move."""
-    model = priced("mixtral", {"bias_coef": 0.1})
-    balancer, batch = phb.get_balancer(model), tiny_batch(model)
-    count(model, batch)
-    before = balancer.biases()
-    assert all(bias.any() for bias in before.values())
-    chosen = torch.tensor([[0, 5]]).expand(batch["input_ids"].numel(), 2)
-    with choosing(model, chosen):
-        for _ in range(200):
-            with balancer.replaying():
-                count(model, batch)
-        assert_same(balancer.biases(), before)
-        for load in balancer.means("load").values():
-            torch.testing.assert_close(load, torch.eye(8)[[0, 5]].mean(0), rtol=0, atol=1e-6)
-    count(model, batch)
-    for name, bias in balancer.biases().items():
-        assert 0 < (bias - before[name]).abs().max() < 0.1 * 14  # the EMA remembers what was replayed

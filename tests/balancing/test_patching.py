@@ -36,7 +36,11 @@ def test_patch_with_a_new_config_keeps_the_duals():
     before, prices = balancer.state_dict(), balancer.prices()
     phb.patch(model, {"coef": 0.25, "bias_coef": 0.2, "ema_rate": 0.9, "potential": "log_cosh"})
     changed = phb.get_balancer(model)
-    assert changed is balancer and changed.config.coef == 0.25 and len(ours(model)) == len(ours(priced("mixtral", {"bias_coef": 0.1})))
+    assert (
+        changed is balancer
+        and changed.config.coef == 0.25
+        and len(ours(model)) == len(ours(priced("mixtral", {"bias_coef": 0.1})))
+    )
     assert_same(changed.state_dict(), before)
     assert not any(torch.equal(price, prices[name]) for name, price in changed.prices().items())
     assert model.config.phi_balance == changed.config.to_dict()

@@ -46,14 +46,14 @@ def test_gradient_of_a_step_follows_the_schedule(schedule, shares):
     phb.patch(model, config)
     balancer = phb.get_balancer(model)
     declared = None
-    for step, share in enumerate(shares):
-        assert balancer.steps == step and balancer.coef == pytest.approx(COEF * share)
+    for step, part in enumerate(shares):
+        assert balancer.steps == step and balancer.coef == pytest.approx(COEF * part)
         set_prices(model)
         added = difference(step_gradient(model, batches), plain)
         declared = added if declared is None else declared
         assert balancer.metrics().get("coef") == (None if schedule == "constant" else balancer.coef)
         for name, gradient in added.items():
-            torch.testing.assert_close(gradient, share * declared[name], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(gradient, part * declared[name], rtol=1e-3, atol=1e-5)
     assert_gradient(declared, added_gradient(build("mixtral"), {"coef": COEF}, batches, set_prices))
 
 

@@ -10,6 +10,7 @@ from tiny import tiny_batch, tiny_model
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import hf_phibalance as phb
+from hf_phibalance.balancing import process
 
 
 def footprint():
@@ -32,6 +33,8 @@ def footprint():
 def before():
     """Without patched models of other tests."""
     gc.collect()
+    for balancer in process.balancers():  # whose model the traceback of a test still holds, for instance
+        phb.unpatch(balancer.root)
     phb.unpatch(phb.patch(tiny_model("mixtral")))
     return footprint()
 

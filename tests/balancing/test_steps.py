@@ -51,7 +51,9 @@ def test_the_optimizer_ends_the_step_and_a_call_changes_nothing():
     assert_same(balancer.loads(), phb.get_balancer(by_hand).loads())
 
 
-@pytest.mark.parametrize("layout", ["two for one model", "one per parameter", "one for two models", "of another model"])
+@pytest.mark.parametrize(
+    "layout", ["two for one model", "one per parameter", "one for two models", "of another model"]
+)
 def test_optimizers_of_all_kinds(layout):
     """However a model's parameters are shared out, a step is ended once; a stranger's optimizer does not end it."""
     model, other = priced("mixtral", {"bias_coef": 0.1}), priced("mixtral", {"bias_coef": 0.1})

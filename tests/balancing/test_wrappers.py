@@ -26,7 +26,9 @@ def instance_hooks(model):
 
 
 def dispatched(model):
-    devices = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "model.phi_balance", "lm_head"), "cpu")
+    devices = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.phi_balance", "lm_head"), "cpu"
+    )
     devices |= {f"model.layers.{i}": "cpu" for i in range(3)}
     return accelerate.dispatch_model(model, devices, force_hooks=True)
 

@@ -87,11 +87,17 @@ def test_frozen_routers_are_measured_at_their_logits():
     assert abs(found.ratio - 1) < 1e-4
 
 
-def test_a_schedule_that_begins_at_0_is_not_measured():
-    model = build()
-    phb.patch(model, {"coef": COEF, "schedule": "linear", "schedule_steps": 4})
-    found = check(phb.doctor(model), "coefficient")
-    assert found.status == "ok" or "schedule" in found.finding
+def test_a_schedule():
+    """The declared coefficient is that of the step; there is nothing to measure once it is 0."""
+    model = build(schedule="linear", schedule_steps=4)
+    balancer = phb.get_balancer(model)
+    balancer.duals.steps = 3
+    report = phb.doctor(model)
+    assert report.coefficient.declared == COEF / 4 and abs(report.coefficient.ratio - 1) < 1e-4
+    balancer.duals.steps = 4
+    report = phb.doctor(model)
+    assert report.coefficient is None and "schedule='linear' is over" in check(report, "coefficient").finding
+    assert report.status == "ok"
 
 
 def test_the_definition_is_apart_from_the_core(monkeypatch):

@@ -85,7 +85,9 @@ class Reference:
         """Puts the bias of `adapter` in force, `None` for that of the model itself; that of a new one begins as the present one."""
         if self.config is None or adapter == self.adapter:
             return
-        native = {name: router.e_score_correction_bias for name, router in self.routers().items() if self.has_native_bias}
+        native = {
+            name: router.e_score_correction_bias for name, router in self.routers().items() if self.has_native_bias
+        }
         self.by_adapter[self.adapter] = {name: bias.clone() for name, bias in (native or self.biases).items()}
         biases = self.by_adapter.pop(adapter, self.by_adapter[self.adapter])
         for name, bias in native.items():

@@ -22,19 +22,3 @@ def shifted(model, expert, by):
     yield
     for router in routers(model).values():
         del router.forward
-
-
-@contextlib.contextmanager
-def choosing(model, chosen):
-    """While open, every router returns `chosen (T, k)`, with the weights that its probabilities give to that choice."""
-    for router in routers(model).values():
-
-        def forward(hidden_states, router=router):
-            logits = F.linear(hidden_states.reshape(-1, router.hidden_dim), router.weight)
-            values = logits.softmax(-1).gather(-1, chosen)
-            return logits, values / values.sum(-1, keepdim=True), chosen
-
-        router.forward = forward
-    yield
-    for router in routers(model).values():
-        del router.forward

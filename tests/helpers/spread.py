@@ -1,6 +1,7 @@
 """What two or four gloo ranks do with models that are spread over them, batches that are not, and steps of their own."""
 
 import copy
+import logging
 from pathlib import Path
 
 import torch
@@ -59,16 +60,16 @@ def train(run, folder, balanced):
     if balanced:
         phb.patch(model, {"coef": 5.0})
         phb.attach(trainer)
-        announce = phb.PhiBalancer.announce
+        begin = phb.PhiBalancer.begin_step
 
-        def noting(balancer, batches, **more):
+        def noting_begin(balancer, batches, **more):
             own = [[ids[m.bool()].tolist() for ids, m in zip(b["input_ids"], b["attention_mask"])] for b in batches]
             seen.append(own)
             prices.append({name: price.numpy() for name, price in balancer.prices().items()})
-            return announce(balancer, batches, **more)
+            return begin(balancer, batches, **more)
 
         balancer = phb.get_balancer(model)
-        balancer.announce = noting.__get__(balancer)
+        balancer.begin_step = noting_begin.__get__(balancer)
     trainer.train()
     return optimizer.gradients, seen, prices
 
@@ -156,8 +157,7 @@ def sharded_gradient(balanced):
     if balanced:
         balancer = set_prices(phb.patch(model, {"coef": 5.0}))
         prices = balancer.prices()
-        balancer.begin_step([batch])
-    model(**batch).loss.backward()
+    model(**batch).loss.backward()  # not announced: one backward in a step needs no begin_step(), on ranks neither
     if balanced:
         balancer.step()
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
@@ -272,19 +272,24 @@ class Stage(torch.nn.Module):
         return hidden
 
 
-def train_in_a_pipeline():
+def train_in_a_pipeline(steps=8):
+    """What is said of it; the steps that moved the duals."""
     rank, model = dist.get_rank(), tiny_model("mixtral").train()
     phb.patch(model, {"coef": 1.0})
-    balancer = phb.get_balancer(model)
+    optimizer, said = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("hf_phibalance").addHandler(handler)
     stage = pipelining.PipelineStage(Stage(model, first=rank == 0), rank, 2, torch.device("cpu"))
     schedule = pipelining.ScheduleGPipe(stage, 2, loss_fn=lambda hidden, target: hidden.square().mean())
     ids = tiny_batch(model, 4, 8, padded=False)["input_ids"]
-    if rank == 0:
-        schedule.step(ids)
-    else:
-        schedule.step(target=ids.float())
-    assert any(p.grad is not None for p in model.parameters())  # it has trained, without us
-    balancer.step()
+    for _ in range(steps):
+        schedule.step(ids) if rank == 0 else schedule.step(target=ids.float())
+        assert any(p.grad is not None for p in model.parameters())  # it has trained, without us
+        optimizer.step()
+        optimizer.zero_grad()
+    logging.getLogger("hf_phibalance").removeHandler(handler)
+    return said, phb.get_balancer(model).steps
 
 
 def train_different_models(other_coef, layers):
@@ -309,7 +314,7 @@ def on_two_ranks(names, folder):
         "idle experts": train_with_idle_experts(),
         "parts": train_on_parts(),
         "stage of transformers": refusal(patch_stage_of_transformers, folder),
-        "pipelining": refusal(train_in_a_pipeline),
+        "pipelining": train_in_a_pipeline(),
         "other strength": refusal(train_different_models, 2.0, 3),
         "other layers": refusal(train_different_models, 1.0, 2),
     }

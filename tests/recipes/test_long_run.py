@@ -33,7 +33,7 @@ def test_a_leak_and_a_drift_are_seen(long_run, monkeypatch):
     def sabotaged(self, *args):
         step(self, *args)
         kept.extend([i] * 100 for i in range(20))
-        self._duals.bias[0] += 1e-6
+        self.duals.biases[0, 0] += 1e-6
 
     monkeypatch.setattr(phb.PhiBalancer, "step", sabotaged)
     seen = exceeded(long_run.run(100))

@@ -1,6 +1,6 @@
 """
 Layouts of real processes: models spread over them by transformers, batches that do not divide evenly, ranks that step each
-for themselves. The coefficient is exact in all of them; pipelines are refused.
+for themselves. The coefficient is exact in all of them; pipelines are noticed.
 """
 
 from types import SimpleNamespace
@@ -166,7 +166,6 @@ def test_parts_of_rows_in_a_loop(two_ranks):
 
 REFUSALS = {
     "stage of transformers": ["ValueError: pp_size=2 leaves on each rank a part of the routers", "without pp_size"],
-    "pipelining": ["RuntimeError: step() was called before any training forward", "does not support pipelines"],
     "other strength": [
         "ValueError: the ranks of this optimizer step have different routers or configurations",
         "coef=",
@@ -179,6 +178,14 @@ REFUSALS = {
 def test_refused_on_every_rank(two_ranks, what):
     for results in two_ranks:
         assert all(part in (results[what] or "") for part in REFUSALS[what]), results[what]
+
+
+def test_a_pipeline_is_noticed_on_every_rank(two_ranks):
+    """Its stages run layers without the backbone, so nothing is balanced, and that is said."""
+    for results in two_ranks:
+        said, steps = results["pipelining"]
+        assert steps == 0
+        assert [line for line in said if "pipelining, which φ-balancing does not support" in line]
 
 
 @pytest.mark.parametrize("name", ["cp_size", "sp_size"])

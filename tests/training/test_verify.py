@@ -1,5 +1,6 @@
 """`attach(trainer, verify=True)` and `doctor(trainer)` leave no trace, and the first ends what would go wrong."""
 
+import gc
 import random
 import re
 
@@ -227,6 +228,28 @@ def test_two_forwards_of_a_micro_batch(tmp_path, reentrant):
     callback = phb.attach(trainer, verify=True)
     trainer.train()
     assert callback.report.status == "ok" and callback.report.coefficient.ratio == pytest.approx(1, abs=1e-4)
+
+
+class Peeks(Trainer):
+    """Looks at one more forward, in train mode and with gradients, that has no backward."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        super().compute_loss(model, inputs, **kwargs)
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def test_a_forward_without_backward_stays_out(tmp_path):
+    """The recorder keeps it no longer alive than its graph does, and there is no cycle that only the collector would find."""
+    trainer = make_trainer(patched(coef=0.01), tmp_path, Peeks)
+    callback = phb.attach(trainer, verify=True)
+    gc.disable()
+    try:
+        trainer.train()
+    finally:
+        gc.enable()
+    assert callback.report.status == "ok" and callback.report.coefficient.residual < 1e-4, callback.report
+    labelled = re.search(r"(\d+) of \d+ positions count; (\d+) have labels", str(callback.report))
+    assert labelled[1] == labelled[2]
 
 
 def test_a_resumed_training_is_verified_in_its_first_step(tmp_path):
