@@ -221,22 +221,17 @@ class Forwards:
         number = tokens.count
         if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.charges:
             number = balancer.sum_over_ranks(number.clone())  # nobody has announced it
-        if balancer.now.is_empty:
-            balancer.now.adapter = balancer.duals.adapter
         forward = balancer.now.open(tokens, number, self._here.micro_batch)
+        forward.adapter = balancer.duals.adapter
         if self._here.replaying:
             forward.counts.replayed.add_(1)
         return forward
 
     def _settle_at(self, output: Any, forward: Forward) -> None:
         """The backward of a forward comes by what the backbone returned, whether or not it reaches a router."""
-        parts = (
-            output.values()
-            if isinstance(output, Mapping)
-            else output
-            if isinstance(output, (tuple, list))
-            else [output]
-        )
+        parts: Any = output.values() if isinstance(output, Mapping) else output
+        if not isinstance(output, (Mapping, tuple, list)):
+            parts = [output]
 
         def begin_backward(gradient: Tensor) -> None:
             self.settle(forward)

@@ -53,6 +53,7 @@ class Forward:
         self.added: set[int] = set()  # routers that have added their gradient
         self.first_node = next_node()  # of the autograd nodes that it makes
         self.key = 0  # by which compiled code knows it
+        self.adapter: str | None = None  # that was switched on
 
 
 class OptimizerStep:
@@ -78,7 +79,7 @@ class OptimizerStep:
             1.0,
         )  # of the coefficient: what is left for this announcement, and its share of that
         self.paid: set[int] = set()  # micro-batches of a Trainer that have had their part
-        self.adapter: str | None = None  # that is trained, by the first forward
+        self.adapter: str | None = None  # that is trained: of the first forward whose backward has come
         self.members: list[set[int]] = []  # for each settled forward, the routers that have added their gradient
         self.is_over = False  # its GradScaler has skipped the optimizer
         self.scaler: Any = None  # that scaled its loss
@@ -87,11 +88,6 @@ class OptimizerStep:
         self._alive: list[weakref.ref[Forward]] = []
         self.numbered: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()  # for compiled code
         self.kept: list[Forward] = []  # whose autograd graph, being compiled, does not keep them alive
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no training forward has begun."""
-        return not self._alive and not self.settled
 
     # ------------------------------------------------------------------ announcing
 
@@ -151,6 +147,7 @@ class OptimizerStep:
         if forward not in group:
             group.append(forward)
         share = self._share(forward, sum((f.number for f in group[1:]), group[0].number).clamp(min=1))
+        self.adapter = forward.adapter if self.settled == 0 else self.adapter
         self.settled += 1
         for member in group:
             member.share = share

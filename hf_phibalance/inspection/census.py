@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from ..balancing import find_balancer
 from ..maths import routing_probs
-from ..routers import RouterReader, RouterSite, find_backbone, find_routers, reading, unwrap
+from ..routers import RouterSite, find_backbone, find_routers, reading, unwrap
 from .findings import CONFIDENCE, Layer
 
 
-class RouterCensus(RouterReader):
+class RouterCensus:
     """
-    Counts what the routers of a model choose, by hooks that only look. They are the hooks of balancing, so that what is
-    read is what balancing would read, in every family.
+    A [`RouterReader`] that counts what the routers of a model choose, by hooks that only look. They are the hooks of
+    balancing, so that what is read is what balancing would read, in every family.
 
     Args:
         model (`torch.nn.Module`): A MoE model of transformers, possibly wrapped or patched.

@@ -114,7 +114,7 @@ class Attachment:
         if self._is_generated:
             self.wrap("_prepare_inputs", functools.partial(announce_when_generated, self.trainer, self.current))
         keep_whole(trainer, callback, self.current, self.wrap)
-        complete_uploads(trainer, callback.history)
+        self._restore.append(complete_uploads(trainer, callback.history))
         callback.detach = self.detach
 
     @property

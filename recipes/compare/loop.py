@@ -179,7 +179,9 @@ def choose(model: torch.nn.Module, balancer: phb.PhiBalancer, ids: Tensor) -> li
     return chosen
 
 
-def moved_by_bias(model: torch.nn.Module, balancer: phb.PhiBalancer, ids: Tensor, before: Mapping[str, Tensor]) -> float:
+def moved_by_bias(
+    model: torch.nn.Module, balancer: phb.PhiBalancer, ids: Tensor, before: Mapping[str, Tensor]
+) -> float:
     """Share of the choices for `ids` that are others with the biases as they are than with those of `before`."""
     after, chosen = balancer.biases(), choose(model, balancer, ids)
     balancer.set_biases(before)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from hf_phibalance import PhiBalancer
 from hf_phibalance.maths import dead_experts, gini, max_vio, mutual_information
-from hf_phibalance.routers import RouterReader, reading
+from hf_phibalance.routers import reading
 
 
-class _Choices(RouterReader):
-    """Notes what every router chooses."""
+class _Choices:
+    """A `RouterReader` that notes what every router chooses."""
 
     is_idle = False
 

@@ -67,9 +67,9 @@ def test_native_bias_reaches_copies_that_peft_makes_after_patching():
     balancer.step()
     for gate, bias in zip(gates, balancer.biases().values()):
         assert bias.any() and torch.equal(gate.e_score_correction_bias, bias)
-    model = adapted(priced("deepseek_v3", {"bias_coef": 0.2}), "modules_to_save")
-    gates = [model.base_model.model.model.layers[i].mlp.gate.modules_to_save["default"] for i in (1, 2)]
-    phb.get_balancer(model).load_state_dict(balancer.state_dict())
+    other = adapted(priced("deepseek_v3", {"bias_coef": 0.2}), "modules_to_save")
+    gates = [other.base_model.model.model.layers[i].mlp.gate.modules_to_save["default"] for i in (1, 2)]
+    phb.get_balancer(other).load_state_dict(balancer.state_dict())
     for gate, bias in zip(gates, balancer.biases().values()):
         assert torch.equal(gate.e_score_correction_bias, bias)
 

@@ -228,9 +228,7 @@ def test_every_layer_gets_the_bias_of_its_own(layers):
     state, config, model = layers
     plugin.hand_out(state, model, config, stages=1)
     for index, runner in enumerate(model):
-        assert torch.equal(
-            runner.router.custom_routing_function.bias, state.tensors[f"layers.{index}.mlp.gate.bias"]
-        )
+        assert torch.equal(runner.router.custom_routing_function.bias, state.tensors[f"layers.{index}.mlp.gate.bias"])
         assert "selection_bias" in dict(runner.named_buffers()) and "selection_bias" not in runner.state_dict()
     plugin.hand_out(state, torch.nn.ModuleList([model[1]]), config, stages=2)  # the second half of a pipeline
     for runner in model:
