@@ -284,7 +284,7 @@ class PhiBalancer:
         if self.has_bias:
             values["bias_range"] = max(float(bias.max() - bias.min()) for bias in self.biases().values())
         if self.config.coef > 0:
-            values["balance_loss"] = self.coef * float(self.last.balance / self.last.tokens.clamp(min=1))
+            values["balance_loss"] = float(self.last.balance / self.last.tokens.clamp(min=1))
         if self.config.schedule != "constant":
             values["coef"] = self.coef
         return values
@@ -341,7 +341,7 @@ class PhiBalancer:
         number = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
         if number < 1:
             raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
-        if self.now.settled == 0 or self.now.is_over:
+        if self.now.settled == 0:
             self._now = None
         elif self._is_given_up():
             self._give_up()
@@ -385,10 +385,7 @@ class PhiBalancer:
         Raises:
             ValueError: at the first step, if a router was never called or the price gradient reaches nothing.
         """
-        if skipped:
-            self.discard_step()
-        else:
-            self._end()
+        self._end(skipped=skipped)
 
     def discard_step(self) -> None:
         """Forgets what has been counted since the last step: of a step that was given up, or an interrupted run."""
@@ -417,9 +414,8 @@ class PhiBalancer:
 
     def continue_or_begin(self) -> None:
         """A training forward begins: in the step under way, or in a new one."""
-        moved = self.now.counts.flat.device != self.duals.values.device
-        if moved or self.now.is_over:
-            self._now = None
+        if self.now.counts.flat.device != self.duals.values.device:
+            self._now = self._last = None
         elif self.now.settled and self.now.number is None and self._is_given_up():
             self._give_up()
         probe = next((p for p in self.root.parameters() if p.requires_grad), None)
@@ -438,17 +434,23 @@ class PhiBalancer:
 
     def _is_given_up(self) -> bool:
         """Whether nothing is left of the gradients of the step under way."""
-        if self.now.is_over:
-            return True
         trained = [p for p in self.root.parameters() if p.requires_grad]
         return bool(trained) and all(p.grad is None for p in trained)
 
-    def _end(self, skipped: Tensor | None = None) -> None:
-        step = self.now
-        if not step.settled and not (step.tokens is not None and self.ranks > 1):
+    def _end(self, skipped: Tensor | bool | None = None) -> None:
+        """
+        Ends the step under way, on all ranks. `skipped` says if the optimizer has skipped it on this rank; a tensor, if only the
+        device knows.
+        """
+        step, shared = self.now, self.ranks > 1
+        if not step.settled and not (step.tokens is not None and shared):
             return
         self._now = None
+        if skipped is True and not shared:
+            return
         counts = step.counts
+        if skipped is not None:
+            counts.skipped.copy_((torch.as_tensor(skipped) != 0).any())
         if not self._is_checked:
             check_ranks(self.config, self.sites, self._ranks, counts)
         self.sum_over_ranks(counts.flat)
@@ -468,12 +470,12 @@ class PhiBalancer:
         self._unseen_steps = 0
         self._notice_faults(step, counts)
         self.duals.use_adapter(step.adapter)  # a reference may have run since, with the adapter off
-        self.duals.update(counts, skipped)
+        may_be_skipped = shared or isinstance(skipped, Tensor)
+        self.duals.update(counts, may_be_skipped)
         self.follow_adapter()
-        if skipped is None:
-            self._last = counts
-        else:  # that of a step which the optimizer has skipped is none
-            self.last.flat.copy_(torch.where((skipped.to(counts.flat.device) != 0).any(), self.last.flat, counts.flat))
+        if may_be_skipped:  # what a skipped step counted is not shown
+            counts.flat.copy_(torch.where(counts.skipped > 0, self.last.flat, counts.flat))
+        self._last = counts
 
     def _notice_faults(self, step: OptimizerStep, counts: Counts) -> None:
         """Says if announced tokens were wrong, or statistics not finite, without waiting for the device: a step later."""
@@ -523,7 +525,7 @@ class PhiBalancer:
     def scaler_has_updated(self, scaler: Any) -> None:
         """A `GradScaler` is done with its step; where no optimizer has ended ours, it was skipped."""
         if self.now.scaler is scaler:
-            self.now.is_over = True
+            self._end(skipped=True)
 
     def _say_silence(self) -> None:
         self.idle_steps += 1

@@ -23,7 +23,8 @@ class Counts:
         load (`torch.Tensor` of shape `(L, E)`): tokens per expert, one for each selection.
         tokens (`torch.Tensor` of shape `()`): tokens that count.
         replayed (`torch.Tensor` of shape `()`): forwards whose selection came from outside.
-        balance (`torch.Tensor` of shape `()`): Σ_routers Σ_tokens ⟨q, p⟩.
+        balance (`torch.Tensor` of shape `()`): Σ_routers Σ_tokens ⟨coef · q, p⟩.
+        skipped (`torch.Tensor` of shape `()`): ranks whose optimizer has skipped the step.
         extra (`torch.Tensor` of shape `(L, E, extra)`).
     """
 
@@ -31,12 +32,12 @@ class Counts:
         self.shape, self._extra = shape, extra
         number = shape[0] * shape[1]
         with torch.inference_mode(False):  # an evaluation may begin inside inference mode and go on outside
-            self.flat = torch.zeros((2 + extra) * number + 3, dtype=torch.float32, device=device)
-        sums, extras, self.totals = self.flat.split([2 * number, extra * number, 3])
+            self.flat = torch.zeros((2 + extra) * number + 4, dtype=torch.float32, device=device)
+        sums, extras, self.totals = self.flat.split([2 * number, extra * number, 4])
         self.sums = sums.view(2, *shape)
         self.probs, self.load = self.sums
         self.extra = extras.view(*shape, extra)
-        self.tokens, self.replayed, self.balance = self.totals
+        self.tokens, self.replayed, self.balance, self.skipped = self.totals
 
     def like(self) -> Counts:
         """Empty counts of the same shape."""

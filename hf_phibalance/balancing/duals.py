@@ -127,7 +127,7 @@ class Duals(nn.Module):
     # ------------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def update(self, counts: Counts, skipped: Tensor | None = None) -> None:
+    def update(self, counts: Counts, may_be_skipped: bool = False) -> None:
         """
         m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b by the rule of the method, for φ b <- b - bias_coef · q
         (arXiv 2605.15403, Algorithm 1).
@@ -135,13 +135,12 @@ class Duals(nn.Module):
         Args:
             counts (`Counts`):
                 Sums over the step's tokens, whose share is s. A router that saw no token stays; if any choice came from
-                outside, the biases do; if anything is not finite, all does.
-            skipped (`torch.Tensor` of shape `()`, *optional*): not 0 if the optimizer has skipped the step.
+                outside, the biases do; if anything is not finite, or any rank has skipped the step, all does.
+            may_be_skipped (`bool`, *optional*, defaults to `False`): whether the host does not know that.
         """
-        moves = torch.isfinite(counts.flat).all()
-        if skipped is not None:
-            was_skipped = (skipped.to(moves.device) != 0).any()
-            moves = moves & ~was_skipped
+        was_skipped = counts.skipped > 0
+        moves = torch.isfinite(counts.flat).all() & ~was_skipped
+        if may_be_skipped:
             self._skipped = was_skipped.long() if self._skipped is None else self._skipped + was_skipped
         total = counts.sums.sum(dim=-1, keepdim=True)  # (2, L, 1)
         means = self.values[:PRICE]

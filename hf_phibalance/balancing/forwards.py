@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..maths import SCORINGS, margin_histogram, routing_probs, sequence_price
 from ..methods import price_now
-from ..routers import RouterSite, image_tokens
+from ..routers import BiasedTopK, RouterSite, image_tokens
 from . import compiled
 from .counts import Counts
 from .gradient import add_gradient
@@ -40,6 +40,9 @@ from .tokens import Tokens, count_mask, hidden_shape, packed_sequences
 
 if TYPE_CHECKING:
     from .balancer import PhiBalancer
+
+
+CACHES = ("cache", "past_key_values")  # names of the argument in which a model takes its cache
 
 
 class Evaluation:
@@ -57,7 +60,8 @@ class Evaluation:
 
     def mask_of_generation(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tensor:
         """Tokens of a generation's forward that count: of the prompt those that are no padding, then one per open row."""
-        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
+        ids = inputs.get("input_ids")
         if cache is None or not cache.get_seq_length() or self._is_over is None or len(mask_BS) != len(self._is_over):
             self._is_over = mask_BS.new_zeros(len(mask_BS))
             return mask_BS
@@ -158,6 +162,11 @@ class Forwards:
             if isinstance(here.forward, Forward) and here.forward.share is None:
                 self._settle_at(output, here.forward)
             return output
+        except BaseException:
+            BiasedTopK.leave_interrupted()  # after Ctrl-C, which runs no hook of a module
+            if isinstance(here.forward, Forward) and not in_backward():
+                here.forward.step.drop(here.forward)
+            raise
         finally:
             here.forward, here.tokens = outer
 
@@ -170,7 +179,7 @@ class Forwards:
             return found, found.tokens  # the whole backbone is recomputed
         training = backbone.training and torch.is_grad_enabled()
         evaluation = None if training else self.evaluation
-        is_cached = any(inputs.get(name) is not None for name in ("cache", "past_key_values"))
+        is_cached = any(inputs.get(name) is not None for name in CACHES)
         if evaluation is not None and evaluation.end_ids is None and is_cached:
             evaluation = None
         if not training and evaluation is None:
@@ -311,7 +320,7 @@ class Forwards:
             step.scaler, step.loss_scale = found
         with torch.no_grad():
             for member in step.settle(forward):
-                member.price = self._price_of(member)
+                member.price = balancer.coef * self._price_of(member)
                 step.counts.balance.add_((member.price * member.counts.probs).sum())
                 if self.recorder is not None:
                     self.recorder.settles(member)
@@ -325,7 +334,7 @@ class Forwards:
         balancer = self.balancer
         config, duals = balancer.config, balancer.duals
         if config.coef == 0 or (config.price_from == "previous" and not config.rules.pooled):
-            return duals.price.clone()
+            return duals.price
         own, so_far = (getattr(counts, config.track) for counts in (forward.counts, forward.step.counts))
         price = torch.zeros_like(duals.price)
         for rows, experts in duals.blocks():
@@ -349,13 +358,9 @@ class Forwards:
             return None  # a backward with `create_graph` is the task's own
         forward.added.add(index)
         forward.step.added.add(index)
-        site, scale = self.sites[index], forward.step.loss_scale
-        scale = scale.to(forward.share.device) if isinstance(scale, Tensor) else scale
-        mask = forward.tokens.mask_at(site, routed)
-        weight_T, price_E = (
-            mask * (forward.share * scale),
-            self.balancer.coef * forward.price[index, : site.num_experts],
-        )
+        site = self.sites[index]
+        weight_T = forward.weights(forward.tokens.mask_at(site, routed))
+        price_E = forward.price[index, : site.num_experts]
         if self.recorder is not None:
             self.recorder.adds(forward, index, weight_T, price_E)
         return weight_T, price_E
@@ -419,7 +424,7 @@ class Forwards:
     def _open_traced(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
         """What the compiler traces of opening a forward: its token mask, and one operator."""
         training = backbone.training and torch.is_grad_enabled()
-        is_cached = any(inputs.get(name) is not None for name in ("cache", "past_key_values"))
+        is_cached = any(inputs.get(name) is not None for name in CACHES)
         mask_BS = self._mask(inputs)
         if mask_BS is None:
             if training:

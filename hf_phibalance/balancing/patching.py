@@ -50,7 +50,7 @@ class Patch:
     undo: Undo = field(default_factory=Undo)
     built_in: Undo = field(default_factory=Undo)
     frozen: list[str] = field(default_factory=list)  # names of parameters in the backbone
-    others_trained: bool = False  # when these were frozen
+    beside: list[str] = field(default_factory=list)  # of those that were trained beside them
 
     def freeze(self, balancer: PhiBalancer) -> None:
         """Freezes the routers if the method asks for that."""
@@ -60,14 +60,14 @@ class Patch:
                 if id(parameter) in own:
                     parameter.requires_grad_(False)
                     self.frozen.append(canonical_name(name))
-            self.others_trained = any(p.requires_grad for p in balancer.root.parameters())
+            self.beside = [canonical_name(n) for n, p in balancer.root.named_parameters() if p.requires_grad]
 
     def thaw(self, balancer: PhiBalancer) -> None:
         """Lets the routers be trained again, unless whoever came since (PEFT, for instance) has frozen the whole model."""
-        if not self.others_trained or any(p.requires_grad for p in balancer.root.parameters()):
-            for name, parameter in balancer.root.named_parameters():
-                if canonical_name(name) in self.frozen:
-                    parameter.requires_grad_(True)
+        parameters = {canonical_name(name): p for name, p in balancer.root.named_parameters()}
+        if not self.beside or any(parameters[name].requires_grad for name in self.beside if name in parameters):
+            for name in self.frozen:
+                parameters[name].requires_grad_(True)
         self.frozen = []
 
 

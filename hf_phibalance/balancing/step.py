@@ -50,10 +50,23 @@ class Forward:
         self.counts.tokens.copy_(tokens.count)
         self.share: Tensor | None = None  # () weight of a token, 1/N, once a backward has come
         self.price: Tensor | None = None  # (L, E) coef · q, from then on
+        self._weights: tuple[Any, dict[int, Tensor]] = (None, {})  # of a loss scale: weight of each token, by mask
         self.added: set[int] = set()  # routers that have added their gradient
         self.first_node = next_node()  # of the autograd nodes that it makes
         self.key = 0  # by which compiled code knows it
         self.adapter: str | None = None  # that was switched on
+
+    def weights(self, mask: Tensor) -> Tensor:
+        """Weight 1/N of each token of `mask (T,)`, times the loss scale of its step."""
+        scale = self.step.loss_scale
+        assert self.share is not None
+        if self._weights[0] is not scale:
+            self._weights = scale, {}
+        found = self._weights[1]
+        if id(mask) not in found:
+            factor = scale.to(self.share.device) if isinstance(scale, Tensor) else scale
+            found[id(mask)] = mask * (self.share * factor)
+        return found[id(mask)]
 
 
 class OptimizerStep:
@@ -81,7 +94,6 @@ class OptimizerStep:
         self.paid: set[int] = set()  # micro-batches of a Trainer that have had their part
         self.adapter: str | None = None  # that is trained: of the first forward whose backward has come
         self.members: list[set[int]] = []  # for each settled forward, the routers that have added their gradient
-        self.is_over = False  # its GradScaler has skipped the optimizer
         self.scaler: Any = None  # that scaled its loss
         self.second_order = False  # a backward with create_graph came
         self.added: set[int] = set()  # routers that have added a gradient
@@ -126,6 +138,10 @@ class OptimizerStep:
         forward.key = 2 * next(_keys)
         self.numbered[forward.key] = forward
         return forward
+
+    def drop(self, forward: Forward) -> None:
+        """Forgets a forward that was ended by an exception, whose traceback may keep it alive."""
+        self._alive = [reference for reference in self._alive if reference() is not forward]
 
     def find(self, node: int) -> Forward | None:
         """The forward that the autograd node with this number recomputes: the last that had begun before it."""

@@ -197,7 +197,7 @@ class StepRecorder:
     def _declared(self, forward: Any, index: int, logits: Tensor) -> Tensor:
         """Gradient of Σ_tokens ⟨q, p⟩ at the logits, by autograd, `(T, E)` in fp32."""
         site = self.balancer.sites[index]
-        prices = self.balancer.duals.price if uses_kept_prices(self.balancer) else forward.price
+        prices = self.balancer.duals.price if uses_kept_prices(self.balancer) else forward.price / self.balancer.coef
         price_E = prices[index, : site.num_experts].to(logits.device)
         mask = forward.tokens.mask_at(site, len(logits)).to(logits.device)
         with torch.enable_grad():

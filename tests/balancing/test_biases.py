@@ -87,10 +87,9 @@ def test_loss_free_leaves_an_expert_of_the_fair_load_alone():
 def test_the_bias_beside_a_switch_price_follows_the_excess_load(method, model_type):
     """b <- b - bias_coef (E f - 1), f of the whole step, while the gradient stays that of the loss."""
     model = build(model_type)
-    start = phb.get_balancer(phb.patch(build(model_type), {"coef": 0.0})).biases()
-    biases = {name: bias.double() for name, bias in start.items()}
     phb.patch(model, {"method": method, "coef": COEF, "bias_coef": 0.03})
     balancer = phb.get_balancer(model)
+    biases = {name: bias.double() for name, bias in balancer.biases().items()}
     for step in range(3):
         step_gradient(model, micro_batches(model, seed=10 * step))
         for name, load in balancer.loads().items():

@@ -96,6 +96,26 @@ def tokens_of(inputs: dict) -> Tensor:
     return inputs["input_ids"] != 0 if mask is None else mask.bool()
 
 
+# ---------------------------------------------------------------------- ordinary steps
+
+
+def take_steps(model, count: int = 3, learning_rate: float = 0.1, seed: int = 3):
+    """Trains what is trainable of `model` in a plain loop that calls nothing of ours; returns it."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    model.train()
+    for batch in batches(count, seed=seed):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def logits(model) -> Tensor:
+    """What `model` says in eval mode of a batch that nothing else uses."""
+    with torch.no_grad():
+        return model.eval()(**batches(1, rows=4, seed=7)[0]).logits
+
+
 # ---------------------------------------------------------------------- what the optimizer got
 
 

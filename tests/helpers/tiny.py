@@ -290,6 +290,6 @@ def set_prices(model: PreTrainedModel, seed: int = 0) -> phb.PhiBalancer:
     state = balancer.state_dict()
     for name, mean in state.items():
         if ".mean_" in name:
-            mean.copy_(torch.softmax(torch.randn(mean.shape, generator=generator), -1))
+            mean.copy_(torch.softmax(torch.randn(mean.shape, generator=generator, dtype=torch.float32), -1))
     balancer.load_state_dict(state)
     return balancer

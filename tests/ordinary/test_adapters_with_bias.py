@@ -1,0 +1,282 @@
+"""
+A selection bias that is trained with an adapter is that adapter's: switched, unloaded, merged, saved and loaded with it.
+In a family without a bias of its own, and in one whose own bias it is. Loops are plain and call nothing of ours.
+"""
+
+import pytest
+import torch
+import transformers
+from checks import assert_same, assert_same_duals
+from datasets import Dataset
+from measuring import batches, logits, ordinary, take_steps
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from training import tokenizer
+from trl import DPOConfig, DPOTrainer
+
+import hf_phibalance as phb
+
+
+FAMILIES = pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+CONFIG = {"coef": 0.1, "bias_coef": 2.0}
+DATA = batches(6)
+
+
+def lora(**options):
+    """LoRA on attention and routers."""
+    return LoraConfig(r=4, target_modules=["o_proj"], target_parameters=["mlp.gate.weight"], **options)
+
+
+def base(family):
+    return phb.patch(ordinary(family), CONFIG)
+
+
+def adapted(family, name="default"):
+    """A patched model with an adapter on which three steps were taken."""
+    return take_steps(get_peft_model(base(family), lora(), adapter_name=name))
+
+
+def two_adapters(family):
+    """... with two, `first` and `second`, trained one after the other, and the logits with each."""
+    model = adapted(family, "first")
+    found = {"first": logits(model)}
+    model.add_adapter("second", lora())
+    model.set_adapter("second")
+    found["second"] = logits(take_steps(model, seed=11))
+    return model, found
+
+
+def biases(model):
+    return phb.get_balancer(model).biases()
+
+
+def moved(model):
+    return all(bias.abs().max() > 0.02 for bias in biases(model).values())
+
+
+def assert_close(left, right):
+    """Equal up to the rounding of merged weights."""
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- one adapter, on and off
+
+
+@FAMILIES
+def test_without_its_adapter_the_base_is_back(family):
+    """As TRL computes its reference, and as `unload` returns the model; switched on again, the bias is there again."""
+    of_base, model = logits(ordinary(family)), adapted(family)
+    expected, own = logits(model), biases(model)
+    assert moved(model) and not torch.equal(expected, of_base)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), of_base)
+        assert not any(bias.any() for bias in biases(model).values())
+    assert torch.equal(logits(model), expected)
+    assert_same(biases(model), own)
+    unloaded = model.unload()
+    assert torch.equal(logits(unloaded), of_base)
+    assert not any(bias.any() for bias in biases(unloaded).values())
+
+
+def off(model):
+    return model.disable_adapter()
+
+
+class OtherAdapter:
+    """Another adapter while open, as TRL has it for a reference that is an adapter too."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        self.model.set_adapter("reference")
+
+    def __exit__(self, *_):
+        self.model.set_adapter("default")
+
+
+@pytest.mark.parametrize("reference", [off, OtherAdapter], ids=["disabled", "another adapter"])
+@FAMILIES
+def test_a_reference_between_forward_and_step_changes_nothing(family, reference):
+    """The policy has gone forward, the reference follows, then come backward and step: DPO in TRL's order."""
+    runs = []
+    for asks_reference in (True, False):
+        torch.manual_seed(0)
+        model = get_peft_model(base(family), lora())
+        model.add_adapter("reference", lora())
+        with reference(model):
+            before = logits(model)
+        model.train()
+        trained = [p for name, p in model.named_parameters() if ".default." in name]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        for batch in DATA[:3]:
+            loss = model(**batch).loss
+            if asks_reference:
+                with torch.no_grad(), reference(model):
+                    model(**batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert moved(model)
+        runs.append((model, logits(model)))
+        with reference(model):
+            assert torch.equal(logits(model), before)
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert_same_duals(runs[0][0], runs[1][0])
+
+
+def test_dpo_with_an_adapter_keeps_its_reference(tmp_path):
+    """TRL switches the adapter off for the reference; the first loss is ln 2, and the base is the base afterwards."""
+    words = ["w64 w65 w66", "w70 w71 w72 w73", "w80 w81"]
+    rows = [{"prompt": f"w1{i} w20 w3{i}", "chosen": words[i % 3], "rejected": words[(i + 1) % 3]} for i in range(8)]
+    arguments = DPOConfig(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, bf16=False,
+        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        base("mixtral"),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=lora(),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.6931, abs=2e-4)
+    model = trainer.model
+    assert phb.get_balancer(model).steps == 4 and moved(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(ordinary("mixtral")))
+
+
+# ---------------------------------------------------------------------- two adapters
+
+
+@FAMILIES
+def test_two_adapters_have_a_bias_each(family):
+    """Each comes back when it is set; a step of one leaves the other; without either the base is there."""
+    model, expected = two_adapters(family)
+    assert not torch.equal(expected["first"], expected["second"])
+    for name in ("first", "second", "first"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model), expected[name])
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(ordinary(family)))
+    take_steps(model, 1)
+    assert not torch.equal(logits(model), expected["first"])
+    model.set_adapter("second")
+    assert torch.equal(logits(model), expected["second"])
+
+
+@FAMILIES
+def test_two_adapters_are_loaded_one_after_the_other(family, tmp_path):
+    """`load_adapter` of the second leaves the first, in use, as it is."""
+    model, expected = two_adapters(family)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(family), tmp_path / "first", adapter_name="first")
+    assert torch.equal(logits(loaded), expected["first"])
+    loaded.load_adapter(str(tmp_path / "second"), "second")
+    assert torch.equal(logits(loaded), expected["first"])
+    loaded.set_adapter("second")
+    assert torch.equal(logits(loaded), expected["second"])
+
+
+# ---------------------------------------------------------------------- merged
+
+
+def as_it_is(model):
+    pass
+
+
+def after_a_reference(model):
+    with model.disable_adapter():
+        logits(model)
+
+
+def after_another_adapter(model):
+    """The merged one was set, but has not gone forward since."""
+    model.add_adapter("other", lora())
+    model.set_adapter("other")
+    take_steps(model, 2, seed=11)
+    model.set_adapter("default")
+
+
+@pytest.mark.parametrize("before", [as_it_is, after_a_reference, after_another_adapter])
+@FAMILIES
+def test_a_merged_model_has_the_bias_of_its_adapter(family, before, tmp_path):
+    """Whatever went forward last; saved and loaded with the flag it is still the trained model, its duals included."""
+    model = adapted(family)
+    expected, own = logits(model), biases(model)
+    before(model)
+    merged = model.merge_and_unload()
+    assert_close(logits(merged), expected)
+    assert_same(biases(merged), own)
+    merged.save_pretrained(tmp_path)
+    loaded = phb.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(merged)) and moved(loaded)
+    assert phb.get_balancer(loaded).steps == phb.get_balancer(merged).steps >= 3
+
+
+# ---------------------------------------------------------------------- saved and loaded
+
+
+@FAMILIES
+def test_an_adapter_added_after_the_balancer_was_taken_is_saved_with_its_bias(family, tmp_path):
+    """`balancer = get_balancer(model)`, then LoRA, then PEFT's `save_pretrained`: the state lies beside the adapter."""
+    model = base(family)
+    balancer = phb.get_balancer(model)
+    model = take_steps(get_peft_model(model, lora()))
+    assert phb.get_balancer(model) is balancer and balancer.steps == 3
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(family), tmp_path)
+    assert torch.equal(logits(loaded), logits(model)) and moved(loaded)
+    assert_same_duals(loaded, model)
+
+
+def test_a_plain_base_loses_the_bias_and_that_is_said(tmp_path, warned):
+    """When the adapter is saved, and where PEFT loads it on a base without balancing; our own class loads it whole."""
+    ordinary().save_pretrained(tmp_path / "base")
+    model = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "base", phi_balance=CONFIG)
+    model = take_steps(get_peft_model(model, lora()))
+    model.save_pretrained(tmp_path / "adapter")
+    assert len(warned.about("PeftModel on a base that was loaded without phi_balance=True")) == 1
+    loads = {
+        "AutoPeftModel": lambda: AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        "PeftModel": lambda: PeftModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+        ),
+    }
+    for load in loads.values():
+        warned.lines.clear()
+        assert not torch.equal(logits(load()), logits(model))
+        assert len(warned.about("is lost on this base. Load the base with phi_balance=True")) == 1
+    warned.lines.clear()
+    assert torch.equal(logits(phb.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
+    assert not warned.about("is lost")
+
+
+# ---------------------------------------------------------------------- whole routers as an adapter
+
+
+@FAMILIES
+def test_whole_routers_added_after_the_first_step(family, tmp_path):
+    """PEFT copies the routers, with a family's own bias in them: the copy that acts gets the bias that moves."""
+    model = take_steps(base(family), 1)
+    config = LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["gate"])
+    before, start = logits(model), biases(model)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model = take_steps(get_peft_model(model, config), 2, seed=11)
+    balancer, own = phb.get_balancer(model), biases(model)
+    assert balancer.steps == 3 and balancer.metrics()["tokens"] == batches(2, seed=11)[1]["attention_mask"].sum()
+    assert all((own[name] - start[name]).abs().max() > 0.02 for name in own)
+    copies = {name: b for name, b in model.named_buffers() if "e_score" in name and "modules_to_save" in name}
+    assert len(copies) == (2 if family == "deepseek_v3" else 0)
+    for copy, bias in zip(copies.values(), own.values()):
+        assert torch.equal(copy, bias)
+    expected = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    again = base(family)
+    again.load_state_dict(weights)
+    assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path)), expected)
