@@ -11,22 +11,26 @@ from torch import nn
 from .process import follow_peft
 
 
-def find_layer(root: nn.Module, known: weakref.ref[nn.Module] | None = None) -> weakref.ref[nn.Module] | None:
+def find_layer(
+    root: nn.Module, known: weakref.ref[nn.Module] | None = None, is_new: bool = False
+) -> weakref.ref[nn.Module] | None:
     """
     A layer of PEFT in `root`, which tells what adapter is switched on; `None` if there is none.
 
     Args:
         root (`torch.nn.Module`): the transformers model.
         known (`weakref.ref`, *optional*): what the last call returned.
+        is_new (`bool`, *optional*, defaults to `False`): whether to look although the model does not say that it has adapters, as
+            the backbone of a copy does not.
     """
+    if known is not None and known() is not None:
+        return known
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None or not hasattr(root, "peft_config"):
+    if tuners is None or not (is_new or hasattr(root, "peft_config")):
         return None
-    if known is None or known() is None:
-        follow_peft()  # which may have been imported since
-        found = (module for module in root.modules() if isinstance(module, tuners.BaseTunerLayer))
-        known = next((weakref.ref(layer) for layer in found), None)
-    return known
+    follow_peft()  # which may have been imported since
+    found = (module for module in root.modules() if isinstance(module, tuners.BaseTunerLayer))
+    return next((weakref.ref(layer) for layer in found), None)
 
 
 def active(layer: weakref.ref[nn.Module] | None, even_disabled: bool = False) -> str | None:

@@ -151,6 +151,7 @@ class PhiBalancer:
         if self.backbone is not backbone:
             self._backbone = weakref.ref(backbone)
             find_copies(backbone, self.sites, self.prefix)
+            self._adapter_layer = adapters.find_layer(backbone, is_new=True)
             process.follow(self)
         if root is not None and (self._root is None or self._root() is not root):
             self._root = weakref.ref(root)
@@ -583,7 +584,7 @@ class PhiBalancer:
         return self.forwards.evaluation is not None
 
     @contextmanager
-    def evaluation(self, generation: bool = False) -> Iterator[None]:
+    def evaluation(self, generation: bool = False, eos_token_id: int | Sequence[int] | None = None) -> Iterator[None]:
         """
         While open, forwards that do not train are counted apart, for [`~PhiBalancer.eval_metrics`].
 
@@ -591,11 +592,12 @@ class PhiBalancer:
             generation (`bool`, *optional*, defaults to `False`):
                 Whether forwards with a cache are counted too, as in `model.generate`: each token of a prompt and each new
                 token once; padding and rows that have ended never. Without it, forwards with a cache are not counted.
+            eos_token_id (`int` or `Sequence[int]`, *optional*): ends a row; that of the model's generation config unless given.
         """
         end = None
         if generation:
             settings: Any = getattr(self.root, "generation_config", None)
-            found = getattr(settings, "eos_token_id", None)
+            found = getattr(settings, "eos_token_id", None) if eos_token_id is None else eos_token_id
             end = [] if found is None else [found] if isinstance(found, int) else list(found)
         counts = Counts(self.duals.shape, self.duals.values.device, extra=1)
         outer, self.forwards.evaluation = self.forwards.evaluation, Evaluation(counts, end)

@@ -43,8 +43,8 @@ def _(mask, image, sequence, training, cached, key):
     return torch.empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("phi_balance::route", mutates_args=())
-def route(carrier: Tensor, logits: Tensor, selected: Tensor, number: Tensor, index: int, key: int) -> Tensor:
+@torch.library.custom_op("phi_balance::observe", mutates_args=())
+def observe(carrier: Tensor, logits: Tensor, selected: Tensor, number: Tensor, index: int, key: int) -> Tensor:
     """Counts what router `index` did in the forward `number`; returns `carrier`, whose backward adds the auxiliary gradient."""
     forwards = _forwards[key]()
     if forwards is not None and int(number) >= 0:  # a tensor of the host
@@ -52,14 +52,17 @@ def route(carrier: Tensor, logits: Tensor, selected: Tensor, number: Tensor, ind
     return carrier.clone()
 
 
-@route.register_fake
+@observe.register_fake
 def _(carrier, logits, selected, number, index, key):
     return torch.empty_like(carrier)
 
 
-@torch.library.custom_op("phi_balance::gradient", mutates_args=())
-def gradient(logits: Tensor, number: Tensor, index: int, key: int) -> Tensor:
-    """What router `index` adds to the gradient of `logits (T, E)`, in the backward that runs now."""
+@torch.library.custom_op("phi_balance::add_gradient", mutates_args=())
+def add_gradient(gradient_of_carrier: Tensor, logits: Tensor, number: Tensor, index: int, key: int) -> Tensor:
+    """
+    What router `index` adds to the gradient of `logits (T, E)`, in the backward that runs now. It takes the gradient of the carrier
+    so that no compiler runs it in the forward.
+    """
     forwards = _forwards[key]()
     forward = None if forwards is None or int(number) < 0 else forwards.balancer.now.numbered.get(int(number))
     if forwards is None or forward is None:
@@ -71,8 +74,8 @@ def gradient(logits: Tensor, number: Tensor, index: int, key: int) -> Tensor:
     return auxiliary_gradient(logits, *due, forwards.balancer.sites[index].scoring, *settings).to(logits.dtype)
 
 
-@gradient.register_fake
-def _(logits, number, index, key):
+@add_gradient.register_fake
+def _(gradient_of_carrier, logits, number, index, key):
     return torch.empty_like(logits)
 
 
@@ -83,8 +86,8 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient_of_carrier: Tensor) -> tuple:
     logits, number = ctx.saved_tensors
-    added = torch.ops.phi_balance.gradient(logits, number, ctx.index, ctx.key)
+    added = torch.ops.phi_balance.add_gradient(gradient_of_carrier, logits, number, ctx.index, ctx.key)
     return gradient_of_carrier, added, None, None, None, None
 
 
-route.register_autograd(_backward, setup_context=_save)
+observe.register_autograd(_backward, setup_context=_save)

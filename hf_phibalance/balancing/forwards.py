@@ -10,7 +10,7 @@ What a forward of a patched model is, and what its routers do in it.
 | evaluation | [`~PhiBalancer.evaluation`] is open, no cache | in the evaluation | no |
 | generation | `evaluation(generation=True)` is open | prompt and new tokens, each once; finished rows never | no |
 | none of these, e.g. a frozen teacher; another thread meanwhile | | no | no |
-| compiled | `torch.compile` | as above | as above |
+| compiled | `torch.compile` | as above; also if its graph is dropped | as above |
 
 In all of them the selection bias acts. Which forward is under way is known per thread, so one thread can serve while
 another trains.
@@ -57,17 +57,24 @@ class Evaluation:
     def __init__(self, counts: Counts, end_ids: list[int] | None = None) -> None:
         self.counts, self.end_ids = counts, end_ids
         self._is_over: Tensor | None = None  # (B,) rows of the generation under way that have ended
+        self._ids: Tensor | None = None  # (B, S) that its last forward got
 
     def mask_of_generation(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tensor:
         """Tokens of a generation's forward that count: of the prompt those that are no padding, then one per open row."""
         cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
         ids = inputs.get("input_ids")
-        if cache is None or not cache.get_seq_length() or self._is_over is None or len(mask_BS) != len(self._is_over):
+        goes_on = cache is not None and bool(cache.get_seq_length())
+        if not goes_on and ids is not None and self._ids is not None:  # without a cache everything comes again
+            goes_on = ids.shape[1] > self._ids.shape[1] and torch.equal(ids[:, : self._ids.shape[1]], self._ids)
+            mask_BS = mask_BS.clone()
+            mask_BS[:, : self._ids.shape[1]] &= not goes_on
+        self._ids = ids
+        if not goes_on or self._is_over is None or len(mask_BS) != len(self._is_over):
             self._is_over = mask_BS.new_zeros(len(mask_BS))
             return mask_BS
         counted = ~self._is_over[:, None] & mask_BS
         if ids is not None:
-            self._is_over |= torch.isin(ids, ids.new_tensor(self.end_ids)).any(-1)
+            self._is_over |= torch.isin(ids[:, -1], ids.new_tensor(self.end_ids))
         return counted
 
 
@@ -76,9 +83,13 @@ class _Here(threading.local):
 
     forward: Forward | Evaluation | None = None  # that is under way, ...
     tokens: Tokens | None = None  # ... and its tokens
-    labels: Tensor | None = None  # that its batch has, where the backbone does not get them
     micro_batch: int | None = None  # of a Trainer's step
     replaying = False
+
+    def __init__(self) -> None:
+        self.labels: list[
+            Tensor | None
+        ] = []  # that batches have, where the backbone does not get them; the last counts
 
 
 class Forwards:
@@ -123,19 +134,29 @@ class Forwards:
     @contextmanager
     def labels_of(self, labels: Tensor | None, micro_batch: int | None = None) -> Iterator[None]:
         """Forwards inside it use `labels (B, S)` as those of their batch, and belong to `micro_batch` of a Trainer's step."""
-        if torch.compiler.is_compiling():
-            self._labels = labels
-            yield
-            return
-        here = self._here
-        outer = here.labels, here.micro_batch
-        here.labels = self._labels = here.labels if labels is None else labels
-        here.micro_batch = here.micro_batch if micro_batch is None else micro_batch
+        here, outer = self._here, self._here.micro_batch
+        self.push_labels(labels)
+        here.micro_batch = outer if micro_batch is None else micro_batch
         try:
             yield
         finally:
-            here.labels, here.micro_batch = outer
-            self._labels = here.labels
+            here.micro_batch = outer
+            self.pop_labels()
+
+    def push_labels(self, labels: Tensor | None) -> None:
+        """Forwards use `labels (B, S)` until [`~Forwards.pop_labels`], or those of before if there are none."""
+        if torch.compiler.is_compiling():
+            self._labels = labels
+            return
+        stack = self._here.labels
+        stack.append(labels if labels is not None or not stack else stack[-1])
+        self._labels = stack[-1]
+
+    def pop_labels(self) -> None:
+        if not torch.compiler.is_compiling():
+            stack = self._here.labels
+            stack.pop()
+            self._labels = stack[-1] if stack else None
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -205,7 +226,8 @@ class Forwards:
 
     def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         if self.balancer.config.token_mask == "labels" and inputs.get("labels") is None:
-            labels = self._labels if torch.compiler.is_compiling() else self._here.labels
+            stack = [self._labels] if torch.compiler.is_compiling() else self._here.labels
+            labels = stack[-1] if stack else None
             inputs = {**inputs, "labels": labels}
         return count_mask(inputs, self.balancer.config.token_mask, self.balancer.pad_token_id)
 
@@ -260,7 +282,7 @@ class Forwards:
     def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         """Counts what router `index` did, and lets its backward add the auxiliary gradient; see [`RouterReader`]."""
         if torch.compiler.is_compiling():
-            return torch.ops.phi_balance.route(carrier, logits, selected, self._number, index, self._key)
+            return torch.ops.phi_balance.observe(carrier, logits, selected, self._number, index, self._key)
         node, here = backward_node(), self._here
         forward: Forward | Evaluation | None = None if node is None else self.balancer.now.find(node)
         if forward is None:

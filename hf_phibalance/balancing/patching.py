@@ -230,16 +230,18 @@ def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     backbone._modules = {NAME: duals, **backbone._modules}  # first, so that PEFT unloads it before its own layers
     backbone.register_load_state_dict_pre_hook(_before_loading)
     wrap_method(backbone, "forward", _forward_of_backbone, patch.undo)
-    if root is not backbone:
-        wrap_method(root, "forward", _forward_with_labels, patch.undo)
     _mark(balancer)
     forget_compiled_code()
     return balancer
 
 
 def _mark(balancer: PhiBalancer) -> None:
-    """Notes in the model what its `save_pretrained` writes, and what not."""
+    """Lets the model around the backbone hand on its labels, and notes what its `save_pretrained` writes and what not."""
     root, undo = balancer.root, _patch_of(balancer).undo
+    if root is not balancer.backbone:
+        root.register_forward_pre_hook(_push_labels, with_kwargs=True)
+        root.register_forward_hook(_pop_labels, always_call=True)
+        wrap_method(root, "forward", _forward_with_labels, undo)  # PEFT calls it around the hooks
     if hasattr(type(root), "save_pretrained"):
         ignored = {*(getattr(root, "_keys_to_ignore_on_save", None) or ()), f"{balancer.prefix}{NAME}.bias"}
         undo.set(root, "_keys_to_ignore_on_save", ignored)
@@ -256,13 +258,16 @@ def _adopt(balancer: PhiBalancer, model: nn.Module) -> None:
     balancer.rename(f"{prefix}." if prefix else "")
     balancer.bind(backbone, inner)
     _mark(balancer)
-    wrap_method(inner, "forward", _forward_with_labels, _patch_of(balancer).undo)
 
 
 def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
     """Goes on with another configuration, and with what wrappers have put in since."""
     balancer.find_copies()
     hook_adapters(balancer.forwards)
+    backbone = balancer.backbone
+    assert backbone is not None
+    if not isinstance(vars(backbone).get("forward"), WrappedMethod):  # accelerate has put its own back
+        wrap_method(backbone, "forward", _forward_of_backbone, _patch_of(balancer).undo)
     if config == balancer.config:
         return
     refuse_impossible(balancer.root, balancer.sites, config)
@@ -302,7 +307,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         balancer.follow_adapter()
         balancer.duals.use_adapter(None)
         patch = _patch_of(balancer)
-        remove_hooks(backbone)
+        remove_hooks(balancer.root, _push_labels, _pop_labels)
         forget_compiled_code()
         patch.built_in.restore()
         patch.undo.restore()
@@ -357,15 +362,35 @@ def wrap_below(balancer: PhiBalancer, wrapper: Callable) -> None:
     ours.own = WrappedMethod(backbone, "forward", wrapper, ours.own)
 
 
+def _push_labels(root: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before a call of a model with a head: notes its labels, which the backbone does not get."""
+    duals = _duals_below(root)
+    if duals is not None:
+        duals.balancer.forwards.push_labels(arguments_by_name(root, args, kwargs).get("labels"))
+
+
+def _pop_labels(root: nn.Module, args: tuple, output: Any) -> None:
+    duals = _duals_below(root)
+    if duals is not None:
+        duals.balancer.forwards.pop_labels()
+
+
 def _forward_with_labels(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
-    """For `token_mask="labels"`: the backbone never sees the labels."""
-    duals: Any = next(
-        (m._modules[NAME] for m in (root, getattr(root, "base_model", root)) if NAME in m._modules), None
-    )
-    if duals is None or duals.balancer.config.token_mask != "labels":
+    """The same around the forward of a model, which PEFT calls without its hooks."""
+    duals = _duals_below(root)
+    if duals is None:
         return inner(*args, **kwargs)
-    with duals.balancer.forwards.labels_of(arguments_by_name(root, args, kwargs).get("labels")):
+    duals.balancer.forwards.push_labels(arguments_by_name(root, args, kwargs).get("labels"))
+    try:
         return inner(*args, **kwargs)
+    finally:
+        duals.balancer.forwards.pop_labels()
+
+
+def _duals_below(root: nn.Module) -> Any:
+    """The duals of the backbone of `root`, where labels tell which tokens count."""
+    duals: Any = getattr(root, "base_model", root)._modules.get(NAME)
+    return duals if duals is not None and duals.balancer.config.token_mask == "labels" else None
 
 
 def _before_loading(backbone: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

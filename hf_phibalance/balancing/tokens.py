@@ -87,6 +87,10 @@ def count_mask(inputs: Mapping[str, Any], token_mask: str, pad_token_id: int | N
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-2] == mask.shape[-1]:
         own = mask[:, 0].diagonal(dim1=-2, dim2=-1)  # padding does not see itself
         return (own == 0 if own.is_floating_point() else own != 0).expand(shape)
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-2] == shape[1]:  # with a cache of fixed length
+        return (
+            (mask[:, 0] == 0 if mask.is_floating_point() else mask[:, 0] != 0).any(-1).expand(shape)
+        )  # padding sees nothing
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(

@@ -112,7 +112,16 @@ def base_of_adapter(config: str | os.PathLike) -> str:
 def _was_patched(model: nn.Module, source: str, kwargs: dict[str, Any]) -> bool:
     if _is_adapter(model):
         return find_state(source, kwargs) is not None
-    return getattr(model.config, "phi_balance", None) is not None
+    return _flag(model, source, kwargs) is not None
+
+
+def _flag(model: nn.Module, source: str | None, kwargs: dict[str, Any]) -> Any:
+    """The configuration that config.json holds; of a language model out of a vision-language one, that of the whole."""
+    own = getattr(model.config, "phi_balance", None)
+    if own is not None or source is None or _is_adapter(model):
+        return own
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    return transformers.PreTrainedConfig.get_config_dict(source, **hub)[0].get("phi_balance")
 
 
 def _is_adapter(model: nn.Module) -> bool:
@@ -122,8 +131,8 @@ def _is_adapter(model: nn.Module) -> bool:
 
 def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs: dict[str, Any]) -> None:
     """Patches a freshly loaded model as `phi_balance` asks and gives it the state that was saved beside its weights."""
-    saved = getattr(model.config, "phi_balance", None)
-    if saved is not None:
+    saved = _flag(model, source, kwargs)
+    if getattr(model.config, "phi_balance", None) is not None:
         # so that what is unpatched later, or not patched at all, is saved as an ordinary model
         give_own_config(model)
         vars(model.config).pop("phi_balance", None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -209,8 +209,8 @@ def hook_adapters(reader: RouterBalancer) -> None:
         forget_compiled_code()
 
 
-def remove_hooks(root: nn.Module) -> None:
-    """Removes every hook of ours, found by its type: copies that PEFT made have no handle."""
+def remove_hooks(root: nn.Module, *others: Callable) -> None:
+    """Removes every hook of ours, found by its type, and `others`: copies that PEFT made have no handle."""
     BiasedTopK.leave_interrupted()
     for module in root.modules():
         tables: list[list[dict[int, Any]]] = [
@@ -218,7 +218,7 @@ def remove_hooks(root: nn.Module) -> None:
             [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
         ]
         for hooks, *flags in tables:
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) or hook in others]:
                 for table in (hooks, *flags):
                     table.pop(key, None)
 

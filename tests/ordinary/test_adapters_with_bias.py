@@ -3,6 +3,8 @@ A selection bias that is trained with an adapter is that adapter's: switched, un
 In a family without a bias of its own, and in one whose own bias it is. Loops are plain and call nothing of ours.
 """
 
+import contextlib
+
 import pytest
 import torch
 import transformers
@@ -53,11 +55,6 @@ def moved(model):
     return all(bias.abs().max() > 0.02 for bias in biases(model).values())
 
 
-def assert_close(left, right):
-    """Equal up to the rounding of merged weights."""
-    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
-
-
 # ---------------------------------------------------------------------- one adapter, on and off
 
 
@@ -81,20 +78,15 @@ def off(model):
     return model.disable_adapter()
 
 
-class OtherAdapter:
-    """Another adapter while open, as TRL has it for a reference that is an adapter too."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __enter__(self):
-        self.model.set_adapter("reference")
-
-    def __exit__(self, *_):
-        self.model.set_adapter("default")
+@contextlib.contextmanager
+def other(model):
+    """TRL has a reference that is an adapter too."""
+    model.set_adapter("reference")
+    yield
+    model.set_adapter("default")
 
 
-@pytest.mark.parametrize("reference", [off, OtherAdapter], ids=["disabled", "another adapter"])
+@pytest.mark.parametrize("reference", [off, other], ids=["disabled", "another adapter"])
 @FAMILIES
 def test_a_reference_between_forward_and_step_changes_nothing(family, reference):
     """The policy has gone forward, the reference follows, then come backward and step: DPO in TRL's order."""
@@ -208,7 +200,7 @@ def test_a_merged_model_has_the_bias_of_its_adapter(family, before, tmp_path):
     expected, own = logits(model), biases(model)
     before(model)
     merged = model.merge_and_unload()
-    assert_close(logits(merged), expected)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     assert_same(biases(merged), own)
     merged.save_pretrained(tmp_path)
     loaded = phb.AutoModelForCausalLM.from_pretrained(tmp_path)

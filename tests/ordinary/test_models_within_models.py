@@ -26,8 +26,8 @@ from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from torch.optim import SGD
-from training import pad
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from training import make_trainer
+from transformers import AutoModelForCausalLM
 
 import hf_phibalance as phb
 
@@ -43,12 +43,12 @@ def patched(model, **config):
     return priced(phb.patch(model, {"coef": COEF, **config}))
 
 
-def both(run, build=ordinary, by_itself=True):
+def both(run, build=ordinary):
     """`run(model, watch)` on a balanced and on an ordinary model."""
     watches = []
     for balanced in (True, False):
         model = build().train()
-        watch = Watch(patched(model) if balanced else model, by_itself)
+        watch = Watch(patched(model) if balanced else model)
         torch.manual_seed(5)
         run(model, watch)
         watches.append(watch.close())
@@ -62,20 +62,10 @@ def one_step(trained, loss):
     optimizer.zero_grad()
 
 
-def arguments(folder, **options):
-    own = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "optim": "sgd",
-    }
-    quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
-    return TrainingArguments(str(folder), **own, **quiet, **options)
-
-
-def rows(count):
-    return [{"input_ids": [int(i) for i in batch["input_ids"][0] if i]} for batch in batches(count, rows=1)]
+def train(model, folder, accumulation, **options):
+    """Two steps of a plain `Trainer` to which nothing is attached."""
+    options = {"max_steps": 2, "gradient_accumulation_steps": accumulation, "learning_rate": 0.0, **options}
+    make_trainer(model, folder, **options).train()
 
 
 # ---------------------------------------------------------------------- modules of one's own
@@ -150,42 +140,41 @@ def test_patched_inside_and_again_outside():
 def test_patched_from_outside_only():
     """The names of routers are those in the transformers model, whatever is around it."""
     wrapped = phb.patch(Outer(Retriever(backbone())), {"coef": COEF})
-    balancer = phb.get_balancer(wrapped)
-    assert balancer is phb.get_balancer(wrapped.inner.encoder)
-    assert balancer.layer_names == ["layers.0.mlp.gate", "layers.1.mlp.gate"]
-    one_step(wrapped.train(), wrapped(*texts()))
-    assert balancer.steps == 1 and balancer.metrics()["tokens"] == sum(int(text["keep"].sum()) for text in texts())
+    assert phb.get_balancer(wrapped) is phb.get_balancer(wrapped.inner.encoder)
+    assert phb.get_balancer(wrapped).layer_names == ["layers.0.mlp.gate", "layers.1.mlp.gate"]
     assert not ours(phb.unpatch(wrapped)) and not is_patched(wrapped)
 
 
 # ---------------------------------------------------------------------- two models, one backbone
 
 
+def scorer_on(model, dropped):
+    """A reward model on the backbone of `model`, a causal LM that is gone afterwards if `dropped`; and what is kept."""
+    scorer = ordinary_scorer().train()
+    scorer.model = model.model
+    return scorer, [] if dropped else [model]
+
+
 @pytest.mark.parametrize("dropped", [True, False])
 def test_a_reward_model_on_a_patched_backbone(dropped, tmp_path):
-    """... of a causal LM that is kept, or is gone by then. It trains, is saved with its state, and can be unpatched."""
+    """It trains, is saved with its state, and can be unpatched."""
     watches = []
-    for balanced in (True, False):
-        model, scorer = ordinary(), ordinary_scorer().train()
-        scorer.model = patched(model).model if balanced else model.model
-        kept = [] if dropped else [model]
-        del model
+    for balanced in (False, True):
+        scorer, kept = scorer_on(patched(ordinary()) if balanced else ordinary(), dropped)
         gc.collect()
         watch = Watch(scorer.train())
         inputs = {name: DATA[0][name] for name in ("input_ids", "attention_mask")}
         one_step(scorer, scorer(**inputs).logits.sum())
         watches.append(watch.close())
-        if balanced:
-            balanced_scorer, others = scorer, kept
-    assert_declared(*watches, ordinary_scorer)
+    assert_declared(*reversed(watches), ordinary_scorer)
 
-    balancer = phb.get_balancer(balanced_scorer)
-    assert all(phb.get_balancer(model) is balancer for model in others)
-    balanced_scorer.save_pretrained(tmp_path)
+    balancer = phb.get_balancer(scorer)
+    assert all(phb.get_balancer(model) is balancer for model in kept)
+    scorer.save_pretrained(tmp_path)
     loaded = phb.patch(ordinary_scorer(), {"coef": COEF})
     phb.get_balancer(loaded).load(tmp_path)
     assert_same(phb.get_balancer(loaded).state_dict(), balancer.state_dict())
-    assert not ours(phb.unpatch(balanced_scorer)) and not is_patched(balanced_scorer)
+    assert not ours(phb.unpatch(scorer)) and not is_patched(scorer)
 
 
 @pytest.mark.parametrize(
@@ -193,10 +182,7 @@ def test_a_reward_model_on_a_patched_backbone(dropped, tmp_path):
 )
 def test_what_is_saved_of_that_reward_model(dropped, tmp_path):
     """Weights that any engine loads, without a bias of ours in them, and the flag in the config."""
-    model, scorer = take_steps(phb.patch(ordinary(), {"coef": COEF, "bias_coef": 0.5})), ordinary_scorer()
-    scorer.model = model.model
-    kept = [] if dropped else [model]
-    del model
+    scorer, kept = scorer_on(take_steps(phb.patch(ordinary(), {"coef": COEF, "bias_coef": 0.5})), dropped)
     gc.collect()
     assert phb.get_balancer(scorer).steps == 3 and len(kept) == 1 - dropped
     scorer.save_pretrained(tmp_path)
@@ -228,33 +214,21 @@ def make_teacher():
     return take_steps(phb.patch(teacher, {"coef": 0.1, "bias_coef": 0.5}))
 
 
-@pytest.mark.parametrize("looks", [False, True])
-def test_a_distiller_trains_its_student_only(looks):
+@pytest.mark.parametrize("loop", ["raw", "raw, teacher with a graph", "Trainer"])
+def test_a_distiller_trains_its_student_only(loop, tmp_path):
+    """A Trainer announces accumulated steps to the one that trains; nothing is attached by hand."""
     teacher = make_teacher()
     said, state = logits(teacher), phb.get_balancer(teacher).state_dict()
 
     def run(model, watch):
-        distiller = Distiller(model, teacher, looks).train()
+        distiller = Distiller(model, teacher, looks="graph" in loop).train()
         if watch.balancer is not None:
             assert phb.get_balancer(distiller) is watch.balancer
-        for batch in DATA[:2]:
-            one_step(model, distiller(**batch)["loss"])
-
-    assert_declared(*both(run))
-    assert torch.equal(logits(teacher), said)
-    assert_same(phb.get_balancer(teacher).state_dict(), state)
-
-
-def test_a_trainer_finds_the_student_beside_its_teacher(tmp_path):
-    """Accumulation is announced to the one that trains, and nothing is attached by hand."""
-    teacher = make_teacher()
-    said, state = logits(teacher), phb.get_balancer(teacher).state_dict()
-
-    def run(model, watch):
-        options = arguments(
-            tmp_path / str(watch.balancer is None), gradient_accumulation_steps=2, remove_unused_columns=False
-        )
-        Trainer(Distiller(model, teacher), options, train_dataset=rows(8), data_collator=pad).train()
+        if loop == "Trainer":
+            train(distiller, tmp_path / str(watch.balancer is None), 2, remove_unused_columns=False)
+        else:
+            for batch in DATA[:2]:
+                one_step(model, distiller(**batch)["loss"])
 
     assert_declared(*both(run))
     assert torch.equal(logits(teacher), said)
@@ -273,14 +247,11 @@ def test_a_gradient_through_a_frozen_model_moves_nothing_of_it():
 
 
 def test_one_config_for_two_models(tmp_path):
-    """The other keeps its built-in loss, and what is saved of it is an ordinary model."""
-    config = ordinary(output_router_logits=True, router_aux_loss_coef=0.5).config
-    model, other = (AutoModelForCausalLM.from_config(config).train() for _ in range(2))
-    loss = other(**DATA[0]).loss
+    """What is saved of the other is an ordinary model; that its loss stays is in tests/balancing/test_process.py."""
+    model = ordinary()
+    other = type(model)(model.config)
     phb.patch(model, {"coef": COEF})
-    assert torch.equal(other(**DATA[0]).loss, loss) and not model.config.output_router_logits
     other.save_pretrained(tmp_path)
-    assert "phi_balance" not in (tmp_path / "config.json").read_text()
     assert not is_patched(phb.AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
@@ -325,8 +296,7 @@ def test_virtual_tokens_count(kind, loop, accumulation, tmp_path):
         model.register_forward_pre_hook(lambda module, args, kwargs, data=data: data.append(kwargs), with_kwargs=True)
         watch = Watch(model)
         if loop == "Trainer":
-            options = arguments(tmp_path / str(balanced), gradient_accumulation_steps=accumulation)
-            Trainer(model, options, train_dataset=rows(8), data_collator=pad).train()
+            train(model, tmp_path / str(balanced), accumulation)
         else:
             optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
             for start in (0, accumulation):

@@ -14,8 +14,8 @@ from measuring import Watch, batches, charge, logits, ordinary, priced, received
 from torch import nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training import pad
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from training import make_trainer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_phibalance as phb
 
@@ -189,12 +189,8 @@ def run(folder, config, steps, resume=None, model=None, **attached):
     model = ordinary() if model is None else model
     if config is not None:
         phb.patch(model, config)
-    arguments = TrainingArguments(
-        str(folder), max_steps=steps, save_strategy="steps", save_steps=2, per_device_train_batch_size=2, optim="sgd",
-        learning_rate=0.1, report_to=[], disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    rows = [{"input_ids": row.tolist()} for batch in batches(6) for row in batch["input_ids"]]
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=pad)
+    options = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 1}
+    trainer = make_trainer(model, folder, learning_rate=0.1, **options)
     if attached:
         phb.attach(trainer, **attached)
     trainer.train(resume_from_checkpoint=resume)
@@ -292,36 +288,26 @@ def test_another_default_type(default_dtype, dtype, bias_coef):
 def evaluated(model):
     with phb.get_balancer(model).evaluation():
         model.eval()(**DATA[0])
-        return phb.get_balancer(model).eval_metrics()
+        phb.get_balancer(model).eval_metrics()
+    model.generate(DATA[1]["input_ids"], attention_mask=DATA[1]["attention_mask"], max_new_tokens=3)
 
 
-def generated(model):
-    model.eval().generate(DATA[1]["input_ids"], attention_mask=DATA[1]["attention_mask"], max_new_tokens=3)
+def calibrated(model):
+    phb.calibrate(model, DATA)
 
 
-@pytest.mark.parametrize("config", [{}, {"method": "quantile"}], ids=["phi", "quantile"])
-@pytest.mark.parametrize("first", [evaluated, generated])
-def test_inference_mode_before_the_first_step(first, config):
-    """What comes first in many scripts leaves nothing that a step cannot change, and changes nothing itself."""
-    models = []
-    for looks in (True, False):
-        model = phb.patch(ordinary(), config or CONFIG)
-        if looks:
-            with torch.inference_mode():
-                first(model)
-        models.append(take_steps(model))
-    assert phb.get_balancer(models[0]).steps == 3
-    assert_same_duals(*models)
-    assert torch.equal(logits(models[0]), logits(models[1]))
-
-
-def test_calibrated_or_patched_in_inference_mode():
-    """Means that were set there are the same, and move on in ordinary steps."""
+@pytest.mark.parametrize("config", [CONFIG, {"method": "quantile"}], ids=["phi", "quantile"])
+@pytest.mark.parametrize("first", [evaluated, calibrated])
+@pytest.mark.parametrize("patched_inside", [False, True])
+def test_inference_mode_before_the_first_step(patched_inside, first, config):
+    """What comes first in many scripts leaves nothing that a step cannot change, and the same as under `no_grad`."""
     models = []
     for mode in (torch.inference_mode(), torch.no_grad()):
         model = ordinary()
+        if not patched_inside:
+            phb.patch(model, config)
         with mode:
-            phb.calibrate(phb.patch(model, CONFIG), DATA)
+            first(phb.patch(model, config))
         models.append(take_steps(model))
     assert phb.get_balancer(models[0]).steps == 3
     assert_same_duals(*models)
@@ -410,14 +396,3 @@ def test_a_loop_in_which_nothing_moves_is_told_why(prepare, bias_coef, warned):
             said.append(len(warned.about(SILENT[prepare])))
     assert phb.get_balancer(model).steps == 0
     assert said[-1] == 1 and 4 <= said.index(1) <= 9
-
-
-def test_what_it_says_to_do_works(warned):
-    model = phb.patch(ordinary(), {"coef": 0.5}).train()
-    optimizer = not_torchs(model)
-    for batch in DATA * 4:
-        model(**batch).loss.backward()
-        optimizer.step()
-        phb.get_balancer(model).step()
-        optimizer.zero_grad()
-    assert phb.get_balancer(model).steps == 16 and not warned.about("never move")
