@@ -195,10 +195,10 @@ class PhiBalanceConfig:
     @property
     def is_on(self) -> bool:
         """Whether anything acts on the routers; with all strengths 0 they are only counted."""
-        return self.charges or self.bias_coef > 0
+        return self.adds_gradient or self.bias_coef > 0
 
     @property
-    def charges(self) -> bool:
+    def adds_gradient(self) -> bool:
         """Whether routers receive a gradient."""
         return self.coef > 0 or self.z_loss_coef > 0 or self.sequence_coef > 0
 

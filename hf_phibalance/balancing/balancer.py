@@ -424,19 +424,26 @@ class PhiBalancer:
 
     def _give_up(self) -> None:
         """Forgets a step of whose gradients nothing is left; says if it looks as if an optimizer that is not torch's took it."""
-        probe = next(p for p in self.root.parameters() if p.requires_grad)
-        self._unseen_steps += probe._version != self._version and not process.is_stepping
-        if self._unseen_steps == SILENT:
+        self._now = None
+        probe = next((p for p in self.root.parameters() if p.requires_grad), None)
+        self._unseen_steps += probe is None or (probe._version != self._version and not process.is_stepping)
+        if self._unseen_steps == SILENT and probe is None:
+            logger.warning(
+                f"{type(self.root).__name__} trains nothing itself, so its means and biases do not move. If PEFT trains prompts in front "
+                "of it, call phb.get_balancer(model) with the PEFT model."
+            )
+        elif self._unseen_steps == SILENT:
             logger.warning(
                 f"The weights of {type(self.root).__name__} have changed {SILENT} times, but no optimizer of torch's has stepped, so "
                 "the prices never move. Call phb.get_balancer(model).step() after the optimizer has stepped."
             )
-        self._now = None
 
     def _is_given_up(self) -> bool:
         """Whether nothing is left of the gradients of the step under way."""
         trained = [p for p in self.root.parameters() if p.requires_grad]
-        return bool(trained) and all(p.grad is None for p in trained)
+        if not trained:  # no optimizer will end its steps, but one of prompts
+            return self.virtual_tokens is None
+        return all(p.grad is None for p in trained)
 
     def _end(self, skipped: Tensor | bool | None = None) -> None:
         """
@@ -458,12 +465,12 @@ class PhiBalancer:
         if not self._is_checked:
             self.find_copies()
             self._is_checked = check_first_step(self.config, self.sites, counts, step.added, step.second_order)
-        if self.config.charges and any(step.members) and not all(step.members):
+        if self.config.adds_gradient and any(step.members) and not all(step.members):
             logger.warning_once(
                 "A training forward that was alive during the backward got none of it, and was counted all the same, so the step received "
                 "less than its coefficient. Run forwards for metrics under torch.no_grad(), or drop what they returned."
             )
-        if step.second_order and not step.added and self.config.charges:
+        if step.second_order and not step.added and self.config.adds_gradient:
             logger.warning_once(
                 "The backward of an optimizer step was run with create_graph=True alone, so the price gradient was not added in "
                 "it; the means have moved."

@@ -250,7 +250,7 @@ class Forwards:
         balancer.continue_or_begin()
         balancer.duals.keep_native_fp32()
         number = tokens.count
-        if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.charges:
+        if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.adds_gradient:
             number = balancer.sum_over_ranks(number.clone())  # nobody has announced it
         forward = balancer.now.open(tokens, number, self._here.micro_batch)
         forward.adapter = balancer.duals.adapter
@@ -295,7 +295,7 @@ class Forwards:
         if self.recorder is not None:
             with unrecorded():
                 self.recorder.saw(forward, index, hidden, logits, selected)
-        if not torch.is_grad_enabled() or not logits.requires_grad or not self.balancer.config.charges:
+        if not torch.is_grad_enabled() or not logits.requires_grad or not self.balancer.config.adds_gradient:
             return carrier
         due = functools.partial(self.due, forward, index, len(logits))
         return add_gradient(

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -81,8 +81,10 @@ def find_balancers(model: nn.Module) -> list[PhiBalancer]:
         duals = backbone._modules.get(NAME)
         if isinstance(duals, Duals):
             balancer: PhiBalancer = duals.balancer
-            if balancer.backbone is not backbone or not balancer.has_root:
-                balancer.bind(backbone, _find_root(model, backbone))
+            root = _find_root(model, backbone) if balancer.backbone is not backbone or not balancer.has_root else None
+            balancer.bind(backbone)
+            if root is not None:
+                _adopt(balancer, root)
             in_front = virtual_tokens(model)
             balancer.virtual_tokens = balancer.virtual_tokens if in_front is None else in_front
             found.append(balancer)
@@ -174,7 +176,7 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
         present = _install(_find_target(model), config)
         get_balancer(model)
     else:
-        _adopt(present, model)
+        _follow_root(present, model)
         _reconfigure(present, config)
     if config.is_on and switch_off_built_in_loss(present.root, _patch_of(present).built_in):
         announce_switched_off()
@@ -249,15 +251,21 @@ def _mark(balancer: PhiBalancer) -> None:
         undo.set(root.config, "phi_balance", balancer.config.to_dict())
 
 
-def _adopt(balancer: PhiBalancer, model: nn.Module) -> None:
-    """Belongs to the transformers model in `model` from now on, which may be another one around the same backbone."""
-    backbone, inner = balancer.backbone, unwrap(model)[-1]
-    if backbone is None or inner is backbone or inner is balancer.root or not isinstance(inner, PreTrainedModel):
-        return
-    prefix = canonical_name(next(name for name, module in inner.named_modules() if module is backbone))
+def _adopt(balancer: PhiBalancer, root: nn.Module) -> None:
+    """Belongs to the transformers model `root` from now on, which may be another one around the same backbone, or a copy."""
+    backbone = balancer.backbone
+    prefix = canonical_name(next(name for name, module in root.named_modules() if module is backbone))
     balancer.rename(f"{prefix}." if prefix else "")
-    balancer.bind(backbone, inner)
-    _mark(balancer)
+    balancer.bind(cast(nn.Module, backbone), root)
+    if root is not backbone and not isinstance(vars(root).get("forward"), WrappedMethod):
+        _mark(balancer)
+
+
+def _follow_root(balancer: PhiBalancer, model: nn.Module) -> None:
+    """Belongs to the transformers model in `model`, if that is another one around the backbone."""
+    inner = unwrap(model)[-1]
+    if isinstance(inner, PreTrainedModel) and inner not in (balancer.backbone, balancer.root):
+        _adopt(balancer, inner)
 
 
 def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
@@ -410,7 +418,7 @@ def _save_with_state(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
     balancer = find_balancer(root)
     if balancer is None:
         return inner(*args, **kwargs)
-    _adopt(balancer, root)
+    _follow_root(balancer, root)
     if _has_other_experts(balancer):
         balancer = get_balancer(patch(root))
     given = inspect.signature(inner).bind(*args, **kwargs).arguments

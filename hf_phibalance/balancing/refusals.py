@@ -171,7 +171,7 @@ def check_first_step(
     strengths = {name: getattr(config, name) for name in ("coef", "z_loss_coef", "sequence_coef")}
     given = ", ".join(f"{name}={value}" for name, value in strengths.items() if value > 0)
     silent = [site.name for index, (site, seen) in enumerate(zip(sites, called)) if seen and index not in added]
-    if config.charges and not added and not second_order:
+    if config.adds_gradient and not added and not second_order:
         raise ValueError(
             f"{given} but no gradient path leads from any router to a trainable parameter (frozen "
             f"routers under LoRA?), so this does nothing. Train the routers, e.g. with "
@@ -179,7 +179,7 @@ def check_first_step(
             "and bias_coef > 0, which needs no gradient."
         )
     _warn_of_even_probabilities(config, sites, counts)
-    if config.charges and silent and not second_order:
+    if config.adds_gradient and silent and not second_order:
         logger.warning(f"The price gradient reaches no trainable parameter from router(s) {', '.join(silent[:4])}.")
     return True
 

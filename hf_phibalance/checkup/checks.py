@@ -137,7 +137,7 @@ def _judge(seen: StepRecorder, found: Coefficient) -> Check:
         return Check(
             "coefficient",
             "warning",
-            f"{text}. The micro-batches do not say how many tokens they hold, so each is charged its own mean",
+            f"{text}. The micro-batches do not say how many tokens they hold, so each gets its own mean",
             "one micro-batch a step makes it exact; with micro-batches of similar length it is close. In trl's GRPO and RLOO "
             "the tokens are known if steps_per_generation is a multiple of gradient_accumulation_steps",
         )
@@ -265,7 +265,7 @@ def routers_run(subject: Subject) -> Iterator[Check]:
             but = f" but {_many(idle)}, which had nothing to route" if idle else ""
             yield Check("routers that run", "ok", f"all {len(names)}{but}")
     rows = [describe_router(name, subject.root) for name in names]
-    if balancer.config.rules.freezes or not balancer.config.charges:
+    if balancer.config.rules.freezes or not balancer.config.adds_gradient:
         learning = [row.name for row in rows if row.how != "frozen"]
         if balancer.config.rules.freezes and learning:
             yield Check(

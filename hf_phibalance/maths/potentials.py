@@ -8,7 +8,7 @@ Three conventions make prices comparable between potentials and numbers of exper
 
 - φ acts on the *relative load* r = E·m, which is 1 for every expert at balance.
 - φ(r) = Σ_e f(r_e) with f(1) = f'(1) = 0 and f''(1) = 1. The first two drop terms that are constant on the simplex,
-  the third is a choice of unit. So near balance every potential charges r_e - 1; they differ only far from it.
+  the third is a choice of unit. So near balance every potential prices an expert at r_e - 1; they differ only far from it.
 - Below `floor`, f goes on along its tangent: φ stays convex and differentiable, and ∇φ is finite at a load of 0.
 
 In these units some named potentials coincide: entropies and norms are one family of powers ("tsallis" with alpha 0,

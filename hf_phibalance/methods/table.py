@@ -2,7 +2,7 @@
 
 A method is what it fixes of the fields of [`PhiBalanceConfig`], which of them it leaves to the user, and how it moves
 the selection bias. Most baselines need no code of their own. The Switch loss E Σ_e f_e P_e of one micro-batch, for
-example, charges ⟨q, p⟩ with q = E f, and q = ∇φ(E f) + 1 for the potential l2: it is φ-balancing with that potential on
+example is ⟨q, p⟩ with q = E f, and q = ∇φ(E f) + 1 for the potential l2: it is φ-balancing with that potential on
 the hard load, without memory, priced by the micro-batch at hand.
 
 That price may be joined by the dual bias, as φ's own may. The two do different things: a gradient with the price of the

@@ -213,7 +213,13 @@ class Attachment:
     def note_checkpoint(self, inner: Callable, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         """Training begins, from `checkpoint` or without one."""
         self.callback.resumed_from = checkpoint
-        return inner(checkpoint, *args, **kwargs)
+        try:
+            return inner(checkpoint, *args, **kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}\nThe optimizer of {checkpoint} trained other parameters than this run: was one of the two balanced with "
+                "method='frozen'? Load the model from that folder and train it without resume_from_checkpoint."
+            ) from error
 
     # ------------------------------------------------------------------ once
 
