@@ -14,6 +14,7 @@ biases (`duals`).
 | `forwards` | which forwards count and which get the auxiliary gradient; what the routers do in them |
 | `tokens` | which tokens of a forward count |
 | `counts` | sums over tokens |
+| `loop` | the training loop: steps announced, ended and given up; what would stay silent |
 | `step` | an optimizer step, its forwards, and what a token weighs |
 | `gradient`, `compiled` | the auxiliary gradient; the same under `torch.compile` |
 | `duals` | means, prices and biases, and how a step moves them |

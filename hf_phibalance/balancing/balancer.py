@@ -16,22 +16,20 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..config import STATISTICS, PhiBalanceConfig
-from ..maths import BINS, max_vio, model_metrics
+from ..maths import max_vio, model_metrics
 from ..routers import RouterSite, find_copies
 from . import adapters, process
 from .counts import Counts
 from .duals import LOGIT_WIDTH, Duals
 from .forwards import Evaluation, Forwards
 from .learning import LearningReport, describe_router
+from .loop import Loop
 from .ranks import Ranks, count_copies
-from .refusals import check_first_step, check_ranks
 from .state import check_model, check_state, describe_model, fit_names, read_state, save_state
-from .step import OptimizerStep, check_numbers
-from .tokens import announced_masks
+from .step import OptimizerStep
 
 
 logger = logging.get_logger(__name__)
-SILENT = 8  # optimizer steps without a backward through the routers, after which that is said
 
 
 class PhiBalancer:
@@ -63,7 +61,7 @@ class PhiBalancer:
         self.config, self.sites, self.duals, self.prefix = config, list(sites), duals, prefix
         duals.balancer = self
         self.forwards = Forwards(self)
-        self._ranks = Ranks()
+        self.group = Ranks()
         self.evaluated: dict[str, float] = {}  # MaxVio of the last evaluation, with and without a bias of ours
         self.ignores_bias = False
         self.virtual_tokens: int | None = None  # that prompt learning of PEFT puts in front of each row
@@ -77,27 +75,10 @@ class PhiBalancer:
         self._adapter_layer: weakref.ref[nn.Module] | None = None
         self._adapter_names: tuple[str, ...] = ()
         self._is_held = False
-        self._owners: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
-        self._is_checked = False
-        self.idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
-        self._unseen_steps, self._version = 0, -1  # changes of the weights by no optimizer of torch's
-        self._now: OptimizerStep | None = None  # made when asked for: in the middle of a copy there are no duals yet
-        self._last: Counts | None = None
-        self._noticed = self._faults = torch.zeros(2)  # steps with wrong N, and not finite
-        self._said = [0, 0]
+        self.loop = Loop(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = (
-            "config",
-            "sites",
-            "duals",
-            "prefix",
-            "forwards",
-            "_ranks",
-            "evaluated",
-            "virtual_tokens",
-            "pad_token_id",
-        )
+        kept = "config sites duals prefix forwards group evaluated virtual_tokens pad_token_id".split()
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -108,16 +89,12 @@ class PhiBalancer:
     @property
     def now(self) -> OptimizerStep:
         """The optimizer step under way."""
-        if self._now is None:
-            self._now = OptimizerStep(Counts(self.duals.shape, self.duals.values.device, self._bins), self.ranks)
-        return self._now
+        return self.loop.now
 
     @property
     def last(self) -> Counts:
         """What was counted in the last step, over all ranks."""
-        if self._last is None:
-            self._last = Counts(self.duals.shape, self.duals.values.device, self._bins)
-        return self._last
+        return self.loop.last
 
     # ------------------------------------------------------------------ its model
 
@@ -155,16 +132,17 @@ class PhiBalancer:
             process.follow(self)
         if root is not None and (self._root is None or self._root() is not root):
             self._root = weakref.ref(root)
-            self._ranks.copies = count_copies(root)
+            self.group.copies = count_copies(root)
             config = getattr(root, "config", None)
             self.pad_token_id = None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
 
     def set_config(self, config: PhiBalanceConfig) -> None:
         """Goes on with another configuration, in the middle of a step too."""
-        bins = self._bins
-        self.config, self._is_checked = config, False
+        bins = self.loop.bins
+        self.config = config
         self.duals.set_config(config)
-        if self._bins != bins:
+        self.loop.is_checked = False
+        if self.loop.bins != bins:
             self.discard_step()
 
     def find_copies(self) -> None:
@@ -207,20 +185,20 @@ class PhiBalancer:
         `balancer.process_group = torch.distributed.new_subgroups(1)[0]`. Average what `state_dict()` returns with the
         weights, and give it to `load_state_dict()`.
         """
-        return self._ranks.group
+        return self.group.group
 
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
-        self._ranks.group = group
+        self.group.group = group
 
     @property
     def ranks(self) -> int:
         """How many data-parallel ranks share a step."""
-        return self._ranks.count
+        return self.group.count
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """`values` summed over the data-parallel ranks, in place."""
-        self._ranks.sum_(values)
+        self.group.sum_(values)
         return values
 
     @property
@@ -339,41 +317,7 @@ class PhiBalancer:
         Raises:
             ValueError: if there is no micro-batch.
         """
-        number = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
-        if number < 1:
-            raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
-        if self.now.settled == 0:
-            self._now = None
-        elif self._is_given_up():
-            self._give_up()
-        elif self.now.number is not None:
-            logger.warning_once(
-                "begin_step() came again, but no optimizer of the model has stepped since the last one. The step goes on, over "
-                "the end of a pass (epoch) through the data perhaps, and its coefficient is shared. If the optimizer is not "
-                "one of torch's, call balancer.step() after it has stepped; after a step that was given up, discard_step()."
-            )
-        parts = None if isinstance(micro_batches, int) else [self._tokens_of(batch) for batch in micro_batches]
-        if parts is None or any(part is None for part in parts):
-            if parts is not None:
-                logger.warning_once(
-                    f"The micro-batches do not hold what token_mask={self.config.token_mask!r} needs; each will get the mean "
-                    "over its own tokens instead of its exact share of the step's."
-                )
-            self.now.announce(number, loss_scale=loss_scale, share=share)
-            return
-        counted = [part for part in parts if part is not None]
-        tokens = self._ranks.sum(torch.stack(counted).sum())
-        self.now.announce(number, tokens, counted if by_part else None, loss_scale, share)
-
-    def _tokens_of(self, batch: Any) -> Tensor | None:
-        """Tokens of a micro-batch that count, `()`; `None` if it does not tell."""
-        masks = announced_masks(batch, self.config.token_mask, self.pad_token_id)
-        if not masks:
-            return None
-        device = self.duals.values.device
-        number = torch.stack([mask.sum(dtype=torch.float32).to(device) for mask in masks]).sum()
-        in_front = self.virtual_tokens if self.virtual_tokens and self.config.token_mask != "labels" else 0
-        return number + in_front * sum(len(mask) for mask in masks)
+        self.loop.begin(micro_batches, loss_scale, by_part, share)
 
     def step(self, skipped: bool | None = None) -> None:
         """
@@ -386,173 +330,21 @@ class PhiBalancer:
         Raises:
             ValueError: at the first step, if a router was never called or the price gradient reaches nothing.
         """
-        self._end(skipped=skipped)
+        self.loop.end(skipped)
+
+    def check_finite(self) -> None:
+        """Says if steps had non-finite statistics or other tokens than announced; reads the device."""
+        self.loop.say_faults()
 
     def discard_step(self) -> None:
         """Forgets what has been counted since the last step: of a step that was given up, or an interrupted run."""
-        self._now = None
-
-    @contextmanager
-    def step_aside(self) -> Iterator[None]:
-        """While open, another step is under way; afterwards the present one goes on."""
-        step, idle, self._now = self._now, self.idle_steps, None
-        try:
-            yield
-        finally:
-            self._now, self.idle_steps = step, idle
+        self.loop.discard()
 
     def reset(self) -> None:
         """Begins anew, with even means, no prices and no bias of ours; a family's own bias stays."""
         self.duals.reset()
         self.duals.has_bias = self.config.bias_coef > 0
-        self.discard_step()
-        self._last = None
-
-    @property
-    def _bins(self) -> int:
-        """Bins of the histograms that the method wants of each expert."""
-        return BINS if self.config.rules.bias_rule == "quantile" and self.config.bias_coef > 0 else 0
-
-    def continue_or_begin(self) -> None:
-        """A training forward begins: in the step under way, or in a new one."""
-        if self.now.counts.flat.device != self.duals.values.device:
-            self._now = self._last = None
-        elif self.now.settled and self.now.number is None and self._is_given_up():
-            self._give_up()
-        probe = next((p for p in self.root.parameters() if p.requires_grad), None)
-        self._version = -1 if probe is None else probe._version
-
-    def _give_up(self) -> None:
-        """Forgets a step of whose gradients nothing is left; says if it looks as if an optimizer that is not torch's took it."""
-        self._now = None
-        probe = next((p for p in self.root.parameters() if p.requires_grad), None)
-        self._unseen_steps += probe is None or (probe._version != self._version and not process.is_stepping)
-        if self._unseen_steps == SILENT and probe is None:
-            logger.warning(
-                f"{type(self.root).__name__} trains nothing itself, so its means and biases do not move. If PEFT trains prompts in front "
-                "of it, call phb.get_balancer(model) with the PEFT model."
-            )
-        elif self._unseen_steps == SILENT:
-            logger.warning(
-                f"The weights of {type(self.root).__name__} have changed {SILENT} times, but no optimizer of torch's has stepped, so "
-                "the prices never move. Call phb.get_balancer(model).step() after the optimizer has stepped."
-            )
-
-    def _is_given_up(self) -> bool:
-        """Whether nothing is left of the gradients of the step under way."""
-        trained = [p for p in self.root.parameters() if p.requires_grad]
-        if not trained:  # no optimizer will end its steps, but one of prompts
-            return self.virtual_tokens is None
-        return all(p.grad is None for p in trained)
-
-    def _end(self, skipped: Tensor | bool | None = None) -> None:
-        """
-        Ends the step under way, on all ranks. `skipped` says if the optimizer has skipped it on this rank; a tensor, if only the
-        device knows.
-        """
-        step, shared = self.now, self.ranks > 1
-        if not step.settled and not (step.tokens is not None and shared):
-            return
-        self._now = None
-        if skipped is True and not shared:
-            return
-        counts = step.counts
-        if skipped is not None:
-            counts.skipped.copy_((torch.as_tensor(skipped) != 0).any())
-        if not self._is_checked:
-            check_ranks(self.config, self.sites, self._ranks, counts)
-        self.sum_over_ranks(counts.flat)
-        if not self._is_checked:
-            self.find_copies()
-            self._is_checked = check_first_step(self.config, self.sites, counts, step.added, step.second_order)
-        if self.config.adds_gradient and any(step.members) and not all(step.members):
-            logger.warning_once(
-                "A training forward that was alive during the backward got none of it, and was counted all the same, so the step received "
-                "less than its coefficient. Run forwards for metrics under torch.no_grad(), or drop what they returned."
-            )
-        if step.second_order and not step.added and self.config.adds_gradient:
-            logger.warning_once(
-                "The backward of an optimizer step was run with create_graph=True alone, so the price gradient was not added in "
-                "it; the means have moved."
-            )
-        self._unseen_steps = 0
-        self._notice_faults(step, counts)
-        self.duals.use_adapter(step.adapter)  # a reference may have run since, with the adapter off
-        may_be_skipped = shared or isinstance(skipped, Tensor)
-        self.duals.update(counts, may_be_skipped)
-        self.follow_adapter()
-        if may_be_skipped:  # what a skipped step counted is not shown
-            counts.flat.copy_(torch.where(counts.skipped > 0, self.last.flat, counts.flat))
-        self._last = counts
-
-    def _notice_faults(self, step: OptimizerStep, counts: Counts) -> None:
-        """Says if announced tokens were wrong, or statistics not finite, without waiting for the device: a step later."""
-        if complaint := check_numbers(step):
-            logger.warning_once(complaint)
-        wrong = (
-            torch.zeros_like(counts.tokens) if step.expected is None else (counts.tokens - step.expected).abs() > 0.5
-        )
-        bad = ~torch.isfinite(counts.flat).all()
-        self._say_faults()
-        self._faults = self._faults.to(counts.flat.device) + torch.stack(
-            [wrong.to(torch.float32), bad.to(torch.float32)]
-        )
-        self._noticed = self._faults.to("cpu", non_blocking=True)
-
-    def _say_faults(self) -> None:
-        for index, (number, text) in enumerate(zip(self._noticed.tolist(), (WRONG_NUMBER, NOT_FINITE))):
-            if number >= max(1, 2 * self._said[index]):  # at the first, then whenever it has doubled
-                self._said[index] = int(number)
-                logger.warning(text.format(int(number)))
-
-    def check_finite(self) -> None:
-        """Says if steps had non-finite statistics or other tokens than announced; reads the device."""
-        self._noticed = self._faults.cpu()
-        self._say_faults()
-
-    # ------------------------------------------------------------------ what happens in the loop
-
-    def is_owned_by(self, optimizer: Any) -> bool:
-        """Whether `optimizer` has parameters of the model."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        number, owns = self._owners.get(optimizer, (-1, False))
-        if number != len(parameters):
-            own = {id(p) for p in self.root.parameters()}
-            owns = any(id(p) in own for p in parameters)
-            self._owners[optimizer] = len(parameters), owns
-        return owns
-
-    def optimizer_has_stepped(self, optimizer: Any, skipped: Tensor | None) -> None:
-        """Ends the step that `optimizer` has made. With prompt learning the model trains nothing itself, so any optimizer does."""
-        if not self.is_owned_by(optimizer) and not (self.now.settled and self.virtual_tokens is not None):
-            return
-        if self.now.settled == 0:
-            self._say_silence()
-        self._end(skipped)
-
-    def scaler_has_updated(self, scaler: Any) -> None:
-        """A `GradScaler` is done with its step; where no optimizer has ended ours, it was skipped."""
-        if self.now.scaler is scaler:
-            self._end(skipped=True)
-
-    def _say_silence(self) -> None:
-        self.idle_steps += 1
-        if self.idle_steps != SILENT:
-            return
-        root = self.root
-        if not any(p.requires_grad for site in self.sites for m in site.modules for p in m.parameters()):
-            reason = "its routers are frozen, and nothing that lies below them is trained"
-        elif self.backbone is not None and not self.backbone.training:
-            reason = "it is in eval mode: call model.train() before training"
-        else:
-            reason = (
-                f"no training forward of {type(root).__name__} had a backward: its layers run without it (a stage of "
-                "torch.distributed.pipelining, which φ-balancing does not support), or under torch.no_grad()"
-            )
-        logger.warning(
-            f"An optimizer of {type(root).__name__} has stepped {SILENT} times, and no gradient came back through its routers, so "
-            f"nothing is balanced: {reason}."
-        )
+        self.loop = Loop(self)
 
     @property
     def is_open(self) -> bool:
@@ -742,13 +534,3 @@ class PhiBalancer:
         found = read_state(directory)
         check_model(found.model, describe_model(self.root, self.sites, self._own_names()))
         return found.tensors
-
-
-WRONG_NUMBER = (
-    "{} optimizer step(s) so far had other tokens than begin_step() was told, so they received another coefficient than the "
-    "configured one. Pass begin_step() the batches as the model gets them, or announce nothing where a step has one backward."
-)
-NOT_FINITE = (
-    "The routing statistics of {} step(s) were not finite (the loss or the router logits diverged); they were left out of the "
-    "means and prices. Lower the learning rate or check the data."
-)

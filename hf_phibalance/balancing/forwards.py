@@ -247,7 +247,7 @@ class Forwards:
 
     def _open_training(self, tokens: Tokens) -> Forward:
         balancer = self.balancer
-        balancer.continue_or_begin()
+        balancer.loop.continue_or_begin()
         balancer.duals.keep_native_fp32()
         number = tokens.count
         if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.adds_gradient:
@@ -349,7 +349,7 @@ class Forwards:
         self._number = torch.tensor(forward.key)  # for compiled layers that are recomputed now
         if torch.is_grad_enabled():
             step.second_order = True
-        balancer.idle_steps = 0
+        balancer.loop.has_gradients()
 
     def _price_of(self, forward: Forward) -> Tensor:
         """q of all routers in `forward`, `(L, E)`."""

@@ -139,9 +139,9 @@ def _after_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips on the device, without telling the host
     for balancer in balancers():
         if not in_backward():
-            balancer.optimizer_has_stepped(optimizer, skipped)
-        elif balancer.is_owned_by(optimizer):  # one optimizer per parameter, which steps inside the backward
-            end = functools.partial(balancer.optimizer_has_stepped, optimizer, skipped)
+            balancer.loop.optimizer_has_stepped(optimizer, skipped)
+        elif balancer.loop.is_owned_by(optimizer):  # one optimizer per parameter, which steps inside the backward
+            end = functools.partial(balancer.loop.optimizer_has_stepped, optimizer, skipped)
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
 
@@ -169,7 +169,7 @@ def loss_scale() -> tuple[Any, Tensor] | None:
 def _update(inner: Callable, scaler: Any, *args: Any, **kwargs: Any) -> None:
     inner(scaler, *args, **kwargs)
     for balancer in balancers():
-        balancer.scaler_has_updated(scaler)
+        balancer.loop.scaler_has_updated(scaler)
 
 
 def _save_model(inner: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:

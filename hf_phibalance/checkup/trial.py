@@ -66,7 +66,7 @@ def _leaving_no_trace(model: nn.Module, balancer: PhiBalancer) -> Iterator[None]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with balancer.step_aside():
+        with balancer.loop.step_aside():
             yield
     finally:
         random.restore()

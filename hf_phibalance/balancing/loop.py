@@ -1,0 +1,281 @@
+"""
+The training loop around a patched model: optimizer steps are announced, ended and given up.
+
+Nobody has to call anything: torch's optimizers and scalers report ([`process`]). So what stays silent is said: a loop in which
+no gradient comes back, an optimizer that is not torch's, tokens that were announced wrongly, statistics that are not finite.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..maths import BINS
+from . import process
+from .counts import Counts
+from .refusals import check_first_step, check_ranks
+from .step import OptimizerStep, check_numbers
+from .tokens import announced_masks
+
+
+if TYPE_CHECKING:
+    from .balancer import PhiBalancer
+
+
+logger = logging.get_logger(__name__)
+SILENT = 8  # optimizer steps without a backward through the routers, after which that is said
+WRONG_NUMBER = (
+    "{} optimizer step(s) so far had other tokens than begin_step() was told, so they received another coefficient than the "
+    "configured one. Pass begin_step() the batches as the model gets them, or announce nothing where a step has one backward."
+)
+NOT_FINITE = (
+    "The routing statistics of {} step(s) were not finite (the loss or the router logits diverged); they were left out of the "
+    "means and prices. Lower the learning rate or check the data."
+)
+
+
+class Loop:
+    """
+    Args:
+        balancer (`PhiBalancer`): of the model that is trained.
+    """
+
+    def __init__(self, balancer: PhiBalancer) -> None:
+        self.balancer = balancer
+        self.is_checked = False  # whether the first step was looked at
+        self._idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
+        self._unseen_steps, self._version = 0, -1  # changes of the weights by no optimizer of torch's
+        self._owners: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
+        self._now: OptimizerStep | None = None  # made when asked for: in the middle of a copy there are no duals yet
+        self._last: Counts | None = None
+        self._noticed = self._faults = torch.zeros(2)  # steps with wrong N, and not finite
+        self._said = [0, 0]
+
+    @property
+    def now(self) -> OptimizerStep:
+        """The optimizer step under way."""
+        if self._now is None:
+            self._now = OptimizerStep(
+                Counts(self.balancer.duals.shape, self.balancer.duals.values.device, self.bins), self.balancer.ranks
+            )
+        return self._now
+
+    @property
+    def last(self) -> Counts:
+        """What was counted in the last step, over all ranks."""
+        if self._last is None:
+            self._last = Counts(self.balancer.duals.shape, self.balancer.duals.values.device, self.bins)
+        return self._last
+
+    def begin(
+        self, micro_batches: Sequence[Any] | int, loss_scale: float | Tensor, by_part: bool, share: float
+    ) -> None:
+        """See [`PhiBalancer.begin_step`]."""
+        number = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
+        if number < 1:
+            raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
+        if self.now.settled == 0:
+            self._now = None
+        elif self._is_given_up():
+            self._give_up()
+        elif self.now.number is not None:
+            logger.warning_once(
+                "begin_step() came again, but no optimizer of the model has stepped since the last one. The step goes on, over "
+                "the end of a pass (epoch) through the data perhaps, and its coefficient is shared. If the optimizer is not "
+                "one of torch's, call balancer.step() after it has stepped; after a step that was given up, discard_step()."
+            )
+        parts = None if isinstance(micro_batches, int) else [self._tokens_of(batch) for batch in micro_batches]
+        if parts is None or any(part is None for part in parts):
+            if parts is not None:
+                logger.warning_once(
+                    f"The micro-batches do not hold what token_mask={self.balancer.config.token_mask!r} needs; each will get the mean "
+                    "over its own tokens instead of its exact share of the step's."
+                )
+            self.now.announce(number, loss_scale=loss_scale, share=share)
+            return
+        counted = [part for part in parts if part is not None]
+        tokens = self.balancer.group.sum(torch.stack(counted).sum())
+        self.now.announce(number, tokens, counted if by_part else None, loss_scale, share)
+
+    def _tokens_of(self, batch: Any) -> Tensor | None:
+        """Tokens of a micro-batch that count, `()`; `None` if it does not tell."""
+        masks = announced_masks(batch, self.balancer.config.token_mask, self.balancer.pad_token_id)
+        if not masks:
+            return None
+        device = self.balancer.duals.values.device
+        number = torch.stack([mask.sum(dtype=torch.float32).to(device) for mask in masks]).sum()
+        in_front = (
+            self.balancer.virtual_tokens
+            if self.balancer.virtual_tokens and self.balancer.config.token_mask != "labels"
+            else 0
+        )
+        return number + in_front * sum(len(mask) for mask in masks)
+
+    def discard(self) -> None:
+        """Forgets the step under way."""
+        self._now = None
+
+    @contextmanager
+    def step_aside(self) -> Iterator[None]:
+        """While open, another step is under way; afterwards the present one goes on."""
+        step, idle, self._now = self._now, self._idle_steps, None
+        try:
+            yield
+        finally:
+            self._now, self._idle_steps = step, idle
+
+    @property
+    def bins(self) -> int:
+        """Bins of the histograms that the method wants of each expert."""
+        return BINS if self.balancer.config.rules.bias_rule == "quantile" and self.balancer.config.bias_coef > 0 else 0
+
+    def continue_or_begin(self) -> None:
+        """A training forward begins: in the step under way, or in a new one."""
+        if self.now.counts.flat.device != self.balancer.duals.values.device:
+            self._now = self._last = None
+        elif self.now.settled and self.now.number is None and self._is_given_up():
+            self._give_up()
+        probe = next((p for p in self.balancer.root.parameters() if p.requires_grad), None)
+        self._version = -1 if probe is None else probe._version
+
+    def has_gradients(self) -> None:
+        """A backward has come back through the routers."""
+        self._idle_steps = 0
+
+    def _give_up(self) -> None:
+        """Forgets a step of whose gradients nothing is left; says if it looks as if an optimizer that is not torch's took it."""
+        self._now = None
+        probe = next((p for p in self.balancer.root.parameters() if p.requires_grad), None)
+        self._unseen_steps += probe is None or (probe._version != self._version and not process.is_stepping)
+        if self._unseen_steps == SILENT and probe is None:
+            logger.warning(
+                f"{type(self.balancer.root).__name__} trains nothing itself, so its means and biases do not move. If PEFT trains prompts in front "
+                "of it, call phb.get_balancer(model) with the PEFT model."
+            )
+        elif self._unseen_steps == SILENT:
+            logger.warning(
+                f"The weights of {type(self.balancer.root).__name__} have changed {SILENT} times, but no optimizer of torch's has stepped, so "
+                "the prices never move. Call phb.get_balancer(model).step() after the optimizer has stepped."
+            )
+
+    def _is_given_up(self) -> bool:
+        """Whether nothing is left of the gradients of the step under way."""
+        trained = [p for p in self.balancer.root.parameters() if p.requires_grad]
+        if not trained:  # no optimizer will end its steps, but one of prompts
+            return self.balancer.virtual_tokens is None
+        return all(p.grad is None for p in trained)
+
+    def end(self, skipped: Tensor | bool | None = None) -> None:
+        """
+        Ends the step under way, on all ranks. `skipped` says if the optimizer has skipped it on this rank; a tensor, if only the
+        device knows.
+        """
+        step, shared = self.now, self.balancer.ranks > 1
+        if not step.settled and not (step.tokens is not None and shared):
+            return
+        self._now = None
+        if skipped is True and not shared:
+            return
+        counts = step.counts
+        if skipped is not None:
+            counts.skipped.copy_((torch.as_tensor(skipped) != 0).any())
+        if not self.is_checked:
+            check_ranks(self.balancer.config, self.balancer.sites, self.balancer.group, counts)
+        self.balancer.sum_over_ranks(counts.flat)
+        if not self.is_checked:
+            self.balancer.find_copies()
+            self.is_checked = check_first_step(
+                self.balancer.config, self.balancer.sites, counts, step.added, step.second_order
+            )
+        if self.balancer.config.adds_gradient and any(step.members) and not all(step.members):
+            logger.warning_once(
+                "A training forward that was alive during the backward got none of it, and was counted all the same, so the step received "
+                "less than its coefficient. Run forwards for metrics under torch.no_grad(), or drop what they returned."
+            )
+        if step.second_order and not step.added and self.balancer.config.adds_gradient:
+            logger.warning_once(
+                "The backward of an optimizer step was run with create_graph=True alone, so the price gradient was not added in "
+                "it; the means have moved."
+            )
+        self._unseen_steps = 0
+        self._notice_faults(step, counts)
+        self.balancer.duals.use_adapter(step.adapter)  # a reference may have run since, with the adapter off
+        may_be_skipped = shared or isinstance(skipped, Tensor)
+        self.balancer.duals.update(counts, may_be_skipped)
+        self.balancer.follow_adapter()
+        if may_be_skipped:  # what a skipped step counted is not shown
+            counts.flat.copy_(torch.where(counts.skipped > 0, self.last.flat, counts.flat))
+        self._last = counts
+
+    def _notice_faults(self, step: OptimizerStep, counts: Counts) -> None:
+        """Says if announced tokens were wrong, or statistics not finite, without waiting for the device: a step later."""
+        if complaint := check_numbers(step):
+            logger.warning_once(complaint)
+        wrong = (
+            torch.zeros_like(counts.tokens) if step.expected is None else (counts.tokens - step.expected).abs() > 0.5
+        )
+        bad = ~torch.isfinite(counts.flat).all()
+        self._say_noticed()
+        self._faults = self._faults.to(counts.flat.device) + torch.stack(
+            [wrong.to(torch.float32), bad.to(torch.float32)]
+        )
+        self._noticed = self._faults.to("cpu", non_blocking=True)
+
+    def say_faults(self) -> None:
+        """Says what was noticed so far; reads the device."""
+        self._noticed = self._faults.cpu()
+        self._say_noticed()
+
+    def _say_noticed(self) -> None:
+        for index, (number, text) in enumerate(zip(self._noticed.tolist(), (WRONG_NUMBER, NOT_FINITE))):
+            if number >= max(1, 2 * self._said[index]):  # at the first, then whenever it has doubled
+                self._said[index] = int(number)
+                logger.warning(text.format(int(number)))
+
+    def is_owned_by(self, optimizer: Any) -> bool:
+        """Whether `optimizer` has parameters of the model."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        number, owns = self._owners.get(optimizer, (-1, False))
+        if number != len(parameters):
+            own = {id(p) for p in self.balancer.root.parameters()}
+            owns = any(id(p) in own for p in parameters)
+            self._owners[optimizer] = len(parameters), owns
+        return owns
+
+    def optimizer_has_stepped(self, optimizer: Any, skipped: Tensor | None) -> None:
+        """Ends the step that `optimizer` has made. With prompt learning the model trains nothing itself, so any optimizer does."""
+        if not self.is_owned_by(optimizer) and not (self.now.settled and self.balancer.virtual_tokens is not None):
+            return
+        if self.now.settled == 0:
+            self._say_silence()
+        self.end(skipped)
+
+    def scaler_has_updated(self, scaler: Any) -> None:
+        """A `GradScaler` is done with its step; where no optimizer has ended ours, it was skipped."""
+        if self.now.scaler is scaler:
+            self.end(skipped=True)
+
+    def _say_silence(self) -> None:
+        self._idle_steps += 1
+        if self._idle_steps != SILENT:
+            return
+        root = self.balancer.root
+        if not any(p.requires_grad for site in self.balancer.sites for m in site.modules for p in m.parameters()):
+            reason = "its routers are frozen, and nothing that lies below them is trained"
+        elif self.balancer.backbone is not None and not self.balancer.backbone.training:
+            reason = "it is in eval mode: call model.train() before training"
+        else:
+            reason = (
+                f"no training forward of {type(root).__name__} had a backward: its layers run without it (a stage of "
+                "torch.distributed.pipelining, which φ-balancing does not support), or under torch.no_grad()"
+            )
+        logger.warning(
+            f"An optimizer of {type(root).__name__} has stepped {SILENT} times, and no gradient came back through its routers, so "
+            f"nothing is balanced: {reason}."
+        )
