@@ -78,8 +78,18 @@ class PhiBalancer:
         self.loop = Loop(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = "config sites duals prefix forwards group evaluated virtual_tokens pad_token_id".split()
-        return {name: getattr(self, name) for name in kept}
+        kept = {
+            "config",
+            "sites",
+            "duals",
+            "prefix",
+            "forwards",
+            "group",
+            "evaluated",
+            "virtual_tokens",
+            "pad_token_id",
+        }
+        return {name: value for name, value in vars(self).items() if name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

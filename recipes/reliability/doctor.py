@@ -1,6 +1,6 @@
 """
-Examines trainers from outside with `phb.doctor`: what coefficient does it measure in each, how long does that take, and is
-what was planted found?
+Examines trainers by `phb.attach(trainer, verify=True)`: what coefficient does it measure in each, how long does training with it
+take, and is what was planted found?
 
 Usage:
 
@@ -12,6 +12,7 @@ without a warning that says why, or a planted fault is not reported.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import sys
 import tempfile
@@ -75,7 +76,7 @@ def make_trainer(name, model, tokenizer, folder, accumulation):
         "use_cpu": True,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": accumulation,
-        "max_steps": 1,
+        "max_steps": 2,  # prices begin with the second
         "report_to": [],
         "disable_tqdm": True,
     }
@@ -114,7 +115,7 @@ TRAINERS = (
 
 
 def examine(name, accumulation, tokenizer):
-    """The report, and seconds of it and of the step itself."""
+    """The report on the step that training takes, and the seconds that training took."""
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         model = build_model("mixtral", FIELDS, tokenizer).train()
@@ -123,17 +124,15 @@ def examine(name, accumulation, tokenizer):
         model.name_or_path = model.config._name_or_path = folder  # where GRPO and RLOO look for a tokenizer
         trainer = make_trainer(name, phb.patch(model, {"coef": COEF}), tokenizer, folder, accumulation)
         trainer.remove_callback(PrinterCallback)
-        phb.attach(trainer)
+        callback = phb.attach(trainer, verify=True)
         start = time.perf_counter()
-        report = phb.doctor(trainer)
-        seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        trainer.train()
-        return report, seconds, time.perf_counter() - start
+        with contextlib.suppress(ValueError):  # training ends where something is wrong
+            trainer.train()
+        return callback.report, time.perf_counter() - start
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Examines trainers with phb.doctor.")
+    parser = argparse.ArgumentParser(description="Examines the steps of trainers by phb.attach(trainer, verify=True).")
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=TRAINERS)
     parser.add_argument("--accumulation", nargs="+", type=int, default=[1, 4])
     args = parser.parse_args()
@@ -142,12 +141,12 @@ def main() -> int:
     tokenizer = train_tokenizer([f"{row['question']} {row['answer']}" for row in PROBLEMS], vocab_size=300)
     names = ("torch", "transformers", "trl", "accelerate")
     table = Table(title=", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
-    for column in ("trainer", "micro-batches", "status", "ratio", "residual", "doctor, s", "train(), s"):
+    for column in ("trainer", "micro-batches", "status", "ratio", "residual", "train(verify), s"):
         table.add_column(column)
     wrong = 0
     for name in args.trainers:
         for accumulation in args.accumulation:
-            report, doctor_s, train_s = examine(name, accumulation, tokenizer)
+            report, seconds = examine(name, accumulation, tokenizer)
             found = report.coefficient
             if name.startswith("planted"):
                 wrong += not any(check.name == "coefficient" for check in report.problems)
@@ -155,7 +154,7 @@ def main() -> int:
                 off = found is None or abs(found.ratio - 1) > BOUND
                 wrong += bool(report.problems) or (off and report.status == "ok")
             figures = ("", "") if found is None else (f"{found.ratio:.6f}", f"{found.residual:.0e}")
-            table.add_row(name, str(accumulation), report.status, *figures, f"{doctor_s:.1f}", f"{train_s:.1f}")
+            table.add_row(name, str(accumulation), report.status, *figures, f"{seconds:.1f}")
     Console(width=110).print(table)
     print(f"{wrong} not as they should be")
     return 1 if wrong else 0
