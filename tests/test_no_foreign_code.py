@@ -7,7 +7,8 @@ from paths import ROOT
 
 
 SOURCES = sorted([*(ROOT / "hf_phibalance").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
-SOURCES = [path for path in SOURCES if "reliability" not in path.parts]  # these read only what they have just written
+# environments made by nox are others' code; recipes in reliability read only what they have just written
+SOURCES = [path for path in SOURCES if not {"reliability", ".nox"} & set(path.parts)]
 # what runs code: functions by their last name, and where they are allowed, with the reason
 RUNS = {"eval", "exec", "Unpickler", "unsafe_load", "full_load", "run_path"}
 ALLOWED = {

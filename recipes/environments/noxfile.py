@@ -4,6 +4,7 @@ Environments made from scratch, with what works in them: older versions of trans
 nox -f recipes/environments/noxfile.py                                # all of them, in turn
 nox -f recipes/environments/noxfile.py -s "core(transformers-5.6)"    # one set of versions: every family, the core's tests
 nox -f recipes/environments/noxfile.py -s "tool(axolotl)"             # one tool: its integration's tests, by its own command
+nox -f recipes/environments/noxfile.py -s oldest_torch deepspeed      # the oldest torch; ZeRO-2 and ZeRO-3
 
 `core` leaves results/environments/NAME.json, `tool` results/environments/tools/NAME.xml (not with arguments of your own after
 `--`, for pytest); `python recipes/environments/table.py` makes the README's tables of them. The CPU build of torch is installed
@@ -66,3 +67,23 @@ def tool(session: nox.Session, name: str) -> None:
     tests = ROOT / "tests" / "integrations" / TOOLS[name]
     report = ["-o", "junit_family=xunit1", f"--junitxml={RESULTS / 'tools' / name}.xml"]
     session.run("pytest", "-q", str(tests), *(session.posargs or report), env=OFFLINE)
+
+
+@nox.session
+def oldest_torch(session: nox.Session) -> None:
+    """Steps, gradients and copies on the oldest torch that pyproject.toml promises (a CUDA build, of several GB)."""
+    session.install("torch==2.6.0", "transformers==5.24.0", "peft", "trl>=1.16,<2", "-r", str(HERE / "tests.txt"))
+    session.install("-e", str(ROOT))
+    files = ["test_steps.py", "test_process.py", "test_copies.py", "test_phi_gradient.py"]
+    # transformers' experts have no second derivative there
+    tests = [*(str(ROOT / "tests" / "balancing" / name) for name in files), "-k", "not create_graph"]
+    session.run("pytest", "-q", *tests, *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    """The recipes under ZeRO-2 and ZeRO-3, on two processes."""
+    session.install(TORCH)
+    session.install("-e", f"{ROOT}[dev]", "setuptools", "wheel", "hjson", "py-cpuinfo", "msgpack", "einops", "ninja")
+    session.install("--no-deps", "--no-build-isolation", "deepspeed==0.19.8")
+    session.run("pytest", "-q", str(ROOT / "tests" / "training" / "test_launch.py"), *session.posargs, env=OFFLINE)
