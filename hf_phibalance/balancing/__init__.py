@@ -1,30 +1,30 @@
 """
-Balancing: what a patched model counts, how its means, prices and biases move, and the gradient that its routers get. Knows
+Balancing: counts the tokens of a patched model, moves its means, prices and biases, and adds the gradient of its routers. Knows
 optimizer steps, not trainers.
 
-The way of a token: `forwards` opens a forward of the backbone with its token mask (`tokens`); each router's probabilities and
-selection enter its `counts`; when its backward comes, `step` sets the token's weight 1/N and `gradient` adds coef · q to the
-router's gradient; when the optimizer has stepped (`process`), the counts of all ranks move the means, and these the prices and
-biases (`duals`).
+1. `forwards` opens a forward of the backbone with its token mask (`tokens`).
+2. Each router adds its probabilities and selections to the `counts` of the forward.
+3. In the backward, `step` sets the weight 1/N of each token, and `gradient` adds coef · q to the router's gradient.
+4. After the optimizer step (`process`), the counts of all ranks move the means. The means give the prices and biases (`duals`).
 
 | module | what it holds |
 |---|---|
-| `patching` | putting all this into a model, and taking it out |
+| `patching` | patches a model, and takes the patch out |
 | `balancer` | the object of a patched model |
 | `forwards` | which forwards count and which get the auxiliary gradient; what the routers do in them |
 | `tokens` | which tokens of a forward count |
 | `counts` | sums over tokens |
-| `loop` | the training loop: steps announced, ended and given up; what would stay silent |
-| `step` | an optimizer step, its forwards, and what a token weighs |
+| `loop` | the training loop: announces, ends and gives up steps; warns of silent failures |
+| `step` | an optimizer step, its forwards, and the weight of a token |
 | `gradient`, `compiled` | the auxiliary gradient; the same under `torch.compile` |
 | `duals` | means, prices and biases, and how a step moves them |
-| `process` | all that is set in the process; private names of torch |
-| `ranks` | who shares a step |
-| `adapters` | which adapter of PEFT is switched on |
-| `state` | the file beside the weights |
+| `process` | hooks and wrappers set in the whole process; private names of torch |
+| `ranks` | the ranks that share a step |
+| `adapters` | which PEFT adapter is switched on |
+| `state` | the file next to the weights |
 | `refusals` | what cannot be balanced |
-| `learning` | which routers learn, and what balancing can move |
-| `built_in_loss`, `undo` | the auxiliary loss that is off meanwhile; changes that can be taken back |
+| `learning` | which routers learn, and which parameters the balancing gradient reaches |
+| `built_in_loss`, `undo` | switches off the model's own auxiliary loss; changes that can be undone |
 """
 
 from .adapters import virtual_tokens

@@ -1,4 +1,4 @@
-"""A selection bias and PEFT's adapters: a bias belongs to the adapter it was trained with, as its weights do."""
+"""Finds the PEFT adapter that is switched on: a selection bias belongs to the adapter that it was trained with."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ def find_layer(
     root: nn.Module, known: weakref.ref[nn.Module] | None = None, is_new: bool = False
 ) -> weakref.ref[nn.Module] | None:
     """
-    A layer of PEFT in `root`, which tells what adapter is switched on; `None` if there is none.
+    Returns a PEFT layer in `root`, for [`active`]; `None` if there is none.
 
     Args:
         root (`torch.nn.Module`): the transformers model.
         known (`weakref.ref`, *optional*): what the last call returned.
-        is_new (`bool`, *optional*, defaults to `False`): whether to look although the model does not say that it has adapters, as
-            the backbone of a copy does not.
+        is_new (`bool`, *optional*, defaults to `False`): whether to search even if `root` has no `peft_config`, like the
+            backbone of a copy.
     """
     if known is not None and known() is not None:
         return known
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None or not (is_new or hasattr(root, "peft_config")):
         return None
-    follow_peft()  # which may have been imported since
+    follow_peft()  # PEFT may have been imported since
     found = (module for module in root.modules() if isinstance(module, tuners.BaseTunerLayer))
     return next((weakref.ref(layer) for layer in found), None)
 
 
 def active(layer: weakref.ref[nn.Module] | None, even_disabled: bool = False) -> str | None:
-    """The adapter that is switched on in `layer`, as [`find_layer`] returns it; `None` if there is none, or if it is disabled."""
+    """Returns the adapter that is switched on in `layer` (of [`find_layer`]); `None` if there is none, or if it is disabled."""
     found: Any = None if layer is None else layer()
     if found is None or (found.disable_adapters and not even_disabled):
         return None
@@ -42,7 +42,7 @@ def active(layer: weakref.ref[nn.Module] | None, even_disabled: bool = False) ->
 
 
 def virtual_tokens(model: nn.Module) -> int | None:
-    """Tokens that prompt learning of PEFT (prompt tuning, P-tuning) puts in front of each row of `model`; `None` without it."""
+    """Returns how many tokens PEFT's prompt learning puts in front of each row of `model`; `None` without prompt learning."""
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     if config is None or not getattr(config, "is_prompt_learning", False):
         return None

@@ -1,4 +1,4 @@
-"""The object of a patched model: prices, loads and biases to read, optimizer steps, evaluations, and the state to save."""
+"""The balancer of a patched model: prices, loads and biases to read, optimizer steps, evaluations, and the state to save."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ logger = logging.get_logger(__name__)
 
 class PhiBalancer:
     """
-    Balances the routers of a model; made by [`patch`], found by [`get_balancer`].
+    Balances the routers of a model. [`patch`] makes it, [`get_balancer`] finds it.
 
     A raw training loop needs no call: an optimizer step ends when a torch optimizer that owns parameters of the model has
-    stepped. Only accumulated steps are announced, so that each token's share of the step is known:
+    stepped. Only gradient accumulation needs `begin_step`, so that the weight of each token is known:
 
     ```python
     balancer = phb.get_balancer(model)
@@ -62,14 +62,14 @@ class PhiBalancer:
         duals.balancer = self
         self.forwards = Forwards(self)
         self.group = Ranks()
-        self.evaluated: dict[str, float] = {}  # MaxVio of the last evaluation, with and without a bias of ours
+        self.evaluated: dict[str, float] = {}  # MaxVio of the last evaluation, with and without our own bias
         self.ignores_bias = False
-        self.virtual_tokens: int | None = None  # that prompt learning of PEFT puts in front of each row
+        self.virtual_tokens: int | None = None  # tokens that PEFT's prompt learning puts in front of each row
         self.pad_token_id: int | None = None
         self._begin()
 
     def _begin(self) -> None:
-        """As without any step, and not yet in a model."""
+        """Sets the state of a balancer without a model and without steps."""
         self._backbone: weakref.ref[nn.Module] | None = None
         self._root: weakref.ref[nn.Module] | None = None
         self._adapter_layer: weakref.ref[nn.Module] | None = None
@@ -78,7 +78,7 @@ class PhiBalancer:
         self.loop = Loop(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {
+        kept = [
             "config",
             "sites",
             "duals",
@@ -88,7 +88,7 @@ class PhiBalancer:
             "evaluated",
             "virtual_tokens",
             "pad_token_id",
-        }
+        ]
         return {name: value for name, value in vars(self).items() if name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -98,24 +98,22 @@ class PhiBalancer:
 
     @property
     def now(self) -> OptimizerStep:
-        """The optimizer step under way."""
+        """The current optimizer step."""
         return self.loop.now
 
     @property
     def last(self) -> Counts:
-        """What was counted in the last step, over all ranks."""
+        """Counts of the last step, over all ranks."""
         return self.loop.last
-
-    # ------------------------------------------------------------------ its model
 
     @property
     def backbone(self) -> nn.Module | None:
-        """The body of the model, which gets the batch; `None` once it is gone."""
+        """The model without its head; `None` once it is gone."""
         return None if self._backbone is None else self._backbone()
 
     @property
     def root(self) -> nn.Module:
-        """The transformers model that was patched, or its backbone where only that is there."""
+        """The transformers model that was patched, or its backbone if the model around it is gone."""
         root = None if self._root is None else self._root()
         found = self.backbone if root is None else root
         if found is None:
@@ -128,13 +126,13 @@ class PhiBalancer:
         return self._root is not None and self._root() is not None
 
     def rename(self, prefix: str) -> None:
-        """Names the routers as in a model that has its backbone at `prefix`."""
+        """Renames the routers for a model that has its backbone at `prefix`."""
         for site in self.sites:
             site.name = f"{prefix}{site.name.removeprefix(self.prefix)}"
         self.prefix = prefix
 
     def bind(self, backbone: nn.Module, root: nn.Module | None = None) -> None:
-        """Belongs to `backbone` from now on, as a copy does."""
+        """Makes this the balancer of `backbone` and `root`. A copied balancer has neither yet."""
         if self.backbone is not backbone:
             self._backbone = weakref.ref(backbone)
             find_copies(backbone, self.sites, self.prefix)
@@ -147,7 +145,7 @@ class PhiBalancer:
             self.pad_token_id = None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
 
     def set_config(self, config: PhiBalanceConfig) -> None:
-        """Goes on with another configuration, in the middle of a step too."""
+        """Changes the configuration, also in the middle of a step."""
         bins = self.loop.bins
         self.config = config
         self.duals.set_config(config)
@@ -156,12 +154,12 @@ class PhiBalancer:
             self.discard_step()
 
     def find_copies(self) -> None:
-        """Looks for the routers' modules again."""
+        """Searches the backbone again for the modules of the routers."""
         if self.backbone is not None:
             find_copies(self.backbone, self.sites, self.prefix)
 
     def follow_adapter(self) -> None:
-        """The bias that acts is that of the adapter which is switched on."""
+        """Puts the selection bias of the active adapter in force."""
         if self._is_held:
             return
         names = tuple(getattr(self.root, "peft_config", ()))
@@ -173,7 +171,7 @@ class PhiBalancer:
 
     @contextmanager
     def using_adapter(self, adapter: str | None) -> Iterator[None]:
-        """While open, the bias is that of `adapter`, whichever is switched on."""
+        """Context manager: inside it the selection bias of `adapter` is in force, whichever adapter is switched on."""
         self.follow_adapter()
         self._is_held = True
         self.duals.use_adapter(adapter)
@@ -188,12 +186,12 @@ class PhiBalancer:
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """
-        The ranks whose gradients are averaged in an optimizer step, and whose tokens differ; `None` for all, of which those that
-        share their tokens since transformers has split the model over them (`tp_plan`, `DistributedConfig`) count once.
+        The data-parallel ranks: they average gradients in an optimizer step and hold different tokens. `None` for all ranks.
+        Ranks over which transformers has split one model (`tp_plan`, `DistributedConfig`) hold the same tokens and count once.
 
-        Ranks that step each for themselves and average weights only now and then (DiLoCo, local SGD) are groups of one:
-        `balancer.process_group = torch.distributed.new_subgroups(1)[0]`. Average what `state_dict()` returns with the
-        weights, and give it to `load_state_dict()`.
+        In DiLoCo or local SGD each rank steps alone and weights are averaged only now and then. Set
+        `balancer.process_group = torch.distributed.new_subgroups(1)[0]`, average `state_dict()` together with the weights, and
+        pass the average to `load_state_dict()`.
         """
         return self.group.group
 
@@ -203,11 +201,11 @@ class PhiBalancer:
 
     @property
     def ranks(self) -> int:
-        """How many data-parallel ranks share a step."""
+        """Number of data-parallel ranks."""
         return self.group.count
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """`values` summed over the data-parallel ranks, in place."""
+        """Sums `values` over the data-parallel ranks, in place, and returns them."""
         self.group.sum_(values)
         return values
 
@@ -223,7 +221,7 @@ class PhiBalancer:
 
     @property
     def coef(self) -> float:
-        """Strength of the price gradient in the step under way, by the schedule of the configuration."""
+        """Coefficient of the price gradient in the current step, by the schedule of the configuration."""
         return self.config.coef_at(self.duals.begun)
 
     @property
@@ -236,7 +234,7 @@ class PhiBalancer:
         EMA m of the routing distribution by layer name, each `(E,)` fp32.
 
         Args:
-            statistic (`str`, *optional*): `"probs"` or `"load"`; `config.track` unless said.
+            statistic (`str`, *optional*): `"probs"` or `"load"`; defaults to `config.track`.
         """
         statistic = statistic or self.config.track
         if statistic not in STATISTICS:
@@ -244,7 +242,7 @@ class PhiBalancer:
         return self._by_layer(self.duals.mean(statistic))
 
     def prices(self) -> dict[str, Tensor]:
-        """Centred dual prices q behind the gradient by layer name, each `(E,)` fp32."""
+        """Centred prices q of the gradient by layer name, each `(E,)` fp32."""
         return self._by_layer(self.duals.price)
 
     def biases(self) -> dict[str, Tensor]:
@@ -262,11 +260,12 @@ class PhiBalancer:
 
     def metrics(self, per_layer: int = 16) -> dict[str, float]:
         """
-        Balance of the last optimizer step as plain numbers; reads them off the device, so call it when logging. Those of routers
-        for images only, or in a vision tower, are apart: `vision/max_vio`, ..., and `vision/tokens`, what each of them routed.
+        Returns the balance of the last optimizer step as plain numbers. Reads the device, so call it only when logging. Routers
+        for images only, or in a vision tower, have metrics of their own: `vision/max_vio`, ..., and `vision/tokens`, the number
+        of tokens that each of them routed.
 
         Args:
-            per_layer (`int`, *optional*, defaults to `16`): At most so many layers, evenly spaced, are shown on their own.
+            per_layer (`int`, *optional*, defaults to `16`): At most this many layers, evenly spaced, get metrics of their own.
         """
         values = self._load_metrics(self.last, per_layer)
         values["price_range"] = max(float(price.max() - price.min()) for price in self.prices().values())
@@ -297,7 +296,7 @@ class PhiBalancer:
         return {**values, "tokens": tokens}
 
     def learning_report(self) -> LearningReport:
-        """Which routers and experts learn, and what the balancing gradient reaches."""
+        """Reports which routers and experts learn, and which parameters the balancing gradient reaches."""
         return LearningReport(self.config.coef, [describe_router(site.name, self.root) for site in self.sites])
 
     # ------------------------------------------------------------------ one optimizer step
@@ -315,14 +314,14 @@ class PhiBalancer:
 
         Args:
             micro_batches (`Sequence[Mapping]` or `int`):
-                This rank's batches of the step, as they will be passed to the model: their tokens are counted, which
-                makes the step exactly invariant to the split. A number instead says only how many there will be; each
-                then gets the mean over its own tokens, divided by that number.
+                This rank's batches of the step, as they will be passed to the model. Their tokens are counted, so the gradient
+                does not depend on the split into micro-batches. If only their number is given, each gets the mean over its own
+                tokens, divided by that number.
             loss_scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`):
-                What gradients are divided by before the optimizer sees them, for scalers that are not torch's; the scale of
-                a `GradScaler` is found without it.
+                Gradients are divided by it before the optimizer sees them. Only for scalers that are not torch's: the scale of a
+                `GradScaler` is found by itself.
             by_part (`bool`, *optional*, defaults to `False`): for trainers, whose forwards say which micro-batch they belong to.
-            share (`float`, *optional*, defaults to `1.0`): of the coefficient, if more micro-batches will be announced.
+            share (`float`, *optional*, defaults to `1.0`): share of the coefficient, if more micro-batches will be announced.
 
         Raises:
             ValueError: if there is no micro-batch.
@@ -331,11 +330,11 @@ class PhiBalancer:
 
     def step(self, skipped: bool | None = None) -> None:
         """
-        Ends the optimizer step: its statistics are summed over the ranks and move means, prices and biases. Torch's optimizers
-        end it by themselves, and a call after that does nothing; call it in loops with another kind of optimizer, on every rank.
+        Ends the optimizer step: sums its statistics over the ranks and moves means, prices and biases. Torch's optimizers call
+        it by themselves, and a second call does nothing. With any other optimizer call it after each step, on every rank.
 
         Args:
-            skipped (`bool`, *optional*): whether the optimizer step was skipped, so that nothing is to move.
+            skipped (`bool`, *optional*): whether the optimizer step was skipped. Then nothing moves.
 
         Raises:
             ValueError: at the first step, if a router was never called or the price gradient reaches nothing.
@@ -343,35 +342,35 @@ class PhiBalancer:
         self.loop.end(skipped)
 
     def check_finite(self) -> None:
-        """Says if steps had non-finite statistics or other tokens than announced; reads the device."""
+        """Warns of steps that had non-finite statistics or other tokens than announced. Reads the device."""
         self.loop.say_faults()
 
     def discard_step(self) -> None:
-        """Forgets what has been counted since the last step: of a step that was given up, or an interrupted run."""
+        """Discards the counts since the last step, after a step that was given up or a run that was interrupted."""
         self.loop.discard()
 
     def reset(self) -> None:
-        """Begins anew, with even means, no prices and no bias of ours; a family's own bias stays."""
+        """Resets to uniform means, zero prices and no selection bias. A family's own bias stays."""
         self.duals.reset()
         self.duals.has_bias = self.config.bias_coef > 0
         self.loop = Loop(self)
 
     @property
     def is_open(self) -> bool:
-        """Whether `begin_step` has announced the step under way."""
+        """Whether `begin_step` has announced the current step."""
         return self.now.number is not None
 
     @property
     def is_trained_on(self) -> bool:
-        """Whether a backward of the step under way has run."""
+        """Whether a backward of the current step has run."""
         return self.now.settled > 0
 
     def replaying(self) -> AbstractContextManager[None]:
         """
-        While open, the routers are told from outside what to choose, as reinforcement learning does that replays the experts
-        of its rollout: the router's forward returns indices that are not its own top-k. What is returned counts as load, the
-        price acts on the probabilities as ever, and the selection bias, which has no part in such a choice, neither acts
-        nor moves in that optimizer step. Only the forwards of the update belong inside, not those of the rollout:
+        Context manager for forwards whose experts are chosen from outside, as in reinforcement learning that replays the experts
+        of its rollout: there the router returns indices that are not its own top-k. These indices count as load, and the price
+        acts on the probabilities as always. The selection bias has no part in this choice, so it does not act here and does not
+        move in this optimizer step. Run only the forwards of the update inside, not those of the rollout:
 
         ```python
         class ReplayingTrainer(GRPOTrainer):
@@ -380,8 +379,8 @@ class PhiBalancer:
                     return super().compute_loss(model, inputs, *args, **kwargs)
         ```
 
-        with `replay` the trainer's own way of making the routers return these experts and their weights. If any data-parallel rank
-        replays any micro-batch of a step, the biases hold on all.
+        Here `replay` is the trainer's own way to make the routers return these experts and their weights. If any data-parallel
+        rank replays any micro-batch of a step, the biases stay the same on all ranks.
         """
         return self.forwards.replaying()
 
@@ -395,13 +394,13 @@ class PhiBalancer:
     @contextmanager
     def evaluation(self, generation: bool = False, eos_token_id: int | Sequence[int] | None = None) -> Iterator[None]:
         """
-        While open, forwards that do not train are counted apart, for [`~PhiBalancer.eval_metrics`].
+        Context manager: counts forwards without gradients inside it, for [`~PhiBalancer.eval_metrics`].
 
         Args:
             generation (`bool`, *optional*, defaults to `False`):
-                Whether forwards with a cache are counted too, as in `model.generate`: each token of a prompt and each new
-                token once; padding and rows that have ended never. Without it, forwards with a cache are not counted.
-            eos_token_id (`int` or `Sequence[int]`, *optional*): ends a row; that of the model's generation config unless given.
+                Whether to count forwards with a cache too, as in `model.generate`. Then each token of a prompt and each new token
+                counts once. Padding and rows that have ended never count.
+            eos_token_id (`int` or `Sequence[int]`, *optional*): ends a row; defaults to that of the generation config.
         """
         end = None
         if generation:
@@ -417,8 +416,8 @@ class PhiBalancer:
 
     def eval_metrics(self, per_layer: int = 16) -> dict[str, float]:
         """
-        Balance over everything forwarded inside the open [`~PhiBalancer.evaluation`], over all ranks; with a selection bias of
-        ours also `plain_max_vio`, MaxVio of what the routers would choose without it, as after a plain load.
+        Returns the balance of all forwards in the open [`~PhiBalancer.evaluation`], over all ranks. With a selection bias of
+        ours it includes `plain_max_vio`: MaxVio without this bias, as after a plain load.
         """
         if self.forwards.evaluation is None:
             raise RuntimeError("eval_metrics() is to be called inside `with balancer.evaluation():`.")
@@ -434,11 +433,9 @@ class PhiBalancer:
             self.evaluated = {name: values[name] for name in ("max_vio", "plain_max_vio", "tokens") if name in values}
         return values
 
-    # ------------------------------------------------------------------ set from outside, between steps
-
     @contextmanager
     def without_bias(self) -> Iterator[None]:
-        """While open, selection biases that are ours do not act, as after a plain load; a family's own do."""
+        """Context manager: inside it our selection biases do not act, as after a plain load. A family's own do."""
         had, self.ignores_bias = self.ignores_bias, True
         try:
             yield
@@ -447,16 +444,16 @@ class PhiBalancer:
 
     def set_means(self, sums: Mapping[str, Mapping[str, Tensor]]) -> None:
         """
-        Sets the means, and so the prices.
+        Sets the means and the prices that follow from them.
 
         Args:
             sums (`Mapping[str, Mapping[str, Tensor]]`):
-                For `"probs"` and `"load"` the sum over tokens by layer name, each `(E,)`. A router without any keeps its mean.
+                For `"probs"` and `"load"` the sum over tokens by layer name, each `(E,)`. A router with sum 0 keeps its mean.
         """
         self.duals.set_means({statistic: self._rows(by_layer) for statistic, by_layer in sums.items()})
 
     def set_biases(self, biases: Mapping[str, Tensor]) -> None:
-        """Sets the selection biases by layer name, each `(E,)`; a family's own where it has one."""
+        """Sets the selection biases by layer name, each `(E,)`, in the family's own tensor where it has one."""
         self.follow_adapter()
         self.duals.set_biases(self._rows(biases))
 
@@ -474,8 +471,8 @@ class PhiBalancer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """
-        Means and biases by `"{router}.{mean_probs | mean_load | bias}"`, and the number of steps. Routers are named relative to
-        the backbone, so that a model with a head and one without share their state.
+        Returns means and biases as `"{router}.{mean_probs | mean_load | bias}"`, and the number of steps. Names are relative to
+        the backbone, so the state fits a model with and without a head.
         """
         self.follow_adapter()
         self.duals.read_native()
@@ -489,8 +486,8 @@ class PhiBalancer:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """
-        Restores what [`~PhiBalancer.state_dict`] returned; nothing is changed if it does not fit. A state without biases sets
-        those that are ours to 0.
+        Restores the state of [`~PhiBalancer.state_dict`]. Changes nothing if it does not fit. A state without biases sets our
+        selection biases to 0.
 
         Raises:
             ValueError: if a tensor is missing, of another type or shape, not finite, no distribution where it has to be one,
@@ -498,17 +495,15 @@ class PhiBalancer:
         """
         self.find_copies()
         self.follow_adapter()
-        state = fit_names(state, self._own_names())
-        check_state(state, dict(zip(self._own_names(), (site.num_experts for site in self.sites))))
+        state = self._fitted(state)
         biased = any(key.endswith(".bias") for key in state)
         duals = self.duals
         with torch.no_grad():
             for index, (name, site) in enumerate(zip(self._own_names(), self.sites)):
                 for statistic in STATISTICS:
-                    row = duals.mean(statistic)[index, : site.num_experts]
-                    row.copy_(state[f"{name}.mean_{statistic}"])
+                    duals.mean(statistic)[index, : site.num_experts].copy_(state[f"{name}.mean_{statistic}"])
                 if biased or not site.has_native_bias:
-                    duals.biases[index, : site.num_experts] = state[f"{name}.bias"].to(row) if biased else 0.0
+                    duals.biases[index, : site.num_experts] = state[f"{name}.bias"].to(duals.biases) if biased else 0.0
         duals.has_bias = biased or self.config.bias_coef > 0
         if biased:
             duals.write_native()
@@ -522,22 +517,24 @@ class PhiBalancer:
 
     def load(self, directory: str | os.PathLike) -> None:
         """
-        Restores what [`~PhiBalancer.save`] wrote, from the file or from its directory.
+        Restores the file that [`~PhiBalancer.save`] wrote, given its path or its directory.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged or belongs to another model; the state is then as before.
+            ValueError: if it is damaged or belongs to another model. The state is then unchanged.
         """
         self.load_state_dict(self._read(directory))
 
     def check(self, directory: str | os.PathLike) -> int:
-        """
-        Whether [`~PhiBalancer.load`] would take what is there, which raises what it would; changes nothing. Returns the number
-        of optimizer steps behind it.
-        """
-        state = fit_names(self._read(directory), self._own_names())
-        check_state(state, dict(zip(self._own_names(), (site.num_experts for site in self.sites))))
-        return int(state["steps"]) if "steps" in state else 0
+        """Raises what [`~PhiBalancer.load`] would raise, changes nothing, and returns the number of steps in the file."""
+        return int(self._fitted(self._read(directory)).get("steps", 0))
+
+    def _fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns `state` under this model's names; raises `ValueError` if it does not fit."""
+        names = self._own_names()
+        state = fit_names(state, names)
+        check_state(state, dict(zip(names, (site.num_experts for site in self.sites))))
+        return state
 
     def _read(self, directory: str | os.PathLike) -> dict[str, Tensor]:
         self.find_copies()

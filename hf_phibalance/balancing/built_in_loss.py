@@ -1,4 +1,4 @@
-"""The auxiliary loss that a family, or its trainer, brings along: switched off while ours is on."""
+"""Switches off the auxiliary loss of the model or its trainer while φ-balancing is on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .undo import Undo
 
 logger = logging.get_logger(__name__)
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-# Stands for 0 where remote code computes its loss only `if alpha > 0` and then uses it in any case.
+# Stands for 0: some remote code computes its loss only `if alpha > 0`, but uses it in any case.
 VANISHING = 1e-300
 
 
@@ -38,7 +38,7 @@ def switch_off_built_in_loss(root: nn.Module, undo: Undo) -> bool:
 
 
 def announce_switched_off() -> None:
-    """One notice, whoever computes the loss: the trainers of TRL do so themselves, and note it in the model's config."""
+    """Warns once, for the model's loss and the trainer's alike: TRL's trainers set theirs in the model's config too."""
     logger.warning_once(
         "φ-balancing is on: the auxiliary loss of the model or of its trainer (router_aux_loss_coef, "
         "output_router_logits) has been switched off. phb.unpatch(model) restores the model's."

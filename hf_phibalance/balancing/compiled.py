@@ -1,8 +1,7 @@
 """
-Inside `torch.compile`: one operator for a forward of the backbone and one per router, which the compiler does not look into.
-
-So the graph stays whole. An operator hands on tensors and nothing else: a forward is known by a number, and a router by
-the key that [`new_key`] gave it.
+Custom operators for `torch.compile`: one per forward of the backbone and one per router call. The compiler does not trace into
+them, so the graph stays whole. Operators take tensors and numbers only, so a forward is passed as its number, and `Forwards` as
+the key of [`new_key`].
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _forwards: list[weakref.ref[Forwards]] = []
 
 
 def new_key(forwards: Forwards) -> int:
-    """Number by which compiled code knows `forwards`."""
+    """Returns the number that stands for `forwards` in compiled code."""
     _forwards.append(weakref.ref(forwards))
     return len(_forwards) - 1
 
@@ -45,9 +44,9 @@ def _(mask, image, sequence, training, cached, key):
 
 @torch.library.custom_op("phi_balance::observe", mutates_args=())
 def observe(carrier: Tensor, logits: Tensor, selected: Tensor, number: Tensor, index: int, key: int) -> Tensor:
-    """Counts what router `index` did in the forward `number`; returns `carrier`, whose backward adds the auxiliary gradient."""
+    """Counts a call of router `index` in forward `number`. Returns `carrier`, whose backward adds the auxiliary gradient."""
     forwards = _forwards[key]()
-    if forwards is not None and int(number) >= 0:  # a tensor of the host
+    if forwards is not None and int(number) >= 0:  # `number` is on the CPU
         forwards.count_compiled(int(number), index, logits, selected)
     return carrier.clone()
 
@@ -60,8 +59,8 @@ def _(carrier, logits, selected, number, index, key):
 @torch.library.custom_op("phi_balance::add_gradient", mutates_args=())
 def add_gradient(gradient_of_carrier: Tensor, logits: Tensor, number: Tensor, index: int, key: int) -> Tensor:
     """
-    What router `index` adds to the gradient of `logits (T, E)`, in the backward that runs now. It takes the gradient of the carrier
-    so that no compiler runs it in the forward.
+    Returns what router `index` adds to the gradient of `logits (T, E)` in the running backward. Its first argument keeps the
+    compiler from running it in the forward.
     """
     forwards = _forwards[key]()
     forward = None if forwards is None or int(number) < 0 else forwards.balancer.now.numbered.get(int(number))

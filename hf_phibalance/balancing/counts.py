@@ -1,4 +1,4 @@
-"""What is counted over tokens, in one flat fp32 buffer: ranks need one all-reduce. Shapes: L routers, E experts at most."""
+"""Sums over tokens, in one flat fp32 buffer, so that one all-reduce suffices. Shapes: L routers, E experts at most."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ class Counts:
     Sums over the tokens of a forward, of an optimizer step, or of an evaluation.
 
     Args:
-        shape (`tuple[int, int]`): L routers and E experts; a router with fewer experts leaves the rest at 0.
+        shape (`tuple[int, int]`): (L, E). A router with fewer experts leaves the rest at 0.
         device (`torch.device`): of the buffer.
-        extra (`int`, *optional*, defaults to `0`): further numbers per expert, for methods and evaluations.
+        extra (`int`, *optional*, defaults to `0`): number of further columns per expert, for methods and evaluations.
 
     Attributes:
         probs (`torch.Tensor` of shape `(L, E)`): routing probabilities.
-        load (`torch.Tensor` of shape `(L, E)`): tokens per expert, one for each selection.
+        load (`torch.Tensor` of shape `(L, E)`): top-k selections per expert.
         tokens (`torch.Tensor` of shape `()`): tokens that count.
         replayed (`torch.Tensor` of shape `()`): forwards whose selection came from outside.
         balance (`torch.Tensor` of shape `()`): Σ_routers Σ_tokens ⟨coef · q, p⟩.
         skipped (`torch.Tensor` of shape `()`): ranks whose optimizer has skipped the step.
-        extra (`torch.Tensor` of shape `(L, E, extra)`).
+        extra (`torch.Tensor` of shape `(L, E, extra)`): the further columns.
     """
 
     def __init__(self, shape: tuple[int, int], device: torch.device, extra: int = 0) -> None:
         self.shape, self._extra = shape, extra
         number = shape[0] * shape[1]
-        with torch.inference_mode(False):  # an evaluation may begin inside inference mode and go on outside
+        with torch.inference_mode(False):  # an evaluation may begin inside inference mode and end outside
             self.flat = torch.zeros((2 + extra) * number + 4, dtype=torch.float32, device=device)
         sums, extras, self.totals = self.flat.split([2 * number, extra * number, 4])
         self.sums = sums.view(2, *shape)

@@ -24,24 +24,24 @@ from .counts import Counts
 
 logger = logging.get_logger(__name__)
 NAME = "phi_balance"  # of the submodule of the backbone
-LOGIT_WIDTH = 16.0  # span that is taken for that of scores which are no probabilities
-PRICE, BIAS = len(STATISTICS), len(STATISTICS) + 1  # rows behind the means
+LOGIT_WIDTH = 16.0  # assumed span of scores that are logits
+PRICE, BIAS = len(STATISTICS), len(STATISTICS) + 1  # rows after those of the means
 
 
 class Duals(nn.Module):
     """
-    The submodule `phi_balance` of a backbone, which holds nothing but tensors: two means m, prices q = ∇φ(E·m) and selection
-    biases b, as one fp32 buffer `(4, L, E)`.
+    The submodule `phi_balance` of a backbone. Holds two means m, prices q = ∇φ(E·m) and selection biases b in one fp32 buffer
+    `(4, L, E)`.
 
-    A buffer goes where the backbone goes: to another device, into a copy, into an average of models. Only the bias enters a
-    state dict, and only where there is one, because it belongs to what the model computes.
+    The buffer follows the backbone to another device, into a copy or into an average of models. The state dict has only the
+    bias, if there is one, because the bias changes what the model computes.
 
-    Whatever steps have come, all is finite; each mean is a distribution over the experts of its router; and no bias is
-    farther from the mean of its router's than the scores that it is added to can be from each other (1 for probabilities,
-    [`LOGIT_WIDTH`] for logits), or than a checkpoint has brought it.
+    After any steps all values are finite, and each mean is a distribution over the experts of its router. No step moves a bias
+    farther from its router's mean bias than the span of the scores it is added to: 1 for probabilities, [`LOGIT_WIDTH`] for
+    logits. Only a checkpoint can bring a larger one.
 
     Args:
-        config (`PhiBalanceConfig`): potential, EMA rate, tracked statistics, step of the bias.
+        config (`PhiBalanceConfig`): potential, EMA rate, tracked statistics, step size of the bias.
         sites (`Sequence[RouterSite]`): the routers.
         device (`torch.device`): of the buffer.
     """
@@ -53,16 +53,16 @@ class Duals(nn.Module):
         super().__init__()
         self.sites = list(sites)
         self.balancer: Any = None  # set by its owner
-        self.begun = 0  # optimizer steps, ...
-        self._skipped: Tensor | None = None  # () ... of which so many were skipped on the device
-        self.adapter: str | None = None  # that the bias in force belongs to; None: the model itself
-        self.by_adapter: dict[str | None, Tensor] = {}  # biases of the others, (L, E)
+        self.begun = 0  # optimizer steps, skipped ones included
+        self._skipped: Tensor | None = None  # () number of steps skipped on the device
+        self.adapter: str | None = None  # the bias in force belongs to it; None: to the model itself
+        self.by_adapter: dict[str | None, Tensor] = {}  # biases of the other adapters, (L, E)
         self.has_bias = False
         self.register_buffer("values", self._initial(device), persistent=False)
         self.set_config(config)
 
     def set_config(self, config: PhiBalanceConfig) -> None:
-        """Goes on with another configuration, from the same means and biases."""
+        """Changes the configuration; means and biases stay."""
         self.config, self.potential = config, config.build_potential()
         self.has_bias |= config.bias_coef > 0
         if self.begun:
@@ -82,20 +82,18 @@ class Duals(nn.Module):
         super()._apply(fn, recurse)
         if before.is_meta and not self.values.is_meta:  # after `to_empty`
             self.values = self._initial(self.values.device)
-        elif self.values.dtype != torch.float32:  # after `.to(torch.bfloat16)`, which would round it
+        elif self.values.dtype != torch.float32:  # `.to(torch.bfloat16)` would round it
             self.values = before.to(self.values.device)
         return self
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that have moved the duals; reads the device if one may have been skipped there."""
+        """Optimizer steps that have moved the duals. Reads the device if a step may have been skipped there."""
         return self.begun if self._skipped is None else self.begun - int(self._skipped)
 
     @steps.setter
     def steps(self, number: int) -> None:
         self.begun, self._skipped = number, None
-
-    # ------------------------------------------------------------------ rows
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,7 +102,7 @@ class Duals(nn.Module):
 
     @property
     def price(self) -> Tensor:
-        """Prices behind the gradient, `(L, E)`."""
+        """Prices of the gradient, `(L, E)`."""
         return self.values[PRICE]
 
     @property
@@ -117,26 +115,24 @@ class Duals(nn.Module):
         return self.values[STATISTICS.index(statistic)]
 
     def blocks(self) -> Iterator[tuple[slice, int]]:
-        """Stretches of routers with equally many experts: their rows, and E."""
+        """Yields runs of neighbouring routers with the same number of experts: their rows, and E."""
         start = 0
         for experts, group in itertools.groupby(site.num_experts for site in self.sites):
             stop = start + len(list(group))
             yield slice(start, stop), experts
             start = stop
 
-    # ------------------------------------------------------------------ one step
-
     @torch.no_grad()
     def update(self, counts: Counts, may_be_skipped: bool = False) -> None:
         """
-        m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b by the rule of the method, for φ b <- b - bias_coef · q
-        (arXiv 2605.15403, Algorithm 1).
+        Moves the duals by one step: m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b by the rule of the method, for φ
+        b <- b - bias_coef · q (arXiv 2605.15403, Algorithm 1).
 
         Args:
             counts (`Counts`):
-                Sums over the step's tokens, whose share is s. A router that saw no token stays; if any choice came from
-                outside, the biases do; if anything is not finite, or any rank has skipped the step, all does.
-            may_be_skipped (`bool`, *optional*, defaults to `False`): whether the host does not know that.
+                Sums over the step's tokens; s is each expert's share of them. A router without tokens stays. Biases stay if any
+                selection came from outside. Everything stays if a sum is not finite or a rank has skipped the step.
+            may_be_skipped (`bool`, *optional*, defaults to `False`): whether only the device knows if the step was skipped.
         """
         was_skipped = counts.skipped > 0
         moves = torch.isfinite(counts.flat).all() & ~was_skipped
@@ -179,8 +175,8 @@ class Duals(nn.Module):
 
     def _held_where_masked(self, step_LE: Tensor, probs_LE: Tensor, sites: Sequence[RouterSite]) -> Tensor:
         """
-        `step_LE`, in which experts that no token could choose, having no probability, keep their place among the others. Only
-        where the selection is the family's own: it adds the bias to their score of 0 too, and would choose them in the end.
+        Returns `step_LE`; where some experts of a router have probability 0, it is 0 for them and centred over the others. A
+        family adds its own bias to a score of 0 too, and would choose such experts in the end.
         """
         if not any(site.has_native_bias for site in sites):
             return step_LE
@@ -189,15 +185,12 @@ class Duals(nn.Module):
         return torch.where(open_LE.all(-1, keepdim=True), step_LE, (step_LE - mean_L1) * open_LE)
 
     def _by_router(self, numbers: Sequence[float]) -> Tensor:
-        return (
-            torch.tensor(numbers, dtype=torch.float32).unsqueeze(-1).to(self.values.device, non_blocking=True)
-        )  # (L, 1)
-
-    # ------------------------------------------------------------------ a family's own bias
+        """Returns `numbers` as a tensor `(L, 1)`."""
+        return torch.tensor(numbers, dtype=torch.float32).unsqueeze(-1).to(self.values.device, non_blocking=True)
 
     @torch.no_grad()
     def read_native(self) -> None:
-        """Takes over native biases that others have set; ours keep what rounding to a shorter type would lose."""
+        """Reads the families' own biases, which others may have set. Our fp32 value stays where it rounds to the same number."""
         for bias_E, site in self._native():
             native = site.read_native_bias()
             if native is not None:
@@ -206,18 +199,14 @@ class Duals(nn.Module):
 
     @torch.no_grad()
     def write_native(self) -> None:
-        """Writes the biases in force into the families' own, which are kept in fp32 while they move."""
+        """Writes the biases in force into the families' own tensors, which are kept in fp32 while they move."""
         for bias_E, site in self._native():
             site.write_native_bias(bias_E, keep_fp32=self.config.bias_coef > 0)
 
     def keep_native_fp32(self) -> None:
-        """A family's own bias that moves stays in fp32, also after `model.to(torch.bfloat16)`."""
-        moves = self.config.bias_coef > 0
-        if moves and any(
-            getattr(owner, name).dtype != torch.float32
-            for _, site in self._native()
-            for owner, name in site.native_bias
-        ):
+        """Keeps a family's own bias that moves in fp32, also after `model.to(torch.bfloat16)`."""
+        tensors = (getattr(owner, name) for _, site in self._native() for owner, name in site.native_bias)
+        if self.config.bias_coef > 0 and any(tensor.dtype != torch.float32 for tensor in tensors):
             self.write_native()
 
     def _native(self) -> Iterator[tuple[Tensor, RouterSite]]:
@@ -225,11 +214,9 @@ class Duals(nn.Module):
             if site.has_native_bias:
                 yield self.biases[index, : site.num_experts], site
 
-    # ------------------------------------------------------------------ adapters
-
     @torch.no_grad()
     def use_adapter(self, adapter: str | None) -> None:
-        """Puts the bias of `adapter` in force; `None` for that of the model itself. A new one begins with the present bias."""
+        """Puts the bias of `adapter` (`None`: of the model itself) in force. A new adapter begins with the present bias."""
         if adapter == self.adapter:
             return
         self.read_native()
@@ -239,17 +226,15 @@ class Duals(nn.Module):
         self.write_native()
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> Duals:
-        """PEFT is about to unload its adapters: with the one that is merged goes its bias, else the model's own comes back."""
+        """Called by PEFT before it unloads its adapters. Keeps the bias of a merged adapter, else restores the model's own."""
         layer = find_layer(self.balancer.root)  # still there, since this module is the first in the backbone
         self.use_adapter(next(iter(adapter_names or ()), active(layer, even_disabled=True)) if merge else None)
         self.adapter, self.by_adapter = None, {}
         return self
 
-    # ------------------------------------------------------------------ set from outside
-
     @torch.no_grad()
     def set_means(self, sums: Mapping[str, Tensor]) -> None:
-        """Sets the means to the shares of `sums`, each `(L, E)`; a router without any keeps its mean."""
+        """Sets the means to the shares of `sums`, each `(L, E)`. A router with sum 0 keeps its mean."""
         for statistic in STATISTICS:
             total = sums[statistic].sum(-1, keepdim=True)
             share = sums[statistic] / total.clamp(min=1e-30)
@@ -266,16 +251,14 @@ class Duals(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """As before the first step; a family's own bias stays as it is."""
+        """Resets everything to before the first step. A family's own bias stays as it is."""
         self.values.copy_(self._initial(self.values.device))
         self.steps, self.adapter, self.by_adapter = 0, None, {}
         self.read_native()
 
-    # ------------------------------------------------------------------ with the weights
-
     @property
     def own_bias(self) -> bool:
-        """Whether there is a selection bias that no tensor of the family holds."""
+        """Whether there is a selection bias outside the family's own tensors."""
         return self.has_bias and not all(site.has_native_bias for site in self.sites)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -294,7 +277,7 @@ class Duals(nn.Module):
         self.has_bias = True
 
     def forget_bias(self) -> None:
-        """Weights without a selection bias have been loaded: what was loaded is what is there."""
+        """Sets our selection bias to 0, after weights without one have been loaded."""
         if self.own_bias:
             logger.warning_once("These weights hold no selection bias of φ-balancing: the one in force is set to 0.")
             for index, site in enumerate(self.sites):

@@ -1,19 +1,18 @@
 """
-What a forward of a patched model is, and what its routers do in it.
+The forwards of a patched model: which count their tokens, and which add the auxiliary gradient.
 
-| forward | told by | its tokens count | adds the auxiliary gradient |
+| forward | recognized by | its tokens count | adds the auxiliary gradient |
 |---|---|---|---|
-| training | `train()`, gradients on, no backward under way | in the step, when its backward comes | once per router |
-| recomputed (both kinds of checkpointing, of layers or of the whole model) | a backward is under way | no | what its forward has not added |
+| training | `train()`, gradients on, no backward running | in the step, when its backward comes | once per router |
+| recomputed (both kinds of checkpointing, of layers or of the whole model) | a backward is running | no | what its forward has not added |
 | abandoned (graph dropped, exception, a metric in train mode) | its graph is gone | no | no |
 | differentiated twice (`create_graph`) | gradients on in its backward | yes | only if a first-order backward follows |
 | evaluation | [`~PhiBalancer.evaluation`] is open, no cache | in the evaluation | no |
 | generation | `evaluation(generation=True)` is open | prompt and new tokens, each once; finished rows never | no |
-| none of these, e.g. a frozen teacher; another thread meanwhile | | no | no |
+| any other, for example of a frozen teacher or in another thread | | no | no |
 | compiled | `torch.compile` | as above; also if its graph is dropped | as above |
 
-In all of them the selection bias acts. Which forward is under way is known per thread, so one thread can serve while
-another trains.
+The selection bias acts in all of them. Each thread has its own current forward, so one thread can serve while another trains.
 """
 
 from __future__ import annotations
@@ -42,29 +41,29 @@ if TYPE_CHECKING:
     from .balancer import PhiBalancer
 
 
-CACHES = ("cache", "past_key_values")  # names of the argument in which a model takes its cache
+CACHES = ("cache", "past_key_values")  # possible names of a model's cache argument
 
 
 class Evaluation:
     """
-    What is counted in forwards without gradients while [`~PhiBalancer.evaluation`] is open.
+    Counts of the forwards in an open [`~PhiBalancer.evaluation`].
 
     Args:
-        counts (`Counts`): empty ones; as `extra`, what the routers would select without a bias of ours.
-        end_ids (`Sequence[int]`, *optional*): ids that end a row, where generation is counted.
+        counts (`Counts`): empty ones. Their `extra` is the load without our selection bias.
+        end_ids (`Sequence[int]`, *optional*): ids that end a row, if generation is counted.
     """
 
     def __init__(self, counts: Counts, end_ids: list[int] | None = None) -> None:
         self.counts, self.end_ids = counts, end_ids
-        self._is_over: Tensor | None = None  # (B,) rows of the generation under way that have ended
-        self._ids: Tensor | None = None  # (B, S) that its last forward got
+        self._is_over: Tensor | None = None  # (B,) rows of the current generation that have ended
+        self._ids: Tensor | None = None  # (B, S) input of its last forward
 
     def mask_of_generation(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tensor:
-        """Tokens of a generation's forward that count: of the prompt those that are no padding, then one per open row."""
+        """Returns the token mask of a generation's forward: the prompt without padding, then the new token of each open row."""
         cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
         ids = inputs.get("input_ids")
         goes_on = cache is not None and bool(cache.get_seq_length())
-        if not goes_on and ids is not None and self._ids is not None:  # without a cache everything comes again
+        if not goes_on and ids is not None and self._ids is not None:  # without a cache all tokens are passed again
             goes_on = ids.shape[1] > self._ids.shape[1] and torch.equal(ids[:, : self._ids.shape[1]], self._ids)
             mask_BS = mask_BS.clone()
             mask_BS[:, : self._ids.shape[1]] &= not goes_on
@@ -79,26 +78,20 @@ class Evaluation:
 
 
 class _Here(threading.local):
-    """What holds in one thread."""
+    """State of one thread."""
 
-    forward: Forward | Evaluation | None = None  # that is under way, ...
-    tokens: Tokens | None = None  # ... and its tokens
+    forward: Forward | Evaluation | None = None  # the current one
+    tokens: Tokens | None = None  # of the current forward
     micro_batch: int | None = None  # of a Trainer's step
     replaying = False
 
     def __init__(self) -> None:
-        self.labels: list[
-            Tensor | None
-        ] = []  # that batches have, where the backbone does not get them; the last counts
+        # labels of the batch, which the backbone does not get; the last entry is in use
+        self.labels: list[Tensor | None] = []
 
 
 class Forwards:
-    """
-    The forwards of one patched model; what the hooks on its backbone and routers talk to ([`RouterBalancer`]).
-
-    Args:
-        balancer (`PhiBalancer`): that of the model.
-    """
+    """The forwards of one patched model. The hooks on its backbone and routers call it; it is a [`RouterBalancer`]."""
 
     def __init__(self, balancer: PhiBalancer) -> None:
         self.balancer = balancer
@@ -107,15 +100,16 @@ class Forwards:
     def _begin(self) -> None:
         self._here = _Here()
         self._key = compiled.new_key(self)
-        self._number: Tensor | None = None  # of the forward under way, for compiled code
-        self._labels: Tensor | None = None  # for compiled code, which cannot ask in which thread it runs
+        # for compiled code, which cannot read the state of its thread: number of the current forward, labels, replaying
+        self._number: Tensor | None = None
+        self._labels: Tensor | None = None
         self._replaying = False
         self.evaluation: Evaluation | None = None
-        self.watch: Callable[[int, Tensor], None] | None = None  # who else wants to see the scores that are ranked
+        self.watch: Callable[[int, Tensor], None] | None = None  # called with the scores that a router ranks
         self.recorder: Any = None  # a `StepRecorder` of the room `checkup`, while a step is recorded
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"balancer": self.balancer}  # a copy begins with no forward under way
+        return {"balancer": self.balancer}  # a copy has no current forward
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.balancer = state["balancer"]
@@ -133,7 +127,7 @@ class Forwards:
 
     @contextmanager
     def labels_of(self, labels: Tensor | None, micro_batch: int | None = None) -> Iterator[None]:
-        """Forwards inside it use `labels (B, S)` as those of their batch, and belong to `micro_batch` of a Trainer's step."""
+        """Context manager: forwards inside it use `labels` (B, S) and belong to `micro_batch` of a Trainer's step."""
         here, outer = self._here, self._here.micro_batch
         self.push_labels(labels)
         here.micro_batch = outer if micro_batch is None else micro_batch
@@ -144,7 +138,7 @@ class Forwards:
             self.pop_labels()
 
     def push_labels(self, labels: Tensor | None) -> None:
-        """Forwards use `labels (B, S)` until [`~Forwards.pop_labels`], or those of before if there are none."""
+        """Lets forwards use `labels` (B, S) until [`~Forwards.pop_labels`]; `None` keeps the labels in use."""
         if torch.compiler.is_compiling():
             self._labels = labels
             return
@@ -160,7 +154,7 @@ class Forwards:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Routers called inside it are told from outside what to select."""
+        """Context manager: routers called inside it are told from outside what to select."""
         here = self._here
         outer = here.replaying
         here.replaying = self._replaying = True
@@ -170,21 +164,21 @@ class Forwards:
             here.replaying = self._replaying = outer
 
     def run(self, backbone: nn.Module, inner: Callable, inputs: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
-        """Calls `inner(*args, **kwargs)`, the forward of `backbone`, as one forward with these `inputs`."""
+        """Runs `inner(*args, **kwargs)`, the forward of `backbone`; `inputs` are its arguments by name."""
         if torch.compiler.is_compiling():
             self._number = self._open_traced(backbone, inputs)
             return inner(*args, **kwargs)
         here = self._here
         outer = here.forward, here.tokens
         here.forward, here.tokens = self._open(backbone, inputs)
-        self._number = torch.tensor(self._key_of(here.forward))  # where layers are compiled one by one
+        self._number = torch.tensor(self._key_of(here.forward))  # for layers that are compiled one by one
         try:
             output = inner(*args, **kwargs)
             if isinstance(here.forward, Forward) and here.forward.share is None:
                 self._settle_at(output, here.forward)
             return output
         except BaseException:
-            BiasedTopK.leave_interrupted()  # after Ctrl-C, which runs no hook of a module
+            BiasedTopK.leave_interrupted()  # Ctrl-C runs no hook of a module
             if isinstance(here.forward, Forward) and not in_backward():
                 here.forward.step.drop(here.forward)
             raise
@@ -194,10 +188,10 @@ class Forwards:
     def _open(
         self, backbone: nn.Module, inputs: Mapping[str, Any]
     ) -> tuple[Forward | Evaluation | None, Tokens | None]:
-        """The forward that begins with these `inputs`; see the table above."""
+        """Returns the forward that begins with these `inputs`, by the table above, and its tokens."""
         balancer, node = self.balancer, backward_node()
         if node is not None and (found := balancer.now.find(node)) is not None:
-            return found, found.tokens  # the whole backbone is recomputed
+            return found, found.tokens  # checkpointing recomputes the whole backbone
         training = backbone.training and torch.is_grad_enabled()
         evaluation = None if training else self.evaluation
         is_cached = any(inputs.get(name) is not None for name in CACHES)
@@ -221,7 +215,7 @@ class Forwards:
 
     @staticmethod
     def _key_of(forward: Forward | Evaluation | None) -> int:
-        """Number by which compiled code knows a forward; -1 for none."""
+        """Returns the number of a forward in compiled code; -1 for none."""
         return forward.key if isinstance(forward, Forward) else -1 if forward is None else EVALUATION
 
     def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -251,7 +245,7 @@ class Forwards:
         balancer.duals.keep_native_fp32()
         number = tokens.count
         if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.adds_gradient:
-            number = balancer.sum_over_ranks(number.clone())  # nobody has announced it
+            number = balancer.sum_over_ranks(number.clone())  # the step was not announced
         forward = balancer.now.open(tokens, number, self._here.micro_batch)
         forward.adapter = balancer.duals.adapter
         if self._here.replaying:
@@ -259,17 +253,11 @@ class Forwards:
         return forward
 
     def _settle_at(self, output: Any, forward: Forward) -> None:
-        """The backward of a forward comes by what the backbone returned, whether or not it reaches a router."""
+        """Settles `forward` when a backward comes to the backbone's `output`, even if it reaches no router."""
         parts: Any = output.values() if isinstance(output, Mapping) else output
-        if not isinstance(output, (Mapping, tuple, list)):
-            parts = [output]
-
-        def begin_backward(gradient: Tensor) -> None:
-            self.settle(forward)
-
-        for part in parts:
+        for part in parts if isinstance(output, (Mapping, tuple, list)) else [output]:
             if isinstance(part, Tensor) and part.requires_grad:
-                part.register_hook(begin_backward)
+                part.register_hook(lambda gradient: self.settle(forward))
 
     # ------------------------------------------------------------------ a call of a router
 
@@ -280,7 +268,7 @@ class Forwards:
         return self._here.forward is None and backward_node() is None
 
     def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
-        """Counts what router `index` did, and lets its backward add the auxiliary gradient; see [`RouterReader`]."""
+        """Counts a call of router `index`, and makes its backward add the auxiliary gradient; see [`RouterReader`]."""
         if torch.compiler.is_compiling():
             return torch.ops.phi_balance.observe(carrier, logits, selected, self._number, index, self._key)
         node, here = backward_node(), self._here
@@ -298,9 +286,8 @@ class Forwards:
         if not torch.is_grad_enabled() or not logits.requires_grad or not self.balancer.config.adds_gradient:
             return carrier
         due = functools.partial(self.due, forward, index, len(logits))
-        return add_gradient(
-            carrier, logits, self.sites[index].scoring, due, *self.further_losses(forward, index, logits)
-        )
+        further = self.further_losses(forward, index, logits)
+        return add_gradient(carrier, logits, self.sites[index].scoring, due, *further)
 
     def _count(self, index: int, logits: Tensor, selected: Tensor, counts: Counts, tokens: Tokens) -> None:
         site = self.sites[index]
@@ -321,7 +308,7 @@ class Forwards:
 
     @torch.no_grad()
     def further_losses(self, forward: Forward, index: int, logits: Tensor) -> tuple[float, Tensor | None]:
-        """Strength of the z-loss, and the price of the sequence-wise loss `(T, E)`, if there is one."""
+        """Returns the coefficient of the z-loss, and the price `(T, E)` of the sequence-wise loss, if there is one."""
         config, site = self.balancer.config, self.sites[index]
         if config.sequence_coef == 0:
             return config.z_loss_coef, None
@@ -335,7 +322,7 @@ class Forwards:
     # ------------------------------------------------------------------ its backward
 
     def settle(self, forward: Forward) -> None:
-        """A backward has reached `forward`: its tokens get their weight, and its counts enter the step."""
+        """Sets the weight of the tokens of `forward`, whose backward has come, and adds its counts to the step."""
         balancer, step = self.balancer, forward.step
         found = loss_scale()
         if found is not None:
@@ -346,13 +333,13 @@ class Forwards:
                 step.counts.balance.add_((member.price * member.counts.probs).sum())
                 if self.recorder is not None:
                     self.recorder.settles(member)
-        self._number = torch.tensor(forward.key)  # for compiled layers that are recomputed now
+        self._number = torch.tensor(forward.key)  # for compiled layers that checkpointing recomputes now
         if torch.is_grad_enabled():
             step.second_order = True
         balancer.loop.has_gradients()
 
     def _price_of(self, forward: Forward) -> Tensor:
-        """q of all routers in `forward`, `(L, E)`."""
+        """Returns the prices q of all routers in `forward`, `(L, E)`."""
         balancer = self.balancer
         config, duals = balancer.config, balancer.duals
         if config.coef == 0 or (config.price_from == "previous" and not config.rules.pooled):
@@ -374,10 +361,10 @@ class Forwards:
         return price
 
     def due(self, forward: Forward, index: int, routed: int) -> tuple[Tensor, Tensor] | None:
-        """What router `index` adds in the backward that runs now: weight of each token `(T,)` and coef · q `(E,)`."""
+        """Returns what router `index` adds in the running backward: weight of each token `(T,)` and coef · q `(E,)`."""
         self.settle(forward)
         if torch.is_grad_enabled() or index in forward.added or forward.share is None or forward.price is None:
-            return None  # a backward with `create_graph` is the task's own
+            return None  # gradients on: nothing is added to a backward with `create_graph`
         forward.added.add(index)
         forward.step.added.add(index)
         site = self.sites[index]
@@ -390,7 +377,7 @@ class Forwards:
     # ------------------------------------------------------------------ inside a router
 
     def selection_bias(self, index: int) -> Tensor | None:
-        """Bias `(E,)` that the selection of router `index` has to add; `None` if it has none or adds it itself."""
+        """Returns the bias `(E,)` to add in the selection of router `index`; `None` if there is none or the router adds it."""
         duals, site = self.balancer.duals, self.sites[index]
         replaying = self._replaying if torch.compiler.is_compiling() else self._here.replaying
         if not duals.has_bias or self.balancer.ignores_bias or site.has_native_bias or replaying:
@@ -398,12 +385,12 @@ class Forwards:
         return duals.biases[index, : site.num_experts]
 
     def choice_bias(self, index: int) -> Tensor | None:
-        """Bias `(E,)` that is in force in the selection of router `index`, wherever it is kept."""
+        """Returns the bias `(E,)` in force in the selection of router `index`, the family's own or ours."""
         site = self.sites[index]
         return site.read_native_bias() if site.has_native_bias else self.selection_bias(index)
 
     def observe_scores(self, index: int, scores: Tensor, are_probs: bool) -> None:
-        """Router `index` ranked `scores (..., E)`, to which its bias was added."""
+        """Notes that router `index` ranked `scores (..., E)` plus its bias."""
         if self.sites[index].score_width is None and are_probs:
             self.sites[index].score_width = 1.0
         with unrecorded():
@@ -411,7 +398,7 @@ class Forwards:
 
     @contextmanager
     def showing_scores(self, watch: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """While open, `watch(index, scores)` sees the scores `(..., E)` to which the bias of router `index` is added."""
+        """Context manager: inside it routers call `watch(index, scores)` with the scores `(..., E)` before their bias is added."""
         self.watch = watch
         try:
             yield
@@ -419,16 +406,13 @@ class Forwards:
             self.watch = None
 
     def _use_scores(self, index: int, scores: Tensor) -> None:
-        """Counts by the scores that router `index` ranks, where a method or an evaluation needs it."""
+        """Fills the `extra` counts from the scores that router `index` ranks, if a method or an evaluation needs them."""
         if self.watch is not None:
             self.watch(index, scores)
         here, site = self._here, self.sites[index]
-        if (
-            here.forward is None
-            or here.tokens is None
-            or not here.forward.counts.extra.numel()
-            or backward_node() is not None
-        ):
+        if here.forward is None or here.tokens is None:
+            return
+        if not here.forward.counts.extra.numel() or backward_node() is not None:
             return
         scores = scores.reshape(-1, site.num_experts).float()
         extra = here.forward.counts.extra[index, : site.num_experts]
@@ -444,7 +428,7 @@ class Forwards:
     # ------------------------------------------------------------------ compiled
 
     def _open_traced(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-        """What the compiler traces of opening a forward: its token mask, and one operator."""
+        """Opens a forward while the compiler traces: computes its token mask, then calls one operator."""
         training = backbone.training and torch.is_grad_enabled()
         is_cached = any(inputs.get(name) is not None for name in CACHES)
         mask_BS = self._mask(inputs)
@@ -459,11 +443,9 @@ class Forwards:
     def open_compiled(
         self, mask_BS: Tensor, image: Tensor | None, sequence: Tensor | None, training: bool, is_cached: bool
     ) -> int:
-        """Opens a forward when compiled code runs; returns its number, -1 if nothing is to be counted."""
-        device = self.balancer.duals.values.device
-        tokens = Tokens(mask_BS.to(device), image, sequence)
-        # noted for this thread as well: where the graph breaks, routers run without the compiler
-        here = self._here
+        """Opens a forward when compiled code runs. Returns its number, -1 if nothing is to be counted."""
+        tokens = Tokens(mask_BS.to(self.balancer.duals.values.device), image, sequence)
+        here = self._here  # needed too: where the graph breaks, routers run without the compiler
         here.forward, here.tokens = None, tokens
         if training:
             here.forward = forward = self._open_training(tokens)
@@ -474,7 +456,7 @@ class Forwards:
         return self._key_of(here.forward)
 
     def count_compiled(self, number: int, index: int, logits: Tensor, selected: Tensor) -> None:
-        """Counts what router `index` did in the forward of this number, unless it is recomputed."""
+        """Counts a call of router `index` in the forward of this number, unless it is a recomputation."""
         if in_backward():
             return
         if number == EVALUATION:

@@ -1,8 +1,8 @@
 """
-The auxiliary gradient of a router: coef · q ⊙ 1/N of each token, on the way back through the router.
+Adds the auxiliary gradient of a router in the backward: coef · q / N for each token, through the routing probabilities.
 
-The gradient is added in the backward pass, so it reaches the router whatever a trainer does with the loss. It is looked up
-there and not earlier, since only then N and the loss scale are known. Shapes: T tokens, E experts.
+It is added in the backward, so it reaches the router whatever a trainer does with the loss. N and the loss scale are known only
+then, so they are looked up there. Shapes: T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..maths import price_gradient
 
 
-# What a router adds in the backward that runs now: weight of each token (T,), and coef · q (E,); `None` for nothing.
+# Returns what a router adds in the running backward: weight of each token (T,), and coef · q (E,); `None` for nothing.
 Due = Callable[[], "tuple[Tensor, Tensor] | None"]
 
 
@@ -24,11 +24,11 @@ def add_gradient(
     carrier: Tensor, logits: Tensor, scoring: str, due: Due, z_loss: float = 0.0, sequence_price: Tensor | None = None
 ) -> Tensor:
     """
-    Lets the backward of `carrier` add the gradient of Σ_t weight_t (⟨coef · q + sequence price, p_t⟩ + z_loss · lse_t²) to
-    that of the logits. Returns what takes the place of `carrier`.
+    Makes the backward of `carrier` add the gradient of Σ_t weight_t (⟨coef · q + sequence price, p_t⟩ + z_loss · lse_t²) to
+    the gradient of the logits. Returns the tensor that replaces `carrier`.
 
-    Where the task's gradient comes by the router's own softmax, it is added to the gradient of the probabilities: one kernel
-    and nothing saved, since the router's own backward does the rest. Else a node of ours adds the closed form.
+    If the task's gradient passes the router's own softmax, the price is added to the gradient of the probabilities there. This
+    takes one kernel and saves nothing, since the router's own backward does the rest. Else a node of ours adds the closed form.
 
     Args:
         carrier (`torch.Tensor`): an output of the router through which the task's gradient flows back.
@@ -55,7 +55,7 @@ def add_gradient(
 
 
 class _AuxiliaryGradient(torch.autograd.Function):
-    """Identity on `carrier` whose backward adds the auxiliary gradient to that of `logits`."""
+    """Identity on `carrier`. Its backward adds the auxiliary gradient to the gradient of `logits`."""
 
     @staticmethod
     def forward(ctx, carrier, logits, scoring, due, z_loss, sequence_price):
@@ -82,7 +82,7 @@ def auxiliary_gradient(
     z_loss: float = 0.0,
     sequence_price: Tensor | None = None,
 ) -> Tensor:
-    """Closed form of what [`add_gradient`] adds to the gradient of `logits`, `(T, E)`."""
+    """Returns what [`add_gradient`] adds to the gradient of `logits`, `(T, E)`, in closed form."""
     price = price_E.to(logits.device)
     if sequence_price is not None:
         price = price + sequence_price
@@ -91,7 +91,7 @@ def auxiliary_gradient(
 
 
 def _softmax_node(carrier: Tensor, logits: Tensor) -> Any:
-    """The autograd node of the router's softmax over `logits`, in fp32 or better, on the way back from `carrier`; or `None`."""
+    """Returns the autograd node of the router's softmax over `logits`, in fp32 or better, between `carrier` and them; or `None`."""
     seen: set[Any] = set()
     frontier: set[Any] = {carrier.grad_fn}
     while frontier and len(seen) < 50:

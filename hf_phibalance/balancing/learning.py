@@ -1,4 +1,4 @@
-"""Which routers and experts of a model learn, and what the balancing gradient reaches."""
+"""Finds out which routers and experts of a model learn, and which parameters the balancing gradient reaches."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class RouterLearning:
     Args:
         name (`str`): name of the router.
         how (`str`): `"full"` (its own weights), `"lora"` (an adapter on them) or `"frozen"`.
-        parameters (`int`): numbers of the router that are trained, those of an adapter on it included.
-        below (`int`): trained parameter tensors below the router, which its balancing gradient flows on to.
-        experts (`str`, *optional*): how the experts that it chooses among learn, as `how`; `None` where they were not found.
+        parameters (`int`): number of trained weights of the router, including an adapter on it.
+        below (`int`): number of trained parameter tensors below the router, which its balancing gradient reaches.
+        experts (`str`, *optional*): how its experts learn, in the words of `how`; `None` if they were not found.
     """
 
     name: str
@@ -36,7 +36,7 @@ class RouterLearning:
 
 
 def describe_router(name: str, root: nn.Module) -> RouterLearning:
-    """What is trained of router `name` of `root`, below it, and of its experts."""
+    """Describes which parameters are trained in router `name` of `root`, below it, and in its experts."""
     own, adapter, below = 0, 0, 0
     embeddings = getattr(root, "get_input_embeddings", lambda: None)()
     first = {id(p) for p in embeddings.parameters()} if isinstance(embeddings, nn.Module) else set()
@@ -49,17 +49,15 @@ def describe_router(name: str, root: nn.Module) -> RouterLearning:
             adapter += parameter.numel() if ".lora_" in canonical else 0
         elif id(parameter) in first or _is_below(canonical, name):
             below += 1
-    experts = _experts_learn(name, root)
-    return RouterLearning(
-        name, "full" if own else "lora" if adapter else "frozen", own + adapter, below, experts=experts
-    )
+    how = "full" if own else "lora" if adapter else "frozen"
+    return RouterLearning(name, how, own + adapter, below, _experts_learn(name, root))
 
 
 def _experts_learn(router: str, root: nn.Module) -> str | None:
     block = f"{router.rpartition('.')[0]}."
     inside = [(canonical_name(name), parameter) for name, parameter in root.named_parameters()]
     inside = [(name, p) for name, p in inside if name.startswith(block) and not name.startswith(f"{router}.")]
-    owners = {  # modules named so, or whose parameter has a matrix for each expert
+    owners = {  # modules named like experts, or with a parameter that stacks one matrix per expert
         f"{name.rpartition('.')[0]}."
         for name, parameter in inside
         if EXPERTS.search(name.removeprefix(block)) or parameter.ndim == 3
@@ -71,7 +69,7 @@ def _experts_learn(router: str, root: nn.Module) -> str | None:
 
 
 def _is_below(parameter: str, router: str) -> bool:
-    """Whether `parameter` belongs to an earlier layer, or to what mixes the tokens before the router in the same one."""
+    """Whether `parameter` is in an earlier layer, or mixes tokens before the router in the same layer (attention, ...)."""
     layer = re.compile(r"(.*?\.)(\d+)\.(.*)")
     here, there = layer.match(f"{router}."), layer.match(parameter)
     if here is None or there is None or here[1] != there[1]:
@@ -80,27 +78,27 @@ def _is_below(parameter: str, router: str) -> bool:
         return int(there[2]) < int(here[2])
     if here[3].split(".")[0] == there[3].split(".")[0]:
         return False  # the router's own block
-    first = (
+    before = (
         "input_layernorm" if MIXES_TOKENS.search(router) else MIXES_TOKENS
     )  # jetmoe routes inside its attention too
-    return re.search(first, there[3].rpartition(".")[0]) is not None
+    return re.search(before, there[3].rpartition(".")[0]) is not None
 
 
 @dataclass(frozen=True)
 class LearningReport:
-    """What [`learning_report`] returns: `rows` (`list[RouterLearning]`); as text, at most 16 of them, evenly spaced."""
+    """Result of [`learning_report`]: `rows` (`list[RouterLearning]`). Its text shows at most 16 of them, evenly spaced."""
 
     coef: float
     rows: list[RouterLearning] = field(default_factory=list)
 
     @property
     def all_in_full(self) -> bool:
-        """Whether all routers and experts are trained whole, as they are without an adapter."""
+        """Whether all routers and experts are trained in full, as without an adapter."""
         return all(row.how == "full" and row.experts in ("full", None) for row in self.rows)
 
     @property
     def unmoved(self) -> list[str]:
-        """Routers whose balancing gradient reaches nothing that learns."""
+        """Routers whose balancing gradient reaches no trained parameter."""
         return [row.name for row in self.rows if not row.parameters and not row.below]
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
 """
-The training loop around a patched model: optimizer steps are announced, ended and given up.
+The training loop around a patched model: announces, ends and gives up optimizer steps.
 
-Nobody has to call anything: torch's optimizers and scalers report ([`process`]). So what stays silent is said: a loop in which
-no gradient comes back, an optimizer that is not torch's, tokens that were announced wrongly, statistics that are not finite.
+Torch's optimizers and scalers report by themselves ([`process`]), so errors could stay silent. Warns if no gradient comes back,
+if the optimizer is not torch's, if tokens were announced wrongly, or if statistics are not finite.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
-SILENT = 8  # optimizer steps without a backward through the routers, after which that is said
+SILENT = 8  # warns after this many optimizer steps without a backward through the routers
 WRONG_NUMBER = (
     "{} optimizer step(s) so far had other tokens than begin_step() was told, so they received another coefficient than the "
     "configured one. Pass begin_step() the batches as the model gets them, or announce nothing where a step has one backward."
@@ -41,37 +41,35 @@ NOT_FINITE = (
 
 
 class Loop:
-    """
-    Args:
-        balancer (`PhiBalancer`): of the model that is trained.
-    """
+    """The optimizer steps of one balancer."""
 
     def __init__(self, balancer: PhiBalancer) -> None:
         self.balancer = balancer
-        self.is_checked = False  # whether the first step was looked at
+        self.is_checked = False  # whether `check_first_step` has passed
         self._idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
-        self._unseen_steps, self._version = 0, -1  # changes of the weights by no optimizer of torch's
+        self._unseen_steps, self._version = 0, -1  # weight changes without a step of torch's optimizers
         self._owners: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
-        self._now: OptimizerStep | None = None  # made when asked for: in the middle of a copy there are no duals yet
+        self._now: OptimizerStep | None = None  # made lazily: in the middle of a copy there are no duals yet
         self._last: Counts | None = None
-        self._noticed = self._faults = torch.zeros(2)  # steps with wrong N, and not finite
+        self._noticed = self._faults = torch.zeros(2)  # number of steps with wrong N, and with non-finite statistics
         self._said = [0, 0]
 
     @property
     def now(self) -> OptimizerStep:
-        """The optimizer step under way."""
+        """The current optimizer step."""
         if self._now is None:
-            self._now = OptimizerStep(
-                Counts(self.balancer.duals.shape, self.balancer.duals.values.device, self.bins), self.balancer.ranks
-            )
+            self._now = OptimizerStep(self._counts(), self.balancer.ranks)
         return self._now
 
     @property
     def last(self) -> Counts:
-        """What was counted in the last step, over all ranks."""
+        """Counts of the last step, over all ranks."""
         if self._last is None:
-            self._last = Counts(self.balancer.duals.shape, self.balancer.duals.values.device, self.bins)
+            self._last = self._counts()
         return self._last
+
+    def _counts(self) -> Counts:
+        return Counts(self.balancer.duals.shape, self.balancer.duals.values.device, self.bins)
 
     def begin(
         self, micro_batches: Sequence[Any] | int, loss_scale: float | Tensor, by_part: bool, share: float
@@ -104,26 +102,22 @@ class Loop:
         self.now.announce(number, tokens, counted if by_part else None, loss_scale, share)
 
     def _tokens_of(self, batch: Any) -> Tensor | None:
-        """Tokens of a micro-batch that count, `()`; `None` if it does not tell."""
+        """Returns the number of tokens that count in a micro-batch, `()`; `None` if it cannot be known."""
         masks = announced_masks(batch, self.balancer.config.token_mask, self.balancer.pad_token_id)
         if not masks:
             return None
         device = self.balancer.duals.values.device
         number = torch.stack([mask.sum(dtype=torch.float32).to(device) for mask in masks]).sum()
-        in_front = (
-            self.balancer.virtual_tokens
-            if self.balancer.virtual_tokens and self.balancer.config.token_mask != "labels"
-            else 0
-        )
+        in_front = 0 if self.balancer.config.token_mask == "labels" else self.balancer.virtual_tokens or 0
         return number + in_front * sum(len(mask) for mask in masks)
 
     def discard(self) -> None:
-        """Forgets the step under way."""
+        """Discards the current step."""
         self._now = None
 
     @contextmanager
     def step_aside(self) -> Iterator[None]:
-        """While open, another step is under way; afterwards the present one goes on."""
+        """Context manager: inside it another step begins; afterwards the present one continues."""
         step, idle, self._now = self._now, self._idle_steps, None
         try:
             yield
@@ -132,26 +126,29 @@ class Loop:
 
     @property
     def bins(self) -> int:
-        """Bins of the histograms that the method wants of each expert."""
+        """Number of histogram bins per expert that the method needs."""
         return BINS if self.balancer.config.rules.bias_rule == "quantile" and self.balancer.config.bias_coef > 0 else 0
 
     def continue_or_begin(self) -> None:
-        """A training forward begins: in the step under way, or in a new one."""
+        """Called when a training forward begins. Begins a new step if the current one was given up."""
         if self.now.counts.flat.device != self.balancer.duals.values.device:
             self._now = self._last = None
         elif self.now.settled and self.now.number is None and self._is_given_up():
             self._give_up()
-        probe = next((p for p in self.balancer.root.parameters() if p.requires_grad), None)
+        probe = next(iter(self._trained()), None)
         self._version = -1 if probe is None else probe._version
 
+    def _trained(self) -> Iterator[Tensor]:
+        return (p for p in self.balancer.root.parameters() if p.requires_grad)
+
     def has_gradients(self) -> None:
-        """A backward has come back through the routers."""
+        """Called when a backward has come back through the routers."""
         self._idle_steps = 0
 
     def _give_up(self) -> None:
-        """Forgets a step of whose gradients nothing is left; says if it looks as if an optimizer that is not torch's took it."""
+        """Discards a step whose gradients are gone. Warns if an optimizer that is not torch's seems to have used them."""
         self._now = None
-        probe = next((p for p in self.balancer.root.parameters() if p.requires_grad), None)
+        probe = next(iter(self._trained()), None)
         self._unseen_steps += probe is None or (probe._version != self._version and not process.is_stepping)
         if self._unseen_steps == SILENT and probe is None:
             logger.warning(
@@ -165,17 +162,14 @@ class Loop:
             )
 
     def _is_given_up(self) -> bool:
-        """Whether nothing is left of the gradients of the step under way."""
-        trained = [p for p in self.balancer.root.parameters() if p.requires_grad]
-        if not trained:  # no optimizer will end its steps, but one of prompts
+        """Whether the gradients of the current step are gone."""
+        trained = list(self._trained())
+        if not trained:  # only an optimizer of prompts could end its steps
             return self.balancer.virtual_tokens is None
         return all(p.grad is None for p in trained)
 
     def end(self, skipped: Tensor | bool | None = None) -> None:
-        """
-        Ends the step under way, on all ranks. `skipped` says if the optimizer has skipped it on this rank; a tensor, if only the
-        device knows.
-        """
+        """Ends the current step on all ranks. `skipped`: whether this rank's optimizer skipped it, a tensor if only the device knows."""
         step, shared = self.now, self.balancer.ranks > 1
         if not step.settled and not (step.tokens is not None and shared):
             return
@@ -205,41 +199,37 @@ class Loop:
             )
         self._unseen_steps = 0
         self._notice_faults(step, counts)
-        self.balancer.duals.use_adapter(step.adapter)  # a reference may have run since, with the adapter off
+        self.balancer.duals.use_adapter(step.adapter)  # the adapter may be off now, for a reference model
         may_be_skipped = shared or isinstance(skipped, Tensor)
         self.balancer.duals.update(counts, may_be_skipped)
         self.balancer.follow_adapter()
-        if may_be_skipped:  # what a skipped step counted is not shown
+        if may_be_skipped:  # keep the counts of the step before a skipped one
             counts.flat.copy_(torch.where(counts.skipped > 0, self.last.flat, counts.flat))
         self._last = counts
 
     def _notice_faults(self, step: OptimizerStep, counts: Counts) -> None:
-        """Says if announced tokens were wrong, or statistics not finite, without waiting for the device: a step later."""
+        """Warns of wrong announcements and non-finite statistics; a step later, so as not to wait for the device."""
         if complaint := check_numbers(step):
             logger.warning_once(complaint)
-        wrong = (
-            torch.zeros_like(counts.tokens) if step.expected is None else (counts.tokens - step.expected).abs() > 0.5
-        )
-        bad = ~torch.isfinite(counts.flat).all()
+        expected = counts.tokens if step.expected is None else step.expected
+        wrong, bad = (counts.tokens - expected).abs() > 0.5, ~torch.isfinite(counts.flat).all()
         self._say_noticed()
-        self._faults = self._faults.to(counts.flat.device) + torch.stack(
-            [wrong.to(torch.float32), bad.to(torch.float32)]
-        )
+        self._faults = self._faults.to(counts.flat.device) + torch.stack([wrong, bad]).to(torch.float32)
         self._noticed = self._faults.to("cpu", non_blocking=True)
 
     def say_faults(self) -> None:
-        """Says what was noticed so far; reads the device."""
+        """Warns of the faults so far. Reads the device."""
         self._noticed = self._faults.cpu()
         self._say_noticed()
 
     def _say_noticed(self) -> None:
         for index, (number, text) in enumerate(zip(self._noticed.tolist(), (WRONG_NUMBER, NOT_FINITE))):
-            if number >= max(1, 2 * self._said[index]):  # at the first, then whenever it has doubled
+            if number >= max(1, 2 * self._said[index]):  # warn at the first, then each time the number has doubled
                 self._said[index] = int(number)
                 logger.warning(text.format(int(number)))
 
     def is_owned_by(self, optimizer: Any) -> bool:
-        """Whether `optimizer` has parameters of the model."""
+        """Whether `optimizer` owns parameters of the model."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         number, owns = self._owners.get(optimizer, (-1, False))
         if number != len(parameters):
@@ -249,7 +239,7 @@ class Loop:
         return owns
 
     def optimizer_has_stepped(self, optimizer: Any, skipped: Tensor | None) -> None:
-        """Ends the step that `optimizer` has made. With prompt learning the model trains nothing itself, so any optimizer does."""
+        """Ends the step if `optimizer` owns parameters of the model; in prompt learning, where it trains none, in any case."""
         if not self.is_owned_by(optimizer) and not (self.now.settled and self.balancer.virtual_tokens is not None):
             return
         if self.now.settled == 0:
@@ -257,7 +247,7 @@ class Loop:
         self.end(skipped)
 
     def scaler_has_updated(self, scaler: Any) -> None:
-        """A `GradScaler` is done with its step; where no optimizer has ended ours, it was skipped."""
+        """Called after `GradScaler.update`. If no optimizer has ended the step by then, it was skipped."""
         if self.now.scaler is scaler:
             self.end(skipped=True)
 

@@ -45,12 +45,12 @@ PATCH = "_phi_balance_patch"  # attribute of a patched backbone
 
 @dataclass
 class Patch:
-    """How to take everything back: attributes, the built-in loss that is off meanwhile, routers that were frozen."""
+    """What `unpatch` has to restore: attributes, the model's own auxiliary loss, frozen routers."""
 
     undo: Undo = field(default_factory=Undo)
     built_in: Undo = field(default_factory=Undo)
-    frozen: list[str] = field(default_factory=list)  # names of parameters in the backbone
-    beside: list[str] = field(default_factory=list)  # of those that were trained beside them
+    frozen: list[str] = field(default_factory=list)  # names of the router parameters that were frozen
+    others: list[str] = field(default_factory=list)  # names of the other parameters that were trained then
 
     def freeze(self, balancer: PhiBalancer) -> None:
         """Freezes the routers if the method asks for that."""
@@ -60,22 +60,19 @@ class Patch:
                 if id(parameter) in own:
                     parameter.requires_grad_(False)
                     self.frozen.append(canonical_name(name))
-            self.beside = [canonical_name(n) for n, p in balancer.root.named_parameters() if p.requires_grad]
+            self.others = [canonical_name(n) for n, p in balancer.root.named_parameters() if p.requires_grad]
 
     def thaw(self, balancer: PhiBalancer) -> None:
-        """Lets the routers be trained again, unless whoever came since (PEFT, for instance) has frozen the whole model."""
+        """Lets the routers be trained again, unless the whole model was frozen since (by PEFT, for instance)."""
         parameters = {canonical_name(name): p for name, p in balancer.root.named_parameters()}
-        if not self.beside or any(parameters[name].requires_grad for name in self.beside if name in parameters):
+        if not self.others or any(parameters[name].requires_grad for name in self.others if name in parameters):
             for name in self.frozen:
                 parameters[name].requires_grad_(True)
         self.frozen = []
 
 
-# ---------------------------------------------------------------------- finding
-
-
 def find_balancers(model: nn.Module) -> list[PhiBalancer]:
-    """The balancers of all patched models inside `model`, whatever is wrapped around them."""
+    """Returns the balancers of all patched models inside `model`, which may be wrapped."""
     found = []
     for backbone in model.modules():
         duals = backbone._modules.get(NAME)
@@ -93,7 +90,7 @@ def find_balancers(model: nn.Module) -> list[PhiBalancer]:
 
 
 def _find_root(model: nn.Module, backbone: nn.Module) -> nn.Module:
-    """The outermost transformers model in `model` that holds `backbone`."""
+    """Returns the outermost transformers model in `model` that holds `backbone`."""
     for module in unwrap(model)[-1].modules():
         if isinstance(module, PreTrainedModel) and any(inner is backbone for inner in module.modules()):
             return module
@@ -102,7 +99,7 @@ def _find_root(model: nn.Module, backbone: nn.Module) -> nn.Module:
 
 def find_balancer(model: nn.Module) -> PhiBalancer | None:
     """
-    The balancer of a patched model, which may be wrapped; `None` if it is not patched.
+    Returns the balancer of a patched model, which may be wrapped; `None` if it is not patched.
 
     Raises:
         ValueError: if `model` holds several patched models of which more than one is trained.
@@ -120,7 +117,7 @@ def find_balancer(model: nn.Module) -> PhiBalancer | None:
 
 def get_balancer(model: nn.Module) -> PhiBalancer:
     """
-    The [`PhiBalancer`] of a patched model, which may be wrapped by PEFT, DDP, Fabric, `torch.compile` or a module of one's own.
+    Returns the [`PhiBalancer`] of a patched model, which PEFT, DDP, Fabric, `torch.compile` or your own module may wrap.
 
     Raises:
         ValueError: if the model is not patched, or holds several that are.
@@ -134,16 +131,13 @@ def get_balancer(model: nn.Module) -> PhiBalancer:
 
 def learning_report(model: nn.Module) -> LearningReport:
     """
-    Whether each router of a patched model learns (in full, by LoRA, or not at all), and what its balancing gradient reaches.
-    `print` it for the text that training logs once.
+    Reports how each router of a patched model learns (in full, by LoRA, or not at all), and which parameters its balancing
+    gradient reaches. `print` it for the text that training logs once.
 
     Raises:
         ValueError: if the model is not patched.
     """
     return get_balancer(model).learning_report()
-
-
-# ---------------------------------------------------------------------- patching
 
 
 def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None) -> nn.Module:
@@ -152,10 +146,10 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
 
     Args:
         model (`torch.nn.Module`):
-            A transformers MoE model, possibly wrapped by PEFT, DDP, FSDP, `torch.compile` or a module of one's own.
+            A transformers MoE model, possibly wrapped by PEFT, DDP, FSDP, `torch.compile` or your own module.
         config (`PhiBalanceConfig`, `dict` or `bool`, *optional*):
-            `True` or nothing stands for the defaults, or for the present configuration of a patched model. A patched
-            model may be given another configuration at any time; it keeps its balancer and its duals.
+            `True` or nothing means the defaults, or the present configuration of a patched model. A patched model may be
+            given another configuration at any time; it keeps its balancer and its duals.
 
     Returns:
         `torch.nn.Module`: `model` itself.
@@ -184,7 +178,7 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
 
 
 def _find_target(model: nn.Module) -> nn.Module:
-    """The transformers model inside `model` whose routers are to be balanced: `model` without wrappers, if it is one."""
+    """Returns the transformers model in `model` that has routers: `model` without wrappers, if that is one."""
     inner = unwrap(model)[-1]
     if isinstance(inner, PreTrainedModel):
         return inner
@@ -217,12 +211,9 @@ def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
             "selection bias is lost. phb.AutoModelForCausalLM.from_pretrained loads both."
         )
     backbone = find_backbone(root, sites)
-    prefix = canonical_name(next(name for name, module in root.named_modules() if module is backbone))
-    device = next(
-        (p.device for m in sites[0].modules for p in m.parameters() if p.device.type != "meta"), torch.device("cpu")
-    )
-    duals = Duals(config, sites, device)
-    balancer = PhiBalancer(config, sites, duals, f"{prefix}." if prefix else "")
+    devices = (p.device for m in sites[0].modules for p in m.parameters() if p.device.type != "meta")
+    duals = Duals(config, sites, next(devices, torch.device("cpu")))
+    balancer = PhiBalancer(config, sites, duals, _prefix_of(backbone, root))
     patch = Patch()
     vars(backbone)[PATCH] = patch
     balancer.bind(backbone, root)
@@ -237,8 +228,14 @@ def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     return balancer
 
 
+def _prefix_of(backbone: nn.Module | None, root: nn.Module) -> str:
+    """Returns the path of `backbone` in `root`, with a dot at its end, or `""`."""
+    name = canonical_name(next(name for name, module in root.named_modules() if module is backbone))
+    return f"{name}." if name else ""
+
+
 def _mark(balancer: PhiBalancer) -> None:
-    """Lets the model around the backbone hand on its labels, and notes what its `save_pretrained` writes and what not."""
+    """Makes the model around the backbone pass on its labels, and save the configuration but not the bias in its weights."""
     root, undo = balancer.root, _patch_of(balancer).undo
     if root is not balancer.backbone:
         root.register_forward_pre_hook(_push_labels, with_kwargs=True)
@@ -252,24 +249,23 @@ def _mark(balancer: PhiBalancer) -> None:
 
 
 def _adopt(balancer: PhiBalancer, root: nn.Module) -> None:
-    """Belongs to the transformers model `root` from now on, which may be another one around the same backbone, or a copy."""
+    """Binds `balancer` to the transformers model `root`: another one around the same backbone, or a copy."""
     backbone = balancer.backbone
-    prefix = canonical_name(next(name for name, module in root.named_modules() if module is backbone))
-    balancer.rename(f"{prefix}." if prefix else "")
+    balancer.rename(_prefix_of(backbone, root))
     balancer.bind(cast(nn.Module, backbone), root)
     if root is not backbone and not isinstance(vars(root).get("forward"), WrappedMethod):
         _mark(balancer)
 
 
 def _follow_root(balancer: PhiBalancer, model: nn.Module) -> None:
-    """Belongs to the transformers model in `model`, if that is another one around the backbone."""
+    """Binds `balancer` to the transformers model in `model`, if that is another one around the backbone."""
     inner = unwrap(model)[-1]
     if isinstance(inner, PreTrainedModel) and inner not in (balancer.backbone, balancer.root):
         _adopt(balancer, inner)
 
 
 def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
-    """Goes on with another configuration, and with what wrappers have put in since."""
+    """Changes the configuration, and hooks the modules that wrappers have added since."""
     balancer.find_copies()
     hook_adapters(balancer.forwards)
     backbone = balancer.backbone
@@ -292,8 +288,8 @@ def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
 
 def _has_other_experts(balancer: PhiBalancer) -> bool:
     """Whether experts or layers were added or removed since the model was patched."""
-    now = {(s.name, s.num_experts, s.top_k) for s in find_routers(balancer.root)}
-    return now != {(s.name, s.num_experts, s.top_k) for s in balancer.sites}
+    now, then = ({(s.name, s.num_experts, s.top_k) for s in x} for x in (find_routers(balancer.root), balancer.sites))
+    return now != then
 
 
 def _patch_of(balancer: PhiBalancer) -> Patch:
@@ -302,9 +298,9 @@ def _patch_of(balancer: PhiBalancer) -> Patch:
 
 def unpatch(model: nn.Module) -> nn.Module:
     """
-    Takes φ-balancing out of `model`: hooks, attributes and config are as before [`patch`]. Weights, and a family's own
-    selection bias, stay as trained (that of the base, if an adapter was trained); a selection bias of ours goes. Without
-    effect on a model that is not patched.
+    Takes φ-balancing out of `model`: restores hooks, attributes and config as before [`patch`]. Weights stay as trained. A
+    family's own selection bias stays too, the base model's if an adapter was trained. Our selection bias is removed. Does
+    nothing to a model that is not patched.
 
     Returns:
         `torch.nn.Module`: `model` itself.
@@ -330,7 +326,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def give_own_config(root: nn.Module) -> None:
-    """Gives `root` a config of its own: another model may have been made of the same one."""
+    """Gives `root` a copy of its config, which other models may share."""
     config = getattr(root, "config", None)
     if config is None:
         return
@@ -342,11 +338,8 @@ def give_own_config(root: nn.Module) -> None:
             module.config = own
 
 
-# ---------------------------------------------------------------------- what a patched model does
-
-
 def _forward_of_backbone(backbone: nn.Module, inner: Callable, *args, **kwargs) -> Any:
-    """The forward of a patched backbone, whoever calls it."""
+    """The forward of a patched backbone."""
     duals: Any = backbone._modules.get(NAME)
     if duals is None:
         return inner(*args, **kwargs)
@@ -363,7 +356,7 @@ def _forward_of_backbone(backbone: nn.Module, inner: Callable, *args, **kwargs) 
 
 
 def wrap_below(balancer: PhiBalancer, wrapper: Callable) -> None:
-    """Lets the backbone's own forward be `wrapper(backbone, inner, ...)`, below ours, which has seen the inputs by then."""
+    """Replaces the backbone's own forward, which ours calls, by `wrapper(backbone, inner, ...)`."""
     backbone = balancer.backbone
     assert backbone is not None
     ours: WrappedMethod = vars(backbone)["forward"]
@@ -371,7 +364,7 @@ def wrap_below(balancer: PhiBalancer, wrapper: Callable) -> None:
 
 
 def _push_labels(root: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Before a call of a model with a head: notes its labels, which the backbone does not get."""
+    """Pre-forward hook of a model with a head: stores its labels, which the backbone does not get."""
     duals = _duals_below(root)
     if duals is not None:
         duals.balancer.forwards.push_labels(arguments_by_name(root, args, kwargs).get("labels"))
@@ -384,7 +377,7 @@ def _pop_labels(root: nn.Module, args: tuple, output: Any) -> None:
 
 
 def _forward_with_labels(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
-    """The same around the forward of a model, which PEFT calls without its hooks."""
+    """Does the same around the model's forward, which PEFT calls without its hooks."""
     duals = _duals_below(root)
     if duals is None:
         return inner(*args, **kwargs)
@@ -396,13 +389,13 @@ def _forward_with_labels(root: nn.Module, inner: Callable, *args, **kwargs) -> A
 
 
 def _duals_below(root: nn.Module) -> Any:
-    """The duals of the backbone of `root`, where labels tell which tokens count."""
+    """Returns the duals of the backbone of `root` if `token_mask="labels"`, else `None`."""
     duals: Any = getattr(root, "base_model", root)._modules.get(NAME)
     return duals if duals is not None and duals.balancer.config.token_mask == "labels" else None
 
 
 def _before_loading(backbone: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Weights of the routers without a selection bias: what is loaded is what is there afterwards."""
+    """Resets our selection bias before weights of the routers are loaded that have none."""
     duals: Any = backbone._modules.get(NAME)
     if duals is None or any(key.startswith(f"{prefix}{NAME}.") for key in state_dict):
         return
@@ -414,7 +407,7 @@ def _before_loading(backbone: nn.Module, state_dict: Mapping[str, Any], prefix: 
 
 
 def _save_with_state(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
-    """`save_pretrained`: writes the state beside the weights, and the config of the ordinary model it is."""
+    """`save_pretrained`: writes the state next to the weights, and the config as without balancing."""
     balancer = find_balancer(root)
     if balancer is None:
         return inner(*args, **kwargs)
@@ -430,16 +423,15 @@ def _save_with_state(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
 
 
 def _warn_about_plain_load(balancer: PhiBalancer) -> None:
-    """Says once, or once more with figures after an evaluation, what a plain load would lose."""
+    """Warns once that a plain load loses the selection bias; once more, with figures, after an evaluation."""
     biases = balancer.biases()
     lost = [site.name for site in balancer.sites if not site.native_bias and bool(biases[site.name].any())]
     if balancer.has_bias and lost:
-        found = balancer.evaluated
-        figures = (
-            f" (MaxVio {found['plain_max_vio']:.3f} instead of {found['max_vio']:.3f} in the last evaluation)"
-            if found
-            else ""
-        )
+        found, figures = balancer.evaluated, ""
+        if found:
+            figures = (
+                f" (MaxVio {found['plain_max_vio']:.3f} instead of {found['max_vio']:.3f} in the last evaluation)"
+            )
         logger.warning_once(
             f"The selection bias of {len(lost)} routers ({lost[0]!r}, ...) is kept in {STATE_NAME}, not in the weights: "
             f"loading this model without the phi_balance flag loses it and routes some tokens to other experts{figures}. "
@@ -448,11 +440,8 @@ def _warn_about_plain_load(balancer: PhiBalancer) -> None:
         )
 
 
-# ---------------------------------------------------------------------- beside an adapter
-
-
-def _save_beside_adapter(model: Any, folder: str | os.PathLike) -> None:
-    """Before `PeftModel.save_pretrained`: writes a state beside each adapter that has one."""
+def _save_with_adapter(model: Any, folder: str | os.PathLike) -> None:
+    """Called before `PeftModel.save_pretrained`: writes a state next to each adapter that has one."""
     balancer = find_balancer(model)
     if balancer is None or (dist.is_initialized() and dist.get_rank()):
         return
@@ -468,8 +457,8 @@ def _save_beside_adapter(model: Any, folder: str | os.PathLike) -> None:
         )
 
 
-def _load_beside_adapter(model: Any, source: str, name: str) -> None:
-    """After `PeftModel.load_adapter`: loads the state that was saved beside the adapter."""
+def _load_with_adapter(model: Any, source: str, name: str) -> None:
+    """Called after `PeftModel.load_adapter`: loads the state that was saved next to the adapter."""
     path: Any = state_in(source)
     if path is None and not Path(source).is_dir():
         quietly = ("gated_repo", "missing_entries", "connection_errors")
@@ -488,5 +477,5 @@ def _load_beside_adapter(model: Any, source: str, name: str) -> None:
 
 
 process.around_save.append(_save_with_state)
-process.on_peft_save.append(_save_beside_adapter)
-process.on_peft_load.append(_load_beside_adapter)
+process.on_peft_save.append(_save_with_adapter)
+process.on_peft_load.append(_load_with_adapter)

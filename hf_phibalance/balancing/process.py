@@ -1,16 +1,16 @@
 """
-All that φ-balancing sets in the process, beyond the models it patches, and every private name of torch that it uses.
+Everything that φ-balancing sets in the process outside the patched models, and the private names of torch that it uses.
 
 | what | why |
 |---|---|
 | a step hook of all torch optimizers | a step ends when an optimizer that owns parameters of a patched model has stepped |
-| wrappers on `GradScaler.scale` and `.update` | the scale of a loss is found at the root of its backward; a skipped step is noticed |
+| wrappers on `GradScaler.scale` and `.update` | to find the scale of a loss at the root of its backward, and to notice a skipped step |
 | a wrapper on `transformers.Trainer.train` | a Trainer whose model is patched announces the tokens of its steps |
-| a wrapper on `PreTrainedModel.save_pretrained` | the state is written beside the weights |
-| wrappers on `PeftModel.save_pretrained` and `.load_adapter` | a selection bias is kept with the adapter that it was trained with |
-| `torch._dynamo.config.skip_nnmodule_hook_guards = False` | else compiled code of an ordinary model may run in a patched one |
+| a wrapper on `PreTrainedModel.save_pretrained` | writes the state next to the weights |
+| wrappers on `PeftModel.save_pretrained` and `.load_adapter` | keep a selection bias with the adapter that it was trained with |
+| `torch._dynamo.config.skip_nnmodule_hook_guards = False` | else a patched model may run code that was compiled without the patch |
 
-[`follow`] puts them in when the first model is patched; [`forget`] takes them out when none is left.
+[`follow`] sets them when the first model is patched; [`forget`] removes them when none is left.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import importlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,30 +35,29 @@ if TYPE_CHECKING:
 
 _balancers: list[weakref.ref[PhiBalancer]] = []  # in the order of patching, which is the same on all ranks
 _undo: list[Callable[[], None]] = []
-is_stepping = False  # an optimizer of torch's is, which may run closures
-_scales: dict[int, tuple[Any, Tensor]] = {}  # GradScaler and scale of the loss, by the backward that is under way
-# What others want to be called for: a Trainer that begins to train; `save_pretrained` of a model, with the method to go on with;
-# a `PeftModel` and the folder that it is about to be saved to; one, the adapter that was loaded into it, and its name.
-on_train: list[Callable[[Any], None]] = []
-around_save: list[Callable] = []
-on_peft_save: list[Callable[[Any, str], None]] = []
-on_peft_load: list[Callable[[Any, str, str], None]] = []
+is_stepping = False  # whether an optimizer of torch's is stepping; it may run closures
+_scales: dict[int, tuple[Any, Tensor]] = {}  # GradScaler and scale of the loss, by number of the running backward
+# Callbacks of other modules and their arguments:
+on_train: list[Callable[[Any], None]] = []  # a Trainer that begins to train
+around_save: list[Callable] = []  # a model and its `save_pretrained`, then the arguments of the call
+on_peft_save: list[Callable[[Any, str], None]] = []  # a `PeftModel` and the folder it will be saved to
+on_peft_load: list[Callable[[Any, str, str], None]] = []  # a `PeftModel`, the adapter loaded into it, its name
 
 
 def balancers() -> list[PhiBalancer]:
-    """The balancers of all models that are patched and alive."""
+    """Returns the balancers of all models that are patched and alive."""
     return [b for reference in _balancers if (b := reference()) is not None and b.backbone is not None]
 
 
 def follow(balancer: PhiBalancer) -> None:
-    """Lets `balancer` know what optimizers, scalers and trainers of this process do."""
+    """Makes optimizers, scalers and trainers of this process report to `balancer`."""
     _balancers[:] = [weakref.ref(other) for other in balancers() if other is not balancer] + [weakref.ref(balancer)]
     if not _undo:
         _install()
 
 
 def forget(balancer: PhiBalancer) -> None:
-    """`balancer` is out of its model; without any other the process is left as it was found."""
+    """Stops reporting to `balancer`. Restores the process if no balancer is left."""
     _balancers[:] = [weakref.ref(other) for other in balancers() if other is not balancer]
     if not _balancers:
         while _undo:
@@ -82,7 +81,7 @@ def _install() -> None:
 
 
 def _wrap(cls: type, name: str, outer: Callable) -> None:
-    """Lets `cls.name(self, ...)` be `outer(inner, self, ...)`, unless `cls` inherits it."""
+    """Replaces `cls.name(self, ...)` by `outer(inner, self, ...)`, unless `cls` inherits it."""
     inner = vars(cls).get(name)
     if inner is None or hasattr(inner, "_phi_balance"):
         return
@@ -94,7 +93,7 @@ def _wrap(cls: type, name: str, outer: Callable) -> None:
     wrapper._phi_balance = True  # type: ignore[attr-defined]
 
     def restore() -> None:
-        if vars(cls).get(name) is wrapper:  # else somebody has wrapped it since; ours does nothing without balancers
+        if vars(cls).get(name) is wrapper:  # else it was wrapped again since; ours does nothing without balancers
             setattr(cls, name, inner)
 
     setattr(cls, name, wrapper)
@@ -102,7 +101,7 @@ def _wrap(cls: type, name: str, outer: Callable) -> None:
 
 
 def follow_peft() -> None:
-    """Wraps the saving and loading of adapters, once PEFT is imported and while a model is patched."""
+    """Wraps the saving and loading of adapters, if PEFT is imported and a model is patched."""
     cls: Any = getattr(sys.modules.get("peft"), "PeftModel", None)
     if cls is not None and _undo:
         _wrap(cls, "save_pretrained", _save_adapter)
@@ -122,9 +121,6 @@ def _load_adapter(inner: Callable, model: Any, model_id: Any, adapter_name: str,
     return result
 
 
-# ---------------------------------------------------------------------- optimizers, scalers, trainers
-
-
 @torch.compiler.disable
 def _before_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     global is_stepping
@@ -133,14 +129,14 @@ def _before_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 @torch.compiler.disable
 def _after_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """Ends the step of every model of which `optimizer` owns parameters."""
+    """Ends the step of every model that has parameters of `optimizer`."""
     global is_stepping
     is_stepping = False
     skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips on the device, without telling the host
     for balancer in balancers():
         if not in_backward():
             balancer.loop.optimizer_has_stepped(optimizer, skipped)
-        elif balancer.loop.is_owned_by(optimizer):  # one optimizer per parameter, which steps inside the backward
+        elif balancer.loop.is_owned_by(optimizer):  # one optimizer per parameter, stepping inside the backward
             end = functools.partial(balancer.loop.optimizer_has_stepped, optimizer, skipped)
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
@@ -155,14 +151,14 @@ def _scale(inner: Callable, scaler: Any, outputs: Any) -> Any:
 
 
 def _begin_scaled(scaler: Any, grad: Tensor) -> None:
-    """The backward of a scaled loss begins: the loss is its root."""
+    """Notes the scale when the backward of a scaled loss begins at the loss."""
     if len(_scales) > 8:
         _scales.clear()
     _scales[torch._C._current_graph_task_id()] = scaler, scaler._scale
 
 
 def loss_scale() -> tuple[Any, Tensor] | None:
-    """GradScaler and scale of the loss whose backward is under way; `None` if it is not scaled."""
+    """Returns the GradScaler and the scale of the loss in the running backward; `None` if it is not scaled."""
     return _scales.get(torch._C._current_graph_task_id())
 
 
@@ -182,24 +178,21 @@ def _save_model(inner: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
 def _train(inner: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     own = vars(trainer).get("train")
     if balancers():
-        importlib.import_module("..training", __package__)  # the room above this one, which adds to `on_train`
+        importlib.import_module("..training", __package__)  # adds to `on_train`
         for begin in on_train:
             begin(trainer)
     if vars(trainer).get("train") is not own:
-        return trainer.train(*args, **kwargs)  # which has just been wrapped, for this call too
+        return trainer.train(*args, **kwargs)  # a callback has just wrapped it, for this call too
     return inner(trainer, *args, **kwargs)
 
 
-# ---------------------------------------------------------------------- private names of torch
-
-
 def in_backward() -> bool:
-    """Whether a backward is under way in this thread."""
+    """Whether a backward is running in this thread."""
     return torch._C._current_graph_task_id() != -1
 
 
 def backward_node() -> int | None:
-    """Number of the autograd node whose backward runs in this thread; `None` outside of a backward."""
+    """Returns the number of the autograd node that runs in this thread; `None` outside of a backward."""
     if not in_backward():
         return None
     node: Any = torch._C._current_autograd_node()
@@ -207,19 +200,16 @@ def backward_node() -> int | None:
 
 
 def next_node() -> int:
-    """Number of the autograd node that this thread makes next; later nodes have larger numbers."""
+    """Returns the number of the next autograd node of this thread; later nodes have larger numbers."""
     return torch._C._autograd._get_sequence_nr()
 
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
     """
-    Operations inside are seen by no dispatch mode. Selective checkpointing is one, and wants a recomputation to run the very
-    operations of the forward; ours only count, and are not run again.
+    Context manager: hides operations from dispatch modes, and turns gradients off. Selective checkpointing is such a mode and
+    expects the same operations again in the recomputation, but counting is not repeated there.
     """
-    if torch._C._len_torch_dispatch_stack() == 0:
-        with torch.no_grad():
-            yield
-        return
-    with torch.no_grad(), _disable_current_modes():
+    hidden = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+    with torch.no_grad(), hidden:
         yield

@@ -1,4 +1,4 @@
-"""The random number generators of this process."""
+"""Saves and restores the random number generators of this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class RandomState:
-    """The random number generators of this process, as they are when this is made."""
+    """A snapshot of the random number generators of this process."""
 
     def __init__(self) -> None:
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()

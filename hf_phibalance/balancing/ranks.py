@@ -11,20 +11,15 @@ from torch import Tensor, nn
 
 
 class Ranks:
-    """
-    The ranks over which statistics are summed and gradients averaged: all, or those of `group`.
+    """The ranks over which statistics are summed and gradients averaged: those of `group`, or all."""
 
-    Args:
-        copies (`int`, *optional*, defaults to `1`): so many of all ranks hold the same tokens. They are counted once.
-    """
-
-    def __init__(self, copies: int = 1) -> None:
-        self.copies = copies
+    def __init__(self) -> None:
+        self.copies = 1  # this many ranks hold the same tokens, which count once
         self.group: dist.ProcessGroup | None = None
 
     @property
     def count(self) -> int:
-        """How many ranks hold tokens of their own."""
+        """Number of ranks that hold different tokens."""
         return self._world // self._copies
 
     @property
@@ -36,21 +31,21 @@ class Ranks:
         return self.copies if self.group is None and self._world > 1 else 1
 
     def sum_(self, values: Tensor) -> None:
-        """Adds up `values` over the ranks, in place; what ranks hold in common is added once."""
+        """Sums `values` over the ranks, in place. Ranks with the same tokens are summed once."""
         if self._world > 1:
             dist.all_reduce(values, group=self.group)
         if self._copies > 1:
             values.div_(self._copies)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The same, which leaves `values` as they are."""
+        """Returns `values` summed over the ranks, and leaves `values` unchanged."""
         if self._world > 1:
             values = values.clone()
             self.sum_(values)
         return values
 
     def agree(self, text: str, device: torch.device) -> bool:
-        """Whether all ranks have called this with the same `text`; waits for `device`."""
+        """Whether all ranks call this with the same `text`. Waits for `device`."""
         if self._world == 1:
             return True
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
@@ -63,8 +58,8 @@ class Ranks:
 
 
 def count_copies(root: nn.Module) -> int:
-    """How many ranks see the same tokens, since transformers has split the tensors of `root` over them."""
+    """Returns how many ranks get the same tokens because transformers has split `root` over them."""
     if getattr(root, "_device_mesh", None) is None:
         return 1
-    sizes = getattr(getattr(root, "config", None), "distributed_config", None)  # transformers 5.16 says it only there
+    sizes = getattr(getattr(root, "config", None), "distributed_config", None)  # transformers 5.16 has it only there
     return getattr(root, "_tp_size", None) or getattr(sizes, "tp_size", None) or 1

@@ -1,4 +1,4 @@
-"""What cannot be balanced: refused when a model is patched, or at its first step, instead of silently doing nothing."""
+"""Refuses what cannot be balanced, when a model is patched or at its first step, instead of silently doing nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .ranks import Ranks
 
 
 logger = logging.get_logger(__name__)
-EVEN = 0.02  # greatest relative distance of a probability from the mean
+EVEN = 0.02  # probabilities closer than this to their mean, relatively, are called even
 
 
 def refuse_impossible(root: nn.Module, sites: Sequence[RouterSite], config: PhiBalanceConfig) -> None:
     """
-    Refuses what `config` asks of the routers `sites` of `root` and cannot have.
+    Refuses a `config` that the routers `sites` of `root` cannot follow.
 
     Raises:
         ValueError: naming the router, the reason and the remedy.
@@ -39,15 +39,10 @@ def refuse_impossible(root: nn.Module, sites: Sequence[RouterSite], config: PhiB
             )
     parts = [site.name for site in sites if not site.sees_all]
     if parts and (config.rules.pooled or config.sequence_coef > 0):
-        what = (
-            f"method={config.method!r} pools"
-            if config.rules.pooled
-            else f"sequence_coef={config.sequence_coef} balances"
-        )
-        raise ValueError(
-            f"{what} whole sequences, but {parts[0]!r} sees only a part of them. Use "
-            f"{'method=' + repr('switch') if config.rules.pooled else 'sequence_coef=0'}."
-        )
+        what, instead = f"sequence_coef={config.sequence_coef} balances", "sequence_coef=0"
+        if config.rules.pooled:
+            what, instead = f"method={config.method!r} pools", "method='switch'"
+        raise ValueError(f"{what} whole sequences, but {parts[0]!r} sees only a part of them. Use {instead}.")
     if config.rules.pooled and len({(site.num_experts, site.top_k) for site in sites}) > 1:
         raise ValueError(
             f"method={config.method!r} pools the layers of a model, but those of {type(root).__name__} have different "
@@ -74,7 +69,7 @@ def _refuse_pipeline(root: nn.Module) -> None:
 
 
 def _refuse_local_choices(root: nn.Module) -> None:
-    """Can go with transformers 5.20, the last that has such a style."""
+    """Refuses expert-parallel plans of transformers 5.20 and older; can go with their support."""
     sizes = getattr(getattr(root, "config", None), "distributed_config", None)
     plan = getattr(root, "_ep_plan", None) or {}
     styles = sorted({style for style in plan.values() if style.endswith("_router")})
@@ -122,12 +117,7 @@ def _refuse_unbiasable(site: RouterSite, config: PhiBalanceConfig) -> None:
 
 
 def check_ranks(config: PhiBalanceConfig, sites: Sequence[RouterSite], ranks: Ranks, counts: Counts) -> None:
-    """
-    Refuses ranks that balance different things, whose sums would mean nothing or never arrive; on all of them alike.
-
-    Raises:
-        ValueError: if routers or configuration are not the same on every rank.
-    """
+    """Raises `ValueError` on every rank if routers or configuration are not the same on all of them."""
     names = [site.name for site in sites]
     mine = f"{[(site.name, site.num_experts) for site in sites]} {config.to_dict()}"
     if not ranks.agree(mine, counts.flat.device):
@@ -142,15 +132,15 @@ def check_first_step(
     config: PhiBalanceConfig, sites: Sequence[RouterSite], counts: Counts, added: set[int], second_order: bool
 ) -> bool:
     """
-    Refuses set-ups in which balancing would silently do nothing; reads the device, once.
+    Refuses set-ups in which balancing would silently do nothing. Reads the device once.
 
     Args:
         counts (`Counts`): of the step, over all ranks.
         added (`set[int]`): routers that have added a gradient.
-        second_order (`bool`): whether a backward was run with `create_graph`, in which none does.
+        second_order (`bool`): whether a backward was run with `create_graph`, in which no router adds one.
 
     Returns:
-        `bool`: whether there was anything to check, i.e. a token that counts.
+        `bool`: whether any token counted, so that there was something to check.
     """
     if not float(counts.tokens):
         return False
@@ -185,7 +175,7 @@ def check_first_step(
 
 
 def _warn_of_even_probabilities(config: PhiBalanceConfig, sites: Sequence[RouterSite], counts: Counts) -> None:
-    """New or upcycled routers: a price on probabilities that are even has nothing to act on, however uneven the loads are."""
+    """Warns if probabilities are even but loads are not, as in new or upcycled routers: then the price has no effect."""
     if config.coef == 0 or config.track != "probs" or config.bias_coef > 0:
         return
     for index, site in enumerate(sites):

@@ -1,14 +1,13 @@
 """
-The file `phi_balance.state` beside a model's weights, and whether a state fits a model. Format 1:
+Writes and reads the file `phi_balance.state` next to a model's weights, and checks that a state fits a model. Format 1:
 
-- The container is that of safetensors, under a name that no engine takes for weights.
-- Tensors: `steps` (int64, one number); and for each router `{router}.mean_probs`, `{router}.mean_load` and, where there is a
-  selection bias, `{router}.bias`, each `(E,)` in fp32. `{router}` is its name relative to the backbone (`model.base_model`), for
-  example `layers.0.mlp.gate`.
+- The container is safetensors, with a file name that no engine takes for weights.
+- Tensors: `steps` (int64, one number); for each router `{router}.mean_probs` and `{router}.mean_load`; and `{router}.bias` if there
+  is a selection bias; each `(E,)` in fp32. `{router}` is its name relative to the backbone (`model.base_model`), for example
+  `layers.0.mlp.gate`.
 - Header: `format` "pt"; `phi_balance` "1"; `version` of this package; `config`, the [`PhiBalanceConfig`] as JSON; `model` as JSON,
   `{"type": model type of the language model, "routers": {router: [experts, experts per token, scoring]}, "weights": fingerprint of
-  the first router's weight, or ""}`; and `checksum`, SHA-256 over the rest of the header and all tensors. What is read is what was
-  written, or it is refused.
+  the first router's weight, or ""}`; and `checksum`, SHA-256 over the rest of the header and all tensors.
 """
 
 from __future__ import annotations
@@ -36,21 +35,21 @@ from ..sidecar import STATE_NAME, state_in
 
 FORMAT = "1"  # raise it when a reader of the present one would misunderstand the file
 HEADER = {"format", "phi_balance", "version", "config", "model", "checksum"}
-LARGEST = 2**28  # bytes; the duals of a thousand layers of two thousand experts have a tenth of it
-SUM_TOLERANCE = 1e-3  # by which the sum of a mean may miss 1
+LARGEST = 2**28  # bytes; the duals of a thousand layers of two thousand experts need a tenth of it
+SUM_TOLERANCE = 1e-3  # allowed distance of the sum of a mean from 1
 
 
 @dataclass(frozen=True)
 class StateFile:
-    """What [`read_state`] found: the tensors, and what the file says of where they come from."""
+    """Content of a state file: tensors, description of the model, and the configuration of the training."""
 
     tensors: dict[str, Tensor]
     model: dict[str, Any]
-    config: dict[str, Any]  # that led to them
+    config: dict[str, Any]
 
 
 def describe_model(root: nn.Module, sites: Sequence[RouterSite], names: Sequence[str]) -> dict[str, Any]:
-    """What a state file says of its model: the type of its language model, and for each router (`names`) its sizes and scoring."""
+    """Describes a model for its state file: type of the language model, and sizes and scoring of each router (`names`)."""
     config: Any = getattr(root, "config", None)
     model_type = type(root).__name__ if config is None else config.get_text_config().model_type
     routers = {n: [s.num_experts, s.top_k, s.scoring] for n, s in zip(names, sites)}
@@ -58,7 +57,7 @@ def describe_model(root: nn.Module, sites: Sequence[RouterSite], names: Sequence
 
 
 def fingerprint(site: RouterSite) -> str:
-    """Hash of a router's weight in bf16, so that it is the same in fp32 and bf16; `""` if it is sharded, packed or in fp16."""
+    """Returns a hash of a router's weight in bf16, the same for fp32 and bf16; `""` if it is sharded, packed or in fp16."""
     weight = router_matrix(site.router)
     if weight is None or weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta:
         return ""
@@ -68,23 +67,12 @@ def fingerprint(site: RouterSite) -> str:
     return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------- the file
-
-
 def save_state(
     state: dict[str, Tensor], config: PhiBalanceConfig, model: dict[str, Any], directory: str | os.PathLike
 ) -> Path:
     """
-    Writes `phi_balance.state` into `directory` (made if missing) and returns its path. Whatever happens meanwhile, a kill, a
-    full disk or a loss of power, under that name is the whole file or the one that was there before.
-
-    Args:
-        state (`dict[str, Tensor]`): as [`PhiBalancer.state_dict`] returns it.
-        config (`PhiBalanceConfig`): the configuration that led to it.
-        model (`dict`): as [`describe_model`] returns it.
-
-    Raises:
-        OSError: if it cannot be written.
+    Writes `phi_balance.state` into `directory` (made if missing) and returns its path. After a kill, a full disk or a loss of
+    power it holds the whole new file or the old one. Raises `OSError` if it cannot be written.
     """
     path = Path(directory) / STATE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +93,7 @@ def save_state(
 
 
 def checksum(state: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors, and over the header without its checksum."""
+    """Returns SHA-256 over names, types, shapes and bytes of all tensors, and over the header without its checksum."""
     digest = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "checksum"}, sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -116,11 +104,11 @@ def checksum(state: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
 
 def read_state(directory: str | os.PathLike) -> StateFile:
     """
-    What [`save_state`] wrote, from the file or from its directory.
+    Reads the file that [`save_state`] wrote, given its path or its directory.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, was not written by this package, or by a version that this one does not understand.
+        ValueError: if it is damaged, or was written by another program or in another format.
     """
     path = Path(directory)
     path = state_in(path) or path / STATE_NAME if path.is_dir() else path
@@ -149,7 +137,7 @@ def read_state(directory: str | os.PathLike) -> StateFile:
 
 
 def _describes_model(model: Any) -> bool:
-    """Whether this is what [`describe_model`] says of some model."""
+    """Whether `model` has the form of [`describe_model`]."""
     return (
         isinstance(model, dict)
         and isinstance(model.get("type"), str)
@@ -166,7 +154,7 @@ def _damaged(path: Path, reason: str) -> ValueError:
 
 
 def _check_header(path: Path, header: Mapping[str, str]) -> None:
-    """Refuses a file of another program, or of a version of this one whose header means something else."""
+    """Refuses a file of another program or in another format."""
     if "phi_balance" not in header:
         raise ValueError(
             f"{path} was not written by hf_phibalance: its header has no 'phi_balance'. Use a file that PhiBalancer.save or "
@@ -185,17 +173,14 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
 
 
 def config_in(path: str | os.PathLike) -> dict[str, Any]:
-    """The configuration that wrote the state file `path`: an adapter has no config.json to keep it in. Raises as [`read_state`]."""
+    """Returns the configuration in a state file. An adapter has no config.json for it. Raises as [`read_state`]."""
     return read_state(path).config
-
-
-# ---------------------------------------------------------------------- whether it fits
 
 
 def fit_names(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """
-    `state` under the names of this model's routers: in front of those that it was saved under, or of these, there may be the path
-    of the language model in a vision-language model, as in the weights.
+    Renames the routers in `state` to `names`, those of this model. One of the two may have the path of the language model in a
+    vision-language model in front.
     """
     saved = {key.rpartition(".")[0] for key in state if "." in key}
     for inner, outer in ((names, saved), (saved, names)):
@@ -203,12 +188,9 @@ def fit_names(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         prefixes = {name.removesuffix(first) for name in outer if name.endswith(f".{first}")}
         for prefix in prefixes if first else ():
             if {f"{prefix}{name}" for name in inner} <= set(outer) and not set(saved) & set(names):
-                shorter = inner is names
-                renamed = (
-                    {f"{prefix}{name}": name for name in inner}
-                    if shorter
-                    else {name: f"{prefix}{name}" for name in inner}
-                )
+                renamed = {f"{prefix}{name}": name for name in inner}
+                if inner is saved:
+                    renamed = {name: longer for longer, name in renamed.items()}
                 return {
                     ".".join([renamed[key.rpartition(".")[0]], key.rpartition(".")[2]]) if "." in key else key: value
                     for key, value in state.items()
@@ -219,13 +201,10 @@ def fit_names(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """
-    Refuses the state of another model, even one whose routers have the same names and sizes.
+    Refuses the state of another model, even one whose routers have the same names and sizes. Raises `ValueError`.
 
     Args:
-        saved (`Mapping`), present (`Mapping`): what [`describe_model`] said when it was written, and says now.
-
-    Raises:
-        ValueError: naming what differs.
+        saved (`Mapping`), present (`Mapping`): results of [`describe_model`] when it was written, and now.
     """
     remedy = "Load the state that was saved with this model, or start with fresh duals."
     if saved["type"] != present["type"]:
@@ -244,7 +223,7 @@ def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
             )
     for name, router in ours.items():
         for what, now, then in zip(("experts", "experts per token", "scoring"), router, theirs[name]):
-            if now != then and what != "experts per token":  # which a model may be loaded with anew
+            if now != then and what != "experts per token":  # may be set anew when a model is loaded
                 raise ValueError(
                     f"the φ-balance state was written for {then} {what} in {name!r}, which has {now} {what} here: it belongs "
                     f"to another model. {remedy}"
@@ -253,15 +232,11 @@ def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
 
 def check_state(state: Mapping[str, Tensor], experts: Mapping[str, int]) -> None:
     """
-    Refuses a state that does not fit the routers, or that no training can have led to.
+    Refuses a state that does not fit the routers, or that cannot come from a training. Raises `ValueError` naming the tensor.
 
     Args:
-        state (`Mapping[str, Tensor]`): as [`PhiBalancer.state_dict`] returns it.
+        state (`Mapping[str, Tensor]`): a [`PhiBalancer.state_dict`].
         experts (`Mapping[str, int]`): number of experts of each router, by its name in the state.
-
-    Raises:
-        ValueError: naming the tensor that is missing, of another type or shape, no distribution where it has to be one,
-            not finite, or of no router of this model.
     """
     names, kinds = list(experts), [f"mean_{statistic}" for statistic in STATISTICS]
     for key in state:
@@ -271,7 +246,11 @@ def check_state(state: Mapping[str, Tensor], experts: Mapping[str, int]) -> None
                 f"the φ-balance state holds {key!r}, but this model's routers are {names[0]!r} ... "
                 f"{names[-1]!r}: it belongs to another model. Load the state saved with this one."
             )
-    _check_steps(state.get("steps"))
+    steps = state.get("steps")
+    if steps is not None and (steps.dtype != torch.int64 or steps.numel() != 1 or int(steps) < 0):
+        raise ValueError(
+            f"steps in the φ-balance state must be one whole number >= 0, got {steps!r}; use an earlier checkpoint."
+        )
     if any(key.endswith(".bias") for key in state):
         kinds.append("bias")
     for router, kind in itertools.product(names, kinds):
@@ -288,15 +267,6 @@ def check_state(state: Mapping[str, Tensor], experts: Mapping[str, int]) -> None
                 f"{experts[router]} experts: it belongs to another model. Load the state saved with this one."
             )
         _check_values(name, tensor, is_mean=kind != "bias")
-
-
-def _check_steps(steps: Tensor | None) -> None:
-    if steps is None:
-        return
-    if steps.dtype != torch.int64 or steps.numel() != 1 or int(steps) < 0:
-        raise ValueError(
-            f"steps in the φ-balance state must be one whole number >= 0, got {steps!r}; use an earlier checkpoint."
-        )
 
 
 def _check_values(name: str, tensor: Tensor, is_mean: bool) -> None:

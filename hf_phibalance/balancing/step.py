@@ -1,15 +1,15 @@
 """
-An optimizer step and its training forwards: how many tokens N it has, and what each of them weighs.
+An optimizer step and its training forwards: the number N of its tokens, and the weight of each token.
 
-A step begins with the first training forward after the last one has ended, and ends when an optimizer that owns parameters
-of the model has stepped. Its N is
+A step begins with the first training forward after the previous step, and ends when an optimizer that owns parameters of the
+model has stepped. Its N is
 
-    announced by batches    `begin_step(batches)` has counted the tokens, over all ranks; each weighs 1/N
-    announced by number     each of so many backwards gets 1/number of the coefficient
-    not announced           the step has one backward, and N is counted over the forwards that are alive when it comes
+    announced by batches    `begin_step(batches)` counts the tokens over all ranks; each token has weight 1/N
+    announced by number     each backward gets 1/number of the coefficient
+    not announced           the step has one backward; N is the number of tokens of the forwards alive then
 
 A Trainer also says which micro-batch each forward and backward belongs to. Micro-batch k then gets n_k/N of the coefficient,
-n_k being its announced tokens, whatever its forwards see (generated tokens, every token twice).
+where n_k is its announced number of tokens, even if its forwards see other tokens (generated ones, or each token twice).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _keys = itertools.count(1)
 
 class Forward:
     """
-    One training forward of the backbone. Only its autograd graph keeps it alive, so a forward whose graph is gone neither
-    counts nor adds a gradient.
+    One training forward of the backbone. Only its autograd graph keeps it alive: without the graph it neither counts nor adds
+    a gradient.
 
     Args:
         step (`OptimizerStep`): the step that it belongs to.
@@ -46,18 +46,18 @@ class Forward:
 
     def __init__(self, step: OptimizerStep, tokens: Tokens, number: Tensor, micro_batch: int | None = None) -> None:
         self.step, self.tokens, self.number, self.micro_batch = step, tokens, number, micro_batch
-        self.counts = step.counts.like()  # of its routers; they enter the step when its backward comes
+        self.counts = step.counts.like()  # of its routers; added to the step's counts when its backward comes
         self.counts.tokens.copy_(tokens.count)
-        self.share: Tensor | None = None  # () weight of a token, 1/N, once a backward has come
-        self.price: Tensor | None = None  # (L, E) coef · q, from then on
-        self._weights: tuple[Any, dict[int, Tensor]] = (None, {})  # of a loss scale: weight of each token, by mask
+        self.share: Tensor | None = None  # () weight 1/N of a token, once a backward has come
+        self.price: Tensor | None = None  # (L, E) coef · q, once a backward has come
+        self._weights: tuple[Any, dict[int, Tensor]] = (None, {})  # loss scale, and the token weights with it by mask
         self.added: set[int] = set()  # routers that have added their gradient
-        self.first_node = next_node()  # of the autograd nodes that it makes
-        self.key = 0  # by which compiled code knows it
-        self.adapter: str | None = None  # that was switched on
+        self.first_node = next_node()  # number of the first autograd node that it makes
+        self.key = 0  # its number in compiled code
+        self.adapter: str | None = None  # the active one
 
     def weights(self, mask: Tensor) -> Tensor:
-        """Weight 1/N of each token of `mask (T,)`, times the loss scale of its step."""
+        """Returns the weight 1/N of each token of `mask (T,)`, times the loss scale of its step."""
         scale = self.step.loss_scale
         assert self.share is not None
         if self._weights[0] is not scale:
@@ -70,38 +70,28 @@ class Forward:
 
 
 class OptimizerStep:
-    """
-    What is known of the optimizer step under way.
-
-    Args:
-        counts (`Counts`): empty ones.
-        ranks (`int`): over which gradients are averaged.
-    """
+    """The current optimizer step: `counts` begins empty, `ranks` is the number of ranks that average gradients."""
 
     def __init__(self, counts: Counts, ranks: int) -> None:
         self.counts, self.ranks = counts, ranks
-        self.number: int | None = None  # of micro-batches, where announced
-        self.tokens: Tensor | None = None  # () N, where announced by batches
-        self.expected: Tensor | None = None  # () tokens of all announcements, if all told them
+        self.number: int | None = None  # of micro-batches, if announced
+        self.tokens: Tensor | None = None  # () N, if announced by batches
+        self.expected: Tensor | None = None  # () tokens of all announcements, if all were by batches
         self.parts: list[Tensor] | None = None  # () announced tokens of each micro-batch on this rank, in a Trainer
-        self.loss_scale: float | Tensor = 1.0  # of a scaler that is not torch's
-        self.settled = 0  # micro-batches whose backward has come, ...
-        self.first = 0  # ... of which so many belong to earlier announcements
-        self.left, self.share = (
-            1.0,
-            1.0,
-        )  # of the coefficient: what is left for this announcement, and its share of that
-        self.paid: set[int] = set()  # micro-batches of a Trainer that have had their part
-        self.adapter: str | None = None  # that is trained: of the first forward whose backward has come
+        self.loss_scale: float | Tensor = 1.0
+        self.settled = 0  # micro-batches whose backward has come
+        self.first = 0  # those of them that belong to earlier announcements
+        self.left = 1.0  # share of the coefficient that earlier announcements have left
+        self.share = 1.0  # share of `left` that this announcement gets
+        self.paid: set[int] = set()  # micro-batches of a Trainer that have got their part of the coefficient
+        self.adapter: str | None = None  # the trained one: of the first forward whose backward has come
         self.members: list[set[int]] = []  # for each settled forward, the routers that have added their gradient
-        self.scaler: Any = None  # that scaled its loss
-        self.second_order = False  # a backward with create_graph came
+        self.scaler: Any = None  # the GradScaler of its loss
+        self.second_order = False  # whether a backward with create_graph came
         self.added: set[int] = set()  # routers that have added a gradient
         self._alive: list[weakref.ref[Forward]] = []
         self.numbered: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()  # for compiled code
-        self.kept: list[Forward] = []  # whose autograd graph, being compiled, does not keep them alive
-
-    # ------------------------------------------------------------------ announcing
+        self.kept: list[Forward] = []  # compiled ones, which their autograd graph does not keep alive
 
     def announce(
         self,
@@ -112,14 +102,14 @@ class OptimizerStep:
         share: float = 1.0,
     ) -> None:
         """
-        Announces the micro-batches that come now; those of an earlier announcement keep what they have been given.
+        Announces the next micro-batches. Those of an earlier announcement keep their weights.
 
         Args:
-            number (`int`): how many they are.
+            number (`int`): of the micro-batches.
             tokens (`torch.Tensor` of shape `()`, *optional*): tokens that count in them, over all ranks.
-            parts (`list[torch.Tensor]`, *optional*): those of each on this rank, if a Trainer says which one is under way.
-            loss_scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`): by which their gradients will be divided.
-            share (`float`, *optional*, defaults to `1.0`): of what is left of the coefficient; less if more will be announced.
+            parts (`list[torch.Tensor]`, *optional*): tokens of each on this rank, if a Trainer says which one is current.
+            loss_scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`): their gradients will be divided by it.
+            share (`float`, *optional*, defaults to `1.0`): share of the coefficient left; below 1 if more will be announced.
         """
         if self.settled:
             self.left *= 1 - self.share
@@ -128,8 +118,6 @@ class OptimizerStep:
             self.expected = tokens
         self.number, self.tokens, self.parts, self.loss_scale, self.share = number, tokens, parts, loss_scale, share
         self.first, self.paid = self.settled, set()
-
-    # ------------------------------------------------------------------ forwards
 
     def open(self, tokens: Tokens, number: Tensor, micro_batch: int | None) -> Forward:
         forward = Forward(self, tokens, number, micro_batch)
@@ -140,18 +128,18 @@ class OptimizerStep:
         return forward
 
     def drop(self, forward: Forward) -> None:
-        """Forgets a forward that was ended by an exception, whose traceback may keep it alive."""
+        """Forgets a forward that raised an exception. The traceback may keep it alive."""
         self._alive = [reference for reference in self._alive if reference() is not forward]
 
     def find(self, node: int) -> Forward | None:
-        """The forward that the autograd node with this number recomputes: the last that had begun before it."""
+        """Returns the forward that the autograd node with this number recomputes: the last one begun before it."""
         begun = [f for reference in self._alive if (f := reference()) is not None and f.first_node <= node]
         return max(begun, key=lambda f: f.first_node, default=None)
 
     def settle(self, forward: Forward) -> list[Forward]:
         """
-        The backward of `forward` has come: sets the weight of the tokens of all forwards that it may reach, each alike, and
-        returns these. Their counts enter the step.
+        Handles the first backward of `forward`: sets the same token weight in all forwards that it may reach, adds their counts
+        to the step, and returns them.
 
         Raises:
             RuntimeError: if nothing was announced and the step has had a backward already.
@@ -172,7 +160,7 @@ class OptimizerStep:
         return group
 
     def _share(self, forward: Forward, tokens: Tensor) -> Tensor:
-        """Weight of a token among `tokens () ` that are settled together."""
+        """Returns the weight of a token if `tokens` () are settled together."""
         scale, index = self.ranks * self.left * self.share, forward.micro_batch
         number = self.number or accelerate_steps()
         if index is not None:
@@ -195,7 +183,7 @@ class OptimizerStep:
 
 
 def accelerate_steps() -> int:
-    """Micro-batches of a step in a loop with accelerate's `accumulate`, which divides the loss by the same number."""
+    """Returns the number of micro-batches by which accelerate's `accumulate` divides the loss; 1 without it."""
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is None or not accelerate.GradientState._shared_state:
         return 1
@@ -203,11 +191,11 @@ def accelerate_steps() -> int:
 
 
 def check_numbers(step: OptimizerStep) -> str | None:
-    """What an announcement by number got wrong, as the host knows when the step ends."""
-    number = step.number or accelerate_steps()
-    if step.tokens is not None or step.settled - step.first == number:
+    """Returns a warning if a step that was announced by number had another number of backwards."""
+    number, came = step.number or accelerate_steps(), step.settled - step.first
+    if step.tokens is not None or came == number:
         return None
     return (
-        f"an optimizer step of {number} announced micro-batches had {step.settled - step.first} backwards, so it received "
-        f"{(step.settled - step.first) / number:.2f} of the coefficient. Announce as many as there are: begin_step(batches)."
+        f"an optimizer step of {number} announced micro-batches had {came} backwards, so it received "
+        f"{came / number:.2f} of the coefficient. Announce as many as there are: begin_step(batches)."
     )

@@ -1,4 +1,4 @@
-"""Which tokens of a forward count, and to which sequence each belongs. Shapes: B rows, S positions, T = B·S tokens."""
+"""Finds which tokens of a forward count, and the sequence of each. Shapes: B rows, S positions, T = B·S tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Tokens:
 
     Args:
         mask_BS (`torch.Tensor` of shape `(B, S)`): whether each token counts.
-        image_T (`torch.Tensor` of shape `(T,)`, *optional*): tokens with routers of their own, in models that have such.
-        sequence_T (`torch.Tensor` of shape `(T,)`, *optional*): the sequence of each token, where rows are packed.
+        image_T (`torch.Tensor` of shape `(T,)`, *optional*): image tokens, in models that have other routers for them.
+        sequence_T (`torch.Tensor` of shape `(T,)`, *optional*): the sequence of each token, if rows are packed.
     """
 
     def __init__(self, mask_BS: Tensor, image_T: Tensor | None = None, sequence_T: Tensor | None = None) -> None:
@@ -30,7 +30,7 @@ class Tokens:
         self._entries: dict[tuple[int, int], Tensor] = {}
 
     def mask_at(self, site: RouterSite, routed: int) -> Tensor:
-        """Mask of the `routed` vectors that reach a router: all tokens, or those of its modality, `(routed,)`."""
+        """Returns the mask `(routed,)` of the vectors that reach a router: all tokens, or those of its modality."""
         if site.sees_all or (site.modality == "text" and self.image is None):
             return self.mask
         key = (site.modality, routed)
@@ -39,14 +39,14 @@ class Tokens:
         return self._parts[key]
 
     def entries_of(self, mask: Tensor, top_k: int) -> Tensor:
-        """`mask (T,)` once for each selected expert, `(T·k,)`."""
+        """Returns `mask (T,)` repeated for each selected expert, `(T·k,)`."""
         key = (id(mask), top_k)
         if key not in self._entries:
             self._entries[key] = mask.unsqueeze(-1).expand(-1, top_k).reshape(-1)
         return self._entries[key]
 
     def sequences(self) -> Tensor:
-        """The sequence of each token, `(T,)`: its row, unless rows are packed."""
+        """Returns the sequence of each token, `(T,)`: its row, unless rows are packed."""
         if self.sequence is None:
             rows = torch.arange(self.rows, device=self.mask.device)
             self.sequence = rows.repeat_interleave(len(self.mask) // self.rows)
@@ -54,19 +54,19 @@ class Tokens:
 
 
 def hidden_shape(inputs: Mapping[str, Any]) -> torch.Size | None:
-    """(B, S) of the sequences in `inputs`; `None` if there are none."""
+    """Returns (B, S) of the sequences in `inputs`; `None` if there are none."""
     hidden = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
     return None if hidden is None else hidden.shape[:2]
 
 
 def count_mask(inputs: Mapping[str, Any], token_mask: str, pad_token_id: int | None = None) -> Tensor | None:
     """
-    Token mask of a batch, `(B, S)`: True for tokens that count. `None` if `inputs` does not tell.
+    Returns the token mask of a batch, `(B, S)`: True for tokens that count. `None` if it cannot be known from `inputs`.
 
     Args:
         inputs (`Mapping`): arguments of the model by name.
         token_mask (`str`): `"attention"`, `"labels"` or `"all"`.
-        pad_token_id (`int`, *optional*): of the model, where packed rows are filled up with it.
+        pad_token_id (`int`, *optional*): of the model; packed rows may end with it.
 
     Raises:
         ValueError: if `token_mask="attention"` and the attention mask cannot be read.
@@ -78,7 +78,7 @@ def count_mask(inputs: Mapping[str, Any], token_mask: str, pad_token_id: int | N
     if shape is None:
         return None
     mask = inputs.get("attention_mask") if token_mask == "attention" else None
-    if isinstance(mask, Mapping):  # one mask per kind of attention: a token sees itself in each
+    if isinstance(mask, Mapping):  # one mask per kind of attention; a token sees itself in each
         mask = next((part for part in mask.values() if isinstance(part, Tensor)), None)
     if mask is None:
         everything = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
@@ -88,9 +88,8 @@ def count_mask(inputs: Mapping[str, Any], token_mask: str, pad_token_id: int | N
         own = mask[:, 0].diagonal(dim1=-2, dim2=-1)  # padding does not see itself
         return (own == 0 if own.is_floating_point() else own != 0).expand(shape)
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-2] == shape[1]:  # with a cache of fixed length
-        return (
-            (mask[:, 0] == 0 if mask.is_floating_point() else mask[:, 0] != 0).any(-1).expand(shape)
-        )  # padding sees nothing
+        seen = mask[:, 0] == 0 if mask.is_floating_point() else mask[:, 0] != 0  # padding sees nothing
+        return seen.any(-1).expand(shape)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
@@ -101,7 +100,7 @@ def count_mask(inputs: Mapping[str, Any], token_mask: str, pad_token_id: int | N
 
 
 def _filling(inputs: Mapping[str, Any], shape: torch.Size, pad_token_id: int | None, mask_BS: Tensor) -> Tensor:
-    """Padding at the end of packed rows without an attention mask: position 0, and no position 1 after it."""
+    """Finds padding at the end of packed rows without an attention mask: position 0, not followed by position 1."""
     position = _positions(inputs)
     ids = inputs.get("input_ids")
     if position is None or ids is None or pad_token_id is None or shape[1] == 1:
@@ -116,18 +115,14 @@ def _positions(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def packed_sequences(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The sequence of each token where rows are packed, `(T,)`, by `cu_seq_lens_q` or `position_ids`; `None` where nothing tells."""
+    """Returns the sequence of each token in packed rows, `(T,)`, by `cu_seq_lens_q` or `position_ids`; `None` without them."""
     shape = hidden_shape(inputs)
     if shape is None:
         return None
     position, bounds = _positions(inputs), inputs.get("cu_seq_lens_q")
     if bounds is not None and position is None:
-        return (
-            torch.searchsorted(
-                bounds, torch.arange(shape.numel(), device=bounds.device, dtype=bounds.dtype), right=True
-            )
-            - 1
-        )
+        place = torch.arange(shape.numel(), device=bounds.device, dtype=bounds.dtype)
+        return torch.searchsorted(bounds, place, right=True) - 1
     if position is None:
         return None
     starts = (position == 0).expand(shape).clone()
@@ -137,8 +132,8 @@ def packed_sequences(inputs: Mapping[str, Any]) -> Tensor | None:
 
 def announced_masks(batch: Any, token_mask: str, pad_token_id: int | None = None) -> list[Tensor]:
     """
-    Token masks of all that a micro-batch of a trainer holds: of a batch of the model's arguments, of pairs in columns such as
-    `chosen_input_ids`, or of a dict or list of batches. Empty if it does not tell.
+    Returns the token masks of a trainer's micro-batch: a batch of the model's arguments, pairs in columns such as
+    `chosen_input_ids`, or a dict or list of batches. Empty if they cannot be known.
     """
     if isinstance(batch, (list, tuple)):
         return [mask for part in batch for mask in announced_masks(part, token_mask, pad_token_id)]
@@ -152,7 +147,6 @@ def announced_masks(batch: Any, token_mask: str, pad_token_id: int | None = None
     masks = [mask for part in parts if (mask := count_mask(part, token_mask, pad_token_id)) is not None]
     if masks:
         return masks if len(masks) == len(parts) else []
-    nested = [
-        announced_masks(part, token_mask, pad_token_id) for part in batch.values() if isinstance(part, (Mapping, list))
-    ]
+    inside = [part for part in batch.values() if isinstance(part, (Mapping, list))]
+    nested = [announced_masks(part, token_mask, pad_token_id) for part in inside]
     return [mask for masks in nested for mask in masks] if all(nested) else []

@@ -1,4 +1,4 @@
-"""Changes of a model that can be taken back. Nothing here keeps the model alive, and copies and pickles of it keep them."""
+"""Changes of a model that can be undone. They do not keep the model alive, and its copies and pickles have them too."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import nn
 
 
 class MISSING:
-    """Stands for an attribute that was not there; a class, because copies and pickles keep its identity."""
+    """Stands for a missing attribute; a class, because copies and pickles keep its identity."""
 
 
 class Undo:
-    """Attribute changes that can be taken back in reverse order, exactly: absence is restored as well."""
+    """Attribute changes that `restore` undoes in reverse order; attributes that were missing are removed again."""
 
     def __init__(self) -> None:
         self._changes: list[tuple[weakref.ref[Any], str, Any, Any]] = []
@@ -28,16 +28,12 @@ class Undo:
         self._changes.append((weakref.ref(target), name, vars(target).get(name, MISSING), value))
         setattr(target, name, value)
 
-    def has_changed(self, name: str) -> bool:
-        """Whether an attribute called `name` is changed at present."""
-        return any(name == changed for _, changed, _, _ in self._changes)
-
     def restore(self) -> None:
         while self._changes:
             reference, name, old, value = self._changes.pop()
             target = reference()
             if target is None or (isinstance(value, WrappedMethod) and vars(target).get(name) is not value):
-                continue  # somebody has wrapped our method since; it does nothing any more
+                continue  # our method was wrapped since; it does nothing any more
             if old is MISSING:
                 vars(target).pop(name, None)
             else:
@@ -45,7 +41,7 @@ class Undo:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """The original values, for the duration."""
+        """Context manager: restores the original values inside it."""
         changes = list(self._changes)
         self.restore()
         try:
@@ -78,7 +74,7 @@ class WrappedMethod:
         owner (`torch.nn.Module`): the module.
         name (`str`): of the method.
         wrapper (`Callable`): a function of a module, so that it can be pickled.
-        own (`Callable`, *optional*): what the instance had in place of its class's method, as accelerate puts in.
+        own (`Callable`, *optional*): the instance's own method, if it had one (accelerate sets such).
     """
 
     def __init__(self, owner: nn.Module, name: str, wrapper: Callable, own: Callable | None = None) -> None:
@@ -102,5 +98,5 @@ class WrappedMethod:
 
 
 def wrap_method(owner: nn.Module, name: str, wrapper: Callable, undo: Undo) -> None:
-    """Lets `owner.name(...)` be `wrapper(owner, inner, ...)`."""
+    """Replaces `owner.name(...)` by `wrapper(owner, inner, ...)`."""
     undo.set(owner, name, WrappedMethod(owner, name, wrapper, vars(owner).get(name)))

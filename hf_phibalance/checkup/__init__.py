@@ -1,12 +1,12 @@
 """
-Checkup: what is wrong with a set-up, found by looking at one optimizer step. Knows steps, not trainers.
+Checkup: finds what is wrong with a set-up by one optimizer step. Knows steps, not trainers.
 
 | module | what it holds |
 |---|---|
-| `recorder` | recording a real step, and the coefficient that it received |
-| `trial` | a step of a model's loss that leaves no trace |
+| `recorder` | records a real step, and measures the coefficient that it received |
+| `trial` | runs a step of a model's loss, and restores everything afterwards |
 | `checks` | each problem by name, with its remedy |
-| `report` | checks, what they found, exit status |
+| `report` | findings of the checks, exit status |
 | `tables` | the report in the terminal |
 """
 

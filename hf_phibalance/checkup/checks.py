@@ -1,4 +1,4 @@
-"""All checks: each problem by name, with its remedy. First those of a recorded step, then those of the set-up."""
+"""All checks: name each problem and its remedy. First those of a recorded step, then those of the set-up."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .recorder import LOW, StepRecorder
 from .report import Check, Coefficient
 
 
-PRECISE, ROUGH = 1e-3, 2e-2  # how far the coefficient may be from the declared one in fp32, and in less
-VANISHING = 1e-200  # a coefficient that stands for 0
+PRECISE, ROUGH = 1e-3, 2e-2  # allowed relative error of the coefficient in fp32, and in lower precision
+VANISHING = 1e-200  # coefficients up to this stand for 0
 EVEN, COLLAPSED = 0.9, 0.5  # effective experts, as a share of all
-ASSIGNED = 10  # selections per expert, below which loads say little
+ASSIGNED = 10  # with fewer selections per expert, loads say little
 VERIFY = "phb.attach(trainer, verify=True), which measures a step of the training itself"
 
 
 @dataclass
 class Subject:
     """
-    What is examined.
+    The model, the step and the trainer that are examined.
 
     Args:
         root (`torch.nn.Module`): the transformers model.
@@ -38,9 +38,9 @@ class Subject:
         trainer (`str`, *optional*): name of the trainer's class.
         is_attached (`bool`): whether the trainer is attached already.
         auxiliary (`float`): coefficient of an auxiliary loss that the trainer adds.
-        parallel (`str`): what is wrong with the way of training.
+        parallel (`str`): what is wrong with the parallelism of the trainer.
         engine (`str`): name of the engine that gets the weights during training.
-        checkpointing (`bool`, *optional*): whether the trainer will checkpoint, reentrantly if `True`.
+        checkpointing (`bool`, *optional*): reentrant (`True`) or non-reentrant (`False`) gradient checkpointing, if any.
         pad_token_id (`int`, *optional*): of the tokenizer.
         unmeasured (`str`): why nothing could be run.
     """
@@ -64,7 +64,7 @@ class Subject:
 
     @property
     def folder(self) -> Path | None:
-        """The checkpoint that the model was loaded from, if it is a folder."""
+        """The folder that the model was loaded from, if it was one."""
         name = getattr(self.root, "name_or_path", "")
         return Path(name) if name and Path(name).is_dir() else None
 
@@ -74,17 +74,22 @@ def run_checks(subject: Subject) -> list[Check]:
     return [check for look in CHECKS for check in look(subject)]
 
 
+def _problem(name: str, finding: str, remedy: str = "") -> Check:
+    return Check(name, "problem", finding, remedy)
+
+
+def _warning(name: str, finding: str, remedy: str = "") -> Check:
+    return Check(name, "warning", finding, remedy)
+
+
 def _many(names: Sequence[str]) -> str:
-    """The first of `names`, for a sentence."""
+    """Returns the first three `names` as text."""
     shown = ", ".join(names[:3])
     return f"{shown}, ..." if len(names) > 3 else shown
 
 
-# ---------------------------------------------------------------------- a recorded step
-
-
 def coefficient(subject: Subject) -> Iterator[Check]:
-    """The effective coefficient against the declared one."""
+    """Compares the received coefficient with the declared one."""
     seen, balancer = subject.seen, subject.balancer
     if balancer is None:
         return
@@ -92,7 +97,7 @@ def coefficient(subject: Subject) -> Iterator[Check]:
         yield Check("coefficient", "ok", "coef=0: there is no price gradient to measure")
     elif seen is None:
         if subject.unmeasured:
-            yield Check("coefficient", "warning", f"not measured: {subject.unmeasured}", VERIFY)
+            yield _warning("coefficient", f"not measured: {subject.unmeasured}", VERIFY)
     elif seen.coefficient is not None:
         yield _judge(seen, seen.coefficient)
     elif seen.unmeasured and seen.error is None:
@@ -104,16 +109,14 @@ def coefficient(subject: Subject) -> Iterator[Check]:
 
 def _judge(seen: StepRecorder, found: Coefficient) -> Check:
     if not seen.is_finite:
-        return Check(
+        return _problem(
             "coefficient",
-            "problem",
             "the gradients of the step are not finite",
             "lower the learning rate or the loss scale, and check the data",
         )
     if math.isnan(found.ratio):
-        return Check(
+        return _problem(
             "coefficient",
-            "problem",
             f"{found.declared:g} declared, but no gradient comes back through any router",
             "train the routers, e.g. phb.lora_config(model, router='lora'), or balance by bias_coef alone (coef=0)",
         )
@@ -127,33 +130,29 @@ def _judge(seen: StepRecorder, found: Coefficient) -> Check:
         return Check("coefficient", "ok", text)
     is_kept = all(abs(projection - 1) <= bound for projection in seen.kept.values())
     if is_kept and seen.goes_on:
-        return Check(
+        return _warning(
             "coefficient",
-            "warning",
             f"{text}. The step goes on over the end of a pass through the data, so its tokens became known in two parts",
             "other steps are exact; a dataset whose length is known has no such steps",
         )
     if is_kept and seen.announced is None and len(seen.forwards) > 1:
-        return Check(
+        return _warning(
             "coefficient",
-            "warning",
             f"{text}. The micro-batches do not say how many tokens they hold, so each gets its own mean",
             "one micro-batch a step makes it exact; with micro-batches of similar length it is close. In trl's GRPO and RLOO "
             "the tokens are known if steps_per_generation is a multiple of gradient_accumulation_steps",
         )
     if is_kept and seen.by_part and seen.announced != seen.tokens:
-        return Check(
+        return _warning(
             "coefficient",
-            "warning",
             f"{text}. The model saw other tokens than the step was announced with, and each micro-batch gets the share that was "
             "announced",
             "see announced tokens",
         )
     worst = sorted(off, key=lambda name: -abs(off[name] - 1))
     at = f"; {_many([f'{name} {off[name]:.4f}' for name in worst])}" if worst else ""
-    return Check(
+    return _problem(
         "coefficient",
-        "problem",
         f"{text}{at}",
         "something between backward and optimizer changes gradients (a training_step of one's own, hooks on parameters), "
         "or hides tokens or routers from balancing: see the other checks",
@@ -163,18 +162,17 @@ def _judge(seen: StepRecorder, found: Coefficient) -> Check:
 def first_step(subject: Subject) -> Iterator[Check]:
     seen = subject.seen
     if seen is not None and seen.error is not None:
-        yield Check("first step", "problem", seen.error, "mend that first; what follows could not all be looked at")
+        yield _problem("first step", seen.error, "mend that first; what follows could not all be looked at")
     elif seen is not None and not seen.has_run:
-        yield Check(
+        yield _problem(
             "first step",
-            "problem",
             f"no training forward of the model was seen in {seen.what}",
             "check that the trainer trains this model and not a copy of it, and that it is in train mode",
         )
 
 
 def tokens(subject: Subject) -> Iterator[Check]:
-    """Which tokens count: padding, masks that get lost, announced and seen ones."""
+    """Looks for padding that counts, attention masks that get lost, and wrong announcements of tokens."""
     seen, balancer = subject.seen, subject.balancer
     if seen is None or balancer is None or not seen.forwards:
         return
@@ -191,9 +189,8 @@ def tokens(subject: Subject) -> Iterator[Check]:
     if kind != "labels" and is_full:
         padding = sum(_padding(batch.get("input_ids"), subject) for batch in batches)
     if kind == "attention" and masked_out and is_full:
-        yield Check(
+        yield _problem(
             "attention mask",
-            "problem",
             f"{text}. The batches have an attention_mask with {masked_out:,} zeros, but the model received none: the "
             "trainer drops it, and padding counts",
             "PhiBalanceConfig(token_mask='labels'), or let the trainer pass the attention_mask on",
@@ -208,14 +205,13 @@ def tokens(subject: Subject) -> Iterator[Check]:
             "let the collator return an attention_mask, or PhiBalanceConfig(token_mask='labels')",
         )
     elif labelled is not None and own < labelled and kind != "labels" and not is_cut:
-        yield Check(
+        yield _problem(
             "attention mask",
-            "problem",
             f"{text}: tokens that are trained on do not count",
             "check the attention_mask of the batches, or PhiBalanceConfig(token_mask='labels')",
         )
     elif own == 0:
-        yield Check("attention mask", "problem", f"{text}: there is nothing to balance", "check the batches' masks")
+        yield _problem("attention mask", f"{text}: there is nothing to balance", "check the batches' masks")
     else:
         packed = "" if masks or not batches or kind != "attention" else ", no attention_mask (packed or unpadded)"
         yield Check("attention mask", "ok", text + packed)
@@ -230,7 +226,7 @@ def tokens(subject: Subject) -> Iterator[Check]:
 
 
 def _padding(ids: Any, subject: Subject) -> int:
-    """Padding among `ids (B, S)`: runs of the padding token at the ends of rows; a single one may end a text as well."""
+    """Counts padding in `ids (B, S)`: two or more padding tokens at an end of a row. A single one may end a text."""
     config = getattr(subject.root, "config", None)
     pad = subject.pad_token_id
     if pad is None and config is not None:
@@ -243,20 +239,19 @@ def _padding(ids: Any, subject: Subject) -> int:
 
 
 def routers_run(subject: Subject) -> Iterator[Check]:
-    """Routers that never ran, do not learn, or from which no gradient path leads anywhere."""
+    """Looks for routers that never ran, do not learn, or have no gradient path to a trained parameter."""
     seen, balancer = subject.seen, subject.balancer
     if balancer is None:
         return
     names, is_seen = balancer.layer_names, seen is not None and seen.has_run
     loads = {} if seen is None else seen.loads
-    # those for images, if there was none
+    # routers of images, in a step without images
     idle = [site.name for site in balancer.sites if not site.sees_all and not loads.get(site.name)]
     silent = [name for name in names if not loads.get(name) and name not in idle]
     if is_seen and seen is not None and seen.tokens:
         if silent:
-            yield Check(
+            yield _problem(
                 "routers that run",
-                "problem",
                 f"{len(silent)} of {len(names)} routers were never called: {_many(silent)}. Something bypasses them (a fused "
                 "kernel, use_kernels=True, layers that are not run)",
                 "switch that off, or phb.unpatch(model)",
@@ -268,9 +263,8 @@ def routers_run(subject: Subject) -> Iterator[Check]:
     if balancer.config.rules.freezes or not balancer.config.adds_gradient:
         learning = [row.name for row in rows if row.how != "frozen"]
         if balancer.config.rules.freezes and learning:
-            yield Check(
+            yield _problem(
                 "routers that learn",
-                "problem",
                 f"method='frozen', but {len(learning)} routers are trained: {_many(learning)}",
                 "leave the routers out of the adapter, e.g. by phb.lora_config(model, router='frozen'), or choose another method",
             )
@@ -281,19 +275,17 @@ def routers_run(subject: Subject) -> Iterator[Check]:
     frozen = [row.name for row in rows if row.how == "frozen"]
     remedy = "phb.lora_config(model, router='lora') or 'full', or coef=0 and bias_coef > 0, which needs no gradient"
     if len(unmoved) == len(names):
-        yield Check("routers that learn", "problem", "all routers are frozen, and nothing below them learns", remedy)
+        yield _problem("routers that learn", "all routers are frozen, and nothing below them learns", remedy)
     elif cut:
-        yield Check(
+        yield _problem(
             "routers that learn",
-            "problem",
             f"no gradient path leads from {len(cut)} of {len(names)} routers: {_many(cut)}",
             "with reentrant gradient checkpointing: use_reentrant=False or model.enable_input_require_grads(); else look for "
             "torch.no_grad() and detach() around these layers",
         )
     elif frozen:
-        yield Check(
+        yield _warning(
             "routers that learn",
-            "warning",
             f"{len(frozen)} of {len(names)} routers are frozen ({_many(frozen)}): balancing moves only what lies below them"
             + (f", and there is nothing below {_many(unmoved)}" if unmoved else ""),
             remedy,
@@ -304,7 +296,7 @@ def routers_run(subject: Subject) -> Iterator[Check]:
 
 
 def balance(subject: Subject) -> Iterator[Check]:
-    """Routers whose probabilities are even while a few experts get all tokens: a price on probabilities cannot see that."""
+    """Looks for routers with even probabilities and collapsed loads, which a price on probabilities cannot see."""
     seen, balancer = subject.seen, subject.balancer
     if seen is None or balancer is None or not seen.forwards or not balancer.config.is_on:
         return
@@ -315,9 +307,8 @@ def balance(subject: Subject) -> Iterator[Check]:
         if load.sum() >= ASSIGNED * site.num_experts and even > EVEN and used < COLLAPSED:
             collapsed.append(f"{site.name} (as good as {used * site.num_experts:.1f} of {site.num_experts} experts)")
     if collapsed and config.track == "probs" and config.coef > 0 and config.bias_coef == 0:
-        yield Check(
+        yield _warning(
             "loads",
-            "warning",
             f"the probabilities of {len(collapsed)} routers are even, but their loads have collapsed: {_many(collapsed)}. "
             "The price is one of probabilities and does not act on that",
             "track='load', or a selection bias (bias_coef > 0), which is moved by loads",
@@ -325,12 +316,12 @@ def balance(subject: Subject) -> Iterator[Check]:
 
 
 def _effective(share_E: Tensor) -> float:
-    """Returns how many experts with equal shares would be as uneven: 1 / Σ share²."""
+    """Returns the effective number of experts, 1 / Σ share²."""
     return float(share_E.sum() ** 2 / share_E.square().sum().clamp(min=1e-30))
 
 
 def precision(subject: Subject) -> Iterator[Check]:
-    """Quantised routers, routers trained in 16 bits, routers that compute in 16 bits."""
+    """Looks for routers that are quantised, trained in 16 bits, or computed in 16 bits."""
     if subject.balancer is None:
         return
     weights = {
@@ -343,9 +334,8 @@ def precision(subject: Subject) -> Iterator[Check]:
     packed = [name for name, p in weights.items() if not p.is_floating_point() or hasattr(p, "quant_state")]
     if packed:
         leaf = packed[0].rpartition(".")[2]
-        yield Check(
+        yield _warning(
             "precision",
-            "warning",
             f"{len(packed)} routers are quantised ({_many(packed)}): their choices are rounded, their weights cannot be trained",
             f"leave them out: BitsAndBytesConfig(llm_int8_skip_modules=['{leaf}'])",
         )
@@ -356,18 +346,16 @@ def precision(subject: Subject) -> Iterator[Check]:
     if trained:
         dtype = weights[trained[0]].dtype
         step = 2.0 ** -(8 if dtype == torch.bfloat16 else 11)
-        yield Check(
+        yield _warning(
             "precision",
-            "warning",
             f"{len(trained)} routers are trained in {str(dtype).removeprefix('torch.')}: a step of less than about {step:.2%} of "
             f"a weight is rounded away{share}",
             "keep the weights in float32 and compute in bf16 (bf16=True and from_pretrained(dtype=torch.float32)), or train "
             "the routers by LoRA, which PEFT keeps in float32",
         )
     elif rounded is not None and rounded > 0.01:
-        yield Check(
+        yield _warning(
             "precision",
-            "warning",
             f"routers compute in 16 bits{share}",
             "harmless where training and serving do alike; else compute the router's linear layer in float32",
         )
@@ -376,11 +364,8 @@ def precision(subject: Subject) -> Iterator[Check]:
         yield Check("precision", "ok", f"router weights in {', '.join(types)}{share}")
 
 
-# ---------------------------------------------------------------------- the set-up
-
-
 def patched(subject: Subject) -> Iterator[Check]:
-    """A patch, and its hooks where the routers now are."""
+    """Checks that the model is patched, and that its present routers have hooks."""
     if subject.balancer is None:
         yield Check(
             "patch", "problem", f"{type(subject.root).__name__} is not φ-balanced", "phb.patch(model, {'coef': 0.01})"
@@ -393,9 +378,8 @@ def patched(subject: Subject) -> Iterator[Check]:
         if not all(any(isinstance(hook, RouterHook) for hook in m._forward_hooks.values()) for m in site.modules)
     ]
     if bare:
-        yield Check(
+        yield _problem(
             "patch",
-            "problem",
             f"{len(bare)} of {len(here)} routers have no hook: {_many(bare)}. Something removed it, or put another module "
             "there since the patch (an adapter, quantisation, kernels)",
             "phb.unpatch(model), then phb.patch(model, config) as the last thing before training",
@@ -413,21 +397,19 @@ def wiring(subject: Subject) -> Iterator[Check]:
 
 
 def auxiliary_loss(subject: Subject) -> Iterator[Check]:
-    """A second auxiliary loss, of the model or of the trainer."""
+    """Looks for another auxiliary loss, of the model or of the trainer."""
     if subject.balancer is None or not subject.balancer.config.is_on:
         return
     found = list(_built_in(subject.root))
     if found:
-        yield Check(
+        yield _problem(
             "auxiliary loss",
-            "problem",
             f"the model adds its own auxiliary loss to φ-balancing ({_many(found)}); it was switched on after the patch",
             "set output_router_logits=False in the model's config, or call phb.patch(model) again",
         )
     elif subject.auxiliary:
-        yield Check(
+        yield _problem(
             "auxiliary loss",
-            "problem",
             f"{subject.trainer} adds an auxiliary loss of its own, router_aux_loss_coef={subject.auxiliary}; it was switched on "
             "after phb.attach(trainer)",
             "set trainer.aux_loss_enabled=False, or router_aux_loss_coef=0.0 in the trainer's arguments",
@@ -450,9 +432,9 @@ def _built_in(root: nn.Module) -> Iterator[str]:
 
 
 def parallelism(subject: Subject) -> Iterator[Check]:
-    """Ways of training in which the data-parallel ranks are not simply all."""
+    """Reports parallelism in which the coefficient would be wrong."""
     if subject.parallel:
-        yield Check("parallelism", "problem", subject.parallel)
+        yield _problem("parallelism", subject.parallel)
     elif subject.balancer is not None:
         ranks = subject.balancer.ranks
         yield Check("parallelism", "ok", "one process" if ranks == 1 else f"{ranks} data-parallel ranks")
@@ -470,14 +452,13 @@ def checkpointing(subject: Subject) -> Iterator[Check]:
 
 
 def selection_bias(subject: Subject) -> Iterator[Check]:
-    """What a plain load loses of the selection bias, and what an engine does not get of it."""
+    """Warns if a plain load loses the selection bias, or if an engine does not get it."""
     balancer = subject.balancer
     if balancer is None or not balancer.has_bias:
         return
     if subject.engine and balancer.config.bias_coef > 0:
-        yield Check(
+        yield _warning(
             "selection bias",
-            "warning",
             f"{subject.engine} generates with the selection bias of the checkpoint, while the trained one moves: only weights are "
             "handed over to it during training",
             "bias_coef=0, and balance by coef",
@@ -489,25 +470,23 @@ def selection_bias(subject: Subject) -> Iterator[Check]:
         return
     changed = None if subject.seen is None else subject.seen.unbiased
     cost = "" if changed is None else f"; now that would change {changed:.1%} of the choices"
-    yield Check(
+    yield _warning(
         "selection bias",
-        "warning",
         f"that of {len(own)} routers is kept in {STATE_NAME} beside the weights, and a plain from_pretrained loses it{cost}",
         "load with hf_phibalance (from_pretrained(..., phi_balance=True)), and serve with it, or balance by coef alone",
     )
 
 
 def state_file(subject: Subject) -> Iterator[Check]:
-    """The state beside the checkpoint: damaged, of another model, or missing."""
+    """Looks for a state file that is damaged, of another model, or missing."""
     if subject.balancer is None or subject.folder is None:
         return
     path = state_in(subject.folder)
     if path is None:
         saved = subject.folder / "config.json"
         if saved.is_file() and '"phi_balance"' in saved.read_text(encoding="utf-8", errors="replace"):
-            yield Check(
+            yield _warning(
                 "state file",
-                "warning",
                 f"the model was saved while φ-balanced, but there is no {STATE_NAME} beside it: its duals start anew",
                 "copy that file from where the model was saved",
             )
@@ -528,12 +507,12 @@ def versions(subject: Subject) -> Iterator[Check]:
     if wrong:
         names = ", ".join(f"{r.name} {present}" for r, present in wrong)
         wanted = " ".join(f'"{r.name}{r.specifier}"' for r, _ in wrong)
-        yield Check("versions", "problem", f"{names} is outside the supported range", f"pip install {wanted}")
+        yield _problem("versions", f"{names} is outside the supported range", f"pip install {wanted}")
     elif found:
         yield Check("versions", "ok", ", ".join(f"{r.name} {present}" for r, present in found))
 
 
-# in the order in which one would want to read them
+# in the order of the report
 CHECKS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
     coefficient,
     first_step,

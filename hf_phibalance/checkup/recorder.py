@@ -1,9 +1,9 @@
 """
 Records one real optimizer step, and measures the coefficient that it received.
 
-The core calls the recorder where a router has run, where tokens get their weight, and where the auxiliary gradient is added.
-The gradient itself is seen by a hook on the logits, wherever it flows: with non-reentrant checkpointing those of the forward,
-with reentrant checkpointing those of the recomputation. What is declared is computed apart from the core, by autograd of
+`Forwards` calls the recorder when a router has run, when tokens get their weight, and when the auxiliary gradient is added. A hook
+on the logits sees the gradient itself. With non-reentrant checkpointing these are the logits of the forward, with reentrant
+checkpointing those of the recomputation. The declared gradient is computed independently, by autograd of
 
     coef / N · Σ_tokens ⟨q, p⟩                 N: tokens of all forwards of the step, over all ranks.
 
@@ -32,24 +32,17 @@ LOW = (torch.bfloat16, torch.float16)
 
 @dataclass
 class Call:
-    """
-    The first call of a router in the step.
+    """The first call of a router in the step."""
 
-    Args:
-        mask (`torch.Tensor` of shape `(T,)`): whether each token counts.
-        selected (`torch.Tensor` of shape `(T, k)`): experts selected.
-        computed, exact (`torch.Tensor` of shape `(T, k)`, *optional*): top-k of the logits, and of logits computed in fp32.
-    """
-
-    mask: Tensor
-    selected: Tensor
-    computed: Tensor | None = None
-    exact: Tensor | None = None
+    mask: Tensor  # (T,) whether each token counts
+    selected: Tensor  # (T, k) experts
+    computed: Tensor | None = None  # (T, k) top-k of the logits, ...
+    exact: Tensor | None = None  # ... and of logits computed in fp32
 
 
 @dataclass
 class Weight:
-    """The weight `(E, H)` of a router that is one linear layer, and Σ gᵀx over the step: the gradient that it should have."""
+    """The weight `(E, H)` of a router that is one linear layer, and the gradient that it should have: Σ gᵀx over the step."""
 
     owner: nn.Module
     name: str
@@ -62,11 +55,11 @@ class Weight:
 
 class StepRecorder:
     """
-    Records an optimizer step between [`~StepRecorder.start`] and [`~StepRecorder.finish`], which is to be called after the last
-    backward and before gradients are clipped. The step is taken as it would be without it.
+    Records an optimizer step between [`~StepRecorder.start`] and [`~StepRecorder.finish`], without changing it. Call `finish`
+    after the last backward and before gradients are clipped.
 
     Args:
-        balancer (`PhiBalancer`): that of the model.
+        balancer (`PhiBalancer`): of the model.
         what (`str`): names the step in a report.
 
     Attributes:
@@ -81,10 +74,10 @@ class StepRecorder:
         added (`list[str]`): routers that added a gradient on this rank.
         sums (`torch.Tensor` of shape `(2, L, E)`): probabilities and loads over all ranks.
         coefficient (`Coefficient`, *optional*): coefficient that the step received.
-        unmeasured (`str`): why there is none.
-        is_early (`bool`): whether that is because there are no prices yet.
-        is_finite (`bool`): whether the gradients at the logits and at the weights are finite.
-        kept (`dict[str, float]`): projection of the gradient of each router's weight on the one that the backward made.
+        unmeasured (`str`): why it could not be measured.
+        is_early (`bool`): whether the reason is that there are no prices yet.
+        is_finite (`bool`): whether the gradients of the logits and of the weights are finite.
+        kept (`dict[str, float]`): gradient of each router's weight at the end, projected on the one that the backward made.
     """
 
     def __init__(self, balancer: PhiBalancer, what: str = "") -> None:
@@ -104,7 +97,7 @@ class StepRecorder:
         self._plain: dict[int, Tensor] = {}  # top-k without the selection bias (T, k), of the first call
         self._weights: dict[int, Weight] = {}
         self._is_precise = True
-        # by forward and router: weights and price that it adds, until its logits are reached
+        # by forward and router: weights and price that it adds, until the gradient of its logits comes
         self._due: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._done: set[tuple[int, int]] = set()
         # Σ a², a·d, d², r² by router: a is what was added at the logits, d is declared (without coef / N), r is the rest
@@ -118,35 +111,31 @@ class StepRecorder:
     def stop(self) -> None:
         self.balancer.forwards.recorder = self.balancer.forwards.watch = None
 
-    # ------------------------------------------------------------------ called by the core
-
     def saw(self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor) -> None:
-        """Router `index` made `logits (T, E)` of `hidden` in `forward`, which may be its recomputation."""
+        """Notes that router `index` made `logits (T, E)` from `hidden` in `forward`, or in its recomputation."""
         if index not in self._calls:
             self._calls[index] = self._look(forward, index, hidden, logits, selected)
         if logits.requires_grad:
             inputs = hidden.detach() if hidden is not None and index in self._weights else None
-            # detached: the graph alone keeps a forward alive, and a hook that holds its own tensor would be a cycle
+            # detached: a hook that holds its own tensor is a cycle, and would keep the forward alive without its graph
             logits.register_hook(functools.partial(self._reached, forward, index, inputs, logits.detach()))
 
     def settles(self, forward: Any) -> None:
-        """A backward has reached `forward`, which belongs to the step."""
+        """Notes that a backward has reached `forward`, so it belongs to the step."""
         self.forwards.append(forward.tokens)
 
     def adds(self, forward: Any, index: int, weight_T: Tensor, price_E: Tensor) -> None:
-        """Router `index` adds the gradient of Σ_t weight_t ⟨price, p_t⟩ in the backward that runs now."""
+        """Notes that router `index` adds the gradient of Σ_t weight_t ⟨price, p_t⟩ in the running backward."""
         self._due[forward.key, index] = weight_T, price_E
 
     def _ranked(self, index: int, scores: Tensor) -> None:
-        """Router `index` ranked `scores (..., E)` plus its selection bias."""
+        """Notes that router `index` ranked `scores (..., E)` plus its selection bias."""
         if index not in self._plain:
             site = self.balancer.sites[index]
             self._plain[index] = torch.ops.aten.topk(scores.reshape(-1, site.num_experts), site.top_k)[1]
 
-    # ------------------------------------------------------------------ what it notes
-
     def _look(self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor) -> Call:
-        """What there is to note of the first call: choices, and the weight if the logits are one linear layer of `hidden`."""
+        """Records the first call: its selections, and the weight if the logits are one linear layer of `hidden`."""
         site = self.balancer.sites[index]
         call = Call(forward.tokens.mask_at(site, len(logits)) != 0, selected.detach().reshape(len(logits), -1))
         self._is_precise &= logits.dtype not in LOW and not torch.is_autocast_enabled(logits.device.type)
@@ -162,7 +151,7 @@ class StepRecorder:
         with torch.autocast(logits.device.type, enabled=False):
             exact = linear.logits(hidden_TH)
         if float((exact - logits.float()).norm()) > 0.05 * float(exact.norm()):
-            return call  # the router does more than that
+            return call  # the router is more than one linear layer
         if any(torch.equal(logits.to(dtype).float(), logits.float()) for dtype in LOW) or linear.weight.dtype in LOW:
             call.computed, call.exact = (
                 torch.ops.aten.topk(z, site.top_k)[1] for z in (logits.detach().float(), exact)
@@ -176,9 +165,9 @@ class StepRecorder:
         return call
 
     def _reached(self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, gradient: Tensor) -> None:
-        """The whole gradient `(T, E)` at the logits of router `index` has come."""
+        """Compares the whole gradient `(T, E)` of the logits of router `index` with the declared one."""
         if torch.is_grad_enabled():
-            return  # a backward with create_graph, in which nothing is added
+            return  # nothing is added in a backward with create_graph
         key = forward.key, index
         with torch.autocast(logits.device.type, enabled=False):
             found = self._due.pop(key, None)
@@ -195,7 +184,7 @@ class StepRecorder:
                 sum_.addmm_(gradient.float().t(), hidden.reshape(-1, hidden.shape[-1]).float())
 
     def _declared(self, forward: Any, index: int, logits: Tensor) -> Tensor:
-        """Gradient of Σ_tokens ⟨q, p⟩ at the logits, by autograd, `(T, E)` in fp32."""
+        """Returns the gradient of Σ_tokens ⟨q, p⟩ at the logits, by autograd, `(T, E)` in fp32."""
         site = self.balancer.sites[index]
         prices = self.balancer.duals.price if uses_kept_prices(self.balancer) else forward.price / self.balancer.coef
         price_E = prices[index, : site.num_experts].to(logits.device)
@@ -205,16 +194,9 @@ class StepRecorder:
             term = (routing_probs(z, site.scoring) @ price_E * mask).sum()
             return torch.autograd.grad(term, z)[0]
 
-    # ------------------------------------------------------------------ the end of the step
-
     @torch.no_grad()
     def finish(self, loss_scale: float | None = None) -> StepRecorder:
-        """
-        Ends the recording, and measures; on all ranks that share the step.
-
-        Args:
-            loss_scale (`float`, *optional*): what the loop will divide gradients by; what the core has found unless given.
-        """
+        """Ends the recording and measures, on all ranks. `loss_scale`: the loop will divide gradients by it; else as found."""
         balancer, step = self.balancer, self.balancer.now
         self.stop()
         self.goes_on = step.first > 0
@@ -237,7 +219,7 @@ class StepRecorder:
         return bool(self._calls or self.forwards)
 
     def count(self, what: str) -> int:
-        """Positions of the forwards on this rank (`"all"`), or those that count (`"mask"`)."""
+        """Returns the number of positions of the forwards on this rank (`"all"`), or of those that count (`"mask"`)."""
         return sum(tokens.mask.numel() if what == "all" else int(tokens.mask.sum()) for tokens in self.forwards)
 
     def _measure(self, loss_scale: float) -> None:
@@ -274,11 +256,8 @@ class StepRecorder:
 
     def _compare_weights(self, products: Tensor) -> tuple[Tensor, float]:
         """
-        Compares the gradient of each weight with Σ gᵀx, both averaged over the ranks.
-
-        Returns:
-            `tuple[Tensor, float]`: projection of the one on the other by router, 1 where there is no such weight, `(L,)`; and
-            the largest norm of what is left, relative to Σ gᵀx.
+        Compares the gradient of each weight with Σ gᵀx, both averaged over the ranks. Returns the projection of the first on the
+        second by router `(L,)`, 1 without such a weight; and the largest norm of the difference, relative to Σ gᵀx.
         """
         balancer, device = self.balancer, self.balancer.duals.values.device
         loop, left = torch.ones(len(products), dtype=torch.float64), 0.0
@@ -287,7 +266,7 @@ class StepRecorder:
             gradient = weight.parameter.grad
             is_plain[index] = float(gradient is not None and gradient.shape == weight.gradient.shape)
         is_plain = balancer.sum_over_ranks(is_plain) == balancer.ranks
-        # without a gradient of the task these logits are not those that the model goes on with
+        # without a gradient of the task, the model does not use these logits
         has_task = products[:, 3] > 1e-6 * products[:, 0]
         for index in (is_plain.cpu() & (has_task | products.isnan().any(-1))).nonzero().flatten().tolist():
             weight = self._weights[index]
@@ -302,21 +281,19 @@ class StepRecorder:
             self.kept[balancer.layer_names[index]] = float(loop[index])
         return loop, left
 
-    # ------------------------------------------------------------------ choices
-
     @property
     def rounded(self) -> float | None:
-        """Share of selections that would be others in fp32; `None` where routers compute in fp32."""
+        """Share of selections that would be different in fp32; `None` if routers compute in fp32."""
         return _share((call.mask, call.computed, call.exact) for call in self._calls.values())
 
     @property
     def unbiased(self) -> float | None:
-        """Share of selections that would be others without the selection biases that a plain load leaves out."""
+        """Share of selections that would be different without the selection biases that a plain load leaves out."""
         return _share((call.mask, call.selected, self._plain.get(index)) for index, call in self._calls.items())
 
 
 def uses_kept_prices(balancer: PhiBalancer) -> bool:
-    """Whether the prices of a step are those that the last one left, and not computed from its own tokens."""
+    """Whether a step uses the prices of the previous one instead of computing them from its own tokens."""
     return balancer.config.price_from == "previous" and not balancer.config.rules.pooled
 
 

@@ -1,10 +1,9 @@
-"""What a checkup found."""
+"""The findings of a checkup."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,10 +17,10 @@ MARKS: dict[str, str] = {"ok": "✓", "warning": "!", "problem": "✗"}
 @dataclass(frozen=True)
 class Check:
     """
-    One thing that was looked at.
+    The result of one check.
 
     Args:
-        name (`str`): what, e.g. `"attention mask"`.
+        name (`str`): of the check, e.g. `"attention mask"`.
         status (`str`): `"ok"`, `"warning"` or `"problem"`.
         finding (`str`): what was found.
         remedy (`str`, *optional*): what to do about it.
@@ -41,9 +40,9 @@ class Coefficient:
     Args:
         declared (`float`): `coef` of the configuration, at this step of its schedule.
         ratio (`float`):
-            Effective over declared one: the projection of what balancing added to the gradient on what is declared, times what
-            the loop left of the gradient of the routers' weights.
-        residual (`float`): norm of what is left of the added gradient, relative to the declared one.
+            Effective over declared coefficient: the added gradient projected on the declared one, times the share of the
+            gradient of the routers' weights that the loop kept.
+        residual (`float`): norm of the added gradient without this projection, relative to the declared one.
         by_router (`dict[str, float]`): the ratio at each router that had something to route.
         parameters (`str`): where the gradient was compared.
         precise (`bool`): whether everything was float32, so that the ratio must be 1 within 1e-3.
@@ -64,13 +63,13 @@ class Coefficient:
 @dataclass(frozen=True)
 class DoctorReport:
     """
-    What [`doctor`] returns; as text, all of it without colours.
+    The report of [`doctor`]; `print` it.
 
     Args:
-        checks (`list[Check]`): everything that was looked at.
-        measured (`str`): what was run for that.
+        checks (`list[Check]`): results of all checks.
+        measured (`str`): what was run.
         coefficient (`Coefficient`, *optional*): `None` if there is none, or if it could not be measured.
-        model (`dict`): what was examined.
+        model (`dict`): description of the examined model.
     """
 
     checks: list[Check]
@@ -80,7 +79,7 @@ class DoctorReport:
 
     @property
     def status(self) -> Status:
-        """The worst of all checks."""
+        """The worst status of all checks."""
         found = {check.status for check in self.checks}
         return "problem" if "problem" in found else "warning" if "warning" in found else "ok"
 
@@ -89,20 +88,16 @@ class DoctorReport:
         return [check for check in self.checks if check.status == "problem"]
 
     def exit_status(self, strict: bool = False) -> int:
-        """For scripts: 0 if all is well, 2 after a problem, 1 after a warning if `strict`."""
+        """Returns the exit status of a script: 2 after a problem, 1 after a warning if `strict`, else 0."""
         return 2 if self.problems else 1 if strict and self.status == "warning" else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
-        coefficient = self.coefficient
-        shown = (
-            None
-            if coefficient is None
-            else _without_nan(dataclasses.asdict(coefficient) | {"effective": coefficient.effective})
-        )
+        """Returns the report as plain JSON values."""
+        found = self.coefficient
+        shown = None if found is None else dataclasses.asdict(found) | {"effective": found.effective}
         return {
             "status": self.status,
-            "coefficient": shown,
+            "coefficient": _without_nan(shown),
             "measured": self.measured,
             "checks": [dataclasses.asdict(check) for check in self.checks],
             "model": self.model,
@@ -110,20 +105,16 @@ class DoctorReport:
         }
 
     def __str__(self) -> str:
-        return "\n".join([f"φ-balance, {self.measured}:", *_lines(self.checks)])
+        lines = [f"φ-balance, {self.measured}:"]
+        for check in self.checks:
+            lines.append(f"  {MARKS[check.status]} {check.name}: {check.finding}")
+            if check.remedy:
+                lines.append(f"    -> {check.remedy}")
+        return "\n".join(lines)
 
 
 def _without_nan(value: Any) -> Any:
-    """`value` with `None` for what is no finite number, as JSON wants it."""
+    """Returns `value` with `None` in place of numbers that are not finite, which JSON does not know."""
     if isinstance(value, dict):
         return {name: _without_nan(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _lines(checks: Sequence[Check]) -> list[str]:
-    lines = []
-    for check in checks:
-        lines.append(f"  {MARKS[check.status]} {check.name}: {check.finding}")
-        if check.remedy:
-            lines.append(f"    -> {check.remedy}")
-    return lines

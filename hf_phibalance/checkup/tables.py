@@ -1,4 +1,4 @@
-"""A [`DoctorReport`] in the terminal, by rich."""
+"""Prints a [`DoctorReport`] in the terminal, by rich."""
 
 from __future__ import annotations
 
@@ -16,13 +16,7 @@ VERDICTS = {
 
 
 def print_report(report: DoctorReport, console: Any) -> None:
-    """
-    Prints `report`: what was measured, a table of the checks, then the remedies, then the verdict.
-
-    Args:
-        report (`DoctorReport`): What was found.
-        console ([`rich.console.Console`]): Where to.
-    """
+    """Prints `report` to a `rich` console: what was measured, a table of the checks, the remedies, the verdict."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -32,12 +26,10 @@ def print_report(report: DoctorReport, console: Any) -> None:
     console.print(Text(f"tried out: {report.measured}", style="dim"), highlight=False)
     found = report.coefficient
     if found is not None:
-        good = next((check.status for check in report.checks if check.name == "coefficient"), "ok")
-        line = Text("\ncoefficient  ").append(f"{found.effective:.6g}", style=f"bold {COLOURS[good]}")
-        line.append(f"  received of {found.declared:g} declared, ").append(
-            f"ratio {found.ratio:.4f}", style=COLOURS[good]
-        )
-        console.print(line, highlight=False)
+        colour = COLOURS[next((check.status for check in report.checks if check.name == "coefficient"), "ok")]
+        line = Text("\ncoefficient  ").append(f"{found.effective:.6g}", style=f"bold {colour}")
+        line.append(f"  received of {found.declared:g} declared, ")
+        console.print(line.append(f"ratio {found.ratio:.4f}", style=colour), highlight=False)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
     for no_wrap in (True, True, False):
         table.add_column(no_wrap=no_wrap)

@@ -1,4 +1,4 @@
-"""One optimizer step of a model's loss that leaves no trace: for a set-up that does not train yet."""
+"""Runs one optimizer step of a model's loss and restores everything, for a set-up that does not train yet."""
 
 from __future__ import annotations
 
@@ -20,14 +20,8 @@ FAILURES = (ValueError, RuntimeError, TypeError, KeyError)
 
 def try_step(model: nn.Module, balancer: PhiBalancer, batches: Sequence[Mapping[str, Any]], what: str) -> StepRecorder:
     """
-    Runs the forwards and backwards of one step with known prices, without an optimizer. Model, gradients, duals and random
-    numbers are as before afterwards. On all ranks that share the step.
-
-    Args:
-        model (`torch.nn.Module`): the model as a loop calls it.
-        balancer (`PhiBalancer`): that of the model.
-        batches (`Sequence[Mapping]`): micro-batches of the step.
-        what (`str`): names the step in the report.
+    Runs the forwards and backwards of one step with known prices, without an optimizer. Restores model, gradients, duals and
+    random numbers. All ranks must call it. `model` is the model as a loop calls it, `what` names the step in the report.
     """
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     batches = [{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()} for batch in batches]
@@ -44,7 +38,7 @@ def try_step(model: nn.Module, balancer: PhiBalancer, batches: Sequence[Mapping[
                 (output[0].float().mean() if loss is None else loss / len(batches)).backward()
         except FAILURES as error:
             recorder.error = f"{type(error).__name__}: {error}"
-        return recorder.finish()  # after an error too, since other ranks measure
+        return recorder.finish()  # after an error too: it communicates with the other ranks
 
 
 @torch.no_grad()
@@ -58,7 +52,7 @@ def _set_known_prices(balancer: PhiBalancer) -> None:
 
 @contextmanager
 def _leaving_no_trace(model: nn.Module, balancer: PhiBalancer) -> Iterator[None]:
-    """Restores random numbers, gradients, buffers, the duals among them, train and eval modes, and the step under way."""
+    """Restores random numbers, gradients, buffers (the duals among them), train and eval modes, and the current step."""
     random = RandomState()
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
@@ -81,7 +75,7 @@ def _leaving_no_trace(model: nn.Module, balancer: PhiBalancer) -> Iterator[None]
 
 
 def _eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled models run uncompiled meanwhile, since compiled routers cannot be seen."""
+    """Context manager: runs compiled models uncompiled, since the recorder cannot see compiled routers."""
     modules = [*unwrap(model), *model.modules()]
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
         return torch.compiler.set_stance("force_eager")
@@ -89,7 +83,7 @@ def _eager(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def made_batch(model: nn.Module) -> dict[str, Tensor]:
-    """Returns rows of made tokens of unequal lengths, padded on the right; draws no random numbers of the process."""
+    """Returns a batch of random tokens, rows of unequal length padded on the right. Leaves the process's random numbers alone."""
     root: Any = unwrap(model)[-1]
     config = root.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +93,7 @@ def made_batch(model: nn.Module) -> dict[str, Tensor]:
     values = vars(root.config).items()
     special = [v for name, v in values if name.endswith(("_token_id", "_token_index")) and isinstance(v, int)]
     plain = next(i for i in range(first, config.vocab_size) if i not in special)
-    ids[torch.isin(ids, torch.tensor(special, dtype=ids.dtype))] = plain  # there are no images for their places
+    ids[torch.isin(ids, torch.tensor(special, dtype=ids.dtype))] = plain  # no placeholders, since there are no images
     pad = getattr(config, "pad_token_id", None)
     filler = pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0
     return {

@@ -3,7 +3,7 @@ The balancing methods: φ-balancing, and those it is compared with.
 
 | module | what it holds |
 |---|---|
-| `table` | what each method fixes of the fields of [`PhiBalanceConfig`] |
+| `table` | the fields of [`PhiBalanceConfig`] that each method sets |
 | `prices` | prices of the step under way, for methods that do not take those of the previous one |
 | `biases` | how a step moves the selection bias |
 """

@@ -20,13 +20,12 @@ def bias_step(
     width_L1: Tensor,
 ) -> Tensor:
     """
-    Returns what a step adds to the biases, `(L, E)`.
+    Returns the change of the biases in a step, `(L, E)`.
 
     Args:
         rule (`str`):
             `"dual"`: -coef · q (arXiv 2605.15403); `"sign"`: coef · sign(mean load - load) (arXiv 2408.15664, Algorithm 1);
-            `"quantile"`: the fraction `coef` of the way to the bias under which every expert would have had its fair share
-            (Quantile Balancing).
+            `"quantile"`: the fraction `coef` of the way to the bias that gives every expert its fair share (Quantile Balancing).
         coef (`float`): step size.
         bias_LE, price_LE, load_LE (`torch.Tensor` of shape `(L, E)`): biases in force, prices, load of the step.
         margins_LEH (`torch.Tensor` of shape `(L, E, H)`): histograms of margins, for `"quantile"`.
@@ -35,5 +34,5 @@ def bias_step(
     if rule == "dual":
         return -coef * price_LE
     if rule == "sign":
-        return coef * (load_LE.mean(dim=-1, keepdim=True) - load_LE).sign()  # of what is not a number the sign is 0
+        return coef * (load_LE.mean(dim=-1, keepdim=True) - load_LE).sign()  # the sign of NaN is 0
     return coef * (quantile_bias(margins_LEH, top_k_L1, bias_LE, width_L1) - bias_LE)

@@ -1,8 +1,8 @@
 """
-Prices of the step under way: for methods whose price is not that of the previous step, and for `price_from`.
+Prices of the current step: for methods that do not use those of the previous step, and for `price_from`.
 
-They depend on how a step is split into micro-batches and ranks, which the prices of φ-balancing do not. Shapes: L routers
-of E experts each.
+Unlike the prices of φ-balancing, they depend on the split of a step into micro-batches and ranks. Shapes: L routers of E experts
+each.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def price_now(
         potential (`Potential`): φ.
         mean_LE (`torch.Tensor` of shape `(L, E)`): EMA of the previous steps.
         own_LE, step_LE (`torch.Tensor` of shape `(L, E)`): statistic summed over the micro-batch, and over the step so far.
-        price_from (`str`): `"current"` mixes the micro-batch into the mean (arXiv 2605.15403, Algorithm 1), `"global"` the
-            step so far, over all ranks.
-        pooled (`bool`): all layers share the price of their pooled tokens, as in transformers' `load_balancing_loss_func`, whose
-            f sums to k instead of 1 and which is a mean over layers instead of a sum.
+        price_from (`str`): `"current"` mixes the micro-batch into the mean (arXiv 2605.15403, Algorithm 1). `"global"` mixes in
+            the step so far, over all ranks.
+        pooled (`bool`): whether all layers share the price of their pooled tokens, as in transformers'
+            `load_balancing_loss_func`. Its f sums to k instead of 1, and it is a mean over layers instead of a sum.
         ema_rate (`float`): η.
         top_k (`int`): experts per token.
         sum_over_ranks (`Callable`): sums a tensor over the ranks, in place.

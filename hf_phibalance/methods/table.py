@@ -1,13 +1,14 @@
-"""The balancing methods: φ-balancing, and those it is compared with, as points of one space.
+"""
+The balancing methods: φ-balancing, and those it is compared with.
 
-A method is what it fixes of the fields of [`PhiBalanceConfig`], which of them it leaves to the user, and how it moves
-the selection bias. Most baselines need no code of their own. The Switch loss E Σ_e f_e P_e of one micro-batch, for
-example is ⟨q, p⟩ with q = E f, and q = ∇φ(E f) + 1 for the potential l2: it is φ-balancing with that potential on
-the hard load, without memory, priced by the micro-batch at hand.
+A method sets some fields of [`PhiBalanceConfig`], leaves others to the user, and moves the selection bias by a rule. Most
+baselines need no code of their own. For example, the Switch loss E Σ_e f_e P_e of one micro-batch is ⟨q, p⟩ with q = E f, and
+q = ∇φ(E f) + 1 for the potential l2. So it is φ-balancing with potential l2, load as statistic, no memory, and the price of the
+current micro-batch.
 
-That price may be joined by the dual bias, as φ's own may. The two do different things: a gradient with the price of the
-batch at hand is proportional control of *this* batch, it acts at once but leaves an offset, the smaller the larger `coef`;
-the bias sums up the price that is left, so it is integral control, which takes the offset of the population away.
+The bias can be used together with the price gradient. The price gradient of the current batch is proportional control: it acts
+at once but leaves an offset, which is smaller for a larger `coef`. The bias sums up the remaining price: this integral control
+removes the offset.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ class Method:
 
     Args:
         source (`str`): Where it is published.
-        values (`Mapping[str, Any]`): Its values of fields of [`PhiBalanceConfig`], where they are not those of φ.
-        free (`frozenset[str]`): The fields among them that a user may set to something else.
+        values (`Mapping[str, Any]`): Its values of the fields of [`PhiBalanceConfig`] that differ from those of φ.
+        free (`frozenset[str]`): The fields that a user may set.
         bias_rule (`str`, *optional*, defaults to `"dual"`):
             How a step moves the selection bias b of the experts: `"dual"`, b -= bias_coef · q with φ prices; `"sign"`,
-            b += bias_coef · sign(mean count - count); `"quantile"`, b moves by the fraction bias_coef to the bias with
-            which every expert would have had its fair share of the step.
+            b += bias_coef · sign(mean load - load); `"quantile"`, b moves by the fraction bias_coef to the bias that gives
+            every expert its fair share of the step.
         pooled (`bool`, *optional*, defaults to `False`):
-            Whether all layers share one price, that of their pooled tokens, as in the loss of transformers.
+            Whether all layers share the price of their pooled tokens, as in the loss of transformers.
         freezes (`bool`, *optional*, defaults to `False`): Whether the parameters of the routers are frozen.
     """
 
@@ -60,7 +61,7 @@ class Method:
     freezes: bool = False
 
     def default(self, name: str) -> Any:
-        """Its value of the field `name` unless the user says otherwise."""
+        """Returns its default of the field `name`."""
         value = self.values.get(name, PHI_DEFAULTS[name])
         return dict(value) if isinstance(value, dict) else value
 

@@ -1,4 +1,4 @@
-"""Where the routers of a model are: where transformers itself declares them, else where their contract is kept."""
+"""Finds the routers of a model: those that transformers declares, else modules that look like routers (`contract`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .contract import by_contract, expert_count, experts_beside
 from .parts import modality_of
 from .sources import returned_values, takes_top_k
-from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS, RouterKind, RouterTraits, declared_kinds
+from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS, RouterKind, declared_kinds
 from .wrapping import canonical_name
 
 
@@ -22,29 +22,27 @@ INDEX_TYPES = (torch.int64, torch.int32)
 
 
 class Reading(NamedTuple):
-    """Positions, in what a router returns or its experts are given; `None` for what is not there."""
+    """Positions in the outputs of a router, or in the arguments of its experts; `None` if missing."""
 
     logits: int | None  # (T, E)
     chosen: int | None  # (T, k)
-    carrier: int | None  # differentiable, the task gradient flows back through it
+    carrier: int | None  # differentiable; the task's gradient flows back through it
 
 
 @dataclass
 class RouterSite:
-    """
-    One router of a model: its name, how to read what it returns, and weak references to the module(s) that compute it.
-    """
+    """One router of a model: its name, how to read its outputs, and weak references to the module(s) that compute it."""
 
     name: str
     kind: RouterKind
     num_experts: int
     top_k: int
     scoring: str
-    score_width: float | None = None  # the span of the scores that it ranks, once known
-    not_logits: tuple[int, ...] = ()  # positions in the return value of what is as wide as the logits
-    noted: Tensor | None = None  # the logits, until the experts are handed the choice
+    score_width: float | None = None  # span of the scores that it ranks, once known
+    not_logits: tuple[int, ...] = ()  # positions of other outputs as wide as the logits
+    noted: Tensor | None = None  # the logits, until the experts are called
     has_native_bias: bool = False  # whether the family has a selection bias of its own
-    modality: str = field(init=False)  # "text", or "vision" or "audio" if it routes nothing else
+    modality: str = field(init=False)  # "text"; "vision" or "audio" if it routes nothing else
     _modules: list[weakref.ref[nn.Module]] = field(default_factory=list, repr=False)
     _parent: weakref.ref[nn.Module] | None = field(default=None, repr=False)
     _experts: weakref.ref[nn.Module] | None = field(default=None, repr=False)
@@ -55,7 +53,7 @@ class RouterSite:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The modules that compute it: several where PEFT keeps a trainable copy."""
+        """The modules that compute it; several if PEFT keeps a trainable copy."""
         return [module for module in (reference() for reference in self._modules) if module is not None]
 
     @property
@@ -65,7 +63,7 @@ class RouterSite:
 
     @property
     def experts(self) -> nn.Module | None:
-        """The module that is handed the choice, where the block makes it and not the router."""
+        """The module that gets the selection, if the block does the top-k and not the router."""
         return None if self._experts is None else self._experts()
 
     @property
@@ -85,7 +83,7 @@ class RouterSite:
         return self.modality == "text" and self.kind.traits.parted_by is None
 
     def read(self, parts: Sequence[Any]) -> Reading:
-        """What is what among `parts`, by type and shape: families, and versions of them, order it differently."""
+        """Finds logits, selection and carrier among `parts` by type and shape, since their order differs by family and version."""
         floats = [i for i, part in enumerate(parts) if isinstance(part, Tensor) and part.is_floating_point()]
         wide = [i for i in floats if parts[i].shape[-1:] == (self.num_experts,) and i not in self.not_logits]
         indices = (i for i, x in enumerate(parts) if isinstance(x, Tensor) and x.dtype in INDEX_TYPES and x.ndim > 1)
@@ -99,12 +97,12 @@ class RouterSite:
         return Reading(logits, chosen, next((i for i in floats if i != logits), None))
 
     def place(self, parent: nn.Module | None, experts: nn.Module | None) -> None:
-        """Notes the block around it, and the experts if the block makes the choice."""
+        """Stores the block around it, and the experts if the block does the top-k."""
         self._parent = None if parent is None else weakref.ref(parent)
         self._experts = None if experts is None else weakref.ref(experts)
 
     def add(self, module: nn.Module) -> None:
-        """Takes in a module that computes this router, and the selection bias that comes with it."""
+        """Adds a module that computes this router, and the selection bias in it."""
         self._modules.append(weakref.ref(module))
         bias = _native_bias(module, self.parent, self.num_experts)
         if bias is not None and not any(owner is bias[0] for owner, _ in self.native_bias):
@@ -115,12 +113,12 @@ class RouterSite:
 
     @property
     def router(self) -> nn.Module:
-        """The router as its block sees it."""
+        """The module that the block calls as its router."""
         return self.modules[-1] if self.parent is None else getattr(self.parent, self.name.rpartition(".")[2])
 
     def __getstate__(self) -> dict[str, Any]:
         fleeting: dict[str, Any] = {"noted": None, "_modules": [], "_parent": None, "_experts": None, "_native": []}
-        return {**vars(self), **fleeting}  # a copy looks for its own modules
+        return {**vars(self), **fleeting}  # a copy searches for its own modules
 
     def write_native_bias(self, bias: Tensor, keep_fp32: bool = False) -> None:
         """Copies `bias (E,)` into the family's own selection bias, in place; with `keep_fp32`, makes that fp32 first."""
@@ -131,7 +129,7 @@ class RouterSite:
             tensor.data.copy_(bias.view(tensor.shape))
 
     def read_native_bias(self) -> Tensor | None:
-        """The family's own selection bias `(E,)`; `None` if it has none, or while accelerate has offloaded it."""
+        """Returns the family's own selection bias `(E,)`; `None` if it has none, or if accelerate has offloaded it."""
         native = self.native_bias
         bias = getattr(*native[0]).detach().reshape(-1) if native else None
         return None if bias is None or bias.is_meta else bias
@@ -139,7 +137,7 @@ class RouterSite:
 
 def find_routers(root: nn.Module) -> list[RouterSite]:
     """
-    The routers inside `root`, in the order of its modules.
+    Finds the routers inside `root`, in the order of its modules.
 
     Raises:
         ValueError: if there is none, or if the family is one that cannot be balanced.
@@ -157,20 +155,18 @@ def find_routers(root: nn.Module) -> list[RouterSite]:
             parent = parents.get(id(parent))  # step over wrappers of the router itself
         site = sites.get(canonical)
         if site is None:
-            num_experts = _num_experts(module, kind.traits)
+            num_experts = expert_count(module, kind.traits.experts)
+            if not num_experts:
+                raise ValueError(
+                    f"{type(module).__name__}: cannot tell the number of experts; add it to routers.TRAITS."
+                )
             experts = None if parent is None else experts_beside(parent, canonical.rpartition(".")[2], num_experts)
             if parent is not None and not takes_top_k(module) and takes_top_k(parent, experts):
                 kind = replace(kind, block=type(parent))
-            site = sites[canonical] = RouterSite(
-                canonical,
-                kind,
-                num_experts,
-                _top_k(module, parent),
-                kind.scoring_of(module),
-                not_logits=tuple(
-                    i for i, how in enumerate(returned_values(cast(Hashable, kind.target))) if how == "scatter"
-                ),
-            )
+            values = enumerate(returned_values(cast(Hashable, kind.target)))
+            site = RouterSite(canonical, kind, num_experts, _top_k(module, parent), kind.scoring_of(module))
+            site.not_logits = tuple(i for i, how in values if how == "scatter")
+            sites[canonical] = site
             site.place(parent, experts if kind.block else None)
         site.add(module)
     if not sites:
@@ -185,18 +181,14 @@ def find_routers(root: nn.Module) -> list[RouterSite]:
 
 def find_copies(root: nn.Module, sites: Sequence[RouterSite], prefix: str = "") -> None:
     """
-    Looks for the modules of `sites` again, by their names: wrappers may have changed what they hold, or `root` is a copy.
-
-    Args:
-        root (`torch.nn.Module`): where to look.
-        sites (`Sequence[RouterSite]`): the routers.
-        prefix (`str`, *optional*): what is in front of the names of modules of `root` in those of `sites`.
+    Searches `root` again for the modules of `sites`, by name: wrappers may have replaced them, or `root` is a copy. The names of
+    `sites` begin with `prefix`, those in `root` do not.
     """
-    by_name = {site.name: site for site in sites}
     modules: dict[str, list[nn.Module]] = {}
     for name, module in root.named_modules():
         modules.setdefault(f"{prefix}{canonical_name(name)}", []).append(module)
-    for name, site in by_name.items():
+    for site in sites:
+        name = site.name
         found = [module for module in modules.get(name, []) if isinstance(module, site.kind.target)]
         parents = modules.get(name.rpartition(".")[0], [])
         has_experts = site.kind.block is not None
@@ -207,11 +199,11 @@ def find_copies(root: nn.Module, sites: Sequence[RouterSite], prefix: str = "") 
         for module in found:
             site.add(module)
     for owner, name in (native for site in sites for native in site.native_bias):
-        getattr(owner, name).requires_grad_(False)  # PEFT would train them, but selections have no gradient
+        getattr(owner, name).requires_grad_(False)  # else PEFT would train them, but a selection has no gradient
 
 
 def _matches(root: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
-    """Modules of `root` that are routers: as transformers declares, or else by their contract, and so in its towers."""
+    """Returns the routers of `root` that transformers declares, else those by contract; in its towers also those by contract."""
     found = list(_declared(root))
     routers = {id(module) for _, module, _ in found}
     blocks = {
@@ -226,13 +218,13 @@ def _matches(root: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
 
 
 def _declared(root: nn.Module) -> Iterator[tuple[str, nn.Module, RouterKind]]:
-    """Modules of `root` that any transformers model class inside it declares, and gates of remote code."""
+    """Yields modules that a transformers model class inside `root` declares as routers, and gates of remote code."""
     kinds = {
         (kind.target, kind.layer_name): kind for module in root.modules() for kind in declared_kinds(type(module))
     }
     for name, module in root.named_modules():
         for kind in kinds.values():
-            # at the end, for adapters put layers into a router that is a linear layer
+            # only at the end of the name, because an adapter puts layers into a router that is a linear layer
             layer_name_fits = kind.layer_name is None or f".{canonical_name(name)}".endswith(f".{kind.layer_name}")
             if isinstance(module, kind.target) and layer_name_fits:
                 yield name, module, kind
@@ -247,13 +239,6 @@ def _name_of(root: nn.Module, wanted: nn.Module) -> str:
     return next((name for name, module in root.named_modules() if module is wanted), "")
 
 
-def _num_experts(router: nn.Module, traits: RouterTraits) -> int:
-    count = expert_count(router, traits.experts)
-    if not count:
-        raise ValueError(f"{type(router).__name__}: cannot tell the number of experts; add it to routers.TRAITS.")
-    return count
-
-
 def _top_k(router: nn.Module, parent: nn.Module | None) -> int:
     for module in (router, parent):
         for name in ("top_k", "num_experts_per_tok", "moe_top_k"):
@@ -264,7 +249,7 @@ def _top_k(router: nn.Module, parent: nn.Module | None) -> int:
 
 
 def _native_bias(router: nn.Module, parent: nn.Module | None, num_experts: int) -> tuple[nn.Module, str] | None:
-    """Owner and name of the family's own selection bias, looked for in the router, inside it, and in its block."""
+    """Finds owner and name of the family's own selection bias in the router, inside it, or in its block."""
     owners = [*router.modules(), *([parent] if parent is not None else [])]
     for owner in owners:
         for name in NATIVE_BIAS_NAMES:

@@ -1,8 +1,9 @@
-"""Hooks on the routers of a model: no class, parameter or buffer changes.
+"""
+Hooks on the routers of a model, which change no class, parameter or buffer.
 
-Forward hooks see a router wherever its forward may hide (in its class, in an instance that accelerate dispatched, in a
-parametrisation of PEFT, inside FSDP or DDP), keep `isinstance` and state-dict keys, and can be removed without trace.
-What they see goes to a [`RouterReader`], for instance a census; a [`RouterBalancer`] also adds to gradient and selection.
+Forward hooks work wherever a router's forward is: in its class, in an instance that accelerate dispatched, in a parametrisation
+of PEFT, inside FSDP or DDP. They keep `isinstance` and state-dict keys, and can be removed. They call a [`RouterReader`], which
+may only count; a [`RouterBalancer`] also adds to gradient and selection.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .inside import BiasedTopK, rank_scores
 
 
 class RouterReader(Protocol):
-    """Who is told what the routers of a model do."""
+    """Gets the inputs and outputs of the routers of a model."""
 
     @property
     def sites(self) -> Sequence[RouterSite]:
@@ -37,14 +38,14 @@ class RouterReader(Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to look at in the forward under way."""
+        """Whether hooks have nothing to do in the current forward."""
 
     def choice_bias(self, index: int) -> Tensor | None:
-        """Bias `(E,)` in force in the selection of router `index`, for those that do not return their choice."""
+        """Returns the bias `(E,)` in force in the selection of router `index`, for routers that do not return their selection."""
 
     def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         """
-        Router `index` received `hidden`, made `logits (T, E)` and selected `selected (..., k)`. What is returned replaces
+        Called when router `index` made `logits (T, E)` from `hidden` and selected `selected (..., k)`. The return value replaces
         `carrier`, the output through which the task's gradient reaches the router.
         """
 
@@ -53,14 +54,14 @@ class RouterBalancer(RouterReader, Protocol):
     """A reader that also adds a bias to the selection."""
 
     def selection_bias(self, index: int) -> Tensor | None:
-        """Bias `(E,)` that the selection of router `index` has to add."""
+        """Returns the bias `(E,)` to add in the selection of router `index`."""
 
     def observe_scores(self, index: int, scores: Tensor, are_probs: bool) -> None:
-        """Router `index` ranked `scores (..., E)`, to which its bias was added."""
+        """Called when router `index` ranked `scores (..., E)` plus its bias."""
 
 
 class _Hook:
-    """A removable hook that follows its reader when the reader's owner is copied, and shares it when a router alone is."""
+    """A removable hook. A copy of the reader's owner copies the reader too; a copy of a router alone shares it."""
 
     def __init__(self, reader: Any, index: int) -> None:
         self.reader, self.index = reader, index
@@ -74,7 +75,7 @@ class _Hook:
 
 
 class RouterHook(_Hook):
-    """Forward hook of one router. Where its block makes the choice, it only notes the logits."""
+    """Forward hook of one router. For routers whose block does the top-k it only stores the logits."""
 
     reader: RouterReader
 
@@ -94,7 +95,7 @@ class RouterHook(_Hook):
     def _observe(
         self, router: nn.Module, hidden: Tensor | None, logits: Tensor, parts: Sequence[Any], at: Reading
     ) -> tuple:
-        """`parts`, in which the carrier adds the auxiliary gradient."""
+        """Returns `parts` with the carrier replaced by one that adds the auxiliary gradient."""
         chosen = self._choice(logits) if at.chosen is None else parts[at.chosen]
         carrier = at.logits if at.carrier is None else at.carrier
         if carrier is None:
@@ -106,7 +107,7 @@ class RouterHook(_Hook):
         return (*parts[:carrier], carried, *parts[carrier + 1 :])
 
     def _choice(self, logits: Tensor) -> Tensor:
-        """The selection `(T, k)` of a router that does not return it."""
+        """Computes the selection `(T, k)` of a router that does not return it."""
         site, bias = self.reader.sites[self.index], self.reader.choice_bias(self.index)
         are_probs = site.kind.traits.ranks == "probs"
         scores = torch.softmax(logits, -1, dtype=logits.dtype) if are_probs else logits
@@ -115,7 +116,7 @@ class RouterHook(_Hook):
 
 
 class ExpertsHook(RouterHook):
-    """Before the experts of a block that makes the choice: the block hands them what it has come to."""
+    """Pre-forward hook of the experts of a block that does the top-k: their arguments are its result."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if self.reader.is_idle:
@@ -123,14 +124,14 @@ class ExpertsHook(RouterHook):
         site = self.reader.sites[self.index]
         hidden, *parts = (*args, *kwargs.values())
         logits, site.noted = site.noted, None
-        if logits is None:  # the block has read the weight of its router instead of calling it
+        if logits is None:  # the block uses the weight of its router instead of calling it
             logits = linear_logits(hidden, site.router)
         parts = [hidden, *self._observe(site.router, hidden, logits, parts, site.read(parts))]
         return tuple(parts[: len(args)]), dict(zip(kwargs, parts[len(args) :]))
 
 
 class BiasHook(_Hook):
-    """Before and after the forward that selects: in between, the selection bias is in force."""
+    """Hook before and after the forward that selects. The selection bias is in force in between."""
 
     reader: RouterBalancer
 
@@ -154,12 +155,12 @@ class BiasHook(_Hook):
 
 
 def count_groups(router: nn.Module) -> int:
-    """Groups of experts to which a router first limits its choice; 1 if it does not."""
+    """Returns the number of expert groups from which a router first selects; 1 without groups."""
     return getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1
 
 
 def arguments_by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Arguments of a call of `module` by their names."""
+    """Returns the arguments of a call of `module` by their names."""
     if not args:
         return kwargs
     names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -167,9 +168,9 @@ def arguments_by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str,
 
 
 def _show_router(reader: RouterReader, index: int, prepend: bool = False) -> list[RemovableHandle]:
-    """Hooks that hand what router `index` did to `reader`."""
+    """Hooks router `index` to `reader`."""
     site = reader.sites[index]
-    # of a router that returns logits only, what an adapter around it has added to them counts
+    # a router that returns only logits is hooked with its adapter, which adds to them
     modules = {id(m): m for m in (*site.modules, *([site.router] if site.kind.block is not None else []))}
     handles = [m.register_forward_hook(RouterHook(reader, index), prepend=prepend) for m in modules.values()]
     if site.experts is not None:
@@ -179,7 +180,7 @@ def _show_router(reader: RouterReader, index: int, prepend: bool = False) -> lis
 
 @contextmanager
 def reading(reader: RouterReader) -> Iterator[None]:
-    """While open, `reader` sees what the routers `reader.sites` do."""
+    """Context manager: inside it `reader` gets the calls of its routers `reader.sites`."""
     handles = [handle for index in range(len(reader.sites)) for handle in _show_router(reader, index)]
     try:
         yield
@@ -189,7 +190,7 @@ def reading(reader: RouterReader) -> Iterator[None]:
 
 
 def install_hooks(reader: RouterBalancer) -> None:
-    """Lets `reader` see the routers of its model, and add to their gradient and selection."""
+    """Hooks the routers of a model to `reader`, which adds to their gradient and selection."""
     for index, site in enumerate(reader.sites):
         _show_router(reader, index, prepend=True)
         block = site.parent if site.kind.block is not None else None
@@ -199,18 +200,16 @@ def install_hooks(reader: RouterBalancer) -> None:
 
 
 def hook_adapters(reader: RouterBalancer) -> None:
-    """Hooks what has been put around routers that return logits only, since they were patched."""
+    """Hooks adapters that were put around routers since the patch, if the routers return only logits."""
     for index, site in enumerate(reader.sites):
-        if site.kind.block is None or any(
-            isinstance(hook, RouterHook) for hook in site.router._forward_hooks.values()
-        ):
+        if site.kind.block is None or any(isinstance(h, RouterHook) for h in site.router._forward_hooks.values()):
             continue
         site.router.register_forward_hook(RouterHook(reader, index))
         forget_compiled_code()
 
 
 def remove_hooks(root: nn.Module, *others: Callable) -> None:
-    """Removes every hook of ours, found by its type, and `others`: copies that PEFT made have no handle."""
+    """Removes `others` and all hooks of ours. Finds them by type, because copies that PEFT made have no handle."""
     BiasedTopK.leave_interrupted()
     for module in root.modules():
         tables: list[list[dict[int, Any]]] = [
@@ -224,6 +223,6 @@ def remove_hooks(root: nn.Module, *others: Callable) -> None:
 
 
 def forget_compiled_code() -> None:
-    """`torch.compile` does not look whether hooks have come or gone since: it would go on without them, or with them."""
+    """Resets `torch.compile`, which does not notice that hooks were added or removed."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""The selection bias, added inside a router's own forward: to what its top-k ranks, without a forward of ours."""
+"""Adds the selection bias inside a router's own forward, to the scores that its top-k ranks."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from torch.overrides import TorchFunctionMode
 
 TOPKS = (torch.topk, Tensor.topk)
 SCORES = (F.softmax, torch.softmax, Tensor.softmax, torch.sigmoid, Tensor.sigmoid, F.sigmoid)
-FAINT = 1e-30  # a probability by which one can still divide, forwards and backwards, in fp32
+FAINT = 1e-30  # smallest probability by which fp32 can divide, in forward and backward
 
 
 class BiasedTopK(TorchFunctionMode):
     """
     While active, every `topk` over E scores ranks `scores + bias` and returns the *unbiased* values it selected.
 
-    Routers differ in what they do around their top-k (softmax before or after, renormalisation, scaling, grouping);
-    biasing the one call that selects leaves all of that in place, so that no family needs a forward of its own. In
-    routers that first limit the choice to some groups, masking the others with 0 or -inf, the groups are chosen
-    without the bias and the limit holds.
+    Routers differ in what they do around their top-k: softmax before or after, renormalisation, scaling, grouping. Biasing only
+    the top-k keeps all of that, so no family needs a forward of its own. Some routers first select groups of experts and mask
+    the others with 0 or -inf. Their groups are selected without the bias, and the mask holds.
 
     Args:
         num_experts (`int`): E.
         bias (`torch.Tensor` of shape `(E,)`): added to the scores, in fp32.
-        zero_is_masked (`bool`): whether a score of 0 marks an expert outside the chosen groups, whatever is ranked.
+        zero_is_masked (`bool`): whether a score of 0 marks an expert outside the selected groups, even among logits.
 
     Attributes:
-        scores (`torch.Tensor` of shape `(..., E)`): what was ranked last, without the bias.
+        scores (`torch.Tensor` of shape `(..., E)`): the scores ranked last, without the bias.
         are_probs (`bool`): whether a softmax or a sigmoid over the experts came before the top-k.
     """
 
@@ -46,7 +45,7 @@ class BiasedTopK(TorchFunctionMode):
 
     @staticmethod
     def leave_interrupted() -> None:
-        """Leaves the modes that are still active because Ctrl-C ended a forward: it runs no hook of a module."""
+        """Leaves the modes that are still active after Ctrl-C in a forward, which runs no hook of a module."""
         modes = torch.overrides._get_current_function_mode_stack()
         if any(isinstance(mode, BiasedTopK) for mode in modes):
             for _ in modes:
@@ -74,15 +73,15 @@ class BiasedTopK(TorchFunctionMode):
 @torch.no_grad()
 def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_probs: bool = False) -> Tensor:
     """
-    What the biased selection ranks, `(..., E)` in fp32.
+    Returns the biased scores to rank, `(..., E)` in fp32.
 
-    An expert of no probability (its logit is masked, or far below that of a router that has collapsed) would have no part
-    in the output, and weights that are renormalised over such experts only are 0/0. So no bias is enough for it.
+    An expert of probability 0 gets -inf, so no bias can select it: its logit is masked, or the router has collapsed. It would have
+    no part in the output, and renormalising over such experts only would give 0/0.
 
     Args:
         scores (`torch.Tensor` of shape `(..., E)`): probabilities, affinities or logits.
-        bias (`torch.Tensor` of shape `(E,)`): what is added to them.
-        zero_is_masked (`bool`, *optional*, defaults to `False`): whether 0 marks an expert outside the chosen groups.
+        bias (`torch.Tensor` of shape `(E,)`): is added to them.
+        zero_is_masked (`bool`, *optional*, defaults to `False`): whether 0 marks an expert outside the selected groups.
         are_probs (`bool`, *optional*, defaults to `False`): whether the scores are known to lie in [0, 1].
     """
     scores, bias = scores.float(), bias.to(scores.device)
@@ -91,7 +90,7 @@ def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_
     ranked = scores + bias
     if zero_is_masked:
         return ranked.masked_fill(scores.abs() <= FAINT, float("-inf"))
-    # Only in rows that could be of probabilities, and are not all 0; where logits are ranked, 0 is one like any other.
+    # Only in rows that could be probabilities and are not all 0. Among logits 0 is a score like any other.
     low, high = scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
     nothing = torch.where((low >= 0) & (high > FAINT), FAINT, float("-inf"))
     return torch.where(scores <= nothing, float("-inf"), ranked)

@@ -37,31 +37,31 @@ def attach(
 ) -> PhiBalanceCallback:
     """
     Wires φ-balancing into `trainer`, whose model must be patched: exact token counts, metrics in every reporter and in
-    `log_history`, loads of evaluations, state in checkpoints. A run that was killed, at whatever moment, resumes from its
-    newest complete checkpoint. Works with any subclass of `Trainer`. `train()` of a trainer whose model is patched does the
-    same with the defaults, so call this for its options; calling it again returns the same callback.
+    `log_history`, loads of evaluations, state in checkpoints. A run that is killed at any moment resumes from its newest
+    complete checkpoint. Works with any subclass of `Trainer`. `train()` calls this with the defaults if the model is patched, so
+    call it only for its options. Calling it again returns the same callback.
 
     Args:
         trainer (`transformers.Trainer`): the trainer, before `train()`.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
-            The data-parallel ranks, if they are not simply all ranks (tensor, context or sequence parallelism).
+            The data-parallel ranks, if they are not all ranks (tensor, context or sequence parallelism).
         verify (`bool`, *optional*, defaults to `False`):
-            Whether the first optimizer step with prices is measured as [`doctor`] does, while it is taken: training ends after it
-            if anything is wrong. The report is logged, and kept in `callback.report`.
+            Whether to measure the first optimizer step with prices as [`doctor`] does. Training ends after this step if anything
+            is wrong. The report is logged, and kept in `callback.report`.
         calibrate (`int`, *optional*, defaults to `0`):
-            `train()` begins by setting the means to those of so many of its first batches (`True`: 8), as [`calibrate`] does,
-            where they would be uniform; for routers that are trained already. The training then sees the same batches in the
-            same order. Left out where there are duals to go on from.
+            For routers that are trained already: before training, sets the means to those of this many first batches (`True`: 8),
+            as [`calibrate`] does, instead of uniform ones. The training then sees the same batches in the same order. Skipped if
+            duals are loaded.
         fresh_duals (`bool`, *optional*, defaults to `False`):
-            Whether a run that resumes from a checkpoint without a state of φ-balancing begins with fresh duals, instead of ending
-            with an error.
+            Whether a run that resumes from a checkpoint without a state of φ-balancing begins with fresh duals. Else this is an
+            error.
 
     Returns:
-        `PhiBalanceCallback`: the callback in use; its `history` holds the loads at each logging step, its `detach()` takes all of
-        this out of the trainer again.
+        `PhiBalanceCallback`: the callback in use. Its `history` holds the loads at each logging step; its `detach()` removes
+        φ-balancing from the trainer.
 
     Raises:
-        ValueError: if the model is not patched, or the way of training cannot keep the promise of an exact coefficient.
+        ValueError: if the model is not patched, or if the coefficient would not be exact with this trainer.
     """
     callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
     if callback is None or callback.detach is None:
@@ -83,24 +83,12 @@ def attach(
 
 
 class Attachment:
-    """
-    What a trainer does beside its own work, a method for each of its methods that is wrapped.
-
-    Args:
-        trainer (`transformers.Trainer`): the trainer.
-        callback (`PhiBalanceCallback`): the callback in use.
-        process_group (`torch.distributed.ProcessGroup`, *optional*): see [`attach`].
-        added (`list`): the callbacks that [`attach`] has added.
-    """
+    """Wraps methods of a trainer, each by the method of the same name here. `added`: callbacks that [`attach`] has added."""
 
     def __init__(self, trainer: Any, callback: PhiBalanceCallback, process_group: Any, added: list[Any]) -> None:
-        self._trainer, self.callback, self.process_group, self._added = (
-            weakref.ref(trainer),
-            callback,
-            process_group,
-            added,
-        )
-        self._micro_batch = 0  # of the optimizer step under way
+        self._trainer, self._added = weakref.ref(trainer), added
+        self.callback, self.process_group = callback, process_group
+        self._micro_batch = 0  # of the current optimizer step
         self._is_generated = generates(trainer)
         self._restore: list[Callable[[], None]] = []
         model: Any = trainer.model
@@ -122,7 +110,7 @@ class Attachment:
         return self._trainer()
 
     def wrap(self, name: str, outer: Callable) -> None:
-        """Lets `trainer.name(...)` be `outer(inner, ...)`, until [`~Attachment.detach`]."""
+        """Replaces `trainer.name(...)` by `outer(inner, ...)`, until [`~Attachment.detach`]."""
         trainer, own = self.trainer, vars(self.trainer).get(name)
         inner = getattr(trainer, name)
         wrapper = functools.wraps(inner)(functools.partial(outer, inner))
@@ -135,42 +123,38 @@ class Attachment:
         self._restore.append(restore)
 
     def detach(self) -> None:
-        """Takes everything out of the trainer again; its model stays patched."""
+        """Removes everything from the trainer; its model stays patched."""
         while self._restore:
             self._restore.pop()()
         for callback in self._added:
             self.trainer.remove_callback(callback)
         self.callback.detach = None
 
-    # ------------------------------------------------------------------ balancers
-
     def balancers(self) -> list[PhiBalancer]:
-        """Those of all patched models in the trainer's model, as it is now."""
+        """Returns the balancers of all patched models in the trainer's present model."""
         found = find_balancers(self.trainer.model)
         for balancer in found:
             balancer.process_group = self.process_group
         return found
 
     def current(self) -> PhiBalancer | None:
-        """That of the model that is trained; `None` if it was unpatched."""
+        """Returns the balancer of the trained model; `None` if it was unpatched."""
         found = self.balancers()
         trained = [b for b in found if any(p.requires_grad for p in b.root.parameters())]
         return next(iter(trained or found), None)
 
-    # ------------------------------------------------------------------ methods of the trainer
-
     def get_batch_samples(self, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        """The batches of an optimizer step have been drawn: announces their tokens."""
+        """Draws the batches of an optimizer step, and announces their tokens."""
         trainer = self.trainer
         if stop_if_done(trainer):
             return [], None
         batches, items = inner(*args, **kwargs)
-        if self.process_group is None:  # else ranks may share a model that nothing wraps
+        if self.process_group is None:  # with a group of one's own, the model may well be unwrapped
             refuse_ranks_apart(trainer)
         self._micro_batch = 0
         wanted = kwargs.get("num_batches", args[1] if len(args) > 1 else len(batches))
         share = 1.0
-        if 0 < len(batches) < wanted:  # the data are over, and the trainer goes on with those of the next pass
+        if 0 < len(batches) < wanted:  # the epoch ends, and the step continues with batches of the next one
             share = len(batches) / (len(batches) + trainer.args.gradient_accumulation_steps)
         for balancer in self.balancers() if batches else ():
             micro_batches = len(batches) if self._is_generated else batches
@@ -178,7 +162,7 @@ class Attachment:
         return batches, items
 
     def training_step(self, inner: Callable, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """A micro-batch is trained on."""
+        """Trains on a micro-batch, with its labels and its number set."""
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
         number, self._micro_batch = self._micro_batch, self._micro_batch + 1
@@ -211,7 +195,7 @@ class Attachment:
             return inner(*args, **kwargs)
 
     def note_checkpoint(self, inner: Callable, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
-        """Training begins, from `checkpoint` or without one."""
+        """Notes the checkpoint that training begins from, if any."""
         self.callback.resumed_from = checkpoint
         try:
             return inner(checkpoint, *args, **kwargs)
@@ -221,10 +205,8 @@ class Attachment:
                 "method='frozen'? Load the model from that folder and train it without resume_from_checkpoint."
             ) from error
 
-    # ------------------------------------------------------------------ once
-
     def _switch_off_trainer_loss(self) -> None:
-        """TRL's trainers add an auxiliary loss of their own to any MoE."""
+        """Switches off the auxiliary loss that TRL's trainers add to any MoE."""
         trainer = self.trainer
         if getattr(trainer, "aux_loss_enabled", False) and get_balancer(trainer.model).config.is_on:
             announce_switched_off()
@@ -232,7 +214,7 @@ class Attachment:
             trainer.router_aux_loss_coef = 0.0
 
     def _give_reference_its_bias(self) -> None:
-        """The reference that TRL has loaded by itself, from the policy's own checkpoint, routes as the policy does."""
+        """Gives the policy's selection bias to a reference model that TRL itself has loaded from the policy's checkpoint."""
         reference, policy = getattr(self.trainer, "ref_model", None), self.current()
         if reference is None or policy is None or not policy.duals.own_bias or find_balancers(reference):
             return
@@ -257,12 +239,8 @@ class Attachment:
 
 def _has_same_weights(reference: Any, policy: PhiBalancer) -> bool:
     """Whether all routers of `reference` have the weights of those of `policy`."""
-    theirs = dict(reference.named_parameters())
-    own = {
-        name: p
-        for name, p in policy.root.named_parameters()
-        if any(name.startswith(f"{layer}.") for layer in policy.layer_names)
-    }
+    theirs, layers = dict(reference.named_parameters()), tuple(f"{layer}." for layer in policy.layer_names)
+    own = {name: p for name, p in policy.root.named_parameters() if name.startswith(layers)}
     return bool(own) and all(
         name in theirs and theirs[name].shape == p.shape and torch.equal(theirs[name].detach().to(p), p.detach())
         for name, p in own.items()
@@ -270,7 +248,7 @@ def _has_same_weights(reference: Any, policy: PhiBalancer) -> bool:
 
 
 def _attach_when_training(trainer: Any) -> None:
-    """The flag is enough: `Trainer.train` of a patched model balances."""
+    """Attaches a trainer that begins to train a patched model."""
     has_callback = any(isinstance(c, PhiBalanceCallback) for c in trainer.callback_handler.callbacks)
     if trainer.model is None or not (has_callback or find_balancers(trainer.model)):
         return

@@ -1,4 +1,4 @@
-"""φ-balancing inside a Trainer: when the duals move, where their statistics are logged, what a checkpoint keeps."""
+"""The callback of φ-balancing in a Trainer: ends optimizer steps, logs metrics, restores the duals of checkpoints."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ HISTORY = 4_000_000  # numbers kept in `history`, about 100 MB
 
 class PhiBalanceCallback(TrainerCallback):
     """
-    Keeps the duals of a patched model with every checkpoint, and logs how balanced it is. `Trainer.train` attaches one to any
-    trainer whose model is patched; [`attach`] does so earlier, with options.
+    Keeps the duals of a patched model with every checkpoint, and logs its balance. `Trainer.train` adds it to any trainer whose
+    model is patched; [`attach`] adds it earlier, with options.
 
     Args:
         per_layer (`int`, *optional*, defaults to `16`): at most so many layers get metrics of their own.
 
     Attributes:
         history (`list[dict]`): at each logging step `{"step": int, "load": {layer name: [relative load per expert]}}`,
-            1 being a fair share; of a long run every second, fourth, ... of them.
-        resumed_from (`str`, *optional*): the checkpoint that training came from.
-        report (`DoctorReport`, *optional*): what `attach(verify=True)` has found.
-        detach (`Callable`, *optional*): takes the callback and all that belongs to it out of its trainer.
+            where 1 is a fair share. In a long run only every second, fourth, ... logging step is kept.
+        resumed_from (`str`, *optional*): the checkpoint that training resumed from.
+        report (`DoctorReport`, *optional*): the report of `attach(verify=True)`.
+        detach (`Callable`, *optional*): removes the callback and the wrapped methods from its trainer.
     """
 
     def __init__(self, per_layer: int = 16) -> None:
@@ -46,7 +46,7 @@ class PhiBalanceCallback(TrainerCallback):
         self.report: DoctorReport | None = None
         self.resumed_from: str | None = None
         self._balancer: PhiBalancer | None = None
-        self._every = 1  # so many logging steps share an entry of `history`
+        self._every = 1  # logging steps per entry of `history`
         self._logged = 0
         self._reports_learning = False
 
@@ -57,19 +57,11 @@ class PhiBalanceCallback(TrainerCallback):
             raise RuntimeError("PhiBalanceCallback knows no model before training begins.")
         return self._balancer
 
-    # ------------------------------------------------------------------ events
-
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model=None,
-        optimizer=None,
-        **kwargs,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ) -> None:
         self._balancer = get_balancer(model)
-        patch(model)  # no change to the routers; covers wrappers added since, and losses that a trainer switched on
+        patch(model)  # again, for wrappers added since and an auxiliary loss that a trainer has switched on
         self.balancer.discard_step()
         refuse_trained_routers(self.balancer)
         self.report = None
@@ -81,21 +73,14 @@ class PhiBalanceCallback(TrainerCallback):
         self._reports_learning = True
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer=None,
-        model=None,
-        **kwargs,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ) -> None:
-        balancer = find_balancer(model)  # patched anew, or not any more
+        balancer = find_balancer(model)  # it may have been patched anew, or unpatched
         if balancer is None:
             return
         self._balancer = balancer
-        balancer.step(
-            skipped=getattr(optimizer, "step_was_skipped", False)
-        )  # ends it for optimizers that are not torch's
+        skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
+        balancer.step(skipped=skipped)  # for optimizers that are not torch's; else it has ended already
         if self._reports_learning and balancer.steps:
             self._report_learning(state)
 
@@ -111,10 +96,8 @@ class PhiBalanceCallback(TrainerCallback):
                 f"The best checkpoint {best} has no {STATE_NAME}: its weights get the duals of the last step."
             )
 
-    # ------------------------------------------------------------------ helpers
-
     def training_metrics(self, state: TrainerState) -> dict[str, float]:
-        """Metrics of the last step as `moe/...`; notes the loads in `history`."""
+        """Returns the metrics of the last step as `moe/...`, and adds the loads to `history`."""
         if self.balancer.steps == 0:
             return {}
         self.balancer.check_finite()
@@ -135,7 +118,7 @@ class PhiBalanceCallback(TrainerCallback):
             self._every *= 2
 
     def _report_learning(self, state: TrainerState) -> None:
-        """Logs once which routers and experts learn: a warning unless all do in full, as without an adapter."""
+        """Logs once which routers and experts learn. A warning unless all learn in full, as without an adapter."""
         self._reports_learning = False
         if state.is_world_process_zero and self.balancer.config.coef > 0 and self.balancer.virtual_tokens is None:
             report = self.balancer.learning_report()
@@ -144,7 +127,7 @@ class PhiBalanceCallback(TrainerCallback):
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         named = self.resumed_from or args.resume_from_checkpoint
-        folder = _checkpoint_folder(args, state)
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if isinstance(named, str) and Path(named).is_dir():
             folder = Path(named)
         if state_in(folder) is None and self.fresh_duals:
@@ -161,7 +144,3 @@ class PhiBalanceCallback(TrainerCallback):
             )
         reload_converted_weights(self.balancer.root, folder)
         self.balancer.load(folder)
-
-
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -1,10 +1,10 @@
 """
-Checkpoints that are whole or not taken: in what order one is written, and from which one a run resumes.
+Writes checkpoints so that unfinished ones are recognized, and resumes from the newest complete one.
 
-`Trainer` writes a checkpoint file by file under its final name, and its newest is the folder with the largest number,
-finished or not. Here `trainer_state.json`, which it writes last, becomes the mark of a finished one: it goes before
-anything of the folder is written again, and comes back, in one piece, when the files of all ranks and the duals have
-reached the disk. Only then does `Trainer` delete older checkpoints.
+`Trainer` writes a checkpoint file by file under its final name, and resumes from the folder with the largest number, finished or
+not. Here `trainer_state.json`, which it writes last, marks a finished checkpoint. It is deleted before anything in the folder is
+written again. It is written in one piece after the files of all ranks and the duals have reached the disk. Only then does
+`Trainer` delete older checkpoints.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
     """
-    The newest complete checkpoint in `folder`, or `None` if there is none. What a killed run left unfinished is passed
-    over, with a warning; `transformers.trainer_utils.get_last_checkpoint` takes it. As there, the newest is the one with the
-    largest number: what an older, longer run has left in the same folder comes before all that a new one writes, so start anew in
-    an empty folder.
+    Returns the newest complete checkpoint in `folder`, or `None` if there is none. Skips checkpoints that a killed run left
+    unfinished, with a warning; `transformers.trainer_utils.get_last_checkpoint` does not. The newest is the one with the largest
+    number, even if an older and longer run wrote it. So start a new run in an empty folder.
 
     ```python
     phb.attach(trainer)
@@ -55,12 +54,12 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether `checkpoint` was written to its end."""
+    """Whether `checkpoint` is finished."""
     return _marked_step(checkpoint) is not None
 
 
 def _marked_step(checkpoint: Path) -> int | None:
-    """The step of a complete checkpoint; a plain `Trainer` may have died within the mark itself."""
+    """Returns the step of a complete checkpoint, else `None`: a plain `Trainer` may have died while it wrote the mark."""
     try:
         return read_json(checkpoint / TRAINER_STATE_NAME, "", LARGE)["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -74,14 +73,8 @@ def keep_whole(
     wrap: Callable[[str, Callable], None],
 ) -> None:
     """
-    Has `trainer` write checkpoints in the order above, and `resume_from_checkpoint=True` take the newest that is complete
-    on every rank.
-
-    Args:
-        trainer (`transformers.Trainer`): the trainer.
-        callback (`PhiBalanceCallback`): knows where it has resumed from.
-        current (`Callable`): returns the balancer of its model as it is now, if there is one.
-        wrap (`Callable`): wraps a method of the trainer.
+    Makes `trainer` write checkpoints in the order above, and `resume_from_checkpoint=True` take the newest that is complete on
+    every rank. `current()` returns the balancer of its present model, `wrap` wraps a method of the trainer.
     """
 
     def save_whole(save: Callable, model: Any, trial: Any = None) -> Any:
@@ -92,7 +85,7 @@ def keep_whole(
         folder = Path(trainer._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         came_from = Path(callback.resumed_from or "").resolve()
         if callback.resumed_from and folder.resolve() == came_from and _marked_step(folder) == step:
-            return None  # it holds this very state; writing it again would leave a moment without it
+            return None  # it holds this state already; while it is rewritten there would be no complete one
         return _save_in_order(trainer, balancer, folder, functools.partial(save, model, trial))
 
     def train_from_complete(train: Callable, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +97,7 @@ def keep_whole(
 
 
 def _save_in_order(trainer: Trainer, balancer: PhiBalancer, folder: Path, save: Callable[[], None]) -> None:
-    """Has `save` fill `folder`, unmarked before and marked after, with the duals among its files."""
+    """Removes the mark of `folder`, calls `save` to fill it, adds the duals, and writes the mark."""
     state, writes, mark = trainer.state, trainer.args.should_save, folder / TRAINER_STATE_NAME
     write_state = state.save_to_json
     is_filled = False
@@ -135,11 +128,8 @@ def _save_in_order(trainer: Trainer, balancer: PhiBalancer, folder: Path, save: 
         fill_up()
 
 
-# ---------------------------------------------------------------------- resuming
-
-
 def _complete(trainer: Trainer, resume: Any) -> Any:
-    """What `resume_from_checkpoint=resume` stands for: of `True`, the newest checkpoint that is complete on every rank."""
+    """Returns the checkpoint of `resume_from_checkpoint=resume`; for `True`, the newest that is complete on every rank."""
     output_dir = Path(str(trainer.args.output_dir))
     if resume is True:
         return _newest_of_all_ranks(trainer, output_dir) or True  # `Trainer` says that there is none
@@ -178,7 +168,7 @@ def _warn_of_skipped(numbered: list[Path], newest: Path | None) -> None:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The folders of checkpoints in `folder`, newest first."""
+    """Returns the folders of checkpoints in `folder`, newest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if NUMBERED.fullmatch(path.name) and path.is_dir()]

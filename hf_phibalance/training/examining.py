@@ -1,4 +1,4 @@
-"""`doctor`, and `attach(verify=True)`: a set-up examined by one optimizer step."""
+"""`doctor` and `attach(verify=True)`: examine a set-up by one optimizer step."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def doctor(
 ) -> DoctorReport:
     """
     Examines a set-up before a long training: runs the forward and backward of one step with known prices, measures the
-    coefficient that it receives, and names every problem with its remedy. Weights, gradients, random numbers, duals, trainer and
-    data are as before afterwards. `attach(trainer, verify=True)` measures a step of the training itself as well: what the
-    trainer's own loop does to tokens and gradients.
+    coefficient that it receives, and names every problem with its remedy. Restores weights, gradients, random numbers, duals,
+    trainer and data. `attach(trainer, verify=True)` also measures a step of the training itself, and so what the trainer's own
+    loop does to tokens and gradients.
 
     ```python
     report = phb.doctor(trainer)  # before trainer.train(); on every rank
@@ -41,10 +41,10 @@ def doctor(
 
     Args:
         subject (`torch.nn.Module` or `transformers.Trainer`):
-            A model is tried on `batch`, a trainer's model on the first batch of the trainer's data, or on made tokens where the
-            model does not take that as it is.
+            A model is run on `batch`. A trainer's model is run on the first batch of its data, or on random tokens if the model
+            does not take this batch as it is.
         batch (`Mapping` or `Sequence[Mapping]`, *optional*):
-            For a model: one micro-batch or several, as it receives them; made tokens unless given.
+            For a model: one micro-batch or several, as it receives them; defaults to random tokens.
 
     Returns:
         `DoctorReport`: `print` it; `report.problems`, `report.coefficient`, `report.to_dict()`.
@@ -80,9 +80,6 @@ def _report(subject: Subject) -> DoctorReport:
     return DoctorReport(run_checks(subject), measured, None if seen is None else seen.coefficient, model)
 
 
-# ---------------------------------------------------------------------- a trainer
-
-
 def _examine_trainer(trainer: Any) -> DoctorReport:
     subject = _subject_of(trainer, find_balancer(trainer.model))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -101,7 +98,7 @@ def _examine_trainer(trainer: Any) -> DoctorReport:
 
 
 def _first_batch(trainer: Any) -> tuple[dict[str, Any] | None, str | None]:
-    """The first batch of the trainer's data, `None` if the model does not take it as it is; and the exception in making it."""
+    """Returns the first batch of the trainer's data, `None` if the model does not take it; and the error in making it."""
     if generates(trainer) or trainer.train_dataset is None:
         return None, None
     random, prepared = RandomState(), len(trainer.accelerator._dataloaders)
@@ -144,7 +141,7 @@ def _subject_of(trainer: Any, balancer: PhiBalancer | None) -> Subject:
 
 
 def _of_all_ranks(report: DoctorReport) -> DoctorReport:
-    """Returns the worst of each check over the ranks, the same report on all of them."""
+    """Returns the worst result of each check over the ranks, on all of them."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return report
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -158,17 +155,11 @@ def _of_all_ranks(report: DoctorReport) -> DoctorReport:
     return dataclasses.replace(report, checks=list(worst.values()))
 
 
-# ---------------------------------------------------------------------- a step of the training
-
-
 @contextmanager
 def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer | None, inputs: Any) -> Iterator[None]:
     """
-    A micro-batch of a training is trained on inside, while the first steps are recorded: until there is one with prices, and
-    gradients that do not overflow. `callback.report` is made after the last micro-batch of that step, before its optimizer.
-
-    Raises:
-        ValueError: if there is a problem, at the end of the step that shows it.
+    Context manager around the training on a micro-batch. Records the first steps, until one has prices and finite gradients. After
+    its last micro-batch and before its optimizer it sets `callback.report`, or raises `ValueError` if there is a problem.
     """
     if balancer is not None and callback.report is None and not balancer.is_trained_on:  # the step begins
         StepRecorder(balancer, f"optimizer step {trainer.state.global_step + 1} of {type(trainer).__name__}").start()
@@ -185,9 +176,8 @@ def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer 
     if not trainer.accelerator.sync_gradients:
         return
     number, ranks = len(recorder.batches), trainer.args.world_size
-    recorder.what += f", {number} micro-batch{'es' * (number > 1)}" + (
-        f" on each of {ranks} ranks" if ranks > 1 else ""
-    )
+    recorder.what += f", {number} micro-batch{'es' * (number > 1)}"
+    recorder.what += f" on each of {ranks} ranks" if ranks > 1 else ""
     scaler: Any = getattr(trainer.accelerator, "scaler", None)
     scales = scaler is not None and scaler.is_enabled()
     recorder.finish(scaler.get_scale() if scales else None)

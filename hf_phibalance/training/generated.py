@@ -1,4 +1,4 @@
-"""Optimizer steps whose tokens are generated: in trl's GRPO and RLOO they are known once the first micro-batch is prepared."""
+"""Counts the tokens of steps that train on generated text: in trl's GRPO and RLOO, after the first micro-batch is prepared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GENERATING = {"GRPOTrainer", "RLOOTrainer"}
 
 
 def generates(trainer: Any) -> bool:
-    """Whether the batches of `trainer` are prompts, and what it trains on is generated when it prepares them."""
+    """Whether `trainer` draws batches of prompts, and generates the text to train on when it prepares them."""
     names = {cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")}
     return bool(names & GENERATING) and hasattr(trainer, "_buffered_inputs")
 
@@ -27,12 +27,8 @@ def announce_when_generated(
     trainer: Any, current: Callable[[], PhiBalancer | None], inner: Callable, *args: Any, **kwargs: Any
 ) -> Any:
     """
-    Announces the tokens of an optimizer step after `inner`, the trainer's `_prepare_inputs`, has prepared its first micro-batch,
-    and before the model has seen it: by then everything that the step will train on has been generated.
-
-    Args:
-        trainer (`trl.GRPOTrainer` or `trl.RLOOTrainer`): which has announced the step by the number of its micro-batches.
-        current (`Callable`): returns the balancer, if there is one.
+    Calls `inner`, the trainer's `_prepare_inputs`, then announces the tokens of the optimizer step at its first micro-batch: by
+    then the whole step has been generated, and the model has not seen it. Until then the step is announced by number.
     """
     inputs = inner(*args, **kwargs)
     balancer = current()
@@ -50,20 +46,20 @@ def announce_when_generated(
 
 
 def generated_step(trainer: Any) -> list[dict[str, Tensor]] | None:
-    """The micro-batches of the step that begins, as the model will get them; `None` if they are not all there."""
-    try:  # attributes of trl's own, the same on all ranks
+    """Returns the micro-batches of the step as the model will get them; `None` if some are not generated yet."""
+    try:  # private attributes of trl, the same on all ranks
         first, count = trainer._step, trainer.current_gradient_accumulation_steps
         buffered, per_generation = trainer._buffered_inputs, trainer.args.steps_per_generation
         every = per_generation * trainer.num_iterations
         if len(buffered) != per_generation or first % every + count > every:
-            return None  # the next ones are generated in the middle of the step
+            return None  # some are generated in the middle of the step
         return [_model_inputs(buffered[(first + number) % per_generation]) for number in range(count)]
     except (AttributeError, KeyError, TypeError):
         return None
 
 
 def _model_inputs(micro_batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`micro_batch` as trl concatenates it; only what has been generated has labels."""
+    """Concatenates prompts and completions as trl does. Only completions have labels."""
     prompt_ids, completion_ids = micro_batch["prompt_ids"], micro_batch["completion_ids"]
     prompt_mask, completion_mask = micro_batch["prompt_mask"], micro_batch["completion_mask"]
     labels = completion_ids.masked_fill(completion_mask == 0, -100)

@@ -1,4 +1,4 @@
-"""Ways of training in which the coefficient would not be what it says."""
+"""Refuses ways of training in which the coefficient would not be the configured one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..balancing import PhiBalancer, describe_router
 
 
 def refuse_ranks_apart(trainer: Trainer) -> None:
-    """A `Trainer` that has evaluated before it trains leaves the model out of `DistributedDataParallel`."""
+    """Refuses a `Trainer` that evaluated before training: it leaves the model out of `DistributedDataParallel`."""
     kind = trainer.accelerator.distributed_type
     if getattr(trainer.model, "is_distributed_loading_by_transformers", False):
-        return  # reduces its gradients itself
+        return  # it averages its gradients by itself
     if trainer.args.world_size > 1 and kind.value.startswith("MULTI_") and trainer.model_wrapped is trainer.model:
         raise RuntimeError(
             f"{trainer.args.world_size} processes train without exchanging gradients, since trainer.evaluate() ran before "
@@ -22,12 +22,7 @@ def refuse_ranks_apart(trainer: Trainer) -> None:
 
 
 def refuse_trained_routers(balancer: PhiBalancer) -> None:
-    """
-    Refuses adapters on routers that `method="frozen"` holds still: it stops what a router has of its own, not what is put on it.
-
-    Raises:
-        ValueError: naming the routers and the remedy.
-    """
+    """Refuses adapters on the routers with `method="frozen"`, which freezes only their own parameters. Raises `ValueError`."""
     if not balancer.config.rules.freezes:
         return
     rows = [describe_router(name, balancer.root) for name in balancer.layer_names]
@@ -40,20 +35,12 @@ def refuse_trained_routers(balancer: PhiBalancer) -> None:
 
 
 def refuse_unknown_scaling(trainer: Trainer, process_group: dist.ProcessGroup | None) -> None:
-    """
-    Refuses ways of training in which it is not known what gradients are averaged over or divided by.
-
-    Raises:
-        ValueError: naming what and the remedy.
-    """
-    cut = {
-        name: size
-        for name, size in (("cp_size", trainer.get_cp_size()), ("sp_size", trainer.get_sp_size()))
-        if size > 1
-    }
+    """Refuses ways of training where the divisor of the gradients, or their ranks, are not known. Raises `ValueError`."""
+    sizes = (("cp_size", trainer.get_cp_size()), ("sp_size", trainer.get_sp_size()))
+    cut = ", ".join(f"{name}={size}" for name, size in sizes if size > 1)
     if cut:
         raise ValueError(
-            f"{', '.join(f'{name}={size}' for name, size in cut.items())}: ranks hold parts of the same rows, while a Trainer "
+            f"{cut}: ranks hold parts of the same rows, while a Trainer "
             "hands over whole rows to be counted, so the coefficient would be wrong by that factor. Spread the model by "
             "DistributedConfig(fsdp_size=..., tp_size=..., ep_size=...) instead; or write the loop yourself, and give "
             "begin_step() the parts that this rank holds."
