@@ -83,7 +83,7 @@ class OptimizerStep:
         self.first = 0  # those of them that belong to earlier announcements
         self.left = 1.0  # share of the coefficient that earlier announcements have left
         self.share = 1.0  # share of `left` that this announcement gets
-        self.paid: set[int] = set()  # micro-batches of a Trainer that have got their part of the coefficient
+        self.served: set[int] = set()  # micro-batches of a Trainer that have got their part of the coefficient
         self.adapter: str | None = None  # the trained one: of the first forward whose backward has come
         self.members: list[set[int]] = []  # for each settled forward, the routers that have added their gradient
         self.scaler: Any = None  # the GradScaler of its loss
@@ -117,7 +117,7 @@ class OptimizerStep:
         else:
             self.expected = tokens
         self.number, self.tokens, self.parts, self.loss_scale, self.share = number, tokens, parts, loss_scale, share
-        self.first, self.paid = self.settled, set()
+        self.first, self.served = self.settled, set()
 
     def open(self, tokens: Tokens, number: Tensor, micro_batch: int | None) -> Forward:
         forward = Forward(self, tokens, number, micro_batch)
@@ -164,9 +164,9 @@ class OptimizerStep:
         scale, index = self.ranks * self.left * self.share, forward.micro_batch
         number = self.number or accelerate_steps()
         if index is not None:
-            if index in self.paid:
+            if index in self.served:
                 return torch.zeros_like(tokens)
-            self.paid.add(index)
+            self.served.add(index)
         if self.tokens is not None:
             announced = self.tokens.clamp(min=1)
             if self.parts is not None and index is not None and index < len(self.parts):

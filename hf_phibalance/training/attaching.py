@@ -248,12 +248,15 @@ def _has_same_weights(reference: Any, policy: PhiBalancer) -> bool:
 
 
 def _attach_when_training(trainer: Any) -> None:
-    """Attaches a trainer that begins to train a patched model."""
-    has_callback = any(isinstance(c, PhiBalanceCallback) for c in trainer.callback_handler.callbacks)
-    if trainer.model is None or not (has_callback or find_balancers(trainer.model)):
+    """Attaches to a trainer whose model is patched when it begins to train: the flag is enough."""
+    callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
+    is_attached = callback is not None and callback.detach is not None
+    if is_attached or trainer.model is None or not (callback or find_balancers(trainer.model)):
         return
     attach(trainer)
-    logger.warning_once(f"φ-balancing is on in {type(trainer).__name__}: {get_balancer(trainer.model).config}.")
+    config = get_balancer(trainer.model).config
+    strengths = f"method={config.method!r}, coef={config.coef}, bias_coef={config.bias_coef}"
+    logger.warning_once(f"φ-balancing is on in {type(trainer).__name__}: {strengths}.")
 
 
 on_train.append(_attach_when_training)
