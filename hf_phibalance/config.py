@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -115,6 +116,14 @@ class PhiBalanceConfig:
     sequence_coef: float = 0.0
     schedule: str = "constant"
     schedule_steps: int = 0
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> PhiBalanceConfig:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in kwargs.keys() - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{cls.__name__} has no field {name!r}.{meant} Its fields are {', '.join(known)}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:

@@ -32,7 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def flush(path: Path) -> None:
     """Waits until a file, or the names in a folder, have reached the disk."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # Windows syncs a file only if it may be written to
+        descriptor = os.open(path, os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

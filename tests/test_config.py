@@ -297,3 +297,8 @@ def test_a_bad_configuration_leaves_the_model_untouched(bad):
     assert [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()] == hooks
     with pytest.raises(ValueError, match="not φ-balanced"):
         phb.get_balancer(model)
+
+
+def test_a_misspelt_field_is_named():
+    with pytest.raises(TypeError, match=r"no field 'coeff'\. Did you mean 'coef'"):
+        PhiBalanceConfig(coeff=1)

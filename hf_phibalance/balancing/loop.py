@@ -8,7 +8,7 @@ if the optimizer is not torch's, if tokens were announced wrongly, or if statist
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,12 @@ class Loop:
         self, micro_batches: Sequence[Any] | int, loss_scale: float | Tensor, by_part: bool, share: float
     ) -> None:
         """See [`PhiBalancer.begin_step`]."""
+        one = isinstance(micro_batches, Mapping)
+        if one or not (isinstance(micro_batches, int) or hasattr(micro_batches, "__len__")):
+            raise ValueError(
+                f"`micro_batches` must be a list of batches or their number, got a {type(micro_batches).__name__}: "
+                f"{'pass [batch]' if one else 'draw the batches first, list(...), since counting them would use them up'}."
+            )
         number = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
         if number < 1:
             raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")

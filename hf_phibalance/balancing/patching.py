@@ -158,6 +158,11 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
         ValueError: if the configuration is invalid, or if the model's routers cannot be balanced (none found, a
             refused family, a kernel that bypasses them); the model is then untouched.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, got {model!r}. Load it first: "
+            "phb.AutoModelForCausalLM.from_pretrained(name, phi_balance=True)."
+        )
     present = find_balancer(model)
     if present is not None and (config is None or config is True):
         config = present.config

@@ -63,6 +63,11 @@ def attach(
     Raises:
         ValueError: if the model is not patched, or if the coefficient would not be exact with this trainer.
     """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"`trainer` must be a transformers.Trainer, got a {type(trainer).__name__}. Give the patched model to a Trainer, and that "
+            "to attach; a loop of your own needs neither."
+        )
     callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
     if callback is None or callback.detach is None:
         get_balancer(trainer.model)  # type: ignore[arg-type]

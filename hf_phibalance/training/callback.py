@@ -14,7 +14,7 @@ from ..balancing import PhiBalancer, find_balancer, get_balancer, patch
 from ..checkup import DoctorReport
 from ..compat import reload_converted_weights
 from ..sidecar import STATE_NAME, state_in
-from .refusals import refuse_trained_routers
+from .refusals import refuse_trained_routers, warn_of_rounded_routers
 
 
 logger = logging.get_logger(__name__)
@@ -64,6 +64,7 @@ class PhiBalanceCallback(TrainerCallback):
         patch(model)  # again, for wrappers added since and an auxiliary loss that a trainer has switched on
         self.balancer.discard_step()
         refuse_trained_routers(self.balancer)
+        warn_of_rounded_routers(self.balancer)
         self.report = None
         if state.global_step > 0:
             self._restore(args, state)

@@ -272,3 +272,19 @@ def test_a_model_is_freed_with_its_last_reference(trained):
         assert not any(reference() for reference in references)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "remedy"), [({"input_ids": torch.zeros(1, 2)}, r"\[batch\]"), ((batch for batch in ()), "list")]
+)
+def test_micro_batches_that_are_no_list_are_refused(wrong, remedy):
+    model = phb.patch(tiny_model("mixtral"))
+    with pytest.raises(ValueError, match=remedy):
+        phb.get_balancer(model).begin_step(wrong)
+
+
+def test_what_is_no_model_and_no_trainer_is_refused():
+    with pytest.raises(TypeError, match="from_pretrained"):
+        phb.patch("mistralai/Mixtral-8x7B-v0.1")
+    with pytest.raises(TypeError, match="Trainer"):
+        phb.attach(phb.patch(tiny_model("mixtral")))

@@ -378,3 +378,9 @@ def test_a_skipped_optimizer_step_updates_nothing(attach, tmp_path):
     for name, load in balancer.loads().items():
         key = f"{name.removeprefix('model.')}.mean_load"
         torch.testing.assert_close(states[2][key], (1 - rate) * states[1][key] + rate * load / load.sum())
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.bfloat16, 1), (torch.float32, 0)])
+def test_routers_in_16_bits_are_said_when_training_begins(dtype, said, tmp_path, warned):
+    make_trainer(patched().to(dtype), tmp_path, max_steps=1).train()
+    assert len(warned.about("Routers are trained in bfloat16")) == said
