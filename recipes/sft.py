@@ -222,7 +222,7 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         processing_class=tokenizer,
         peft_config=choose_parameters(model, args, model_args),
     )
-    phi_balance = phb.attach(trainer)
+    phi_balance = phb.attach(trainer, per_layer=16)  # for the table of the card
     examiner = Examiner(trainer, args, datasets["validation"], problems["validation"])
     if examiner.is_able:
         trainer.add_callback(examiner)
