@@ -103,7 +103,9 @@ def test_a_log_has_few_keys_and_each_is_explained(tmp_path):
     trainer = make_trainer(patched(bias_coef=0.05), tmp_path, max_steps=1)
     phb.attach(trainer)
     trainer.train()
-    table = [line.split("|")[1].strip(" `") for line in balancing_figures.__doc__.splitlines() if line.startswith("| `")]
+    table = [
+        line.split("|")[1].strip(" `") for line in balancing_figures.__doc__.splitlines() if line.startswith("| `")
+    ]
     assert set(figures(trainer.state.log_history[0], "moe/")) == set(table) and len(table) == 10
 
 
