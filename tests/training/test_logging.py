@@ -138,7 +138,7 @@ def test_layers_have_keys_of_their_own_if_asked(layers, per_layer, tmp_path):
     trainer = make_trainer(model, tmp_path, max_steps=1)
     phb.attach(trainer, per_layer=per_layer)
     trainer.train()
-    shown = {name for name in figures(trainer.state.log_history[0], "moe/max_vio/")}
+    shown = set(figures(trainer.state.log_history[0], "moe/max_vio/"))
     names = phb.get_balancer(model).layer_names
     assert len(names) == layers and len(shown) == min(layers, per_layer) and shown <= set(names)
     assert per_layer == 1 or {names[0], names[-1]} <= shown
