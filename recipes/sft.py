@@ -25,7 +25,6 @@ import json
 import logging
 import math
 import random
-import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -35,7 +34,6 @@ import rehearsal
 
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that nothing here needs
-CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 ESTIMATED_AFTER = 10  # steps
 SHOWN_IN_LOG = {
     "loss": "loss {:.3f}",
@@ -161,7 +159,7 @@ def main(args, balance, training_args, model_args):
     say("Training with φ-balanced routers" if args.balance else "Training without balancing")
     run = train(args, balance if args.balance else unbalanced, training_args, model_args, problems, folder)
     if is_main:
-        write_report(folder, run, baseline, CARD_TEMPLATE)
+        write_report(folder, run, baseline)
         print_summary(folder, run, baseline, time.monotonic() - start)
 
 
@@ -214,7 +212,6 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
     from hf_phibalance.publishing import Run
     from hf_phibalance.tasks import to_sft_dataset
 
-    start = time.monotonic()
     training_args = copy.deepcopy(training_args)
     training_args.output_dir, training_args.router_aux_loss_coef = str(folder), 0.0
     set_seed(training_args.seed)
@@ -254,13 +251,11 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         phi_balance.history,
         before=before,
         task=args.task,
-        command=shlex.join(["python", *sys.argv]),
         base_model=model_args.model_name_or_path,
         dataset=args.dataset_path,
         problems={split: len(rows) for split, rows in problems.items()},
         example_prompt=examiner.prompts(datasets["test"])[0],
         exact_match={"untrained": untrained, "trained": trained},
-        seconds=round(time.monotonic() - start, 1),
     )
 
 

@@ -46,10 +46,10 @@ def test_trainer_uploads_duals_and_says_how_it_balanced(cls, strategy, stub, tmp
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
 
 
-def test_trainer_keeps_a_report(stub, run_folder, tmp_path):
+def test_trainer_keeps_a_report(stub, trained_run, tmp_path):
     trainer = make_trainer(patched(), tmp_path / "out", hub_model_id=REPO)
     complete_uploads(trainer, phb.attach(trainer).history)
-    written = (run_folder / "README.md").read_text()
+    written = (trained_run / "README.md").read_text()
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "README.md").write_text(written)
     trainer.push_to_hub()
