@@ -4,7 +4,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -189,11 +189,11 @@ class Run:
     def measured(self) -> dict[str, dict[str, int | float]]:
         """Returns what was measured on held-out data and, as means over logged training steps, during training."""
         steps = [entry for entry in self.log_history if "moe/max_vio" in entry]
-        tenth = max(1, len(steps) // 10)
+        tenth, some = max(1, len(steps) // 10), max(1, len(self.loads) // 10)
         return {
             "held-out data, before": self.before,
-            "first tenth of training": _means(steps[:tenth]),
-            "last tenth of training": _means(steps[-tenth:]),
+            "first tenth of training": _means(steps[:tenth]) | _layers_of(self.loads[:some]),
+            "last tenth of training": _means(steps[-tenth:]) | _layers_of(self.loads[-some:]),
             "held-out data, after": self.held_out,
         }
 
@@ -283,3 +283,9 @@ def _means(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             if key.startswith("moe/"):
                 columns.setdefault(key, []).append(value)
     return {key: sum(values) / len(values) for key, values in columns.items()}
+
+
+def _layers_of(loads: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the mean MaxVio of each layer over entries of the history of loads."""
+    layers = loads[0]["load"] if loads else {}
+    return {f"moe/max_vio/{name}": sum(max(one["load"][name]) - 1 for one in loads) / len(loads) for name in layers}

@@ -115,7 +115,7 @@ def trained_run(tmp_path_factory):
     runs = []
     for coef in (0.0, 5.0):
         trainer = make_trainer(patched(coef=coef), folder, eval_dataset=rows(4, seed=1))
-        callback = phb.attach(trainer)
+        callback = phb.attach(trainer, per_layer=16)
         before = trainer.evaluate(metric_key_prefix="untrained")
         trainer.train()
         trainer.evaluate(metric_key_prefix="test")
