@@ -68,9 +68,8 @@ def _load_to_train(args: argparse.Namespace) -> Any:
     try:
         model = load_model(args, phi_balance=True)
     except ValueError:  # of its state: the report says so; what else is wrong, patching says again
-        model = load_model(args, phi_balance=False)
-        saved = getattr(model.config, "phi_balance", None)
-        patch(model, saved if isinstance(saved, dict) else True)
+        saved = PhiBalanceConfig.of_checkpoint(args.model) or PhiBalanceConfig()
+        model = patch(load_model(args, phi_balance=False), saved)
     if given:
         own = {} if "method" in given else dataclasses.asdict(get_balancer(model).config)
         patch(model, PhiBalanceConfig(**(own | given)))
