@@ -9,7 +9,7 @@ from ..maths import DEAD_THRESHOLD, relative_load
 from ..reporting import layer_labels
 from .figures import specialisation_figures
 from .findings import Inspection
-from .wording import HEADINGS, describe, figure_text, information_text, title
+from .wording import HEADINGS, cutting, describe, figure_text, information_text, title
 
 
 IN_TERMINAL = [name for name in HEADINGS if name != "chosen_probability"]  # as many as fit into 80 columns
@@ -85,7 +85,7 @@ def print_inspection(inspection: Inspection, console: Any, top: int = 5) -> None
             for entry in entries:
                 table.add_row(
                     Text(domain),
-                    by_name[entry["layer"]],
+                    Text(by_name[entry["layer"]]),
                     str(entry["expert"]),
                     f"{entry['share']:.1%}",
                     f"{entry['share_elsewhere']:.1%}",
@@ -100,6 +100,7 @@ def print_inspection(inspection: Inspection, console: Any, top: int = 5) -> None
         style="dim",
         highlight=False,
     )
+    console.print(cutting(inspection.settings), style="dim", highlight=False)
     for note in inspection.notes:
         console.print(Text(f"Note: {note}"), style="yellow")
 

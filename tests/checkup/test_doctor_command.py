@@ -82,7 +82,11 @@ def test_a_damaged_state_is_a_problem(saved, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "value, status, said",
-    [(False, 0, "All well"), ([], 2, "`phi_balance` in {folder}/config.json must be"), ({"coef": 0.2}, 0, "start anew")],
+    [
+        (False, 0, "All well"),
+        ([], 2, "`phi_balance` in {folder}/config.json must be"),
+        ({"coef": 0.2}, 0, "start anew"),
+    ],
     ids=str,
 )
 def test_what_a_config_says_without_a_state(saved, tmp_path, capsys, value, status, said):

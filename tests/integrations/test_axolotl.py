@@ -264,5 +264,7 @@ def test_state_is_saved_where_axolotl_writes_only_an_adapter(tmp_path):
     from hf_phibalance.integrations.axolotl import PhiBalancePlugin
 
     model = phb.patch(tiny_model("mixtral"))
-    PhiBalancePlugin().post_train(DictDefault(phi_balance={"coef": 0.01}, output_dir=str(tmp_path), local_rank=0), model)
+    PhiBalancePlugin().post_train(
+        DictDefault(phi_balance={"coef": 0.01}, output_dir=str(tmp_path), local_rank=0), model
+    )
     phb.get_balancer(model).load(tmp_path)
