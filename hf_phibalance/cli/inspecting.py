@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from ..files import printable
@@ -49,12 +50,12 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
     inspection.model["name"] = printable(args.model)
     if args.ignore_phi_balance:
         inspection.notes.append(f"What {STATE_NAME} may hold was left out (--ignore_phi_balance).")
-    # the files first: whatever the terminal does not take, the run is not lost
-    if args.json:
-        write_json({**inspection.to_dict(args.top), "versions": versions()}, args.json)
-    if args.html:
-        write_text(html_report(inspection, args.top, list(map(printable, command))), args.html)
-    print_inspection(inspection, console, args.top)
+    words = list(map(printable, command))
+    with ExitStack() as reports:  # the last one first, and each even if another one fails
+        reports.callback(print_inspection, inspection, console, args.top)
+        if args.html:
+            reports.callback(lambda: write_text(html_report(inspection, args.top, words), args.html))
+        reports.callback(lambda: write_json({**inspection.to_dict(args.top), "versions": versions()}, args.json))
     for name, path in outputs.items():
         console.print(f"{name.upper()} report in {escape(printable(path))}", highlight=False)
     return 0

@@ -152,6 +152,15 @@ def test_a_report_is_written_whatever_the_labels_are(tmp_path, saved):
     assert max(float(width) for width in re.findall(r'style="width:(\d+)px"', page)) < 2000
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_a_report_that_cannot_be_written_does_not_take_the_others_with_it(tmp_path, saved, texts, capsys):
+    words = ["inspect", saved, "--texts", texts[0][1], "--json", "/dev/full", "--html", str(tmp_path / "a.html")]
+    assert cli.main(words) == 1
+    captured = capsys.readouterr()
+    assert "No space left" in captured.err and "MaxVio" in captured.out
+    assert "MaxVio" in (tmp_path / "a.html").read_text()
+
+
 def test_help_needs_neither_torch_nor_transformers():
     code = (
         "import sys\n"
