@@ -130,7 +130,7 @@ class TextStream:
         return self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _texts(self) -> Iterator[Iterable[str]]:
-        """Yields each text: that of a row, or the lines of a file. Refuses a file whose first row has no text."""
+        """Yields each text: that of a row, or the lines of a file. Skips rows without text, but refuses the very first."""
         for path in self.domain.files:
             self.files += 1
             if suffix_of(path) not in TABLES:
@@ -142,7 +142,7 @@ class TextStream:
                     fields = fields or fields_of(row)
                     text = text_of(row, fields, self.tokenizer)
                 except ValueError as error:
-                    if number == 0:
+                    if number == 0 and not self.tokens:
                         raise ValueError(f"{quoted(str(path))}, first row: {error}") from error
                     self.skipped += 1
                     continue
