@@ -33,8 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="NAME=PATH",
-        help=f"texts by domain; a path is {PATHS}; a name may come several times. Rows of tables and files of plain text are texts; "
-        "each is cut into sequences of its own, unless there is --packing. Rows of messages go through the chat template",
+        help=f"texts by domain; a path is {PATHS}; a name may come several times. A row is a text, and a whole file of plain text is "
+        "one; each is cut into sequences of its own, unless --packing is given. Messages go through the chat template",
     )
     inspect.add_argument(
         "--field",
