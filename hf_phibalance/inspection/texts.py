@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
@@ -46,20 +47,16 @@ def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Doma
         name, equals, pattern = text.partition("=")
         if not equals or os.path.exists(text):
             name, pattern = Path(text).name.partition(".")[0] or text, text
-        if not name or not pattern:
-            raise ValueError(f"`--texts` {quoted(text)} lacks a {'name' if pattern else 'path'}: write name=path.")
-        if name == "overall":
-            raise ValueError(
-                f"`--texts` {quoted(text)}: 'overall' stands for all domains. Write name=path with another name."
-            )
+        if not name or not pattern or name == "overall":
+            raise ValueError(f"`--texts` {quoted(text)}: write name=path, but not 'overall', which is all domains.")
         found.setdefault(printable(name), []).extend(_files(pattern, text))
     own: dict[str, list[str]] = {name: [] for name in found}
     for entry in fields:
-        name, equals, field = entry.partition("=")
-        if equals and printable(name) not in own:
+        owner, _, field = entry.rpartition("=")
+        if owner and printable(owner) not in own:
             raise ValueError(f"`--field` {quoted(entry)} is for no domain of `--texts`, which are: {', '.join(own)}.")
-        for owner in [printable(name)] if equals else own:
-            own[owner].append(field if equals else name)
+        for name in [printable(owner)] if owner else own:
+            own[name].append(field)
     return [Domain(name, tuple(dict.fromkeys(files)), tuple(own[name])) for name, files in found.items()]
 
 
@@ -99,12 +96,13 @@ class TextStream:
     def __init__(
         self, domain: Domain, tokenizer: Any, seq_len: int, max_tokens: int | None = None, packing: bool = False
     ) -> None:
-        self.domain, self.tokenizer, self.max_tokens, self.packing = domain, tokenizer, max_tokens, packing
+        self.domain, self.tokenizer, self.packing = domain, tokenizer, packing
+        self.max_tokens = sys.maxsize if max_tokens is None else max_tokens
         self.prefix = leading_tokens(tokenizer)
         self.room = seq_len - len(self.prefix)  # tokens of text in a sequence
         if self.room < 1:
             raise ValueError(
-                f"`seq_len` is {seq_len}: choose at least {len(self.prefix) + 1}, for special tokens and one of text."
+                f"`seq_len` is {seq_len}: choose more than the {len(self.prefix)} special token(s) in front."
             )
         self.files = self.documents = self.sequences = self.tokens = 0
         self.skipped = 0  # rows without text
@@ -114,20 +112,15 @@ class TextStream:
         """Yields sequences: the special tokens, then at least one token of text."""
         texts = self._texts()
         for text in [chain.from_iterable(texts)] if self.packing else texts:
-            ids, before = chain.from_iterable(map(self._tokenize, _pieces(text))), self.sequences
-            while sequence := list(islice(ids, self._room_left())):
+            tokenized = (self.tokenizer(piece, add_special_tokens=False, verbose=False) for piece in _pieces(text))
+            ids, before = chain.from_iterable(part["input_ids"] for part in tokenized), self.sequences
+            while sequence := list(islice(ids, min(self.room, self.max_tokens - self.tokens))):
                 self.documents += self.sequences == before
                 self.sequences += 1
                 self.tokens += len(sequence)
                 yield [*self.prefix, *sequence]
-            if not self._room_left():
+            if self.tokens == self.max_tokens:
                 return
-
-    def _room_left(self) -> int:
-        return self.room if self.max_tokens is None else min(self.room, self.max_tokens - self.tokens)
-
-    def _tokenize(self, piece: str) -> list[int]:
-        return self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _texts(self) -> Iterator[Iterable[str]]:
         """Yields each text: that of a row, or the lines of a file. Skips rows without text, but refuses the very first."""
