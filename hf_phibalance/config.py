@@ -8,13 +8,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .files import read_json
+from .files import LARGE, quoted, read_json
 from .maths import Potential, get_potential
 from .methods.table import METHODS, PHI_DEFAULTS, Method
 
@@ -131,7 +131,7 @@ class PhiBalanceConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}.")
+            raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {quoted(self.method)}.")
         for name in PHI_DEFAULTS:
             if getattr(self, name) is METHODS_OWN:
                 object.__setattr__(self, name, self.rules.default(name))
@@ -139,12 +139,12 @@ class PhiBalanceConfig:
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= MAX_STRENGTH:
                 raise ValueError(
-                    f"`{name}` must lie in [0, {MAX_STRENGTH:g}] (0 switches it off), got {value!r}; published strengths are "
+                    f"`{name}` must lie in [0, {MAX_STRENGTH:g}] (0 switches it off), got {quoted(value)}; published strengths are "
                     "0.001 to 0.1."
                 )
         if not _is_number(self.ema_rate) or not MIN_EMA_RATE <= self.ema_rate <= 1:
             raise ValueError(
-                f"`ema_rate` must lie in [{MIN_EMA_RATE:g}, 1], got {self.ema_rate!r}: it is the weight of the new step, "
+                f"`ema_rate` must lie in [{MIN_EMA_RATE:g}, 1], got {quoted(self.ema_rate)}: it is the weight of the new step, "
                 "so 1 keeps no memory and values near 0 average over many steps."
             )
         for name, choices in (
@@ -156,9 +156,9 @@ class PhiBalanceConfig:
         ):
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {quoted(value)}.")
         if not isinstance(self.fp32_routers, bool):
-            raise ValueError(f"`fp32_routers` must be True or False, got {self.fp32_routers!r}.")
+            raise ValueError(f"`fp32_routers` must be True or False, got {quoted(self.fp32_routers)}.")
         steps = self.schedule_steps
         if (
             isinstance(steps, bool)
@@ -168,13 +168,11 @@ class PhiBalanceConfig:
         ):
             raise ValueError(
                 f"`schedule_steps` must be a number of optimizer steps > 0 with schedule='linear', 'cosine' or 'off', and 0 with "
-                f"'constant'; got {steps!r} with schedule={self.schedule!r}."
+                f"'constant'; got {quoted(steps)} with schedule={self.schedule!r}."
             )
         kwargs = self.potential_kwargs
         if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
-            raise ValueError(
-                f"`potential_kwargs` must be a dict such as {{'alpha': 1.1}}, got {self.potential_kwargs!r}."
-            )
+            raise ValueError(f"`potential_kwargs` must be a dict such as {{'alpha': 1.1}}, got {quoted(kwargs)}.")
         object.__setattr__(self, "potential_kwargs", dict(kwargs))  # the caller's may change later
         self.build_potential()
         self._refuse_unread()
@@ -185,7 +183,7 @@ class PhiBalanceConfig:
             if name not in self.rules.free and value != own:
                 free = ", ".join(f"`{field}`" for field in PHI_DEFAULTS if field in self.rules.free) or "none of them"
                 raise ValueError(
-                    f"`{name}` is {value!r}, but method={self.method!r} does not read it (it stands for {own!r}). "
+                    f"`{name}` is {quoted(value)}, but method={self.method!r} does not read it (it stands for {own!r}). "
                     f"Leave it out; of the fields that φ-balancing reads, {self.method!r} reads {free}."
                 )
         if self.rules.bias_rule == "quantile" and not 0 < self.bias_coef <= 1:
@@ -227,7 +225,7 @@ class PhiBalanceConfig:
         return {**dataclasses.asdict(self), "version": package_version()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PhiBalanceConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> PhiBalanceConfig:
         """
         Inverse of [`~PhiBalanceConfig.to_dict`]; missing fields take their defaults.
 
@@ -239,28 +237,59 @@ class PhiBalanceConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known), key=str)
         if unknown:
-            origin = f"written by hf_phibalance {written_by}, this is {package_version()}" if written_by else "a dict"
+            origin = (
+                f"written by hf_phibalance {quoted(written_by)}, this is {package_version()}"
+                if written_by
+                else "a dict"
+            )
             raise ValueError(
-                f"unknown PhiBalanceConfig field(s) {', '.join(map(repr, unknown))} ({origin}). Known fields: "
+                f"unknown PhiBalanceConfig field(s) {quoted(unknown)} ({origin}). Known fields: "
                 f"{', '.join(known)}. Upgrade hf_phibalance if a newer version wrote them, else correct or remove them."
             )
         return cls(**values)
 
     @classmethod
-    def from_any(cls, config: PhiBalanceConfig | dict[str, Any] | bool | None) -> PhiBalanceConfig:
+    def from_any(cls, value: Any, name: str = "`phi_balance`") -> PhiBalanceConfig | None:
         """
-        What users may write wherever a configuration is asked for: a config, a dict, or `True` for the defaults.
+        Decides what a value of `phi_balance` means: in a config.json, in a tool's YAML, or as an argument.
+
+        Args:
+            value: a config or a mapping of its fields; `True` for the defaults; `False` or `None` for no balancing.
+            name (`str`, *optional*): of the field or argument, and of its file, for the message.
+
+        Returns:
+            `PhiBalanceConfig`, or `None` for no balancing.
 
         Raises:
-            ValueError: for anything else.
+            ValueError: for any other value, and for a field that is unknown or out of range.
         """
-        if isinstance(config, cls):
-            return config
-        if isinstance(config, dict):
-            return cls.from_dict(config)
-        if config is True or config is None:
+        if value is None or value is False:
+            return None
+        if value is True:
             return cls()
-        raise ValueError(f"`config` must be a PhiBalanceConfig, a dict of its fields or True, got {config!r}.")
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            try:
+                return cls.from_dict(value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        raise ValueError(
+            f"{name} must be a PhiBalanceConfig or a mapping of its fields such as {{'coef': 0.01}}, true for the defaults, or "
+            f"false for no balancing; got {quoted(value)}."
+        )
+
+    @classmethod
+    def of_checkpoint(cls, folder: str | os.PathLike) -> PhiBalanceConfig | None:
+        """
+        Returns what the config.json in `folder` says of balancing; `None` for no balancing, or if there is no such file.
+
+        Raises:
+            ValueError: if the file is no JSON object, or what it says cannot be used.
+        """
+        path = Path(folder, "config.json")
+        values = read_json(path, remedy="Save the model again.", limit=LARGE) if path.is_file() else {}
+        return cls.from_any(values.get("phi_balance"), f"`phi_balance` in {path}")
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes `phi_balance.json` into `directory` (made if missing) and returns its path."""

@@ -1,17 +1,33 @@
-"""Reading JSON that may be damaged, foreign or hostile: what is read is what the file says, or an error names the file."""
+"""Reads JSON that may be damaged, foreign or hostile, and quotes what others wrote in messages."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
 
 SMALL = 2**20  # bytes, more than any configuration has
 LARGE = 2**30  # bytes, more than the log of any run has
+QUOTED = 200  # characters of a foreign value in a message
 LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps: half a character, which cannot be written again
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxlong = _repr.maxother = QUOTED
+
+
+def quoted(value: Any) -> str:
+    """Returns `repr(value)`, cut to 200 characters: what others wrote must not flood a message, nor end its line."""
+    text = printable(_repr.repr(value))
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Returns `text` as one line of Unicode: control characters and bytes of other encodings are written as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -67,5 +83,5 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise ValueError(f"the key {twice!r} is given twice")
+        raise ValueError(f"the key {quoted(twice)} is given twice")
     return values

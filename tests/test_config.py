@@ -198,10 +198,13 @@ def test_missing_fields_take_their_defaults():
 def test_from_any():
     assert PhiBalanceConfig.from_any(OTHER) is OTHER
     assert PhiBalanceConfig.from_any(OTHER.to_dict()) == OTHER
-    assert PhiBalanceConfig.from_any(True) == PhiBalanceConfig.from_any(None) == PhiBalanceConfig()
-    for value in (False, 1, 0.5, "yes", [], PhiBalanceConfig):
-        with pytest.raises(ValueError, match=r"PhiBalanceConfig, a dict of its fields or True, got"):
-            PhiBalanceConfig.from_any(value)
+    assert PhiBalanceConfig.from_any({}) == PhiBalanceConfig.from_any(True) == PhiBalanceConfig()
+    assert PhiBalanceConfig.from_any(False) is PhiBalanceConfig.from_any(None) is None
+    for value in (0, 1, 0.5, "", "yes", [], [["coef", 1]], PhiBalanceConfig):
+        with pytest.raises(ValueError, match=r"`here` must be a PhiBalanceConfig or a mapping.*false for no bal.*got"):
+            PhiBalanceConfig.from_any(value, "`here`")
+    with pytest.raises(ValueError, match="`here`: `coef` must lie in"):
+        PhiBalanceConfig.from_any({"coef": []}, "`here`")
 
 
 def from_the_future():
@@ -291,7 +294,7 @@ def test_a_bad_configuration_leaves_the_model_untouched(bad):
     model = tiny_model("mixtral", router_aux_loss_coef=0.02, output_router_logits=True)
     attributes, config = dict(vars(model)), model.config.to_dict()
     hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="`config`"):
         phb.patch(model, bad)
     assert vars(model) == attributes and model.config.to_dict() == config
     assert [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()] == hooks

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_phibalance import PhiBalanceConfig
 from hf_phibalance.config import CONFIG_NAME
-from hf_phibalance.files import SMALL, parse_json, read_json
+from hf_phibalance.files import SMALL, parse_json, printable, quoted, read_json
 
 
 BAD = {
@@ -115,3 +115,18 @@ def test_any_damage_to_a_config(data, tmp_path_factory):
         assert CONFIG_NAME in str(error)
     else:
         assert PhiBalanceConfig.from_dict(config.to_dict()) == config
+
+
+def test_what_is_short_is_quoted_as_it_is():
+    for value in ("", "é'", "x" * 190, 3, 10**40, 1e300, None, [1, ["a"]], {"a": {"b": True}}, (float("nan"),)):
+        assert quoted(value) == repr(value)
+
+
+def test_what_is_long_deep_or_no_text_is_quoted_in_part():
+    deep = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    for value in ("x" * 10**6, {"k" * 999: ["v" * 999] * 999}, 10**4000, deep, "\n\x1b[31m\ud800", b"\xff" * 999):
+        assert 10 < len(quoted(value)) <= 200 and quoted(value).isprintable()
+    assert quoted("x" * 300).startswith("'xxx") and "..." in quoted("x" * 300)
+    assert printable("caf\udce9 \x1b[1m\n é φ") == r"caf\udce9 \x1b[1m\n é φ"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from ..config import PhiBalanceConfig
+from ..files import quoted
 from ..routers import (
     arguments_by_name,
     canonical_name,
@@ -161,13 +162,17 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"`model` must be a torch.nn.Module, got {model!r}. Load it first: "
+            f"`model` must be a torch.nn.Module, got {quoted(model)}. Load it first: "
             "phb.AutoModelForCausalLM.from_pretrained(name, phi_balance=True)."
         )
     present = find_balancer(model)
-    if present is not None and (config is None or config is True):
-        config = present.config
-    config = PhiBalanceConfig.from_any(config)
+    if config is None or config is True:
+        config = PhiBalanceConfig() if present is None else present.config
+    config = PhiBalanceConfig.from_any(config, "`config`")
+    if config is None:
+        raise ValueError(
+            "`config` is False, but patch balances: leave out the call, or undo it by phb.unpatch(model)."
+        )
     if present is not None and _has_other_experts(present):
         logger.warning("Experts or layers were added or removed since the model was patched: balancing begins anew.")
         unpatch(model)
@@ -215,7 +220,7 @@ def _find_target(model: nn.Module) -> nn.Module:
 def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     sites = find_routers(root)
     refuse_impossible(root, sites, config)
-    if getattr(getattr(root, "config", None), "phi_balance", None) is not None:
+    if getattr(getattr(root, "config", None), "phi_balance", None):
         logger.warning(
             f"{type(root).__name__} was saved while φ-balanced, but loaded without its {STATE_NAME}: it begins with fresh duals, and a "
             "selection bias is lost. phb.AutoModelForCausalLM.from_pretrained loads both."

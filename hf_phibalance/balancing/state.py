@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..config import STATISTICS, PhiBalanceConfig, package_version
 from ..durable import replacing
-from ..files import parse_json
+from ..files import parse_json, quoted
 from ..routers import RouterSite, router_matrix
 from ..sidecar import STATE_NAME, state_in
 
@@ -123,7 +123,7 @@ def read_state(directory: str | os.PathLike) -> StateFile:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
             whole = header["checksum"] == checksum(tensors, header)
     except (SafetensorError, UnicodeDecodeError) as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, quoted(str(error))) from error
     if not whole:
         raise _damaged(path, "its checksum does not fit its content")
     try:
@@ -162,14 +162,13 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
         )
     if header["phi_balance"] != FORMAT:
         raise ValueError(
-            f"{path} was written by hf_phibalance {header.get('version')} in format {header['phi_balance']!r}; this is version "
-            f"{package_version()}, which reads format {FORMAT!r}. Use the version that wrote it, or delete it to start with fresh "
-            "duals."
+            f"{path} was written by hf_phibalance {quoted(header.get('version'))} in format {quoted(header['phi_balance'])}; this "
+            f"is version {package_version()}, which reads format {FORMAT!r}. Use the version that wrote it, or delete it to start "
+            "with fresh duals."
         )
     if header.keys() != HEADER:
-        raise _damaged(
-            path, f"its header holds {sorted(header.keys() ^ HEADER)} where nothing or something else belongs"
-        )
+        wrong = quoted(sorted(header.keys() ^ HEADER))
+        raise _damaged(path, f"its header holds {wrong} where nothing or something else belongs")
 
 
 def config_in(path: str | os.PathLike) -> dict[str, Any]:
@@ -182,12 +181,14 @@ def fit_names(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     Renames the routers in `state` to `names`, those of this model. One of the two may have the path of the language model in a
     vision-language model in front.
     """
-    saved = {key.rpartition(".")[0] for key in state if "." in key}
-    for inner, outer in ((names, saved), (saved, names)):
+    saved, own = {key.rpartition(".")[0] for key in state if "." in key}, set(names)
+    if saved & own:
+        return dict(state)
+    for inner, outer in ((own, saved), (saved, own)):
         first = min(inner, default="")
         prefixes = {name.removesuffix(first) for name in outer if name.endswith(f".{first}")}
         for prefix in prefixes if first else ():
-            if {f"{prefix}{name}" for name in inner} <= set(outer) and not set(saved) & set(names):
+            if all(f"{prefix}{name}" in outer for name in inner):
                 renamed = {f"{prefix}{name}": name for name in inner}
                 if inner is saved:
                     renamed = {name: longer for longer, name in renamed.items()}
@@ -209,7 +210,7 @@ def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     remedy = "Load the state that was saved with this model, or start with fresh duals."
     if saved["type"] != present["type"]:
         raise ValueError(
-            f"the φ-balance state belongs to another model, of type {saved['type']!r}; this one is of type "
+            f"the φ-balance state belongs to another model, of type {quoted(saved['type'])}; this one is of type "
             f"{present['type']!r}. {remedy}"
         )
     ours = present["routers"]
@@ -218,15 +219,15 @@ def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     for whose, has, lacks in (("it", ours, theirs), ("this model", theirs, ours)):
         if missing := [name for name in has if name not in lacks]:
             raise ValueError(
-                f"the φ-balance state belongs to another model: {whose} has no {missing[0]} (and {len(missing) - 1} more "
-                f"such routers). {remedy}"
+                f"the φ-balance state belongs to another model: {whose} has no {quoted(missing[0])} (and {len(missing) - 1} "
+                f"more such routers). {remedy}"
             )
     for name, router in ours.items():
         for what, now, then in zip(("experts", "experts per token", "scoring"), router, theirs[name]):
             if now != then and what != "experts per token":  # may be set anew when a model is loaded
                 raise ValueError(
-                    f"the φ-balance state was written for {then} {what} in {name!r}, which has {now} {what} here: it belongs "
-                    f"to another model. {remedy}"
+                    f"the φ-balance state was written for {quoted(then)} {what} in {name!r}, which has {now} {what} here: it "
+                    f"belongs to another model. {remedy}"
                 )
 
 
@@ -243,13 +244,14 @@ def check_state(state: Mapping[str, Tensor], experts: Mapping[str, int]) -> None
         layer, _, kind = key.rpartition(".")
         if key != "steps" and not (layer in experts and kind in (*kinds, "bias")):
             raise ValueError(
-                f"the φ-balance state holds {key!r}, but this model's routers are {names[0]!r} ... "
+                f"the φ-balance state holds {quoted(key)}, but this model's routers are {names[0]!r} ... "
                 f"{names[-1]!r}: it belongs to another model. Load the state saved with this one."
             )
     steps = state.get("steps")
     if steps is not None and (steps.dtype != torch.int64 or steps.numel() != 1 or int(steps) < 0):
         raise ValueError(
-            f"steps in the φ-balance state must be one whole number >= 0, got {steps!r}; use an earlier checkpoint."
+            f"steps in the φ-balance state must be one whole number >= 0, got {quoted(steps.flatten()[:8].tolist())}; use an "
+            "earlier checkpoint."
         )
     if any(key.endswith(".bias") for key in state):
         kinds.append("bias")

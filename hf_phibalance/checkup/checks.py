@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..balancing import PhiBalancer, describe_router
 from ..compat import dependencies, is_supported
+from ..config import PhiBalanceConfig
 from ..routers import REMOTE_TRAITS, RouterHook, find_routers
 from ..sidecar import STATE_NAME, state_in
 from .recorder import LOW, StepRecorder
@@ -483,8 +484,12 @@ def state_file(subject: Subject) -> Iterator[Check]:
         return
     path = state_in(subject.folder)
     if path is None:
-        saved = subject.folder / "config.json"
-        if saved.is_file() and '"phi_balance"' in saved.read_text(encoding="utf-8", errors="replace"):
+        try:
+            saved = PhiBalanceConfig.of_checkpoint(subject.folder)
+        except ValueError as error:
+            yield _problem("state file", str(error), "correct or remove it there")
+            return
+        if saved is not None:
             yield _warning(
                 "state file",
                 f"the model was saved while φ-balanced, but there is no {STATE_NAME} beside it: its duals start anew",

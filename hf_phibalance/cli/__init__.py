@@ -1,10 +1,9 @@
 """The command `phibalance`. Only what it needs to explain itself is imported before it has work to do.
 
 ```bash
-phibalance inspect Qwen/Qwen1.5-MoE-A2.7B --texts math=gsm8k/test.jsonl code=src/ prose=wiki/*.txt --field math=question \
-    --html report.html --json report.json
+phibalance inspect Qwen/Qwen1.5-MoE-A2.7B --texts math=gsm8k/test.jsonl code=src/ prose=wiki/*.txt --html report.html --json report.json
 phibalance doctor Qwen/Qwen1.5-MoE-A2.7B --coef 0.01 --lora router=lora
-phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl --field question
+phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl
 ```
 
 | module | what it holds |
@@ -17,9 +16,12 @@ phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 
+from ..files import printable
 from .parser import make_parser
 
 
@@ -36,10 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = make_parser().parse_args(words)
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs what it raises
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # rather than fail where the terminal lacks a character
     try:
         return args.run(args, ["phibalance", *words])
     except (ValueError, OSError, ImportError) as error:
-        print(f"phibalance {args.command}: {error}", file=sys.stderr)
+        lines = map(printable, str(error).splitlines())
+        print(f"phibalance {args.command}:", "\n".join(lines), file=sys.stderr)
         return args.after_error
     except KeyboardInterrupt:
         print(f"phibalance {args.command}: interrupted, nothing was written", file=sys.stderr)

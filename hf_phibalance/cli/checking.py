@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from ..files import printable
 from .loading import load_model, load_tokenizer
 from .output import check_file, write_json
 
@@ -17,17 +18,20 @@ def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
     check_file("json", args.json)
     lora = _lora_options(args.lora) if args.lora is not None else None
 
-    from ..inspection import parse_domains
+    from ..inspection import check_texts, parse_domains
 
     domains = parse_domains([f"texts={path}" for path in args.texts], args.field) if args.texts else []
+    if domains:
+        check_texts(domains, load_tokenizer(args))  # before the model is loaded
 
     from rich.console import Console
+    from rich.markup import escape
 
     from ..checkup import print_report
     from ..training import doctor, lora_config
 
     console = Console(stderr=args.json == "-")
-    with Console(stderr=True).status(f"Loading {args.model}") as status:
+    with Console(stderr=True).status(f"Loading {escape(printable(args.model))}") as status:
         model = _load_to_train(args)
         if lora is not None:
             from peft import get_peft_model
@@ -37,7 +41,7 @@ def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
             model = patch(get_peft_model(model, lora_config(model, **lora)))
         status.update("Trying out one optimizer step")
         report = doctor(model, _micro_batches(args, domains))
-    report.model["name"] = args.model
+    report.model["name"] = printable(args.model)
     print_report(report, console)
     write_json(report.to_dict(), args.json)
     return report.exit_status(args.strict)
@@ -68,9 +72,8 @@ def _load_to_train(args: argparse.Namespace) -> Any:
     try:
         model = load_model(args, phi_balance=True)
     except ValueError:  # of its state: the report says so; what else is wrong, patching says again
-        model = load_model(args, phi_balance=False)
-        saved = getattr(model.config, "phi_balance", None)
-        patch(model, saved if isinstance(saved, dict) else True)
+        saved = PhiBalanceConfig.of_checkpoint(args.model) or PhiBalanceConfig()
+        model = patch(load_model(args, phi_balance=False), saved)
     if given:
         own = {} if "method" in given else dataclasses.asdict(get_balancer(model).config)
         patch(model, PhiBalanceConfig(**(own | given)))
@@ -95,6 +98,4 @@ def _micro_batches(args: argparse.Namespace, domains: Sequence[Any]) -> list[dic
     else:
         problems = [f"{row['question']} {row['answer']}" for row in make_splits(count)["train"]]
         rows = [tokenizer(text)["input_ids"][: args.seq_len] for text in problems]
-    if not any(rows):
-        raise ValueError("`--texts` hold no token: name files with text.")
     return padded_batches(rows, args.batch_size, padding_of(tokenizer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..files import printable
 from .loading import loading_options
 from .output import check_file, write_json
 
@@ -15,11 +16,12 @@ def run_export(args: argparse.Namespace, command: list[str]) -> int:
     check_file("json", args.json)
 
     from rich.console import Console
+    from rich.markup import escape
 
     from ..portable import export, print_export
 
     console = Console(stderr=args.json == "-")
-    with Console(stderr=True).status(f"Exporting {args.model}"):
+    with Console(stderr=True).status(f"Exporting {escape(printable(args.model))}"):
         report = export(
             args.model,
             args.destination,
@@ -37,5 +39,5 @@ def run_export(args: argparse.Namespace, command: list[str]) -> int:
             **loading_options(args),
         )
     write_json(report.to_dict(), args.json)
-    console.print(f"An ordinary checkpoint in {args.destination}", highlight=False)
+    console.print(f"An ordinary checkpoint in {escape(printable(args.destination))}", highlight=False)
     return 0

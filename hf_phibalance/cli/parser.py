@@ -12,6 +12,8 @@ from .inspecting import run_inspect
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PATHS = "a file, a folder or a quoted glob: plain text, or rows (.jsonl, .json, .csv, .parquet), also compressed (.gz)"
+FIELDS = "fields of a row that are its text (default: text, messages, prompt completion, question answer, or the only one with text)"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,21 +33,27 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="NAME=PATH",
-        help="texts by domain; a path is a file, a folder or a quoted glob of .txt, .md, .py or .jsonl files (also .gz); "
-        "a name may come several times",
+        help=f"texts by domain; a path is {PATHS}; a name may come several times. A row is a text, and a whole file of plain text is "
+        "one; each is cut into sequences of its own, unless --packing is given. Messages go through the chat template",
     )
     inspect.add_argument(
         "--field",
         nargs="+",
         default=[],
         metavar="[NAME=]FIELD",
-        help="fields of .jsonl rows that are the text, of all domains or of one",
+        help=f"{FIELDS}, of all domains or of one",
     )
     inspect.add_argument(
         "--max_tokens", type=int, default=1 << 16, help="tokens of text per domain, 0 for all (default: %(default)s)"
     )
     inspect.add_argument(
         "--seq_len", type=int, help="longest sequence (default: 512, or less if the model takes less)"
+    )
+    inspect.add_argument(
+        "--packing",
+        action="store_true",
+        help="join the texts of a domain by line ends and fill sequences with them, so that short rows are read as in a file of "
+        "plain text",
     )
     inspect.add_argument("--batch_size", type=int, default=8, help="sequences of a forward (default: %(default)s)")
     inspect.add_argument(
@@ -92,11 +100,9 @@ def _add_doctor(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="files, folders or quoted globs of .txt, .md, .py or .jsonl to take the step on (default: made problems)",
+        help=f"texts to take the step on (default: made problems); a path is {PATHS}",
     )
-    doctor.add_argument(
-        "--field", nargs="+", default=[], metavar="FIELD", help="fields of .jsonl rows that are the text"
-    )
+    doctor.add_argument("--field", nargs="+", default=[], metavar="FIELD", help=FIELDS)
     doctor.add_argument("--seq_len", type=int, default=256, help="longest sequence (default: %(default)s)")
     doctor.add_argument("--batch_size", type=int, default=4, help="sequences of a micro-batch (default: %(default)s)")
     doctor.add_argument("--accumulation", type=int, default=1, help="micro-batches of the step (default: %(default)s)")
@@ -137,12 +143,9 @@ def _add_export(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="[NAME=]PATH",
-        help="texts like those that the model will see: files, folders or quoted globs of .txt, .md, .py or .jsonl (also .gz); "
-        "needed where there is a bias to lose",
+        help=f"texts like those that the model will see, needed where there is a bias to lose; a path is {PATHS}",
     )
-    export.add_argument(
-        "--field", nargs="+", default=[], metavar="[NAME=]FIELD", help="fields of .jsonl rows that are the text"
-    )
+    export.add_argument("--field", nargs="+", default=[], metavar="[NAME=]FIELD", help=FIELDS)
     export.add_argument(
         "--bias",
         choices=("fold", "rebalance", "drop"),

@@ -4,14 +4,15 @@ Looking into the routers of a MoE model: where the tokens of some domains of tex
 ```python
 from hf_phibalance.inspection import html_report, inspect_model, parse_domains
 
-found = inspect_model(model, tokenizer, parse_domains(["math=gsm8k/*.jsonl", "code=src"], ["math=question"]))
+found = inspect_model(model, tokenizer, parse_domains(["math=gsm8k/*.jsonl", "code=src"]))
 found.to_dict()  # every figure
 html_report(found)
 ```
 
 | module | what it holds |
 |---|---|
-| `texts` | files of named domains as token sequences |
+| `rows` | rows of files, and their text |
+| `texts` | texts of named domains as token sequences |
 | `batches` | and those as batches |
 | `survey` | the model run over them |
 | `census` | what its routers choose meanwhile, counted |
@@ -20,8 +21,7 @@ html_report(found)
 | `pictures`, `page` | and as an HTML page |
 | `wording` | what these two say alike |
 
-Knows routers, and a patch only as far as its selection bias is in force. Names are imported when first asked for, so that
-texts that cannot be read are refused before torch has been waited for.
+Knows routers, and a patch only as far as its selection bias is in force. Names are imported when first asked for.
 """
 
 from typing import TYPE_CHECKING
@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from .page import html_report
     from .survey import inspect_model
     from .tables import print_inspection
-    from .texts import Domain, TextStream, parse_domains
+    from .texts import Domain, TextStream, check_texts, parse_domains
 
 
 __all__ = [
     "Domain",
     "Inspection",
     "TextStream",
+    "check_texts",
     "html_report",
     "inspect_model",
     "padded_batches",
@@ -53,6 +54,7 @@ _MODULES = {
     "Domain": "texts",
     "Inspection": "findings",
     "TextStream": "texts",
+    "check_texts": "texts",
     "html_report": "page",
     "inspect_model": "survey",
     "padded_batches": "batches",

@@ -15,7 +15,7 @@ from ..reporting import layer_labels, versions, without_paths
 from .figures import lift, specialisation_figures
 from .findings import Inspection
 from .pictures import STEPS, colour_steps, heat_svg, legend_svg, lines_svg
-from .wording import HEADINGS, describe, figure_text, information_text, title
+from .wording import HEADINGS, cutting, describe, figure_text, information_text, title
 
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -54,11 +54,8 @@ def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | 
 
     def over_layers(name: str, what: str, floor: bool = False) -> str:
         series = {scope: [figure[scope][name] for figure in figures] for scope in scopes}
-        if floor:
-            series["noise floor"] = [
-                max(figure[scope]["chance_in_text"][name] for scope in scopes) for figure in figures
-            ]
-        return lines_svg(series, labels, what, "noise floor")
+        noise = [max(figure[scope]["chance_in_text"]["max_vio"] for scope in scopes) for figure in figures]
+        return lines_svg(series, labels, what, ("noise floor", noise) if floor else None)
 
     def table(scope: str) -> list[dict[str, Any]]:
         return [
@@ -82,13 +79,10 @@ def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | 
         "confidence": over_layers("top1_probability", "mean probability of the first choice"),
         "entropy": over_layers("entropy_bits", "mean entropy of the probabilities of a token, bits"),
         "information": lines_svg(
-            {
-                "I(domain; expert)": [entry["mutual_information"] for entry in information],
-                "bias removed": [entry["bias"] for entry in information],
-            },
+            {"I(domain; expert)": [entry["mutual_information"] for entry in information]},
             labels,
             "mutual information of domain and expert, bits",
-            "bias removed",
+            ("bias removed", [entry["bias"] for entry in information]),
         )
         if several
         else "",
@@ -97,6 +91,7 @@ def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | 
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title(inspection.model),
         description=describe(inspection.model),
+        cutting=cutting(inspection.settings),
         inspection=inspection,
         several=several,
         scopes=scopes,

@@ -15,6 +15,7 @@ from ..maths import DEAD_THRESHOLD
 
 STEPS = 8  # colours on each side of the neutral one
 LOAD_RANGE = 2.0  # powers of two from the neutral colour to the last one, for loads
+ROOM = 40  # characters of the name of a row
 NUMBERED = 16  # so many experts have their values written into the cells
 
 
@@ -61,7 +62,7 @@ def heat_svg(
     columns = max(map(len, rows))
     numbered = columns <= NUMBERED
     width, height = 38.0 if numbered else max(5.0, min(22.0, 880 / columns)), 22 if numbered else 16
-    left = 12 + 6.6 * max(map(len, labels))
+    left = 12 + 6.6 * min(max(map(len, labels)), ROOM)
     cells: dict[str, list[str]] = {}
     crosses, numbers = [], []
     for y, row in enumerate(rows):
@@ -84,7 +85,9 @@ def heat_svg(
         f'data-rows="{escape(json.dumps([[None if v is None else round(v, 3) for v in row] for row in rows]))}">'
     ]
     for y, label in enumerate(labels):
-        parts.append(f'<text x="{left - 6:.1f}" y="{(y + 0.5) * height + 4:.1f}" class="end">{escape(label)}</text>')
+        parts.append(
+            f'<text x="{left - 6:.1f}" y="{(y + 0.5) * height + 4:.1f}" class="end">{escape(_short(label, ROOM))}</text>'
+        )
     for x in range(0, columns, every):
         parts.append(f'<text x="{left + (x + 0.5) * width:.1f}" y="{len(rows) * height + 14}" class="mid">{x}</text>')
     parts.append(f'<g transform="translate({left:.1f} 0) scale({width:.4f} {height})">')
@@ -92,6 +95,10 @@ def heat_svg(
     if crosses:
         parts.append(f'<path class="cross" d="{"".join(crosses)}"/>')
     return "".join([*parts, "</g>", *numbers, "</svg>"])
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def legend_svg(least: str, less: str, more: str, most: str) -> str:
@@ -107,7 +114,10 @@ def legend_svg(least: str, less: str, more: str, most: str) -> str:
 
 
 def lines_svg(
-    series: Mapping[str, Sequence[float]], labels: Sequence[str], what: str, dashed: str | None = None
+    series: Mapping[str, Sequence[float]],
+    labels: Sequence[str],
+    what: str,
+    bound: tuple[str, Sequence[float]] | None = None,
 ) -> str:
     """
     Lines over the layers as inline SVG, with a legend.
@@ -116,12 +126,13 @@ def lines_svg(
         series (`Mapping[str, Sequence[float]]`): Values of each layer by the name of the line.
         labels (`Sequence[str]`): Names of the layers.
         what (`str`): What the values are.
-        dashed (`str`, *optional*): Name of the line that is a bound, drawn dashed.
+        bound (`tuple[str, Sequence[float]]`, *optional*): Name and values of a line that is drawn dashed.
     """
-    left, right, top, height = 52, 150, 26, 190
+    left, right, top, height = 52, 180, 26, 190
     count = len(labels)
     width = min(640, max(220, 46 * count))
-    ticks = nice_ticks(max(max(values) for values in series.values()))
+    lines = [*series.items(), *([bound] if bound else [])]
+    ticks = nice_ticks(max(max(values) for _, values in lines))
 
     def place(index: int, value: float) -> tuple[float, float]:
         x = left + (width * (index + 0.5) / count)
@@ -140,18 +151,18 @@ def lines_svg(
     for index in range(0, count, every):
         text = labels[index].removeprefix("layer ") if every > 1 or count > 12 else labels[index]
         parts.append(f'<text x="{place(index, 0)[0]}" y="{top + height + 16}" class="mid">{escape(text)}</text>')
-    for number, (name, values) in enumerate(series.items()):
-        kind = "bound" if name == dashed else f"s{number % 8}"
+    for number, (name, values) in enumerate(lines):
+        kind = "bound" if number == len(series) else f"s{number % 8}"
         points = [place(index, value) for index, value in enumerate(values)]
         parts.append(f'<polyline class="{kind}" points="{" ".join(f"{x},{y}" for x, y in points)}"/>')
-        if name != dashed:
+        if number < len(series):
             parts += [
                 f'<circle class="{kind}" cx="{x}" cy="{y}" r="3"><title>{escape(f"{name}, {label}: {value:.4f}")}</title></circle>'
                 for (x, y), label, value in zip(points, labels, values)
             ]
         y = top + 8 + 18 * number
         parts.append(
-            f'<path class="{kind} key" d="M{left + width + 14} {y}h20"/><text x="{left + width + 40}" y="{y + 4}">{escape(name)}</text>'
+            f'<path class="{kind} key" d="M{left + width + 14} {y}h20"/><text x="{left + width + 40}" y="{y + 4}">{escape(_short(name, 20))}</text>'
         )
     return "".join([*parts, "</svg>"])
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..files import printable
 from ..forwards import evaluating
 from ..sidecar import STATE_NAME
 from .census import RouterCensus
@@ -18,6 +18,7 @@ from .texts import Domain, TextStream
 
 DEFAULT_MAX_TOKENS = 1 << 16
 DEFAULT_SEQ_LEN = 512
+SHORT = 4  # sequences are short if they would have room for so many of their mean length
 
 
 @torch.no_grad()
@@ -29,6 +30,7 @@ def inspect_model(
     seq_len: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
+    packing: bool = False,
     on_batch: Callable[[TextStream], None] | None = None,
 ) -> Inspection:
     """
@@ -42,6 +44,8 @@ def inspect_model(
         seq_len (`int`, *optional*): Longest sequence; 512 tokens, or what the model can take, if not said.
         batch_size (`int`, *optional*, defaults to `8`): Sequences of one forward.
         max_tokens (`int`, *optional*, defaults to `65536`): Tokens of text of each domain; `None` reads everything.
+        packing (`bool`, *optional*, defaults to `False`): Whether the texts of a domain are joined by line ends and share
+            sequences. Otherwise each row, and each file of plain text, is cut into sequences of its own.
         on_batch (`Callable[[TextStream], None]`, *optional*): Called after each batch, to show progress.
 
     Returns:
@@ -59,7 +63,7 @@ def inspect_model(
     notes: list[str] = []
     with census.attached(), evaluating(census.root):
         for index, domain in enumerate(domains):
-            stream = TextStream(domain, tokenizer, seq_len, max_tokens)
+            stream = TextStream(domain, tokenizer, seq_len, max_tokens, packing)
             _count(census, index, stream, batch_size, on_batch)
             read[domain.name] = {
                 "tokens": stream.tokens,
@@ -77,7 +81,7 @@ def inspect_model(
     layers = _checked_layers(census)
     if uncalled := census.uncalled():
         notes.append(f"{len(uncalled)} routers were never called and are left out: {', '.join(uncalled[:4])}.")
-    settings = {"seq_len": seq_len, "batch_size": batch_size, "max_tokens": max_tokens}
+    settings = {"seq_len": seq_len, "batch_size": batch_size, "max_tokens": max_tokens, "packing": packing}
     return Inspection(_describe(census, layers), settings, read, layers, notes)
 
 
@@ -142,14 +146,21 @@ def _checked_layers(census: RouterCensus) -> list[Layer]:
 
 
 def _remarks(stream: TextStream) -> list[str]:
-    """What went wrong in reading a domain without stopping it."""
-    notes = []
-    if stream.skipped_rows:
-        notes.append(f"{stream.skipped_rows} rows of {stream.domain.name} had no text in the field and were skipped.")
+    """Returns what a reader of the figures has to know of how a domain was read."""
+    notes, name = [], stream.domain.name
+    if stream.skipped:
+        notes.append(
+            f"{stream.skipped} rows of {name} were skipped: no text in the field, or no messages that the template takes."
+        )
     if stream.undecodable:
         notes.append(
-            f"{len(stream.undecodable)} files of {stream.domain.name} are not all UTF-8, e.g. {Path(stream.undecodable[0]).name}; "
-            "what could not be read was replaced."
+            f"{len(stream.undecodable)} files of {name} are not all UTF-8, e.g. {printable(min(stream.undecodable))}; what could "
+            "not be read was replaced."
+        )
+    if stream.tokens * SHORT < stream.sequences * stream.room:
+        notes.append(
+            f"Sequences of {name} are short: {stream.tokens / stream.sequences:.0f} tokens on average, of at most {stream.room}. "
+            "Routers may choose otherwise in longer ones, so compare only texts of similar length, or join them (--packing)."
         )
     return notes
 

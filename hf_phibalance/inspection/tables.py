@@ -9,10 +9,11 @@ from ..maths import DEAD_THRESHOLD, relative_load
 from ..reporting import layer_labels
 from .figures import specialisation_figures
 from .findings import Inspection
-from .wording import HEADINGS, describe, figure_text, information_text, title
+from .wording import HEADINGS, cutting, describe, figure_text, information_text, title
 
 
 IN_TERMINAL = [name for name in HEADINGS if name != "chosen_probability"]  # as many as fit into 80 columns
+FIGURES = 70  # characters of the columns beside names
 
 
 def print_inspection(inspection: Inspection, console: Any, top: int = 5) -> None:
@@ -34,7 +35,8 @@ def print_inspection(inspection: Inspection, console: Any, top: int = 5) -> None
     def make_table(heading: str, *columns: str) -> Table:
         table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+            room = None if number else max(console.width - FIGURES, 8)  # a long name does not push out figures
+            table.add_column(column, justify="right" if number else "left", no_wrap=True, max_width=room)
         return table
 
     labels = layer_labels([layer.name for layer in inspection.layers])
@@ -85,7 +87,7 @@ def print_inspection(inspection: Inspection, console: Any, top: int = 5) -> None
             for entry in entries:
                 table.add_row(
                     Text(domain),
-                    by_name[entry["layer"]],
+                    Text(by_name[entry["layer"]]),
                     str(entry["expert"]),
                     f"{entry['share']:.1%}",
                     f"{entry['share_elsewhere']:.1%}",
@@ -100,6 +102,7 @@ def print_inspection(inspection: Inspection, console: Any, top: int = 5) -> None
         style="dim",
         highlight=False,
     )
+    console.print(cutting(inspection.settings), style="dim", highlight=False)
     for note in inspection.notes:
         console.print(Text(f"Note: {note}"), style="yellow")
 

@@ -1,298 +1,181 @@
-"""Text files of named domains as token sequences, streamed: neither a file nor its tokens are ever held as a whole."""
+"""Cuts the texts of named domains into sequences of token ids. Files are streamed."""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import io
-import itertools
-import json
+import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, takewhile
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
+
+from ..files import printable, quoted
+from .rows import COMPRESSED, TABLES, fields_of, read_rows, suffix_of, text_of
 
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # what is taken from a folder; each may be gzipped (.gz)
+IN_FOLDERS = (".txt", ".md", ".py", ".jsonl", ".parquet")  # other .json and .csv lie beside code
 PIECE = 1 << 16  # characters that are tokenised at once
 
 
 @dataclass(frozen=True)
 class Domain:
-    """
-    A kind of text: some files under one name.
-
-    Args:
-        name (`str`): What it is called.
-        files (`tuple[Path, ...]`): Its files, in the order they are read.
-        fields (`tuple[str, ...]`, *optional*):
-            Fields of a row of `.jsonl` that make up its text, joined by line ends; without any, the row is the text.
-    """
+    """Files under one name; `fields` are the text of their rows, the usual ones if none are given."""
 
     name: str
     files: tuple[Path, ...]
     fields: tuple[str, ...] = ()
 
-    @property
-    def bytes(self) -> int:
-        """Size of the files on disk."""
-        return sum(path.stat().st_size for path in self.files)
-
 
 def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Domain]:
     """
-    Domains from words such as `math=gsm8k/*.jsonl`, in the order of their first mention.
+    Returns the domains that words such as `math=gsm8k/*.jsonl` name, in the order of their first mention.
 
     Args:
         texts (`Sequence[str]`):
-            `name=path` or `path`, whose stem is then the name. A path is a file, a glob (`**` descends), or a folder,
-            of which all files with a suffix of `TEXT_SUFFIXES` are taken; several files are mixed, always alike. A name may come several times.
-        fields (`Sequence[str]`, *optional*):
-            `field` for every domain, or `name=field` for one of them; the only one that holds text in the first row, or
-            `"text"`, if none is given.
+            `name=path`, or `path`, whose stem is then the name. A path is a file, a glob (`**` descends), or a folder, of which the
+            files in `IN_FOLDERS` are taken. Several files are mixed, always in the same way. A name may come several times.
+        fields (`Sequence[str]`, *optional*): `field` for every domain, or `name=field` for one of them.
 
     Raises:
-        ValueError: if a path leads to no readable text, or a field belongs to no domain.
+        ValueError: if a path leads to no file or to a binary one, or a field belongs to no domain.
     """
-    found: dict[str, dict[Path, None]] = {}  # dicts as ordered sets
+    found: dict[str, list[Path]] = {}
     for text in texts:
         name, equals, pattern = text.partition("=")
-        if not equals or Path(text).exists():
+        if not equals or os.path.exists(text):
             name, pattern = Path(text).name.partition(".")[0] or text, text
-        if not name or not pattern:
-            raise ValueError(f"`--texts` {text!r} lacks a {'name' if pattern else 'path'}: write name=path.")
-        found.setdefault(name, {}).update(dict.fromkeys(_files(pattern, text)))
-    if not found:
-        raise ValueError("there is no text to read: give `--texts name=path ...`.")
+        if not name or not pattern or name == "overall":
+            raise ValueError(f"`--texts` {quoted(text)}: write name=path, but not 'overall', which is all domains.")
+        found.setdefault(printable(name), []).extend(_files(pattern, text))
     own: dict[str, list[str]] = {name: [] for name in found}
     for entry in fields:
-        name, equals, field = entry.partition("=")
-        if equals and name not in own:
-            raise ValueError(f"`--field` {entry!r} is for no domain of `--texts`, which are: {', '.join(own)}.")
-        for owner in [name] if equals else own:
-            own[owner].append(field if equals else name)
-    return [
-        Domain(name, tuple(files), _checked_fields(list(files), tuple(own[name]))) for name, files in found.items()
-    ]
+        owner, _, field = entry.rpartition("=")
+        if owner and printable(owner) not in own:
+            raise ValueError(f"`--field` {quoted(entry)} is for no domain of `--texts`, which are: {', '.join(own)}.")
+        for name in [printable(owner)] if owner else own:
+            own[name].append(field)
+    return [Domain(name, tuple(dict.fromkeys(files)), tuple(own[name])) for name, files in found.items()]
 
 
 def _files(pattern: str, text: str) -> list[Path]:
-    """Files of a path, in an order that is always the same, but mixed: the first of many are to be a fair sample."""
+    """Returns the files of a path, mixed, so that the first of many are a fair sample."""
     path = Path(pattern)
     if path.is_dir():
-        files = _mixed(p for p in path.rglob("*") if p.is_file() and _suffix(p) in TEXT_SUFFIXES)
-        if not files:
-            raise ValueError(
-                f"`--texts` {text!r}: no file in that folder ends in {', '.join(TEXT_SUFFIXES)} (or .gz)."
-            )
-        return files
-    files = (
-        [path] if path.is_file() else _mixed(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
-    )
+        files = [file for file in path.rglob("*") if file.is_file() and suffix_of(file) in IN_FOLDERS]
+        reason = f"no file in that folder ends in {', '.join(IN_FOLDERS)} (or .gz)"
+    else:
+        files = [file for file in {path, *map(Path, glob.glob(pattern, recursive=True))} if file.is_file()]
+        reason = "there is no such file or folder, and nothing matches it as a glob"
     if not files:
-        raise ValueError(f"`--texts` {text!r}: there is no such file or folder, and nothing matches it as a glob.")
-    return files
-
-
-def _mixed(paths: Iterable[Path]) -> list[Path]:
-    ordered = sorted(paths)
-    random.Random(0).shuffle(ordered)
-    return ordered
-
-
-def _suffix(path: Path) -> str:
-    """Suffix of a file's name, without that of its compression."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
-
-
-def _checked_fields(files: Sequence[Path], fields: tuple[str, ...]) -> tuple[str, ...]:
-    """`fields`, or else what the first row says; refuses what reading would find out after the model has run for long."""
-    for path in files:
-        is_rows = _suffix(path) == ".jsonl"
-        if _suffix(path) in TEXT_SUFFIXES and not is_rows:
-            continue
-        with path.open("rb") as raw:
-            if not is_rows:
-                if b"\0" in _binary(path, raw).read(1024):
-                    raise ValueError(f"{path} is no text, it holds zero bytes: leave it out of `--texts`.")
-                continue
-            line = next((line for line in _text_of(path, raw) if line.strip()), None)
-        if line is not None:
-            try:
-                row = json.loads(line)
-                fields = fields or _only_field(row)
-                _row_text(row, fields)
-            except ValueError as error:
-                raise ValueError(f"{path}, first row: {error}") from error
-    return fields
+        raise ValueError(f"`--texts` {quoted(text)}: {reason}.")
+    for file in files:
+        if file.suffix not in (*TABLES, *COMPRESSED) and b"\0" in file.open("rb").read(1024):
+            raise ValueError(f"{quoted(str(file))} is no text, it holds zero bytes: leave it out of `--texts`.")
+    return random.Random(0).sample(sorted(files), len(files))
 
 
 class TextStream:
     """
     The sequences of token ids of one domain, and how far they have been read.
 
-    Long documents are cut into sequences of `seq_len` tokens, short ones are sequences of their own: a sequence never
-    holds two documents. Each begins with the special tokens that the tokenizer puts before a text; those are fed to
-    the model as context and do not count.
+    A text is a row of a table (.jsonl, .json, .csv, .parquet) or a whole file of another kind. It is cut into sequences, none of
+    which holds two texts. With `packing`, the texts of the domain are joined by line ends and cut as one. A sequence begins with
+    the special tokens that the tokenizer puts before a text. The model sees them, but they do not count.
 
     Args:
-        domain (`Domain`): The files.
-        tokenizer: A tokenizer of transformers.
-        seq_len (`int`): Greatest length of a sequence, with its special tokens.
-        max_tokens (`int`, *optional*): Stop after so many tokens of text.
+        domain (`Domain`): the files.
+        tokenizer: a tokenizer of transformers.
+        seq_len (`int`): greatest length of a sequence, with its special tokens.
+        max_tokens (`int`, *optional*): stop after so many tokens of text.
+        packing (`bool`, *optional*, defaults to `False`): whether texts share sequences.
     """
 
-    def __init__(self, domain: Domain, tokenizer: Any, seq_len: int, max_tokens: int | None = None) -> None:
-        self.domain = domain
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+    def __init__(
+        self, domain: Domain, tokenizer: Any, seq_len: int, max_tokens: int | None = None, packing: bool = False
+    ) -> None:
+        self.domain, self.tokenizer, self.packing = domain, tokenizer, packing
+        self.max_tokens = sys.maxsize if max_tokens is None else max_tokens
         self.prefix = leading_tokens(tokenizer)
         self.room = seq_len - len(self.prefix)  # tokens of text in a sequence
         if self.room < 1:
             raise ValueError(
-                f"`seq_len` is {seq_len}: the tokenizer puts {len(self.prefix)} special token(s) first, so choose at "
-                f"least {len(self.prefix) + 1}."
+                f"`seq_len` is {seq_len}: choose more than the {len(self.prefix)} special token(s) in front."
             )
-        self.files = 0
-        self.documents = 0
-        self.sequences = 0
-        self.tokens = 0
-        self.skipped_rows = 0
-        self.undecodable: list[str] = []  # files that are not all UTF-8
-        self._bytes = 0  # of the files read to their ends
-        self._raw: BinaryIO | None = None
-
-    @property
-    def progress(self) -> float:
-        """Share of the work that is done, from 0 to 1, as far as it can be told."""
-        is_open = self._raw is not None and not self._raw.closed
-        read = self._bytes + (cast(BinaryIO, self._raw).tell() if is_open else 0)
-        shares = [read / max(self.domain.bytes, 1)]
-        if self.max_tokens is not None:
-            shares.append(self.tokens / self.max_tokens)
-        return min(max(shares), 1.0)
+        self.files = self.documents = self.sequences = self.tokens = 0
+        self.skipped = 0  # rows without text
+        self.undecodable: set[str] = set()  # names of files that are not all UTF-8
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields sequences: the special tokens, then at least one token of text."""
-        for pieces in self._documents():
-            held: list[int] = []
-            is_new = True
-            for piece in pieces:
-                held += self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-                self.documents += is_new and bool(held)
-                is_new = is_new and not held
-                whole = len(held) - len(held) % self.room
-                for start in range(0, whole, self.room):
-                    yield self._cut(held[start : start + self.room])
-                    if self.tokens == self.max_tokens:
-                        return
-                held = held[whole:]
-            if held:
-                yield self._cut(held)
-                if self.tokens == self.max_tokens:
-                    return
+        texts = self._texts()
+        for text in [chain.from_iterable(texts)] if self.packing else texts:
+            tokenized = (self.tokenizer(piece, add_special_tokens=False, verbose=False) for piece in _pieces(text))
+            ids, before = chain.from_iterable(part["input_ids"] for part in tokenized), self.sequences
+            while sequence := list(islice(ids, min(self.room, self.max_tokens - self.tokens))):
+                self.documents += self.sequences == before
+                self.sequences += 1
+                self.tokens += len(sequence)
+                yield [*self.prefix, *sequence]
+            if self.tokens == self.max_tokens:
+                return
 
-    def _cut(self, ids: list[int]) -> list[int]:
-        if self.max_tokens is not None:
-            ids = ids[: self.max_tokens - self.tokens]
-        self.tokens += len(ids)
-        self.sequences += 1
-        return [*self.prefix, *ids]
-
-    def _documents(self) -> Iterator[Iterator[str]]:
-        """Every document in pieces: a row of `.jsonl`, or a whole file of another kind."""
+    def _texts(self) -> Iterator[Iterable[str]]:
+        """Yields each text: that of a row, or the lines of a file. Skips rows without text, but refuses the very first."""
         for path in self.domain.files:
             self.files += 1
-            with path.open("rb") as self._raw:
-                if _suffix(path) == ".jsonl":
-                    for text in _rows(path, self._raw, self.domain.fields):
-                        self.skipped_rows += text is None
-                        if text:
-                            yield self._checked(path, iter([text]))
-                else:
-                    yield self._checked(path, _pieces(path, self._raw))
-                self._bytes += path.stat().st_size
-            self._raw = None
+            if suffix_of(path) not in TABLES:
+                yield self._lines(path)
+                continue
+            fields = self.domain.fields
+            for number, row in enumerate(read_rows(path)):
+                try:
+                    fields = fields or fields_of(row)
+                    text = text_of(row, fields, self.tokenizer)
+                except ValueError as error:
+                    if number == 0 and not self.tokens:
+                        raise ValueError(f"{quoted(str(path))}, first row: {error}") from error
+                    self.skipped += 1
+                    continue
+                if self.prefix:  # which a chat template may have written
+                    text = text.removeprefix(self.tokenizer.decode(self.prefix))
+                yield [text, "\n"] if self.packing else [text]
 
-    def _checked(self, path: Path, pieces: Iterator[str]) -> Iterator[str]:
-        for piece in pieces:
-            if "\ufffd" in piece and str(path) not in self.undecodable:
-                self.undecodable.append(str(path))
-            yield piece
+    def _lines(self, path: Path) -> Iterator[str]:
+        for row in read_rows(path):
+            if "\ufffd" in row["text"]:
+                self.undecodable.add(path.name)
+            yield row["text"]
 
     def batches(self, batch_size: int, window: int = 16) -> Iterator[list[list[int]]]:
-        """
-        Sequences in batches; within `window` batches they are sorted by length, so that little is padded.
-
-        Args:
-            batch_size (`int`): Sequences of a batch.
-            window (`int`, *optional*, defaults to `16`): Batches that are held at once.
-        """
+        """Yields batches of sequences. Within `window` batches they are sorted by length, so that little is padded."""
         sequences = iter(self)
-        while held := sorted(itertools.islice(sequences, window * batch_size), key=len, reverse=True):
+        while held := sorted(islice(sequences, window * batch_size), key=len, reverse=True):
             yield from (held[start : start + batch_size] for start in range(0, len(held), batch_size))
 
 
+def check_texts(domains: Sequence[Domain], tokenizer: Any) -> None:
+    """Raises what reading the first text of each domain raises, so that no model is loaded in vain."""
+    for domain in domains:
+        if not any(TextStream(domain, tokenizer, seq_len=PIECE)):
+            raise ValueError(f"there is no text in domain {domain.name}.")
+
+
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """The special tokens that `tokenizer` puts before a text, e.g. `[bos]`, without those that it puts after it."""
+    """Returns the special tokens that `tokenizer` puts before a text, e.g. `[bos]`, without those that it puts after it."""
     alone = tokenizer("", verbose=False)["input_ids"]
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, tokenizer.cls_token_id, None}
-    return list(itertools.takewhile(lambda token: token not in ends, alone))
+    return list(takewhile(lambda token: token not in ends, alone))
 
 
-def _binary(path: Path, raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
-
-
-def _text_of(path: Path, raw: BinaryIO) -> io.TextIOWrapper:
-    return io.TextIOWrapper(_binary(path, raw), encoding="utf-8-sig", errors="replace")
-
-
-def _pieces(path: Path, raw: BinaryIO) -> Iterator[str]:
-    """A text in pieces that end with a line, unless the line is very long."""
-    text = _text_of(path, raw)
-    while piece := text.read(PIECE):
-        yield piece + text.readline(PIECE)
-    text.detach()
-
-
-def _rows(path: Path, raw: BinaryIO, fields: Sequence[str]) -> Iterator[str | None]:
-    """The text of every row; `None` for a row that has none."""
-    lines = _text_of(path, raw)
-    for line in lines:
-        if line.strip():
-            try:
-                yield _row_text(json.loads(line), fields)
-            except ValueError:
-                yield None
-    lines.detach()
-
-
-def _texts_in(row: Any) -> list[str]:
-    """Names of the fields of a row that hold text."""
-    if not isinstance(row, Mapping):
-        raise ValueError("the row is no JSON object.")
-    return [name for name, value in row.items() if isinstance(value, str)]
-
-
-def _only_field(row: Any) -> tuple[str, ...]:
-    """The field that is the text of a row, if there is no doubt; none if the row itself is the text."""
-    if isinstance(row, str):
-        return ()
-    texts = _texts_in(row)
-    if "text" in texts:
-        return ("text",)
-    if len(texts) != 1:
-        raise ValueError(f"say by `--field` which field is the text; there is some in {', '.join(texts) or 'none'}.")
-    return (texts[0],)
-
-
-def _row_text(row: Any, fields: Sequence[str]) -> str:
-    if isinstance(row, str) and not fields:
-        return row
-    texts = _texts_in(row)
-    missing = [name for name in fields if name not in texts]
-    if missing:
-        raise ValueError(f"no text in field {missing[0]!r}; there is some in {', '.join(texts) or 'none'}.")
-    return "\n".join(row[name] for name in fields)
+def _pieces(strings: Iterable[str]) -> Iterator[str]:
+    """Yields `strings` joined to pieces of at least `PIECE` characters."""
+    held = ""
+    for string in strings:
+        held += string
+        if len(held) >= PIECE:
+            yield held
+            held = ""
+    yield held

@@ -39,6 +39,16 @@ def title(model: Mapping[str, Any]) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
+def cutting(settings: Mapping[str, Any]) -> str:
+    """Says how texts were cut into sequences."""
+    if settings["packing"]:
+        return f"The texts of a domain are joined by line ends and cut into sequences of {settings['seq_len']} tokens."
+    return (
+        f"Each row, and each file of plain text, is cut into sequences of at most {settings['seq_len']} tokens. No sequence holds two "
+        "texts."
+    )
+
+
 def describe(model: Mapping[str, Any]) -> str:
     """A model in one line."""
 

@@ -1,7 +1,8 @@
 """
 Axolotl: `plugins: [hf_phibalance.integrations.axolotl.PhiBalancePlugin]` and `phi_balance: {coef: 0.01}` in the YAML.
 
-`phi_balance` takes the fields of [`PhiBalanceConfig`], or `true` for the defaults; Axolotl validates it with the rest.
+`phi_balance` takes the fields of [`PhiBalanceConfig`], `true` for the defaults, or `false` for no balancing; Axolotl validates
+it with the rest.
 
 Axolotl trains on without a plugin that it cannot import. So whatever that could happen to, for instance on an old
 transformers, is imported by the methods, whose errors end the run.
@@ -23,15 +24,16 @@ SHARED = ("context_parallel_size", "expert_parallel_size")
 class PhiBalanceArgs(BaseModel):
     """What the plugin adds to Axolotl's schema."""
 
-    phi_balance: dict[str, Any]
+    phi_balance: dict[str, Any] | None
 
     @field_validator("phi_balance", mode="before")
     @classmethod
-    def check_fields(cls, value: Any) -> dict[str, Any]:
+    def check_fields(cls, value: Any) -> dict[str, Any] | None:
         """Errors are those of [`PhiBalanceConfig`]; the fields left out are logged with the rest of Axolotl's config."""
         from ..config import PhiBalanceConfig
 
-        return PhiBalanceConfig.from_any(value).to_dict()
+        config = PhiBalanceConfig.from_any(value)
+        return None if config is None else config.to_dict()
 
     @model_validator(mode="after")
     def refuse_impossible(self) -> Any:
@@ -39,6 +41,8 @@ class PhiBalanceArgs(BaseModel):
         from ..config import PhiBalanceConfig
 
         asked: Any = self
+        if self.phi_balance is None:
+            return self
         config = PhiBalanceConfig.from_dict(self.phi_balance)
         for name, value in (asked.overrides_of_model_config or {}).items():
             if config.is_on and name in BUILT_IN_LOSS and value:
@@ -76,6 +80,8 @@ class PhiBalancePlugin(BasePlugin):
         from ..balancing import get_balancer, patch
         from ..sidecar import state_in
 
+        if not cfg.phi_balance:
+            return
         fields = cfg.phi_balance.to_dict()
         refuse_maskless(cfg, model, fields)
         patch(model, fields)
@@ -86,6 +92,8 @@ class PhiBalancePlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         from ..training import attach
 
+        if not cfg.phi_balance:
+            return
         attach(trainer)
         if cfg.sample_packing:
             keep_attention_mask(trainer)
@@ -94,7 +102,7 @@ class PhiBalancePlugin(BasePlugin):
         """For the ways of saving that write nothing but the tensors of an adapter."""
         from ..balancing import get_balancer
 
-        if cfg.local_rank == 0:
+        if cfg.phi_balance and cfg.local_rank == 0:
             get_balancer(model).save(cfg.output_dir)
 
 
@@ -103,7 +111,7 @@ def refuse_maskless(cfg: Any, model: Any, fields: dict[str, Any]) -> None:
     from ..config import PhiBalanceConfig
 
     family = model.config.model_type
-    if cfg.sample_packing and family in MASKLESS and PhiBalanceConfig.from_any(fields).token_mask == "attention":
+    if cfg.sample_packing and family in MASKLESS and PhiBalanceConfig.from_dict(fields).token_mask == "attention":
         raise ValueError(
             f"sample_packing: true with {family}, for which Axolotl deletes the attention mask that tells the padding of a packed "
             "row from its tokens, so that it would count. Set phi_balance: {token_mask: labels}, or sample_packing: false."

@@ -2,8 +2,8 @@
 LLaMA-Factory, which has no plugins: `python -m hf_phibalance.integrations.llamafactory train config.yaml` stands in for
 `llamafactory-cli train config.yaml`.
 
-The config gets one more key, `phi_balance: {coef: 0.01}`; all others, overrides on the command line, and what
-`llamafactory-cli` does about several GPUs (`FORCE_TORCHRUN`, `NPROC_PER_NODE`, ...), are LLaMA-Factory's.
+The config gets one more key, `phi_balance: {coef: 0.01}`, or `false` for no balancing. All others, overrides on the command
+line, and what `llamafactory-cli` does about several GPUs (`FORCE_TORCHRUN`, `NPROC_PER_NODE`, ...), are LLaMA-Factory's.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def run(run_exp: Any) -> None:
     if not isinstance(options, dict) or KEY not in options:
         raise ValueError(f"`{KEY}` is missing: write `{KEY}: {{coef: 0.01}}` into the YAML or JSON config.")
     config = PhiBalanceConfig.from_any(options.pop(KEY))
+    if config is None:
+        return run_exp(options)
     refuse_impossible(options, config)
     with balanced_trainers(config):
         run_exp(options)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..files import quoted
 from ..sidecar import STATE_NAME
 
 
@@ -93,14 +94,16 @@ def find_biases(model_config: Any, download_dir: str | None) -> StateFile | None
     if model_config.runner_type == "draft" or not model_config.get_num_experts():
         return None
     from ..balancing import read_state
+    from ..config import PhiBalanceConfig
     from ..models import find_state
 
     path = None
     with contextlib.suppress(OSError, ValueError):  # neither a folder nor the name of a repository: a GGUF file, say
         path = find_state(model_config.model, {"revision": model_config.revision, "cache_dir": download_dir})
     if path is None:
-        trained = getattr(model_config.hf_config, "phi_balance", None) or {}
-        if trained.get("bias_coef") and model_config.hf_text_config.model_type in RANKED:
+        said = getattr(model_config.hf_config, "phi_balance", None)
+        trained = PhiBalanceConfig.from_any(said, f"`phi_balance` in the config of {model_config.model}")
+        if trained and trained.bias_coef and model_config.hf_text_config.model_type in RANKED:
             logger.warning(
                 f"{model_config.model} was trained with a selection bias, which is lost: there is no {STATE_NAME}."
             )
@@ -158,7 +161,7 @@ def choosing_with_bias(model_config: Any) -> Iterator[None]:
             return make_router(**options)
         if family not in RANKED:
             raise ValueError(
-                f"{model_config.model} has a selection bias, but hf_phibalance has not been tried in vLLM with {family!r}, only "
+                f"{model_config.model} has a selection bias, but hf_phibalance has not been tried in vLLM with {quoted(family)}, only "
                 f"with {', '.join(RANKED)}. {REMEDY}"
             )
         refuse_other_rules(options)

@@ -14,7 +14,7 @@ from transformers.utils import cached_file, logging
 
 from ..balancing import config_in, fingerprint, get_balancer, give_own_config, patch, read_state
 from ..config import PhiBalanceConfig
-from ..files import read_json
+from ..files import quoted, read_json
 from ..reporting import auto_class_name
 from ..sidecar import STATE_NAME
 
@@ -27,9 +27,10 @@ class _AutoModel:
     """
     An auto class of transformers whose models come back φ-balanced.
 
-    `phi_balance` may be a [`PhiBalanceConfig`], a dict of its fields, `True` (what config.json says, else the
-    defaults), `False` (the ordinary model), or be left out: then a model that was saved while patched is patched again.
-    The same holds for the folder of an adapter, whose configuration is kept in `phi_balance.state`.
+    `phi_balance` may be a [`PhiBalanceConfig`], a mapping of its fields, `True` (what config.json says, else the
+    defaults), `False` (the ordinary model), or be left out: then config.json decides, so that a model that was saved while
+    patched is patched again. `false` and `null` in config.json mean no balancing. The folder of an adapter keeps its
+    configuration in `phi_balance.state` instead.
     """
 
     plain: type[_BaseAutoModelClass]  # that of transformers
@@ -47,20 +48,17 @@ class _AutoModel:
         Raises:
             ValueError: if the configuration is invalid, the model has no router, or its state does not fit it.
         """
-        PhiBalanceConfig.from_any(phi_balance or True)  # bad input fails before the weights are loaded
+        PhiBalanceConfig.from_any(phi_balance)  # bad input fails before the weights are loaded
         loaded = cls.plain.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if phi_balance is None:
-            phi_balance = _was_patched(model, pretrained_model_name_or_path, kwargs)
         _patch_loaded(model, pretrained_model_name_or_path, phi_balance, kwargs)
         return loaded
 
     @classmethod
     def from_config(cls, config, *args, phi_balance: Any = None, **kwargs) -> nn.Module:
         """A model with random weights; see `from_pretrained` for `phi_balance`."""
+        PhiBalanceConfig.from_any(phi_balance)
         model = cls.plain.from_config(config, *args, **kwargs)
-        if phi_balance is None:
-            phi_balance = getattr(config, "phi_balance", None) is not None
         _patch_loaded(model, None, phi_balance, kwargs)
         return model
 
@@ -105,18 +103,14 @@ def base_of_adapter(config: str | os.PathLike) -> str:
     remedy = "Save the adapter again with PEFT's save_pretrained."
     base = read_json(config, remedy).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ValueError(f"base_model_name_or_path in {config} must be the name of a model, got {base!r}. {remedy}")
+        raise ValueError(
+            f"base_model_name_or_path in {config} must be the name of a model, got {quoted(base)}. {remedy}"
+        )
     return base
 
 
-def _was_patched(model: nn.Module, source: str, kwargs: dict[str, Any]) -> bool:
-    if _is_adapter(model):
-        return find_state(source, kwargs) is not None
-    return _flag(model, source, kwargs) is not None
-
-
 def _flag(model: nn.Module, source: str | None, kwargs: dict[str, Any]) -> Any:
-    """The configuration that config.json holds; of a language model out of a vision-language one, that of the whole."""
+    """Returns what config.json says under `phi_balance`; of a language model out of a vision-language one, that of the whole."""
     own = getattr(model.config, "phi_balance", None)
     if own is not None or source is None or _is_adapter(model):
         return own
@@ -131,17 +125,24 @@ def _is_adapter(model: nn.Module) -> bool:
 
 def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs: dict[str, Any]) -> None:
     """Patches a freshly loaded model as `phi_balance` asks and gives it the state that was saved beside its weights."""
-    saved = _flag(model, source, kwargs)
+    saved, file = _flag(model, source, kwargs), f"{source or type(model).__name__}/config.json"
     if getattr(model.config, "phi_balance", None) is not None:
         # so that what is unpatched later, or not patched at all, is saved as an ordinary model
         give_own_config(model)
         vars(model.config).pop("phi_balance", None)
-    if phi_balance is None or phi_balance is False:
+    if phi_balance is False:
         return
-    state = None if source is None else find_state(source, kwargs)
+    state = None
+    if source is not None and (phi_balance or saved or _is_adapter(model)):
+        state = find_state(source, kwargs)
     if state is not None and _is_adapter(model):
-        saved = config_in(state)
-    patch(model, _usable(saved, source) if saved and phi_balance is True else phi_balance)
+        saved, file = config_in(state), state
+    elif phi_balance is None and _is_adapter(model):
+        return
+    config = _asked(phi_balance, saved, file)
+    if config is None:
+        return
+    patch(model, config)
     if state is not None:
         balancer = get_balancer(model)
         balancer.load(state)
@@ -158,14 +159,15 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
         )
 
 
-def _usable(saved: Any, source: str | None) -> PhiBalanceConfig:
-    """The configuration that was saved with a model, which may be damaged, or of a later version."""
+def _asked(phi_balance: Any, saved: Any, file: str) -> PhiBalanceConfig | None:
+    """Returns the configuration to load a model with: that of `file`, which may be damaged or of a later version, or the user's."""
+    if phi_balance is not None and phi_balance is not True:
+        return PhiBalanceConfig.from_any(phi_balance)
     try:
-        return PhiBalanceConfig.from_any(saved)
+        return PhiBalanceConfig.from_any(saved, f"`phi_balance` in {file}") or PhiBalanceConfig.from_any(phi_balance)
     except ValueError as error:
         raise ValueError(
-            f"{source or 'the config'} holds a φ-balance configuration that cannot be used: {error} Pass another one, "
-            "phi_balance={...}, or phi_balance=False for the ordinary model."
+            f"{error} Or pass another one, phi_balance={{...}}, or phi_balance=False for the ordinary model."
         ) from error
 
 

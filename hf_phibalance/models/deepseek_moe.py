@@ -27,6 +27,8 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import (
 )
 from transformers.utils import can_return_tuple
 
+from ..files import quoted
+
 
 MODEL_TYPE = "deepseek"
 
@@ -57,7 +59,7 @@ class DeepseekMoeConfig(DeepseekOcr2TextConfig):
     def __post_init__(self, **kwargs):
         if self.norm_topk_prob or self.scoring_func != "softmax":
             raise ValueError(
-                f"norm_topk_prob={self.norm_topk_prob!r} and scoring_func={self.scoring_func!r}: the published "
+                f"norm_topk_prob={quoted(self.norm_topk_prob)} and scoring_func={quoted(self.scoring_func)}: the published "
                 "DeepSeek-MoE has False and 'softmax', and its decoder here knows nothing else. Set these."
             )
         self.mlp_layer_types = [

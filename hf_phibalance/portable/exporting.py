@@ -61,7 +61,7 @@ def export(
             to those with the bias) or `"drop"`.
         max_loss_increase (`float`, *optional*, defaults to `0.01`): refuse to write what has so much more loss per token.
         force (`bool`, *optional*, defaults to `False`): write it all the same.
-        field (`Sequence[str]`, *optional*): fields of `.jsonl` rows that are the text, as for [`parse_domains`].
+        field (`Sequence[str]`, *optional*): fields of rows that are the text, as for [`parse_domains`].
         max_tokens (`int`, *optional*, defaults to `65536`): tokens of each domain, `0` for all.
         seq_len (`int`, *optional*, defaults to `512`): longest sequence.
         batch_size (`int`, *optional*, defaults to `8`): sequences of a forward.

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -143,6 +144,43 @@ def test_signed_headers_of_other_content(model, written, headers, tmp_path_facto
     refused_or_the_same(model, path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header, tensors: header.update(phi_balance="9" * 10**6, version="v" * 10**6),
+        lambda header, tensors: header.update({"n" * 10**6: "", **{f"n{i}": "" for i in range(999)}}),
+        lambda header, tensors: header.update(model=header["model"].replace("mixtral", "m" * 10**6)),
+        lambda header, tensors: header.update(model=header["model"].replace("layers.1", "l" * 10**6)),
+        lambda header, tensors: header.update(model=header["model"].replace("[8", "[" + json.dumps("8" * 10**6))),
+        lambda header, tensors: header.update(model='{"' + "k" * 10**6 + '":1,"' + "k" * 10**6 + '":1}'),
+        lambda header, tensors: tensors.update({"k" * 10**6: torch.zeros(1)}),
+        lambda header, tensors: tensors.update(steps=torch.arange(10**5)),
+    ],
+    ids=["version", "header", "type", "router", "experts", "twice", "tensor", "steps"],
+)
+def test_refusals_do_not_quote_a_whole_file(model, written, change, tmp_path):
+    header, tensors = dict(written[3]), dict(written[2])
+    change(header, tensors)
+    header["checksum"] = checksum(tensors, header)
+    save_file(tensors, tmp_path / STATE_NAME, metadata=header)
+    with pytest.raises(ValueError, match=r"delete it|fresh duals|Load the state|earlier checkpoint") as error:
+        phb.get_balancer(model).load(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_state_of_100_000_routers_is_refused_at_once(model, written, tmp_path):
+    header = dict(written[3])
+    described = json.loads(header["model"])
+    described["routers"] = {f"{i}.layers.0.mlp.gate": [8, 2, "softmax"] for i in range(100_000)}
+    header["model"] = json.dumps(described)
+    header["checksum"] = checksum(written[2], header)
+    save_file(written[2], tmp_path / STATE_NAME, metadata=header)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="belongs to another model"):
+        phb.get_balancer(model).load(tmp_path)
+    assert time.monotonic() - start < 10
+
+
 def header_promising(size, shape):
     text = json.dumps({f"{NAME}.bias": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
     return struct.pack("<Q", len(text)) + text
@@ -259,7 +297,15 @@ def test_weights_of_an_adapter_that_are_a_pickle(adapter, tmp_path):
 
 
 @CALM
-@given(value=json_values.filter(lambda value: value is not None))
+@given(value=json_values)
+@example(value=False)
+@example(value=[])
+@example(value=0)
+@example(value="")
+@example(value={})
+@example(value="x" * 1_000_000)
+@example(value={"x" * 1_000_000: 1, "version": "v" * 1_000_000})
+@example(value=json.loads("[" * 100 + "]" * 100))
 @example(value={"coef": float("nan")})
 @example(value={"coef": 0.1, "from_the_future": 1, "version": "99.0"})
 def test_what_a_config_json_says(model, value, tmp_path_factory):
@@ -271,10 +317,15 @@ def test_what_a_config_json_says(model, value, tmp_path_factory):
     try:
         loaded = phb.AutoModelForCausalLM.from_pretrained(folder)
     except ValueError as error:
-        assert str(folder) in str(error) and "phi_balance=False" in str(error)
+        assert f"`phi_balance` in {folder}/config.json" in str(error) and "phi_balance=False" in str(error)
+        assert len(str(error)) < 1500
         assert not is_patched(phb.AutoModelForCausalLM.from_pretrained(folder, phi_balance=False))
     else:
-        assert phb.get_balancer(loaded).config == phb.PhiBalanceConfig.from_any(value or True)
+        config = phb.PhiBalanceConfig.from_any(value)
+        assert phb.get_balancer(loaded).config == config if config else not is_patched(loaded)
+        assert config is not None or value is None or value is False
+    explicit = phb.AutoModelForCausalLM.from_pretrained(folder, phi_balance=BOTH)
+    assert phb.get_balancer(explicit).config == phb.PhiBalanceConfig(**BOTH)
 
 
 def test_a_good_file_in_bytes(written):

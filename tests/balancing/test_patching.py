@@ -55,7 +55,7 @@ def test_patch_with_a_new_config_keeps_the_duals():
         ("mixtral", {"coef": 1.0, "from_the_future": 1, "version": "99.0"}, "from_the_future.*99.0.*Upgrade"),
         ("mixtral", {"potential": "shannon"}, "potential"),
         ("mixtral", "yes", "PhiBalanceConfig"),
-        ("mixtral", False, "PhiBalanceConfig"),
+        ("mixtral", False, "`config` is False.*phb.unpatch"),
         ("phimoe", {"bias_coef": 0.1}, "bias_coef=0.1 is not possible.*sparsemixer.*Set bias_coef=0"),
         ("doge", {}, "product keys"),
     ],

@@ -77,7 +77,7 @@ def test_bad_sidecar_through_from_pretrained(saved, tmp_path, warned):
         ("deepseek_v3", {"first_k_dense_replace": 0, "num_hidden_layers": 4}, "another model"),  # one more layer
         ("gpt_oss", {}, "another model"),  # other names
         ("mixtral", {"num_local_experts": 4}, "4.*8 experts.*another model"),
-        ("mixtral", {"num_hidden_layers": 2}, "no layers.2"),
+        ("mixtral", {"num_hidden_layers": 2}, "no 'layers.2"),
         ("mixtral", {"num_hidden_layers": 4}, "another model"),
     ],
 )
@@ -166,7 +166,7 @@ def test_what_no_training_can_have_left(change, remedy, saved, tmp_path):
         (lambda header: header.clear(), "not written by hf_phibalance"),
         (
             lambda header: header.update(phi_balance="2", version="99.0"),
-            "phibalance 99.0 in format '2'.*reads format '1'",
+            "phibalance '99.0' in format '2'.*reads format '1'",
         ),
         (lambda header: header.pop("checksum"), "damaged.*checksum"),
         (lambda header: header.update(note="x"), "damaged.*note"),

@@ -76,6 +76,27 @@ def test_a_damaged_state_is_a_problem(saved, tmp_path, capsys):
     assert cli.main(["doctor", str(folder)]) == 2
     shown = capsys.readouterr().out
     assert "problem, state file" in shown and "Not fit to train" in shown
+    assert cli.main(["doctor", str(folder), "--json", "-"]) == 2
+    assert json.loads(capsys.readouterr().out)["model"]["config"]["coef"] == 0.3  # the saved configuration is kept
+
+
+@pytest.mark.parametrize(
+    "value, status, said",
+    [
+        (False, 0, "All well"),
+        ([], 2, "`phi_balance` in {folder}/config.json must be"),
+        ({"coef": 0.2}, 0, "start anew"),
+    ],
+    ids=str,
+)
+def test_what_a_config_says_without_a_state(saved, tmp_path, capsys, value, status, said):
+    for file in (saved / "plain").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"phi_balance": value}))
+    assert cli.main(["doctor", str(tmp_path)]) == status
+    captured = capsys.readouterr()
+    assert said.format(folder=tmp_path) in " ".join((captured.out + captured.err).split())
 
 
 def test_lora(saved, capsys):

@@ -1,6 +1,8 @@
 """The command `phibalance inspect`: what it writes, and how it refuses."""
 
+import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_texts import domains_of, make_tokenizer
+from made_texts import domains_of, make_tokenizer, words
 from paths import DATA
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_phibalance import cli
+from hf_phibalance.files import parse_json, printable
 from hf_phibalance.inspection import inspect_model
 
 
@@ -87,32 +90,75 @@ def test_one_domain_has_no_specialisation(tmp_path, saved, texts, capsys):
     [
         (["x=missing.txt"], "no such file"),
         (["x={tmp}/empty"], "no file in that folder ends in"),
-        (["=a.txt"], "lacks a name"),
-        (["x="], "lacks a path"),
-        (["x={tmp}/binary.bin"], "zero bytes"),
-        (["x={tmp}/rows.jsonl"], "--field"),
-        (["x={tmp}/rows.jsonl", "--field", "y=question"], "for no domain"),
-        (["x={tmp}/rows.jsonl", "--field", "wrong"], "'wrong'.*question, answer"),
-        (["x={tmp}/broken.jsonl"], "broken.jsonl, first row"),
+        (["x={tmp}/*.none"], "nothing matches it as a glob"),
+        (["=a.txt"], "write name=path"),
+        (["x="], "write name=path"),
+        (["overall=a.txt"], "not 'overall'"),
+        (["x={tmp}/rows.jsonl"], r"first row: say by `--field`.*\['a', 'b'\]"),
+        (["x={tmp}/rows.jsonl", "--field", "y=a"], "for no domain"),
+        (["x={tmp}/rows.jsonl", "--field", "wrong"], r"'wrong'.*\['a', 'b'\]"),
+        (["x={tmp}/chats.jsonl"], "no chat template.*--tokenizer"),
         (["x={tmp}/a.txt", "--batch_size", "0"], "`--batch_size` is 0"),
         (["x={tmp}/a.txt", "--html", "{tmp}"], "is a folder"),
+        (["x={tmp}/a.txt", "--json", "{tmp}/a.txt/b.json"], "a.txt"),
         (["x={tmp}/a.txt", "--seq_len", "65"], "at most 64"),
         (["x={tmp}/none.txt"], "no text in domain x"),
-        (["x={tmp}/numbers.jsonl", "--field", "n"], "no text in field 'n'"),
     ],
 )
 def test_bad_input_is_explained(tmp_path, saved, capsys, words, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("w3 w4")
     (tmp_path / "none.txt").write_text("")
-    (tmp_path / "binary.bin").write_bytes(b"\x7fELF\0\0")
-    (tmp_path / "rows.jsonl").write_text('{"question": "w3", "answer": "w4"}\n')
-    (tmp_path / "numbers.jsonl").write_text('{"n": 3, "body": "w3"}\n')
-    (tmp_path / "broken.jsonl").write_text("{\n")
+    (tmp_path / "rows.jsonl").write_text('{"a": "w3", "b": "w4"}\n')
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "w3"}]}\n')
     assert cli.main(["inspect", saved, "--texts", *(word.format(tmp=tmp_path) for word in words)]) == 1
     captured = capsys.readouterr()
-    assert re.search(message, captured.err.replace("\n", " ")), captured.err
+    assert re.search(message, captured.err.splitlines()[-1]), captured.err
     assert not captured.out
+
+
+ODD = ("caf\udce9", "[/b]", "\x1b[31mred\n\t", "<b>&</b>", "|`*_", "x" * 300, "noise floor", "\u202eabc", "😀", "—")
+
+
+def test_a_report_is_written_whatever_the_labels_are(tmp_path, saved):
+    """In a process of its own, whose terminal knows ASCII only; names of files and of domains that are no Unicode, or markup."""
+    for index in range(len(ODD)):
+        (tmp_path / f"{index}.txt").write_text(words(30, seed=index))
+    texts = [f"{name}={tmp_path}/{index}.txt" for index, name in enumerate(ODD)]
+    (tmp_path / "caf\udce9 [i].txt").write_text(words(30, seed=99))
+    out = str(tmp_path / "[/b] caf\udce9")
+    command = [
+        "inspect",
+        saved,
+        "--texts",
+        *texts,
+        f"{tmp_path}/caf\udce9 [i].txt",
+        "--json",
+        f"{out}.json",
+        "--html",
+        f"{out}.html",
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_phibalance.cli", *command], capture_output=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    written = parse_json(Path(f"{out}.json").read_bytes())  # which refuses half characters
+    shown = [printable(name) for name in (*ODD, "caf\udce9 [i]")]
+    assert list(written["domains"]) == shown and all(len(written["layers"][0]["counts"][name]) == 8 for name in shown)
+    page = Path(f"{out}.html").read_text(encoding="utf-8")
+    assert all(html.escape(name) in page for name in shown) and "<b>&" not in page
+    assert b"\x1b" not in done.stdout and rb"caf\udce9" in done.stdout and b"HTML report in" in done.stdout
+    assert max(float(width) for width in re.findall(r'style="width:(\d+)px"', page)) < 2000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_a_report_that_cannot_be_written_does_not_take_the_others_with_it(tmp_path, saved, texts, capsys):
+    words = ["inspect", saved, "--texts", texts[0][1], "--json", "/dev/full", "--html", str(tmp_path / "a.html")]
+    assert cli.main(words) == 1
+    captured = capsys.readouterr()
+    assert "No space left" in captured.err and "MaxVio" in captured.out
+    assert "MaxVio" in (tmp_path / "a.html").read_text()
 
 
 def test_help_needs_neither_torch_nor_transformers():
@@ -140,7 +186,7 @@ def test_real_text(tmp_path, capsys):
     tiny_model("mixtral", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     texts = [f"math={DATA}/gsm8k/test.jsonl", f"prose={DATA}/wikitext2/valid.txt", f"code={source}"]
-    words = ["--field", "math=question", "math=answer", "--max_tokens", "3000", "--seq_len", "64", "--json", "-"]
+    words = ["--max_tokens", "3000", "--seq_len", "64", "--json", "-"]
     assert cli.main(["inspect", str(tmp_path / "model"), "--texts", *texts, *words]) == 0
     written = json.loads(capsys.readouterr().out)
     assert [read["tokens"] for read in written["domains"].values()] == [3000] * 3

@@ -194,9 +194,11 @@ def check_merged(made, config, adapted):
 def test_at_strength_zero_axolotl_trains_as_without_the_plugin(made):
     _, counted = train(made, "counted", phi_balance={"coef": 0.0})
     _, plain = train(made, "plain", plugins=None, phi_balance=None)
+    _, off = train(made, "off", phi_balance=False)
     assert_same_files(plain, counted, "model.safetensors")
+    assert_same_files(plain, off, "model.safetensors")
     assert (counted / "checkpoint-2" / STATE_NAME).is_file()
-    assert not (plain / STATE_NAME).exists()
+    assert not (plain / STATE_NAME).exists() and not (off / STATE_NAME).exists()
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_at_strength_zero_axolotl_trains_as_without_the_plugin(made):
         ({"phi_balance": {"coeff": 0.1}}, "unknown PhiBalanceConfig field.*'coeff'"),
         ({"phi_balance": {"coef": -1.0}}, "`coef` must lie in"),
         ({"phi_balance": {"method": "loss_free", "coef": 0.5}}, "method='loss_free' does not read it"),
-        ({"phi_balance": 0.01}, "`config` must be a PhiBalanceConfig"),
+        ({"phi_balance": 0.01}, "`phi_balance` must be a PhiBalanceConfig"),
         ({"phi_balance": None}, "phi_balance\n *Field required"),
         ({"overrides_of_model_config": {"router_aux_loss_coef": 0.02}}, "router_aux_loss_coef: 0.02 adds a second"),
         ({"overrides_of_model_config": {"output_router_logits": True}}, "output_router_logits: True adds a second"),
@@ -262,5 +264,7 @@ def test_state_is_saved_where_axolotl_writes_only_an_adapter(tmp_path):
     from hf_phibalance.integrations.axolotl import PhiBalancePlugin
 
     model = phb.patch(tiny_model("mixtral"))
-    PhiBalancePlugin().post_train(DictDefault(output_dir=str(tmp_path), local_rank=0), model)
+    PhiBalancePlugin().post_train(
+        DictDefault(phi_balance={"coef": 0.01}, output_dir=str(tmp_path), local_rank=0), model
+    )
     phb.get_balancer(model).load(tmp_path)

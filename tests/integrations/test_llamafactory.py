@@ -165,3 +165,13 @@ def test_a_config_without_phi_balance_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "config.yaml")])
     with pytest.raises(ValueError, match="`phi_balance` is missing"):
         llamafactory.run(lambda options: pytest.fail("LLaMA-Factory was started"))
+
+
+def test_false_runs_llamafactory_as_it_is(tmp_path, monkeypatch):
+    from hf_phibalance.integrations import llamafactory
+
+    (tmp_path / "config.yaml").write_text(json.dumps(OPTIONS | {"moe_aux_loss_coef": 0.01, "phi_balance": False}))
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "config.yaml")])
+    started = []
+    llamafactory.run(started.append)
+    assert started == [OPTIONS | {"moe_aux_loss_coef": 0.01}]

@@ -21,6 +21,6 @@ def saved(tmp_path):
 @pytest.fixture
 def text(tmp_path):
     """A file of eight documents of 60 words."""
-    rows = "".join(f'"{words(60, seed=seed)}"\n' for seed in range(8))
+    rows = "".join(f'{{"text": "{words(60, seed=seed)}"}}\n' for seed in range(8))
     (tmp_path / "text.jsonl").write_text(rows)
     return str(tmp_path / "text.jsonl")
