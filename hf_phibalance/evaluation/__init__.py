@@ -27,7 +27,7 @@ but the standard library; the rest is imported when first used, and `evaluate` w
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .sandbox import CODE_EVAL_VARIABLE, CodeExecutionError, Verdict, require_opt_in, run_program
+from .sandbox import CODE_EVAL_VARIABLE, CodeExecutionError, Verdict, require_sandbox, run_program
 from .scoring import (
     GSM8K_STOPS,
     HARNESS_FEWSHOT_SEED,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .completions import CompletionStore
     from .generation import Decoding, complete, reset_generation_config, tokenize_prompts
     from .gsm8k_accuracy import GSM8KAccuracy
-    from .humaneval_pass_at_k import HumanEvalPassAtK
+    from .humaneval_pass_at_k import HumanEvalPassAtK, score_humaneval
     from .loads import count_loads, expert_load
     from .problems import as_chats, load_problems, make_prompts, score_completions
     from .provenance import model_fingerprint, text_fingerprint, versions
@@ -74,17 +74,22 @@ __all__ = [
     "model_fingerprint",
     "normalise_answer",
     "pass_at_k",
-    "require_opt_in",
+    "require_sandbox",
     "reset_generation_config",
     "run_program",
     "score_completions",
+    "score_humaneval",
     "text_fingerprint",
     "tokenize_prompts",
     "truncate",
     "versions",
 ]
 # What is imported when first asked for, and where it is.
-_METRICS = {"GSM8KAccuracy": "gsm8k_accuracy", "HumanEvalPassAtK": "humaneval_pass_at_k"}
+_METRICS = {
+    "GSM8KAccuracy": "gsm8k_accuracy",
+    "HumanEvalPassAtK": "humaneval_pass_at_k",
+    "score_humaneval": "humaneval_pass_at_k",
+}
 _MODULES = {
     **_METRICS,
     "CompletionStore": "completions",
