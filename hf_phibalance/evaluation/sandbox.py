@@ -36,6 +36,7 @@ import math
 import os
 import secrets
 import select
+import shutil
 import signal
 import site
 import subprocess
@@ -64,10 +65,10 @@ RUNNER = Path(__file__).parent / "runner"
 # parts of the kernel that had many errors.
 FORBIDDEN = (
     "memfd_create", "memfd_secret", "shmget", "shmat", "shmctl", "semget", "semop", "semctl", "msgget", "msgsnd",
-    "keyctl", "add_key", "request_key", "ptrace", "process_vm_readv", "process_vm_writev", "unshare", "setns", "clone3",
+    "keyctl", "add_key", "request_key", "ptrace", "pidfd_getfd", "process_vm_readv", "process_vm_writev", "unshare", "setns", "clone3",
     "io_uring_setup", "userfaultfd", "bpf", "perf_event_open", "syslog",
 )  # fmt: skip
-CLONE_NEWUSER = 0x10000000
+CLONE_NEWUSER, AF_NETLINK = 0x10000000, 16
 
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -76,7 +77,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "ARROW_DEFAULT_MEMORY_POOL": "system",  # the other one, which comes with pandas, leaves a thread running
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a thread that pandas would leave running
 }
 REMEDY = (
     "It needs bubblewrap 0.7 or newer (`apt install bubblewrap`), libseccomp (`apt install libseccomp2`) and pyseccomp "
@@ -350,7 +351,9 @@ def _warn_of_no_walls() -> None:
 
 def _walls(size: float, user: int | None) -> list[str]:
     """Returns the `bwrap` command, without the filter and without the command that it is to run."""
-    command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    if not (bwrap := shutil.which("bwrap")):
+        raise CodeExecutionError("there is no `bwrap` on the PATH")
+    command = [bwrap, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
     if user is None:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
@@ -363,7 +366,8 @@ def _walls(size: float, user: int | None) -> list[str]:
             command += ["--dir", str(parent)]  # that all users may pass, unlike perhaps the parent outside
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     command += ["--ro-bind", str(RUNNER), "/runner", "--perms", "0777", "--dir", FOLDER]
-    return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
+    command += ["--tmpfs", "/proc/1"]  # the inner `bwrap`, whose memory an ordinary user's program could write to
+    return [*command, "--remount-ro", "/proc/1", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
 
 
 @lru_cache
@@ -393,6 +397,7 @@ def _seccomp() -> bytes:
     for name in FORBIDDEN:
         rules.add_rule(refuse, name)
     rules.add_rule(refuse, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, CLONE_NEWUSER, CLONE_NEWUSER))
+    rules.add_rule(refuse, "socket", pyseccomp.Arg(0, pyseccomp.GT, AF_NETLINK))  # vsock leaves the network namespace
     with _file(b"") as file:
         rules.export_bpf(file)
         file.seek(0)

@@ -80,14 +80,16 @@ def refuse_harm(folder: str, walls: bool, replies: BinaryIO) -> None:
     Ends the program if its Python code tries to change a file elsewhere, to signal another process or to use the
     network, also if it would catch the error and carry on. This is for the verdict; it is the walls that protect.
     """
-    places = ["/tmp", "/dev/shm"] if walls else [folder, "/dev/shm"]
+    places = ["/tmp", "/dev/shm"] if walls else ["/dev/shm"]
 
     def hook(event: str, args: tuple) -> None:
         if event in CHANGES:
             if (event == "open" and not (args[2] or 0) & WRITING) or (event in RELATIVE and args[-1] >= 0):
                 return
             for path in args[1:2] if event.endswith("link") else args[:2] if event == "os.rename" else args[:1]:
-                if isinstance(path, (str, bytes, os.PathLike)) and not may_change(os.path.realpath(os.fsdecode(path))):
+                if isinstance(path, (str, bytes, os.PathLike)) and not may_change(
+                    event, os.path.realpath(os.fsdecode(path))
+                ):
                     end(f"tried to change a file outside of its folder ({event} {path!r})")
         elif event in COMMANDS:
             for path in re.findall(r"(?<![^\s'\"=])/[^\s'\",;]+", " ".join(map(str, args[:2]))):
@@ -98,10 +100,14 @@ def refuse_harm(folder: str, walls: bool, replies: BinaryIO) -> None:
         elif event in CONNECTIONS and isinstance(args[1], tuple):
             end(f"tried to use the network ({event} {args[1]})")
 
-    def may_change(path: str) -> bool:
-        inside = any(os.path.commonpath((path, place)) == place for place in places)
-        # a folder that is not here may be elsewhere
-        return path == os.devnull or (inside and os.path.lexists(os.path.dirname(path)))
+    def may_change(event: str, path: str) -> bool:
+        own, *shared = [os.path.commonpath((path, place)) == place for place in (folder, *places)]
+        # a file in a folder that is not here is perhaps one outside
+        return (
+            own
+            or path == os.devnull
+            or (any(shared) and (event == "os.mkdir" or os.path.lexists(os.path.dirname(path))))
+        )
 
     def is_own(process: int) -> bool:
         if process > 0 and process != os.getpid() and hasattr(os, "waitid"):  # which macOS may lack
