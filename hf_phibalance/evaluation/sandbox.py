@@ -1,19 +1,21 @@
 """
-Runs a generated program once, behind the walls of bubblewrap (`bwrap`), and says whether it passes its checks.
+Runs a generated program once, behind the walls of bubblewrap (`bwrap`), and returns whether it passes its checks.
 
 It is off until the user opts in: `HF_ALLOW_CODE_EVAL=1`, or `allow_code_execution=True`.
 
 - **Two processes.** The judge holds the checks and no line of the program. It calls the program's functions over pipes,
   and only plain data comes back (numbers, text, lists, dictionaries and the like). So nothing that the program does to
   its own interpreter is a pass.
-- **Walls.** Each process has its own namespaces (processes, network, IPC, mounts), no capabilities, an empty
-  environment and a seccomp filter (`FORBIDDEN`). It can read the interpreter, system libraries and programs, installed
-  packages, `/proc` and `/dev`, and no other file. It can write to `/tmp`, where its working directory is, and to
-  `/dev/shm`. Both are its own, limited in size, and vanish with it. If the caller is root, it runs as an unused user.
+- **Walls.** Each process has its own namespaces (processes, network, IPC, mounts), no capabilities, no environment of
+  the caller and a seccomp filter (`FORBIDDEN`). It can read the interpreter, installed packages, the system's programs
+  and libraries, `/proc`, `/dev` and the modules of `runner`, and no other file. It can write to `/tmp`, where its
+  working directory is, and to `/dev/shm`. Both are its own, limited in size, and vanish with it. If the caller is root,
+  it runs with an unused user id.
 - **Limits.** At the deadline the caller kills both processes and all that they have started. CPU time, address space
   and file size are limited per process. Processes and threads are limited in number.
-- **Verdict.** A program fails, even if it answers right, if it leaves threads or processes running, if it prints
-  `file_limit` bytes, or if its Python code tries to signal others, to use the network or to change files elsewhere.
+- **Verdict.** A program that answers right still fails if it is seen to leave threads or processes running, if it
+  prints `file_limit` bytes, or if its Python code openly tries to signal others, to use the network or to change files
+  elsewhere.
 
 Not covered:
 
@@ -65,8 +67,8 @@ RUNNER = Path(__file__).parent / "runner"
 # parts of the kernel that had many errors.
 FORBIDDEN = (
     "memfd_create", "memfd_secret", "shmget", "shmat", "shmctl", "semget", "semop", "semctl", "msgget", "msgsnd",
-    "keyctl", "add_key", "request_key", "ptrace", "pidfd_getfd", "process_vm_readv", "process_vm_writev", "unshare", "setns", "clone3",
-    "io_uring_setup", "userfaultfd", "bpf", "perf_event_open", "syslog",
+    "keyctl", "add_key", "request_key", "ptrace", "pidfd_getfd", "process_vm_readv", "process_vm_writev", "unshare",
+    "setns", "clone3", "io_uring_setup", "userfaultfd", "bpf", "perf_event_open", "syslog",
 )  # fmt: skip
 CLONE_NEWUSER, AF_NETLINK = 0x10000000, 16
 
@@ -79,11 +81,21 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a thread that pandas would leave running
 }
+TRIAL = f"""
+import os
+with open({os.__file__!r}): pass
+try:
+    for started in range(9):
+        if os.fork() == 0: os._exit(0)
+except BlockingIOError: pass
+assert started == 3, f"with a limit of 4 processes {{started + 1}} could run; root has to be outside of user namespaces"
+"""
 REMEDY = (
     "It needs bubblewrap 0.7 or newer (`apt install bubblewrap`), libseccomp (`apt install libseccomp2`) and pyseccomp "
     '(`pip install "hf_phibalance[recipes]"`). An ordinary user also needs user namespaces (`sysctl '
     "kernel.unprivileged_userns_clone=1`, on Ubuntu `sysctl kernel.apparmor_restrict_unprivileged_userns=0`). A Docker "
-    "container needs `--cap-add SYS_ADMIN --security-opt seccomp=unconfined --security-opt apparmor=unconfined`. "
+    "container needs `--cap-add SYS_ADMIN --security-opt seccomp=unconfined --security-opt apparmor=unconfined`. If root "
+    "calls, all users have to be able to read the interpreter's files (`chmod -R o+rX`). "
     "unsafe=True runs generated code without any protection."
 )
 
@@ -125,7 +137,7 @@ def require_sandbox(allow_code_execution: bool | None = None, unsafe: bool = Fal
         allow_code_execution (`bool`, *optional*):
             Permission to run generated code; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
         unsafe (`bool`, *optional*, defaults to `False`):
-            Whether it is to run without walls.
+            Whether to run it without walls, which logs a warning.
 
     Raises:
         `CodeExecutionError`: If it is not allowed, or if `bwrap` is missing or cannot work here.
@@ -222,7 +234,7 @@ def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
         for end in (asked, ask, answers, answer, tell):
             theirs.callback(os.close, end)
         folder = os.path.realpath(tempfile.mkdtemp(prefix="hf_phibalance_")) if unsafe else None
-        if folder:  # by a command, since Python's functions do not remove a thousand levels
+        if folder:  # shutil.rmtree cannot remove a thousand levels
             stack.callback(subprocess.run, ["rm", "-rf", folder], stderr=subprocess.DEVNULL)
         judge = _Interpreter("judge", tests, {"requests": ask, "replies": answers, "report": tell}, limits, folder)
         stack.callback(judge.kill)
@@ -283,7 +295,7 @@ class _Interpreter:
             )
 
     def kill(self) -> None:
-        """Kills it. Its walls end with it, and so does all that it has started; without walls, what can be found."""
+        """Kills it and all that it has started. Without walls, only what is still below it."""
         with suppress(psutil.NoSuchProcess):
             for process in [] if self.walls else psutil.Process(self.process.pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
@@ -293,13 +305,13 @@ class _Interpreter:
         self.output.close()
 
     def leaves_something(self) -> bool:
-        """Returns whether more than its main thread still runs, after a moment's patience."""
+        """Returns whether more than its main thread still runs after `LINGER` seconds."""
         own = 3 if self.walls else 1  # `bwrap` outside, `bwrap` inside, the interpreter
         deadline = time.monotonic() + LINGER
         while time.monotonic() < deadline:
             with suppress(psutil.NoSuchProcess):  # one has just ended
                 top = psutil.Process(self.process.pid)
-                # an ended main thread counts if others of its process still run
+                # psutil's zombie with several threads is a process whose main thread alone has ended
                 counts = [
                     (process.num_threads(), process.status() == psutil.STATUS_ZOMBIE)
                     for process in [top, *top.children(recursive=True)]
@@ -330,12 +342,11 @@ class _Interpreter:
 
 @lru_cache
 def _try_walls() -> None:
-    """Runs a program that reads the standard library. Raises `CodeExecutionError` if that fails."""
-    limits = {"timeout": START_LIMIT, "memory_limit": 1 << 30, "max_processes": 8, "file_limit": 1 << 20}
-    program, tests = f"open({os.__file__!r}).close()", {"checks": "", "context": "", "entry_points": []}
+    """Runs a harmless program. Raises `CodeExecutionError` if it cannot be run or is not limited as it should be."""
+    limits = {"timeout": START_LIMIT, "memory_limit": 1 << 30, "max_processes": 4, "file_limit": 1 << 20}
     try:
-        problem = _run(program, tests, limits, unsafe=False).reason
-    except (CodeExecutionError, OSError, ImportError, RuntimeError) as error:
+        problem = _run(TRIAL, {"checks": "", "context": "", "entry_points": []}, limits, unsafe=False).reason
+    except (OSError, ImportError, RuntimeError) as error:
         problem = str(error)
     if problem:
         raise CodeExecutionError(f"Generated code is not run, because bubblewrap does not work: {problem}\n{REMEDY}")
@@ -357,13 +368,13 @@ def _walls(size: float, user: int | None) -> list[str]:
     command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
     if user is None:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    else:  # to become that user, and then have none
+    else:  # needed to take on that user id; lost with root
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     for folder in ("/tmp", "/dev/shm"):
         command += ["--perms", "1777", "--size", str(int(size)), "--tmpfs", folder]
     for path in _readable():
         for parent in reversed(Path(path).parents):
-            command += ["--dir", str(parent)]  # that all users may pass, unlike perhaps the parent outside
+            command += ["--dir", str(parent)]  # open to all users, even where the real one is not
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     command += ["--ro-bind", str(RUNNER), "/runner", "--perms", "0777", "--dir", FOLDER]
     command += ["--tmpfs", "/proc/1"]  # the inner `bwrap`, whose memory an ordinary user's program could write to
@@ -374,9 +385,9 @@ def _walls(size: float, user: int | None) -> list[str]:
 def _readable() -> list[str]:
     """Returns what can be read behind the walls."""
     prefixes = ["/", "/usr", "/usr/local", sys.base_prefix, str(Path(sys.executable).resolve().parents[1])]
-    names = ("bin", "sbin", "lib", "lib32", "lib64", "libexec", "share")
+    names = ("bin", "sbin", "lib", "lib32", "lib64", "libexec")
     paths = [os.path.join(prefix, name) for prefix in prefixes for name in names]
-    paths += ["/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime", *_packages()]
+    paths += ["/usr/share", "/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime", *_packages()]
     return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
 
@@ -405,7 +416,7 @@ def _seccomp() -> bytes:
 
 
 def _unused_user() -> int | None:
-    """Returns a random user id from the upper half of those that the caller may take on, if it is root."""
+    """Returns a random user id for a program of root, from the upper half of all ids. `None` if there is no other."""
     if os.geteuid() != 0:
         return None
     first, _, count = map(int, Path("/proc/self/uid_map").read_text().splitlines()[-1].split())

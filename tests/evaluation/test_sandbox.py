@@ -99,6 +99,8 @@ HOSTILE = {
     "network": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\n" + HONEST,
     "network, caught": "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError: pass\n"
     + HONEST,
+    "network by name, caught": "import socket\ntry: socket.create_connection(('example.com', 80), 1)\nexcept OSError: pass\n"
+    + HONEST,
     "main thread ends by its system call": CTYPES
     + "threading.Thread(target=time.sleep, args=(3600,)).start()\nc.syscall(EXIT, 0)\n"
     + HONEST,
@@ -420,6 +422,14 @@ def test_without_bubblewrap_nothing_is_run(fake, reason, tmp_path, monkeypatch, 
     for call in (require_sandbox, lambda **kwargs: run_program(HONEST, **kwargs)):
         with pytest.raises(CodeExecutionError, match=f"{reason}(.|\n)*apt install bubblewrap(.|\n)*sysctl"):
             call(allow_code_execution=True)
+
+
+def test_walls_that_do_not_limit_processes_are_refused(monkeypatch, untried):
+    if os.geteuid() != 0:
+        pytest.skip("only root is not limited where its user stays the same")
+    monkeypatch.setattr(sandbox, "_unused_user", lambda: None)
+    with pytest.raises(CodeExecutionError, match="with a limit of 4 processes 9 could run"):
+        require_sandbox(allow_code_execution=True)
 
 
 @pytest.mark.parametrize("system, name", [("darwin", "macOS"), ("win32", "Windows")])

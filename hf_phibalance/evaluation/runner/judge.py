@@ -1,9 +1,8 @@
-"""The process that judges: it executes the checks, and calls the functions of a program that it never sees."""
+"""Executes the checks, and calls the functions of the program in the other process."""
 
 from __future__ import annotations
 
 import builtins
-import random
 import signal
 import types
 from typing import Any, BinaryIO
@@ -13,7 +12,7 @@ from .start import start
 
 
 class ProgramFailed(BaseException):
-    """The program is gone, sends no messages, did not load, or did what it must not."""
+    """The program has ended, did not load, sent a malformed message or tried something forbidden."""
 
 
 class Program:
@@ -44,7 +43,7 @@ class Program:
         return reply
 
     def function(self, name: str):
-        """Returns a function that calls the program's function of that name."""
+        """Returns a stand-in for the program's function of that name."""
 
         def call(*args, **kwargs):
             crossing = Crossing()
@@ -59,7 +58,7 @@ class Program:
                     return value
                 error = _exception(*reply["raised"])
             except Exception as wrong:
-                self.failure = "the program sent what is no answer"
+                self.failure = "the program sent a malformed answer"
                 raise ProgramFailed from wrong
             raise error
 
@@ -78,7 +77,7 @@ def main() -> None:
         receive(replies)
         report.write(b"+")
         send(report, judge(job, Program(requests, replies)))
-        signal.pause()  # the program would end with the pipes; `sandbox` looks first at what it has left running
+        signal.pause()  # keeps the pipes open while `sandbox` looks at what the program has left running
 
 
 def judge(job: dict, program: Program) -> dict:
@@ -93,13 +92,16 @@ def judge(job: dict, program: Program) -> dict:
         checks = compile(job["checks"], "<checks>", "exec")
     except (SyntaxError, ValueError) as error:
         return {"passed": False, "reason": f"the checks cannot be compiled: {describe(error)}"}
-    random.seed(0)
+    if "random" in job["checks"]:
+        import random
+
+        random.seed(0)
     reason = ""
     try:
         program.ask("load")
         try:
             exec(compile(job["context"], "<context>", "exec"), names)
-        except SyntaxError:  # the beginning of a program, that is not complete without the rest
+        except SyntaxError:  # only the beginning of a program
             names = {"__name__": "checks"}
         for name in {*job["entry_points"], *_unknown_names(checks, names)}:
             names[name] = program.function(name)
@@ -112,7 +114,7 @@ def judge(job: dict, program: Program) -> dict:
 
 
 def _exception(kind: str, text: str) -> BaseException:
-    """An exception of the program: of the built-in type that it is, or else a `RuntimeError`."""
+    """Rebuilds an exception of the program from its built-in type; other types become `RuntimeError`."""
     cls = getattr(builtins, str(kind), None)
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
         cls = RuntimeError
@@ -125,7 +127,7 @@ def _exception(kind: str, text: str) -> BaseException:
 
 
 def _unknown_names(code: types.CodeType, names: dict) -> set[str]:
-    """Names in the code that nothing defines so far; those of attributes and of the code's own functions too."""
+    """Returns the names in the code, attributes included, that are neither in `names` nor built in."""
     unknown = {name for name in code.co_names if name not in names and not hasattr(builtins, name)}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -134,7 +136,7 @@ def _unknown_names(code: types.CodeType, names: dict) -> set[str]:
 
 
 def _explain(error: BaseException, checks: str) -> str:
-    """What went wrong, with the line of the checks where it did."""
+    """Returns what went wrong, and the line of the checks where it did."""
     line, step = 0, error.__traceback__
     while step is not None:
         if step.tb_frame.f_code.co_filename == "<checks>":

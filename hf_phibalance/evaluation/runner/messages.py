@@ -1,4 +1,4 @@
-"""What the judge and the program say to each other: lines of JSON, in which values cross as plain data."""
+"""Messages between the judge and the program: lines of JSON, in which values cross as plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_ITEMS = 1_000_000  # of an iterator that the program returns
 
 MUTABLE: tuple[Any, ...] = (list, dict, set, collections.deque, bytearray)
 IMMUTABLE: tuple[Any, ...] = (tuple, frozenset, bytes)
-# how the rest is built from its parts
+# Functions that build the other types from their parts.
 BUILDERS = {
     "complex": lambda parts: complex(*parts),
     "range": lambda parts: range(*parts),
@@ -29,7 +29,7 @@ BUILDERS = {
 
 
 def send(file: BinaryIO, message: Any) -> None:
-    """Writes a message. `ValueError` if it is too long."""
+    """Writes a message. Raises `ValueError` if it is too long."""
     line = json.dumps(message).encode() + b"\n"
     if len(line) > MAX_MESSAGE:
         raise ValueError(f"a value of {len(line)} bytes is more than the {MAX_MESSAGE} that can cross")
@@ -38,7 +38,7 @@ def send(file: BinaryIO, message: Any) -> None:
 
 
 def receive(file: BinaryIO) -> Any:
-    """Reads the next message. `EOFError` if there is none, `ValueError` if it is no JSON."""
+    """Reads the next message. Raises `EOFError` if there is none, `ValueError` if it is no JSON."""
     line = file.readline(MAX_MESSAGE)
     if not line.endswith(b"\n"):
         raise EOFError
@@ -47,13 +47,13 @@ def receive(file: BinaryIO) -> Any:
 
 class Crossing:
     """
-    The values of one call and its answer, as JSON takes them.
+    Encodes and decodes the values of one call and its answer.
 
     Whatever the program sends, only numbers, text and containers of them can come out, so it can answer wrongly but not
     cheat. Subclasses become the built-in type (a `Counter` a `dict`), scalars of numpy become numbers.
 
-    Each side numbers the mutable containers in the order in which they cross. So both know which of theirs is the same
-    object, and the judge can repeat what the program did to an argument.
+    Each side numbers the mutable containers in the order in which they cross. So both know which objects correspond,
+    and the judge can repeat what the program did to an argument.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Crossing:
         self._numbers: dict[int, int] = {}
 
     def encode(self, value: Any) -> Any:
-        """Returns a value as JSON takes it. `TypeError` if something in it is no plain data."""
+        """Returns a value in JSON's types. Raises `TypeError` if something in it is not plain data."""
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if id(value) in self._numbers:
@@ -94,7 +94,7 @@ class Crossing:
         return [self.encode(item) for item in (container.items() if isinstance(container, dict) else container)]
 
     def decode(self, data: Any) -> Any:
-        """Returns the value that the other side has encoded. Any `Exception` if it has not."""
+        """Inverse of `encode`. Raises any `Exception` if `data` was not made by it."""
         if not isinstance(data, dict):
             return data
         ((name, content),) = data.items()

@@ -1,7 +1,7 @@
 """
-The process that runs the untrusted program and answers the calls of its functions.
+Runs the untrusted program and answers calls of its functions.
 
-The program can change everything in here, so nothing here decides about the verdict, except against the program.
+The program can change everything in this process. So nothing here can turn the verdict in its favour.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .messages import Crossing, describe, receive, send
 from .start import start
 
 
-# audit events of changes to the file system; the last argument of the relative ones is a folder's descriptor
+# Audit events that change files. The last argument of the relative ones is a folder's descriptor.
 RELATIVE = {
     "os.remove", "os.rmdir", "os.mkdir", "os.rename", "os.link", "os.symlink", "os.chmod", "os.chown", "os.utime"
 }  # fmt: skip
@@ -26,6 +26,7 @@ CHANGES = {"open", "os.truncate", "shutil.rmtree", *RELATIVE}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 COMMANDS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
 CONNECTIONS = ("socket.connect", "socket.sendto", "socket.sendmsg")
+LOOKUPS = ("socket.getaddrinfo", "socket.gethostbyname")
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def answer(module: types.ModuleType, call: dict, replies: BinaryIO) -> None:
         arguments = [*crossing.objects]
         before = [crossing.contents(argument) for argument in arguments]
         reply = {"value": crossing.encode(function(*args, **kwargs)), "changed": []}
-        with suppress(TypeError, RecursionError):  # an argument that the checks cannot see any more
+        with suppress(TypeError, RecursionError):  # an argument now holds something that cannot cross
             after = [crossing.contents(argument) for argument in arguments]
             reply["changed"] = [(n, now) for n, now in enumerate(after) if now != before[n]]
         send(replies, reply)
@@ -78,18 +79,17 @@ def answer(module: types.ModuleType, call: dict, replies: BinaryIO) -> None:
 def refuse_harm(folder: str, walls: bool, replies: BinaryIO) -> None:
     """
     Ends the program if its Python code tries to change a file elsewhere, to signal another process or to use the
-    network, also if it would catch the error and carry on. This is for the verdict; it is the walls that protect.
+    network, even if it would catch the error. This is for the verdict. The walls protect.
     """
-    places = ["/tmp", "/dev/shm"] if walls else ["/dev/shm"]
+    places = ["/tmp", "/dev"] if walls else ["/dev/shm", "/dev/null"]
 
     def hook(event: str, args: tuple) -> None:
         if event in CHANGES:
             if (event == "open" and not (args[2] or 0) & WRITING) or (event in RELATIVE and args[-1] >= 0):
                 return
             for path in args[1:2] if event.endswith("link") else args[:2] if event == "os.rename" else args[:1]:
-                if isinstance(path, (str, bytes, os.PathLike)) and not may_change(
-                    event, os.path.realpath(os.fsdecode(path))
-                ):
+                is_path = isinstance(path, (str, bytes, os.PathLike))
+                if is_path and not may_change(event, os.path.realpath(os.fsdecode(path))):
                     end(f"tried to change a file outside of its folder ({event} {path!r})")
         elif event in COMMANDS:
             for path in re.findall(r"(?<![^\s'\"=])/[^\s'\",;]+", " ".join(map(str, args[:2]))):
@@ -97,17 +97,13 @@ def refuse_harm(folder: str, walls: bool, replies: BinaryIO) -> None:
                     end(f"named a file outside of its folder ({event} {path})")
         elif event in ("os.kill", "os.killpg") and not is_own(args[0]):
             end(f"tried to send a signal ({event} {args[0]})")
-        elif event in CONNECTIONS and isinstance(args[1], tuple):
-            end(f"tried to use the network ({event} {args[1]})")
+        elif event in LOOKUPS or (event in CONNECTIONS and isinstance(args[1], tuple)):
+            end(f"tried to use the network ({event} {args[0] if event in LOOKUPS else args[1]})")
 
     def may_change(event: str, path: str) -> bool:
         own, *shared = [os.path.commonpath((path, place)) == place for place in (folder, *places)]
-        # a file in a folder that is not here is perhaps one outside
-        return (
-            own
-            or path == os.devnull
-            or (any(shared) and (event == "os.mkdir" or os.path.lexists(os.path.dirname(path))))
-        )
+        # a path below a folder that does not exist here may point to a real file outside
+        return own or (any(shared) and (event == "os.mkdir" or os.path.lexists(os.path.dirname(path))))
 
     def is_own(process: int) -> bool:
         if process > 0 and process != os.getpid() and hasattr(os, "waitid"):  # which macOS may lack

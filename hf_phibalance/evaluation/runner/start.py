@@ -1,4 +1,4 @@
-"""What both interpreters do first."""
+"""Prepares an interpreter: both processes call `start` first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def start() -> dict:
     """
     with open(0, "rb") as file:
         job = json.load(file)
-    os.open(os.devnull, os.O_RDONLY)  # standard input from now on
+    os.open(os.devnull, os.O_RDONLY)  # becomes standard input
     sys.path[:1] = []  # the folder of this package
     sys.path += job["packages"]
     if hasattr(sys, "set_int_max_str_digits"):
@@ -28,7 +28,7 @@ def start() -> dict:
     given = job["limits"]
     limits = {"CPU": math.ceil(given["timeout"]) + 1, "AS": given["memory_limit"], "FSIZE": given["file_limit"]}
     limits |= {"NOFILE": 256, "CORE": 0}
-    if job["walls"]:  # an ordinary user's `bwrap` counts as well
+    if job["walls"]:  # the inner `bwrap` of an ordinary user counts as well
         limits |= {"NPROC": given["max_processes"] + (job["user"] is None), "MEMLOCK": 0, "MSGQUEUE": 0}
     for name, value in limits.items():
         with suppress(ValueError, OSError):  # a lower one holds already, or macOS has none
