@@ -308,7 +308,9 @@ class _Interpreter:
         """Returns whether more than its main thread still runs after `LINGER` seconds."""
         own = 3 if self.walls else 1  # `bwrap` outside, `bwrap` inside, the interpreter
         deadline = time.monotonic() + LINGER
-        while time.monotonic() < deadline:
+        clean = 0  # looks in a row that found nothing; one alone can miss a process that is about to change its parent
+        while clean < 2 and (clean or time.monotonic() < deadline):
+            few = False
             with suppress(psutil.NoSuchProcess):  # one has just ended
                 top = psutil.Process(self.process.pid)
                 # psutil's zombie with several threads is a process whose main thread alone has ended
@@ -316,10 +318,10 @@ class _Interpreter:
                     (process.num_threads(), process.status() == psutil.STATUS_ZOMBIE)
                     for process in [top, *top.children(recursive=True)]
                 ]
-                if sum(threads for threads, ended in counts if threads > 1 or not ended) <= own:
-                    return False
+                few = sum(threads for threads, ended in counts if threads > 1 or not ended) <= own
+            clean = clean + 1 if few else 0
             time.sleep(0.01)
-        return True
+        return clean < 2
 
     def how_it_ended(self) -> tuple[str, str]:
         """Returns status and reason for a program that was gone before the checks were done."""

@@ -470,9 +470,11 @@ PACKAGE = str(Path(sandbox.__file__).parent.parent)  # on the path, so that `eva
 def test_nothing_outlives_the_caller(victim):
     """A caller that is killed takes its programs along."""
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\ntime.sleep(3600)\n"
-    code = f"import sys\nsys.path.append({PACKAGE!r})\nfrom evaluation import run_program\n"
-    code += f"run_program({program!r}, timeout=60, allow_code_execution=True)"
-    caller = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": tempfile.gettempdir()})
+    code = f"import sys\nsys.path.append({PACKAGE!r})\nfrom evaluation import require_sandbox, run_program\n"
+    code += f"require_sandbox(True)\nprint('tried', flush=True)\nrun_program({program!r}, timeout=60, allow_code_execution=True)"
+    environment = {**os.environ, "TMPDIR": tempfile.gettempdir()}
+    caller = psutil.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    assert caller.stdout.readline() == b"tried\n"
     try:
         deadline = time.monotonic() + 60
         while len(below := caller.children(recursive=True)) < 7 and time.monotonic() < deadline:
