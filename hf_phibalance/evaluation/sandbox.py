@@ -234,8 +234,9 @@ def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
         for end in (asked, ask, answers, answer, tell):
             theirs.callback(os.close, end)
         folder = os.path.realpath(tempfile.mkdtemp(prefix="hf_phibalance_")) if unsafe else None
-        if folder:  # shutil.rmtree cannot remove a thousand levels
-            stack.callback(subprocess.run, ["rm", "-rf", folder], stderr=subprocess.DEVNULL)
+        if folder:  # chmod, then rm: shutil.rmtree cannot remove a thousand levels
+            for command in (["rm", "-rf", folder], ["chmod", "-R", "u+rwx", folder]):
+                stack.callback(subprocess.run, command, stderr=subprocess.DEVNULL)
         judge = _Interpreter("judge", tests, {"requests": ask, "replies": answers, "report": tell}, limits, folder)
         stack.callback(judge.kill)
         runner = _Interpreter("program", {"program": program}, {"requests": asked, "replies": answer}, limits, folder)
