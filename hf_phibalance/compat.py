@@ -109,8 +109,9 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
     missing = sorted(set(root.state_dict()) - written - set(root.all_tied_weights_keys) - ours)
     if not missing:
         return
+    mixed = len({p.dtype for p in root.parameters()}) > 1  # routers in float32: "auto" would round them
     with torch.random.fork_rng(devices=[]):
-        complete: Any = type(root).from_pretrained(checkpoint, dtype="auto")
+        complete: Any = type(root).from_pretrained(checkpoint, dtype=torch.float32 if mixed else "auto")
     root.load_state_dict(complete.state_dict() | {key: root.state_dict()[key] for key in ours})
     logger.warning(f"{len(missing)} weights that Trainer found missing ({missing[0]!r}, ...) were loaded after all.")
 

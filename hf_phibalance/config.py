@@ -96,6 +96,9 @@ class PhiBalanceConfig:
             How `coef` goes on over the first `schedule_steps` optimizer steps: `"constant"`; `"linear"` or `"cosine"`, down to
             0; or `"off"`, which stays until then and is 0 afterwards.
         schedule_steps (`int`, *optional*, defaults to `0`): Length of the schedule.
+        fp32_routers (`bool`, *optional*, defaults to `False`):
+            For models in 16 bits, whose precision rounds small steps of the optimizer away: keeps the weights of the routers in
+            float32. Routers still compute in the model's precision.
 
     Raises:
         ValueError: if a field is out of range, or has no meaning for the method; the message names the field, the
@@ -116,6 +119,7 @@ class PhiBalanceConfig:
     sequence_coef: float = 0.0
     schedule: str = "constant"
     schedule_steps: int = 0
+    fp32_routers: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PhiBalanceConfig:
         known = [field.name for field in dataclasses.fields(cls)]
@@ -153,6 +157,8 @@ class PhiBalanceConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        if not isinstance(self.fp32_routers, bool):
+            raise ValueError(f"`fp32_routers` must be True or False, got {self.fp32_routers!r}.")
         steps = self.schedule_steps
         if (
             isinstance(steps, bool)

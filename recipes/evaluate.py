@@ -1,45 +1,40 @@
 """
-Evaluate a model on GSM8K (strict and flexible match) or HumanEval (pass@k), and write every completion to a JSON file.
+Evaluate a model with lm-evaluation-harness on GSM8K, HumanEval, or any other of its tasks.
 
-# GSM8K as lm-evaluation-harness runs it: 5 shots from the training rows, greedy, 256 new tokens
-python recipes/evaluate.py --model_name_or_path results/x --task gsm8k --dataset_path path/to/gsm8k \
-    --num_fewshot 5 --batch_size 16 --output_path results/x/eval-gsm8k.json
+# GSM8K: 5 shots from the training rows, greedy, 256 new tokens
+python recipes/evaluate.py --model_name_or_path results/x --task gsm8k
 
-# HumanEval: the raw prompt, greedy, 1024 new tokens; it runs what the model has written, which you must allow
-python recipes/evaluate.py --model_name_or_path results/x --task humaneval --dataset_path path/to/HumanEval.jsonl.gz \
-    --confirm_run_unsafe_code --output_path results/x/eval-humaneval.json
+# HumanEval: it runs what the model has written, in a sandbox, which you must allow
+python recipes/evaluate.py --model_name_or_path results/x --task humaneval --confirm_run_unsafe_code
 
 # pass@1 and pass@10 from 20 samples
-python recipes/evaluate.py --model_name_or_path results/x --task humaneval --dataset_path openai/openai_humaneval \
-    --num_samples 20 --temperature 0.2 --top_p 0.95 --k 1,10 --confirm_run_unsafe_code --output_path results/x/pass10.json
+python recipes/evaluate.py --model_name_or_path results/x --task humaneval --confirm_run_unsafe_code \
+    --num_samples 20 --temperature 0.2 --top_p 0.95 --k 1,10
 
-# A model of recipes/tiny-cpu, on the problems it was not trained on and without shots, as it was trained
-python recipes/evaluate.py --model_name_or_path results/tiny-cpu/mixtral --task gsm8k --dataset_path toy \
-    --num_fewshot 0 --max_new_tokens 112 --batch_size 64 --output_path results/tiny-cpu/mixtral/eval.json
+# local files instead of the Hub: a folder with train.jsonl and test.jsonl, or one file with the problems
+python recipes/evaluate.py --model_name_or_path results/x --task gsm8k --dataset_path path/to/gsm8k
+
+# generated problems, for the models of recipes/tiny-cpu
+python recipes/evaluate.py --model_name_or_path results/tiny-cpu/mixtral --task made --batch_size 64
+
+# a chat model; several GPUs; vLLM
+python recipes/evaluate.py --model_name_or_path me/chat --apply_chat_template --chat_template_args '{"enable_thinking": false}'
+accelerate launch recipes/evaluate.py --model_name_or_path results/x
+python recipes/evaluate.py --model_name_or_path results/x --backend vllm --model_args gpu_memory_utilization=0.9
 
 The model may be a folder or a name on the Hub, also of a PEFT adapter. What was saved φ-balanced is patched again, so
-that a selection bias routes as in training. Completions are kept beside the result, in `<output>.completions.jsonl`;
-the same command takes up there after an interruption, with the same result as without one. One process; a model that
-needs several GPUs is spread over them by `--device_map auto`.
+that a selection bias routes as in training. The harness's results and samples are written to `--output_path`, which is
+the folder `eval` of a local model. After an interruption, the same command takes up greedy completions from there.
 """
 
 import json
-import os
-import shlex
 import sys
-import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from hf_phibalance.evaluation import HARNESS_FEWSHOT_SEED
 
-
-# what the completions depend on, so that those of another run may not be taken for them
-SETTINGS = (
-    "task", "model_name_or_path", "revision", "dataset_path", "num_fewshot", "fewshot_seed", "apply_chat_template",
-    "max_new_tokens", "long_prompts", "batch_size", "num_samples", "temperature", "top_p", "seed", "problem_seed",
-    "dtype", "attn_implementation",
-)  # fmt: skip
+OWN_TASKS = ("gsm8k", "humaneval", "made")
 
 
 @dataclass
@@ -47,50 +42,39 @@ class Arguments:
     """What is evaluated on what."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a model or of a PEFT adapter."})
-    output_path: str = field(metadata={"help": "JSON file to write."})
-    task: str = field(default="gsm8k", metadata={"help": "gsm8k or humaneval."})
-    dataset_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder with test.jsonl and train.jsonl (for the shots), a .jsonl or .jsonl.gz file, a name on the "
-            "Hub (default: that of the task), or 'toy' for generated problems in the form of GSM8K."
-        },
+    task: str = field(default="gsm8k", metadata={"help": "gsm8k, humaneval, made, or a task of the harness."})
+    output_path: str | None = field(
+        default=None, metadata={"help": "Folder for the results (default: eval in the folder of the model)."}
     )
-    bad_rows: str = field(default="refuse", metadata={"help": "What to do with malformed rows: refuse or skip."})
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "Folder, file or Hub name of the problems of gsm8k or humaneval."}
+    )
+    backend: str = field(default="hf", metadata={"help": "hf (transformers) or vllm."})
+    model_args: str = field(default="", metadata={"help": "More arguments for the harness's model, as name=value,..."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
     num_fewshot: int | None = field(
-        default=None, metadata={"help": "Shots before each question of GSM8K (default 5); HumanEval has none."}
+        default=None, metadata={"help": "Shots before each problem (default: the task's)."}
     )
-    fewshot_seed: int = field(
-        default=HARNESS_FEWSHOT_SEED, metadata={"help": "Seed of the choice of shots; the default is the harness's."}
-    )
-    apply_chat_template: bool = field(
-        default=False, metadata={"help": "Put the prompt as a user's message, for models that were trained so."}
-    )
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Default: 256 for GSM8K, 1024 for HumanEval."})
-    long_prompts: str = field(
-        default="refuse",
-        metadata={"help": "If prompt and new tokens exceed the model's context: refuse, or truncate (on the left)."},
-    )
-    batch_size: int = field(default=16, metadata={"help": "Completions generated at a time."})
+    apply_chat_template: bool = field(default=False, metadata={"help": "Put prompts as messages of a user."})
+    chat_template_args: str = field(default="{}", metadata={"help": "Arguments of the chat template, as JSON."})
+    system_instruction: str | None = field(default=None, metadata={"help": "System message before each problem."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Default: the task's."})
+    batch_size: str = field(default="16", metadata={"help": "Completions generated at a time, or auto."})
     num_samples: int = field(default=1, metadata={"help": "Completions per problem of HumanEval."})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling."})
-    k: str | None = field(default=None, metadata={"help": "Which pass@k to report, such as 1,10 (default: 1)."})
+    k: str = field(default="1", metadata={"help": "Which pass@k to report, such as 1,10."})
     timeout: float = field(default=3.0, metadata={"help": "Seconds for each generated program."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
-    problem_seed: int = field(default=0, metadata={"help": "Seed of the generated problems, as in sft.py."})
+    seed: int = field(default=1234, metadata={"help": "Seed of the sampling."})
     confirm_run_unsafe_code: bool = field(
         default=False, metadata={"help": "Allow generated code to be run; HF_ALLOW_CODE_EVAL=1 does so as well."}
     )
-    balance: bool = field(
-        default=True,
-        metadata={"help": "Also report the expert load over prompts and completions, by one more forward of each."},
+    unsafe: bool = field(
+        default=False, metadata={"help": "Where there is no bubblewrap: run generated code without a sandbox."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Start anew, whatever completions there are."})
+    use_cache: bool = field(default=True, metadata={"help": "Keep greedy completions, so that a restart finds them."})
     dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
     device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
-    device_map: str | None = field(default=None, metadata={"help": "Spread the model over devices, e.g. auto."})
     attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
     revision: str = field(default="main", metadata={"help": "Of the model on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code of a model on the Hub."})
@@ -100,205 +84,142 @@ class Arguments:
         def refuse(name, remedy):
             raise ValueError(f"{name}={getattr(self, name)!r}: {remedy}")
 
-        if self.task not in ("gsm8k", "humaneval"):
-            refuse("task", "use gsm8k or humaneval.")
-        humaneval = self.task == "humaneval"
-        for name in ("limit", "max_new_tokens", "batch_size", "num_samples", "timeout", "num_threads"):
+        for name in ("limit", "max_new_tokens", "num_samples", "timeout", "num_threads"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 refuse(name, "use a positive number.")
-        if self.long_prompts not in ("refuse", "truncate"):
-            refuse("long_prompts", "use refuse or truncate.")
-        if self.num_fewshot is None:
-            self.num_fewshot = 0 if humaneval else 5
-        if self.num_fewshot < 0 or (humaneval and self.num_fewshot):
-            refuse("num_fewshot", "use 0, HumanEval has no shots." if humaneval else "use 0 or more.")
-        if self.max_new_tokens is None:
-            self.max_new_tokens = 1024 if humaneval else 256
-        if not humaneval and self.num_samples != 1:
-            refuse("num_samples", "GSM8K is scored with one answer per problem; leave it at 1.")
-        if not humaneval and self.k is not None:
-            refuse("k", "only HumanEval has pass@k; leave it out.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature={self.temperature}, top_p={self.top_p}: use temperature >= 0 and 0 < top_p <= 1."
-            )
-        if self.temperature == 0 and self.num_samples > 1:
-            refuse("num_samples", "greedy samples are all alike; set temperature above 0.")
-        if self.temperature == 0 and self.top_p < 1:
-            refuse("top_p", "it does nothing to greedy completions; set temperature above 0.")
-        if self.device is not None and self.device_map is not None:
-            refuse("device_map", f"give it or device={self.device!r}, not both.")
-        if humaneval and self.dataset_path == "toy":
-            refuse("dataset_path", "the generated problems are for gsm8k.")
-        parts = [part.strip() for part in str(self.k or "1").strip("[]()").split(",")]
+        if self.backend not in ("hf", "vllm"):
+            refuse("backend", "use hf or vllm.")
+        if self.dataset_path is not None and self.task not in ("gsm8k", "humaneval"):
+            refuse("dataset_path", f"{self.task} has its own problems; leave it out.")
+        if not (self.batch_size.isdigit() and int(self.batch_size)) and self.batch_size.split(":")[0] != "auto":
+            refuse("batch_size", "use a positive number or auto.")
+        if self.task != "humaneval" and self.num_samples != 1:
+            refuse("num_samples", "only HumanEval is scored with several samples; leave it out.")
+        if self.temperature < 0:
+            refuse("temperature", "use 0 or more.")
+        if not 0 < self.top_p <= 1:
+            refuse("top_p", "use a number above 0, up to 1.")
+        if self.temperature == 0 and (self.num_samples > 1 or self.top_p < 1):
+            refuse("temperature", "greedy samples are all alike; set it above 0, or leave num_samples and top_p out.")
+        parts = self.k.split(",")
         if not all(part.isdigit() and 1 <= int(part) <= self.num_samples for part in parts):
             refuse("k", f"give numbers from 1 to num_samples={self.num_samples}, such as 1,10.")
+        try:
+            self.template_args = json.loads(self.chat_template_args)
+        except ValueError as error:
+            refuse("chat_template_args", f"use JSON ({error}).")
         self.attempts = sorted({int(part) for part in parts})
+        if self.output_path is None:
+            is_folder = Path(self.model_name_or_path).is_dir()
+            folder = Path(self.model_name_or_path) if is_folder else Path("results", self.model_name_or_path)
+            self.output_path = str(folder / "eval")
 
 
-def load_tokenizer(args):
-    from transformers import AutoTokenizer
+def task_of(args):
+    """What the harness is to run: a task file of ours with the options of the command, or a name."""
+    from hf_phibalance.evaluation import harness, scores
 
-    from hf_phibalance.models import base_of_adapter
-
-    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    name = args.model_name_or_path
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file() and not (Path(name) / "tokenizer_config.json").is_file():
-        name, source["revision"] = base_of_adapter(adapter), "main"
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **source)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ValueError(f"the tokenizer of {name} has no pad_token and no eos_token: give it one of them.")
-    return tokenizer
-
-
-def load_model(args, tokenizer):
-    """The model in eval mode, patched if it was saved so, with nothing of its own in how it generates."""
-    import torch
-
-    import hf_phibalance as phb
-    from hf_phibalance.evaluation import reset_generation_config
-    from hf_phibalance.models import register_deepseek_moe
-
-    register_deepseek_moe()
-    model = phb.AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path,
-        dtype=args.dtype,
-        device_map=args.device_map,
-        attn_implementation=args.attn_implementation,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )
-    if args.device_map is None:
-        model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    reset_generation_config(model, tokenizer)
-    return model.eval()
+    if args.task not in OWN_TASKS:
+        return args.task
+    fields = {} if args.num_fewshot is None else {"num_fewshot": args.num_fewshot}
+    if args.task == "humaneval":
+        options = {"k": args.attempts, "timeout": args.timeout, "unsafe": args.unsafe}
+        metrics = [{"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in args.attempts]
+        fields |= {
+            "repeats": args.num_samples,
+            "metric_list": metrics,
+            "process_results": partial(scores.humaneval, **options),
+        }
+    return harness.load_task(args.task, args.dataset_path, **fields)
 
 
-def command(args):
-    """What to type for the same evaluation."""
-    words = ["python", "recipes/evaluate.py"]
-    for option in fields(args):
-        value = getattr(args, option.name)
-        if option.name == "task" or (value not in (None, option.default) and option.name != "overwrite"):
-            words += [f"--{option.name}", str(value)]
-    return shlex.join(words)
+def model_arguments(args):
+    """Arguments of the harness's model, for transformers or vLLM."""
+    from lm_eval.utils import simple_parse_args_string
+
+    own = {
+        "pretrained": args.model_name_or_path,
+        "dtype": args.dtype,
+        "revision": args.revision,
+        "trust_remote_code": args.trust_remote_code,
+        **({"chat_template_args": args.template_args} if args.template_args else {}),
+    }
+    if args.backend == "hf":
+        chosen = {"attn_implementation": args.attn_implementation, "device": args.device}
+        own |= {name: value for name, value in chosen.items() if value is not None}
+    return own | simple_parse_args_string(args.model_args)
+
+
+def evaluate(args, options):
+    """Runs the harness. Returns its results, and with transformers the load of the experts."""
+    import lm_eval
+
+    if args.backend == "vllm":
+        options |= {"model_args": model_arguments(args), "batch_size": args.batch_size}
+        return lm_eval.simple_evaluate("vllm", **options), None
+    from hf_phibalance.evaluation.harness import PhiBalanceLM
+
+    lm = PhiBalanceLM(**model_arguments(args), batch_size=args.batch_size)
+    with lm.counting_load():
+        results = lm_eval.simple_evaluate(lm, **options)
+        return results, lm.expert_load()
 
 
 def main(args):
     import torch
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
 
     from hf_phibalance import evaluation
+    from hf_phibalance.evaluation.harness import model_fingerprint
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RuntimeError("evaluate.py runs in one process: start it with python, and use --device_map auto.")
     if args.task == "humaneval":
-        evaluation.require_opt_in(True if args.confirm_run_unsafe_code else None)
+        evaluation.require_sandbox(args.confirm_run_unsafe_code or None, unsafe=args.unsafe)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    start = time.monotonic()
-    problems, shots = evaluation.load_problems(
-        args.task,
-        args.dataset_path,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        bad_rows=args.bad_rows,
-        problem_seed=args.problem_seed,
-    )
-    tokenizer = load_tokenizer(args)
-    texts = evaluation.make_prompts(args.task, problems, shots, args.num_fewshot, args.fewshot_seed)
-    if args.apply_chat_template:
-        texts = evaluation.as_chats(texts, tokenizer)
-    stops = evaluation.GSM8K_STOPS if args.task == "gsm8k" else evaluation.HUMANEVAL_STOPS
-    settings = {
-        **{name: value for name, value in asdict(args).items() if name in SETTINGS},
-        "model": evaluation.model_fingerprint(args.model_name_or_path, args.revision),
-        "problems": len(problems),
-        "prompts": evaluation.text_fingerprint(texts),
-        "stops": list(stops),
+    folder = Path(args.output_path)
+    own = folder.suffix == ".json"  # the harness adds the date to the name of a file
+    tracker = EvaluationTracker(output_path=str(folder if own else folder / "results.json"))
+    cache = (folder.parent if own else folder) / "cache" / model_fingerprint(args.model_name_or_path, args.revision)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    decoding = sampling if args.temperature > 0 else {}
+    decoding |= {"max_gen_toks": args.max_new_tokens} if args.max_new_tokens is not None else {}
+    options = {
+        "tasks": [task_of(args)],
+        "task_manager": TaskManager(include_defaults=args.task not in OWN_TASKS),
+        "num_fewshot": args.num_fewshot,
+        "limit": args.limit,
+        "gen_kwargs": decoding or None,
+        "apply_chat_template": args.apply_chat_template,
+        "system_instruction": args.system_instruction,
+        "torch_random_seed": args.seed,
+        "use_cache": str(cache) if args.use_cache else None,
+        "confirm_run_unsafe_code": args.confirm_run_unsafe_code or args.task == "humaneval",
+        "evaluation_tracker": tracker,
     }
-    output = Path(args.output_path)
-    kept = output.with_name(f"{output.name.removesuffix('.json')}.completions.jsonl")
-    store = evaluation.CompletionStore(kept, settings, args.overwrite)
-    resumed = len(store.completions())
-    facts = {"prompts_cut", "balance"} if args.balance else {"prompts_cut"}
-    if resumed < len(problems) * args.num_samples or not facts <= store.facts.keys():
-        fill(store, args, texts, stops, tokenizer)
-    generated = time.monotonic()
-    metrics, completions = evaluation.score_completions(
-        args.task, problems, store.completions(), k=args.attempts, timeout=args.timeout
-    )
-    result = {
-        "task": args.task,
-        "command": command(args),
-        "date": time.strftime("%Y-%m-%d"),
-        "metrics": metrics,
-        "problems": len(problems),
-        "ended": {how: sum(one["ended"] == how for one in completions) for how in ("eos", "stop", "length")},
-        "settings": settings,
-        **store.facts,
-        "versions": evaluation.versions(),
-        "seconds": {
-            "generation": round(generated - start, 1),
-            "scoring": round(time.monotonic() - generated, 1),
-            "completions_from_an_earlier_run": resumed,
-        },
-        "example_prompt": texts[0],
-        "completions": completions,
-    }
-    partial = output.with_name(f"{output.name}.partial")
-    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, output)
-    report(result, output)
-    return result
-
-
-def fill(store, args, texts, stops, tokenizer):
-    """Adds to `store` what it lacks: completions, and facts about the model."""
-    from hf_phibalance import evaluation
-
-    model = load_model(args, tokenizer)
-    prompts, cut = evaluation.tokenize_prompts(
-        model,
-        tokenizer,
-        texts,
-        args.max_new_tokens,
-        add_special_tokens=not args.apply_chat_template,
-        long_prompts=args.long_prompts,
-    )
-    decoding = evaluation.Decoding(args.max_new_tokens, stops, args.temperature, args.top_p)
-    sizes = {"num_samples": args.num_samples, "batch_size": args.batch_size, "seed": args.seed}
-    evaluation.complete(model, tokenizer, prompts, decoding, store, **sizes)
-    store.add_facts(prompts_cut=cut, parameters=model.num_parameters(), model_dtype=str(model.dtype))
-    if not args.balance:
-        return
-    try:
-        evaluation.count_loads(model)
-    except ValueError as error:
-        print(f"No expert load: {error}", file=sys.stderr)
-        balance = None
+    results, load = evaluate(args, options)
+    if results is None:  # of another process
+        return None
+    samples = results.pop("samples")
+    if load is None:
+        why = "the model has no routers, or all completions came from the cache"
+        why = "vLLM does not count it" if args.backend == "vllm" else why
+        print(f"No expert load: {why}.", file=sys.stderr)
     else:
-        balance = evaluation.expert_load(model, tokenizer, prompts, store.completions(), args.batch_size)
-    store.add_facts(balance=balance)
-
-
-def report(result, output):
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", f"{result['problems']} problems")
-    for name, value in result["metrics"].items():
-        table.add_row(name, f"{value:.2%}")
-    for how, number in result["ended"].items():
-        table.add_row(f"ended by {how}", str(number))
-    for key, label in (("max_vio", "MaxVio"), ("gini", "Gini")):
-        if result.get("balance"):
-            table.add_row(label, f"{result['balance'][key]:.3f}")
-    console = Console()
-    console.print(table)
-    console.print(f"Every completion: {output}", soft_wrap=True)
+        results["expert_load"] = load
+    if args.task == "humaneval":
+        results["isolation"] = "none" if args.unsafe else "bubblewrap"
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for name in results["configs"]:
+        tracker.save_results_samples(task_name=name, samples=samples[name])
+    print(make_table(results))
+    if load is not None:
+        print(
+            f"Expert load of {load['completions']} completions: MaxVio {load['max_vio']:.3f}, Gini {load['gini']:.3f}"
+        )
+    print(f"Results and samples: {folder}")
+    return results
 
 
 def make_parser():

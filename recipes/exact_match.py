@@ -1,4 +1,4 @@
-"""How well a model answers while it is being trained: greedy exact match on held-out problems."""
+"""Exact match on GSM8K while a model is being trained."""
 
 import torch
 from transformers import TrainerCallback
@@ -8,16 +8,13 @@ from hf_phibalance.evaluation import GSM8K_STOPS, extract_strict, normalise_answ
 
 class Examiner(TrainerCallback):
     """
-    Exact match of greedily generated answers by the strict-match rule of GSM8K, without examples; the problems are
-    divided among the processes. As a callback it logs `eval_exact_match` at every evaluation.
-
-    Not while weights are sharded (FSDP, ZeRO), and not for code: `recipes/evaluate.py` examines the finished model.
+    Greedy answers without shots, scored by GSM8K's strict match. As a callback it logs `eval_exact_match` at every evaluation.
 
     Args:
-        trainer ([`~transformers.Trainer`]): whose model is examined.
-        args: the options of the recipe.
-        dataset ([`~datasets.Dataset`]): column `prompt` of the problems for the callback, as text or as chats.
-        rows (`list[dict]`): the same problems, with their answers.
+        trainer ([`~transformers.Trainer`]): Its model is examined.
+        args: The options of the recipe.
+        dataset ([`~datasets.Dataset`]): Column `prompt` of the problems for the callback, as text or as chats.
+        rows (`list[dict]`): The same problems, with their answers.
     """
 
     def __init__(self, trainer, args, dataset, rows):
@@ -26,54 +23,39 @@ class Examiner(TrainerCallback):
         self.is_able = args.task == "gsm8k" and not is_sharded
         if not self.is_able:
             why = "the weights are sharded" if is_sharded else "generated code is not run while training"
-            trainer.accelerator.print(
-                f"No exact match, since {why}: recipes/evaluate.py examines the finished model.", flush=True
-            )
+            trainer.accelerator.print(f"No exact match, since {why}: use recipes/evaluate.py afterwards.", flush=True)
 
     def prompts(self, dataset):
-        """What the model is given, as text."""
-        prompts = list(dataset["prompt"])
-        if isinstance(prompts[0], str):
-            return prompts
+        """Returns the prompts as text."""
         template = self.trainer.processing_class.apply_chat_template
-        return [template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
+        return [
+            one if isinstance(one, str) else template(one, tokenize=False, add_generation_prompt=True)
+            for one in dataset["prompt"]
+        ]
 
     def exact_match(self, dataset, rows):
-        """Share of right answers, the same on every process; `None` where it cannot be had."""
+        """Returns the share of right answers over all processes, or `None` where the model cannot generate."""
         if not self.is_able:
             return None
-        model, tokenizer = self.trainer.model, self.trainer.processing_class
-        rank, ranks = self.trainer.args.process_index, self.trainer.args.world_size
+        model, tokenizer, accelerator = self.trainer.model, self.trainer.processing_class, self.trainer.accelerator
         is_chat = not isinstance(dataset["prompt"][0], str)  # then the template has written the special tokens
-        problems = list(zip(self.prompts(dataset), rows))[rank::ranks]
-        was_training = model.training
+        own = list(zip(self.prompts(dataset), rows))[accelerator.process_index :: accelerator.num_processes]
+        right, was_training = torch.zeros((), device=model.device), model.training
         model.eval()
-        right = torch.zeros((), device=model.device)
-        for start in range(0, len(problems), self.args.generation_batch_size):
-            prompts, batch = zip(*problems[start : start + self.args.generation_batch_size])
+        for start in range(0, len(own), self.args.generation_batch_size):
+            prompts, batch = zip(*own[start : start + self.args.generation_batch_size])
             inputs = tokenizer(list(prompts), padding=True, return_tensors="pt", add_special_tokens=not is_chat)
             tokens = model.generate(
-                **inputs.to(model.device), do_sample=False, max_new_tokens=self.args.max_new_tokens, use_cache=True
+                **inputs.to(model.device), do_sample=False, max_new_tokens=self.args.max_new_tokens
             )
-            answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for answer, row in zip(answers, batch):
-                number = normalise_answer(extract_strict(truncate(answer, GSM8K_STOPS)))
-                right += number == normalise_answer(row["answer"])
+            texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for text, row in zip(texts, batch):
+                right += normalise_answer(extract_strict(truncate(text, GSM8K_STOPS))) == normalise_answer(
+                    row["answer"]
+                )
         model.train(was_training)
-        return self.trainer.accelerator.reduce(right).item() / max(len(rows), 1)
+        return accelerator.reduce(right).item() / max(len(rows), 1)
 
-    def on_step_end(self, training_args, state, control, **kwargs):
-        steps = state.eval_steps
-        if training_args.eval_strategy == "steps" and (
-            state.global_step % steps == 0 or state.global_step == state.max_steps
-        ):
-            self._log(control)
-
-    def on_epoch_end(self, training_args, state, control, **kwargs):
-        if training_args.eval_strategy == "epoch":
-            self._log(control)
-
-    def _log(self, control):
-        should_log = control.should_log  # which logging resets
-        self.trainer.log({"eval_exact_match": self.exact_match(self.dataset, self.rows)})
-        control.should_log = should_log
+    def on_evaluate(self, training_args, state, control, metrics, **kwargs):
+        if "eval_loss" in metrics:  # not of the test problems
+            self.trainer.log({"eval_exact_match": self.exact_match(self.dataset, self.rows)})

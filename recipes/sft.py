@@ -22,8 +22,9 @@ results folder then holds the model with its duals, metrics.json, history.json, 
 import copy
 import functools
 import json
+import logging
+import math
 import random
-import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ from pathlib import Path
 import rehearsal
 
 
-CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that nothing here needs
+ESTIMATED_AFTER = 10  # steps
 SHOWN_IN_LOG = {
     "loss": "loss {:.3f}",
     "learning_rate": "lr {:.1e}",
@@ -130,12 +132,14 @@ class Arguments:
 
 
 def main(args, balance, training_args, model_args):
+    import datasets
     import torch
 
     import hf_phibalance as phb
     from hf_phibalance.models import register_deepseek_moe
     from hf_phibalance.publishing import Run, print_summary, write_report
 
+    datasets.disable_progress_bars()  # dozens of lines about seconds of work
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     check(args, training_args, model_args)
@@ -155,7 +159,7 @@ def main(args, balance, training_args, model_args):
     say("Training with φ-balanced routers" if args.balance else "Training without balancing")
     run = train(args, balance if args.balance else unbalanced, training_args, model_args, problems, folder)
     if is_main:
-        write_report(folder, run, baseline, CARD_TEMPLATE)
+        write_report(folder, run, baseline)
         print_summary(folder, run, baseline, time.monotonic() - start)
 
 
@@ -208,11 +212,12 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
     from hf_phibalance.publishing import Run
     from hf_phibalance.tasks import to_sft_dataset
 
-    start = time.monotonic()
     training_args = copy.deepcopy(training_args)
     training_args.output_dir, training_args.router_aux_loss_coef = str(folder), 0.0
     set_seed(training_args.seed)
     model, tokenizer = load_model(args, balance, training_args, model_args, problems["train"])
+    if training_args.process_index == 0:
+        print(what_is_trained(model, args, training_args, problems), flush=True)
     datasets = {split: to_sft_dataset(args.task, rows, tokenizer) for split, rows in problems.items()}
     trainer = SFTTrainer(
         model=model,
@@ -222,7 +227,7 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         processing_class=tokenizer,
         peft_config=choose_parameters(model, args, model_args),
     )
-    phi_balance = phb.attach(trainer)
+    phi_balance = phb.attach(trainer, per_layer=16)  # for the table of the card
     examiner = Examiner(trainer, args, datasets["validation"], problems["validation"])
     if examiner.is_able:
         trainer.add_callback(examiner)
@@ -246,13 +251,29 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         phi_balance.history,
         before=before,
         task=args.task,
-        command=shlex.join(["python", *sys.argv]),
         base_model=model_args.model_name_or_path,
         dataset=args.dataset_path,
         problems={split: len(rows) for split, rows in problems.items()},
         example_prompt=examiner.prompts(datasets["test"])[0],
         exact_match={"untrained": untrained, "trained": trained},
-        seconds=round(time.monotonic() - start, 1),
+    )
+
+
+def what_is_trained(model, args, options, problems):
+    """What is trained on what, in two lines."""
+    import hf_phibalance as phb
+
+    sites = phb.get_balancer(model).sites
+    sizes = sorted({(site.num_experts, site.top_k) for site in sites})
+    experts = " or ".join(f"{experts} experts, top-{top_k}" for experts, top_k in sizes)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    rows = options.per_device_train_batch_size * options.gradient_accumulation_steps * options.world_size
+    steps = math.ceil(len(problems["train"]) / rows * options.num_train_epochs)
+    steps = options.max_steps if options.max_steps > 0 else steps
+    source = "generated problems" if args.dataset_path == "toy" else f"rows of {args.dataset_path}"
+    return (
+        f"{model.config.model_type}, {parameters:,.1f} M parameters, {len(sites)} routers of {experts}\n"
+        f"{len(problems['train']):,} {source} ({args.task}), {steps:,} steps of {rows} on {options.world_size} x {options.device.type}"
     )
 
 
@@ -347,6 +368,20 @@ def progress_callback():
     from transformers import ProgressCallback
 
     class ShortProgressCallback(ProgressCallback):
+        def on_train_begin(self, training_args, state, control, **kwargs):
+            super().on_train_begin(training_args, state, control, **kwargs)
+            self.first, self.start = state.global_step, time.monotonic()
+
+        def on_step_end(self, training_args, state, control, **kwargs):
+            super().on_step_end(training_args, state, control, **kwargs)
+            if state.global_step == self.first + ESTIMATED_AFTER and self.training_bar is not None:
+                seconds = (time.monotonic() - self.start) / ESTIMATED_AFTER * (state.max_steps - state.global_step)
+                self.training_bar.write(
+                    f"about {seconds / 60:.0f} min of training to go"
+                    if seconds > 90
+                    else f"about {seconds:.0f} s of training to go"
+                )
+
         def on_log(self, training_args, state, control, logs=None, **kwargs):
             parts = [text.format(logs[key]) for key, text in SHOWN_IN_LOG.items() if key in (logs or {})]
             if parts and self.training_bar is not None:

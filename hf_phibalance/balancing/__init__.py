@@ -31,6 +31,7 @@ from .adapters import virtual_tokens
 from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off
 from .duals import LOGIT_WIDTH
+from .figures import Figures
 from .gradient import auxiliary_gradient
 from .learning import LearningReport, describe_router
 from .patching import (
@@ -51,6 +52,7 @@ from .tokens import count_mask
 
 __all__ = [
     "LOGIT_WIDTH",
+    "Figures",
     "LearningReport",
     "PhiBalancer",
     "RandomState",

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..config import STATISTICS, PhiBalanceConfig
-from ..maths import max_vio, model_metrics
+from ..maths import max_vio
 from ..routers import RouterSite, find_copies
 from . import adapters, process
 from .counts import Counts
 from .duals import LOGIT_WIDTH, Duals
+from .figures import Figures
 from .forwards import Evaluation, Forwards
 from .learning import LearningReport, describe_router
 from .loop import Loop
@@ -258,42 +259,30 @@ class PhiBalancer:
     def _by_layer(self, rows_LE: Tensor) -> dict[str, Tensor]:
         return {site.name: row[: site.num_experts].clone() for site, row in zip(self.sites, rows_LE)}
 
-    def metrics(self, per_layer: int = 16) -> dict[str, float]:
+    def figures(self) -> Figures:
+        """Returns the balance of the last optimizer step, on the device. Sums of several steps can be given to [`~PhiBalancer.metrics`]."""
+        return Figures.of(self.last, self.sites)
+
+    def metrics(self, per_layer: int = 0, figures: Figures | None = None) -> dict[str, float]:
         """
-        Returns the balance of the last optimizer step as plain numbers. Reads the device, so call it only when logging. Routers
-        for images only, or in a vision tower, have metrics of their own: `vision/max_vio`, ..., and `vision/tokens`, the number
-        of tokens that each of them routed.
+        Returns the balance of the last optimizer step, or the mean over several, as plain numbers: see the table in `figures.py`.
+        Reads the device, so call it only when logging. Routers for images only, or in a vision tower, have metrics of their own:
+        `vision/max_vio`, ..., and `vision/tokens`, the number of tokens that each of them routed.
 
         Args:
-            per_layer (`int`, *optional*, defaults to `16`): At most this many layers, evenly spaced, get metrics of their own.
+            per_layer (`int`, *optional*, defaults to `0`): at most this many layers, evenly spaced, get metrics of their own.
+            figures (`Figures`, *optional*): sum of the figures of several steps. Defaults to those of the last step.
         """
-        values = self._load_metrics(self.last, per_layer)
+        figures = figures or self.figures()
+        values = figures.means(self.sites, per_layer)
+        if self.config.coef > 0:
+            values["balance_loss"] = float(figures.totals[1]) / figures.steps
         values["price_range"] = max(float(price.max() - price.min()) for price in self.prices().values())
         if self.has_bias:
             values["bias_range"] = max(float(bias.max() - bias.min()) for bias in self.biases().values())
-        if self.config.coef > 0:
-            values["balance_loss"] = float(self.last.balance / self.last.tokens.clamp(min=1))
         if self.config.schedule != "constant":
             values["coef"] = self.coef
         return values
-
-    def _load_metrics(self, counts: Counts, per_layer: int) -> dict[str, float]:
-        loads = self._by_layer(counts.load.cpu())
-        tokens = float(counts.tokens)
-        values: dict[str, float] = {}
-        for modality in sorted({site.modality for site in self.sites}):
-            sites = [site for site in self.sites if site.modality == modality]
-            top_k = [site.top_k for site in sites]
-            own = {site.name: loads[site.name] for site in sites}
-            routed = tokens
-            if not all(site.sees_all for site in sites):
-                routed = float(sum(map(torch.sum, own.values()))) / sum(top_k)
-            prefix = "" if modality == "text" else f"{modality}/"
-            found = model_metrics(own, top_k, max(routed, 1.0), per_layer)
-            values |= {f"{prefix}{name}": value for name, value in found.items()}
-            if prefix:
-                values[f"{prefix}tokens"] = routed
-        return {**values, "tokens": tokens}
 
     def learning_report(self) -> LearningReport:
         """Reports which routers and experts learn, and which parameters the balancing gradient reaches."""
@@ -414,7 +403,7 @@ class PhiBalancer:
         finally:
             self.forwards.evaluation = outer
 
-    def eval_metrics(self, per_layer: int = 16) -> dict[str, float]:
+    def eval_metrics(self, per_layer: int = 0) -> dict[str, float]:
         """
         Returns the balance of all forwards in the open [`~PhiBalancer.evaluation`], over all ranks. With a selection bias of
         ours it includes `plain_max_vio`: MaxVio without this bias, as after a plain load.
@@ -426,7 +415,7 @@ class PhiBalancer:
         self.sum_over_ranks(counts.flat)
         if not float(counts.tokens):
             return {}
-        values = self._load_metrics(counts, per_layer)
+        values = Figures.of(counts, self.sites).means(self.sites, per_layer)
         plain = self._by_layer(counts.extra[..., 0]).values()
         if self.has_bias and all(bool(load.any()) for load in plain):
             values["plain_max_vio"] = statistics.fmean(float(max_vio(load[None])) for load in plain)

@@ -76,6 +76,11 @@ class Evaluation:
             self._is_over |= torch.isin(ids[:, -1], ids.new_tensor(self.end_ids))
         return counted
 
+    def end_rows(self, over_B: Tensor) -> None:
+        """Stops counting the rows of the current generation that something else than an id has ended, `(B,)`."""
+        if self._is_over is not None and len(self._is_over) == len(over_B):
+            self._is_over |= over_B
+
 
 class _Here(threading.local):
     """State of one thread."""

@@ -35,6 +35,7 @@ from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off, switch_off_built_in_loss
 from .duals import NAME, Duals
 from .learning import LearningReport
+from .precision import raise_precision, restore_precision
 from .refusals import refuse_impossible
 from .undo import Undo, WrappedMethod, wrap_method
 
@@ -177,6 +178,10 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
     else:
         _follow_root(present, model)
         _reconfigure(present, config)
+    if config.fp32_routers:
+        raise_precision(present.sites)
+    else:
+        restore_precision(present.root)
     if config.is_on and switch_off_built_in_loss(present.root, _patch_of(present).built_in):
         announce_switched_off()
     return model
@@ -317,6 +322,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         balancer.duals.use_adapter(None)
         patch = _patch_of(balancer)
         remove_hooks(balancer.root, _push_labels, _pop_labels)
+        restore_precision(balancer.root)
         forget_compiled_code()
         patch.built_in.restore()
         patch.undo.restore()

@@ -7,6 +7,7 @@ Everything that φ-balancing sets in the process outside the patched models, and
 | wrappers on `GradScaler.scale` and `.update` | to find the scale of a loss at the root of its backward, and to notice a skipped step |
 | a wrapper on `transformers.Trainer.train` | a Trainer whose model is patched announces the tokens of its steps |
 | a wrapper on `PreTrainedModel.save_pretrained` | writes the state next to the weights |
+| a wrapper on `PushToHubMixin._get_files_timestamps` | `save_pretrained(push_to_hub=True)` uploads the state too |
 | wrappers on `PeftModel.save_pretrained` and `.load_adapter` | keep a selection bias with the adapter that it was trained with |
 | `torch._dynamo.config.skip_nnmodule_hook_guards = False` | else a patched model may run code that was compiled without the patch |
 
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
+
+from ..sidecar import STATE_NAME
 
 
 if TYPE_CHECKING:
@@ -72,9 +75,11 @@ def _install() -> None:
         _wrap(scaler, "scale", _scale)
         _wrap(scaler, "update", _update)
     from transformers import PreTrainedModel, Trainer
+    from transformers.utils import PushToHubMixin
 
     _wrap(Trainer, "train", _train)
     _wrap(PreTrainedModel, "save_pretrained", _save_model)
+    _wrap(PushToHubMixin, "_get_files_timestamps", _files_before)
     if torch._dynamo.config.skip_nnmodule_hook_guards:
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         _undo.append(functools.partial(setattr, torch._dynamo.config, "skip_nnmodule_hook_guards", True))
@@ -173,6 +178,14 @@ def _save_model(inner: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
     for outer in around_save:
         save = functools.partial(outer, model, save)
     return save(*args, **kwargs)
+
+
+def _files_before(inner: Callable, saved: Any, folder: Any) -> dict[str, float]:
+    """Lists the files that `save_pretrained(push_to_hub=True)` need not upload. The state is not one: it was just written."""
+    times = inner(saved, folder)
+    if any(balancer.root is saved for balancer in balancers()):
+        times.pop(STATE_NAME, None)
+    return times
 
 
 def _train(inner: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,12 +15,6 @@ from math import prod
 GSM8K_STOPS: tuple[str, ...] = ("Question:", "</s>", "<|im_end|>")
 """A GSM8K answer ends at the first of these (or at the end-of-sequence token, or after 256 tokens)."""
 
-HUMANEVAL_STOPS: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""A HumanEval completion ends at the first of these (or at the end-of-sequence token, or after 1024 tokens)."""
-
-HARNESS_FEWSHOT_SEED = 1234
-"""The seed with which lm-evaluation-harness draws the shots of each problem."""
-
 INVALID = "[invalid]"
 """What an answer without a number is read as."""
 
@@ -35,7 +29,7 @@ def truncate(text: str, stops: Iterable[str]) -> str:
 
     Args:
         text (`str`): A generated continuation.
-        stops (`Iterable[str]`): `GSM8K_STOPS` or `HUMANEVAL_STOPS`, for instance.
+        stops (`Iterable[str]`): For instance `GSM8K_STOPS`.
 
     Returns:
         `str`: `text` without the earliest of the stop strings and all that follows it.

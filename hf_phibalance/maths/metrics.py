@@ -9,8 +9,6 @@ balance. A layer to which nothing was routed shows no imbalance: it counts as ba
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -132,38 +130,3 @@ def summarise(load_LE: Tensor, top_k: int | None = None, dead_threshold: float =
     if top_k is not None:
         summary["noise_floor"] = noise_floor(load_LE.shape[-1], top_k, load_LE.sum(-1) / top_k)
     return summary
-
-
-def model_metrics(
-    loads: Mapping[str, Tensor], top_k: Sequence[int], tokens: float, per_layer: int = 16
-) -> dict[str, float]:
-    """
-    The metrics of all routers of a model as plain numbers.
-
-    Means over layers (2408.15664), but the least and greatest relative load and the number of dead experts over all
-    layers; `max_vio_worst_layer`; `noise_floor`, the mean over layers; and `max_vio/{layer name}` for some layers.
-
-    Args:
-        loads (`Mapping[str, torch.Tensor]`): Counts `(E,)` by layer name.
-        top_k (`Sequence[int]`): Experts per token of each layer.
-        tokens (`float`): Tokens counted.
-        per_layer (`int`, *optional*, defaults to `16`): At most so many layers, evenly spaced, are shown on their own.
-    """
-    columns: dict[str, list[float]] = {}
-    for load_E in loads.values():
-        for name, value in summarise(load_E.cpu().unsqueeze(0)).items():
-            columns.setdefault(name, []).append(float(value))
-    reductions: dict[str, Callable[[list[float]], float]] = {
-        "min_relative_load": min,
-        "max_relative_load": max,
-        "dead_experts": sum,
-    }
-    values = {name: reductions.get(name, statistics.fmean)(column) for name, column in columns.items()}
-    values["max_vio_worst_layer"] = max(columns["max_vio"])
-    floors = [noise_floor(load_E.numel(), k, tokens) for load_E, k in zip(loads.values(), top_k)]
-    values["noise_floor"] = statistics.fmean(map(float, floors))
-    names = list(loads)
-    shown = list(range(len(names)))
-    if len(names) > per_layer:
-        shown = sorted({round(i * (len(names) - 1) / max(per_layer - 1, 1)) for i in range(per_layer)})
-    return values | {f"max_vio/{names[i]}": columns["max_vio"][i] for i in shown}

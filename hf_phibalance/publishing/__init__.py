@@ -1,16 +1,15 @@
 """
-What becomes of a run for readers: figures, pictures, a model card, and the upload of all that with the model. Knows
-balanced models and finished trainers, not how they are trained. Pictures need matplotlib and the printed table rich
-(`pip install "hf_phibalance[recipes]"`); they are imported where they are used.
+Makes a finished run presentable: figures, pictures, a model card, and the upload of all that with the model. Pictures need
+matplotlib, and `print_summary` needs rich: `pip install "hf_phibalance[recipes]"`.
 
 | module | what it holds |
 |---|---|
-| `run` | what a run left behind: figures, log, loads, evaluations |
-| `tables`, `pictures` | the run beside a baseline |
-| `evaluations`, `card` | the words of a model card |
-| `report` | all of these in a results folder |
-| `folder`, `licence`, `upload` | the model on the Hub |
-| `trainer` | what the uploads of a `Trainer` lack |
+| `run` | what was measured: `metrics.json`, `history.json`, results of lm-evaluation-harness |
+| `card`, `model_card.md` | the model card and its template |
+| `pictures` | expert load and learning over training |
+| `report` | all of these in a results folder, and a table in the terminal |
+| `upload` | the model on the Hub, without private files |
+| `trainer` | the state and the card in uploads of a `Trainer` |
 """
 
 from .card import model_card

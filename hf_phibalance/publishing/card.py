@@ -1,50 +1,58 @@
-"""The model card of a run, and the section about balance for a card that somebody else wrote."""
+"""The model card of a run, and the section about expert balance for a card that `Trainer` wrote."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from ..config import PhiBalanceConfig
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from ..methods import METHODS
-from ..reporting import TEXT_CLASS, without_paths
-from .evaluations import evaluation_text, model_index
+from ..reporting import TEXT_CLASS
 from .pictures import CURVES_NAME, LOADS_NAME
-from .run import Run, method_of
-from .tables import layer_table, summary_rows
+from .run import Run, Score, hub_name, public_name
 
 
 CARD_NAME = "README.md"
-CARD_MARK = "<!-- hf_phibalance -->"  # tells the template's cards from others
-TAGS = ("mixture-of-experts", "phi-balancing")  # the last one only of what was φ-balanced
+CARD_MARK = "<!-- hf_phibalance -->"  # tells the cards of our template from others
+PER_LAYER = "moe/max_vio/"
+FIGURES = (
+    ("MaxVio", "moe/max_vio", ".3f"),
+    ("Gini", "moe/gini", ".3f"),
+    ("dead experts", "moe/dead_experts", ".0f"),
+    ("loss", "loss", ".4f"),
+)
+
+
+def as_code(text: object) -> str:
+    """
+    Returns a text as a Markdown code span, in which neither Markdown nor HTML acts. Texts of others enter a card only
+    through this function.
+    """
+    line = " ".join(str(text).split()).replace("|", "¦")  # a bar would end a cell, even in a code span
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line or '?'}`"
 
 
 def model_card(
     run: Run,
     baseline: Run | None = None,
-    template: str | os.PathLike | None = None,
     *,
     title: str,
     base_model: str | None = None,
-    licence: Mapping[str, str] | None = None,
     library_name: str = "transformers",
     repo_id: str | None = None,
     pictures: Sequence[str] = (LOADS_NAME, CURVES_NAME),
-) -> Any:
+) -> ModelCard:
     """
-    The model card of a run; it says only what was measured.
+    Makes the model card of a run. What the run did not measure is left out.
 
     Args:
-        run (`Run`): The run. Whatever its summary lacks, the card leaves out.
+        run (`Run`): The run.
         baseline (`Run`, *optional*): A run to show beside it.
-        template (`str` or `os.PathLike`, *optional*): A Jinja template, else [`find_template`]'s.
         title (`str`): Name of the model.
-        base_model (`str`, *optional*): What was fine-tuned, if not the summary's `base_model`.
-        licence (`Mapping[str, str]`, *optional*):
-            `license`, `license_name` and `license_link` of the base model, as far as it has them.
+        base_model (`str`, *optional*): What was fine-tuned, if not the run's `base_model`.
         library_name (`str`, *optional*, defaults to `"transformers"`): `"peft"` for an adapter.
         repo_id (`str`, *optional*): Where the model will be on the Hub.
         pictures (`Sequence[str]`, *optional*): The report's pictures that lie beside the card.
@@ -52,129 +60,115 @@ def model_card(
     Returns:
         [`~huggingface_hub.ModelCard`]: the card.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    summary, balance, licence = run.summary, run.summary.get("balance"), dict(licence or {})
-    base_model = base_model or summary.get("base_model")
-    base_name = base_model and (Path(base_model).name if Path(base_model).exists() else base_model)
-    hub_base = base_model if base_name == base_model else None  # a folder is no name on the Hub
-    hub_dataset, dataset_text = _dataset_names(summary)
-    results = model_index(run, hub_dataset, dataset_text)
+    base_model, dataset = base_model or run.base_model, hub_name(run.dataset)
+    scores = [score for found in run.evaluations.values() for score in found]
+    results = [_eval_result(score) for score in (*_own_score(run), *scores) if "expert_load" not in score.metric]
     data = ModelCardData(
-        model_name=title,
-        base_model=hub_base,
+        model_name=title if results else None,
+        base_model=hub_name(base_model),
         library_name=library_name,
         pipeline_tag="text-generation" if run.auto_class == TEXT_CLASS else "image-text-to-text",
-        language="en" if dataset_text else None,
-        tags=[*tags(balance), summary["model_type"]],
-        datasets=[hub_dataset] if hub_dataset else None,
+        tags=tags(run),
+        datasets=[dataset] if dataset else None,
         eval_results=results or None,
-        license=licence.get("license"),
-        license_name=licence.get("license_name"),
-        license_link=licence.get("license_link"),
     )
-    if not results:  # it belongs to the model-index alone
-        data.pop("model_name")
     return ModelCard.from_template(
         data,
-        template_path=str(template or find_template()),
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        code=as_code,
+        run=run,
         title=title,
-        summary=summary,
-        auto_class=run.auto_class,
-        prompt=_literal(summary.get("example_prompt") or "Question: ...\nAnswer:"),
-        base_name=base_name,
-        dataset_text=dataset_text,
-        columns=[run.name] if baseline is None else [baseline.name, run.name],
-        rows=[row for row in summary_rows(run, baseline) if row[0] != "seconds"],  # of a machine that nobody knows
-        command=without_paths(summary.get("command")),
-        has_exact_match=(summary.get("exact_match") or {}).get("trained") is not None
-        and bool(summary.get("problems")),
-        layer_table=layer_table(run, baseline),
-        balance=balance_text(balance) if balance else None,
-        routers=routers_text(balance) if balance else None,
-        flag=_flag(balance) if library_name == "peft" else "True",
-        mark=CARD_MARK,
-        evaluations=[evaluation_text(evaluation) for evaluation in run.evaluations],
-        has_bias=bool(balance and balance.get("bias_coef")),
+        base=base_model and public_name(base_model),
+        base_is_on_hub=data.base_model is not None,
         is_adapter=library_name == "peft",
-        licence=licence.get("license_name") or licence.get("license"),
-        repo_id=repo_id,
-        loads_picture=LOADS_NAME if LOADS_NAME in pictures else None,
-        curves_picture=CURVES_NAME if CURVES_NAME in pictures else None,
+        is_generated=run.dataset == "toy",
+        results=summary_table(run, baseline),
+        balance=balance_section(run, baseline),
+        scores=scores,
+        pictures=pictures,
+        repo_id=repo_id or "path/to/this/folder",
+        mark=CARD_MARK,
     )
 
 
-def _literal(text: str) -> str:
-    """`text` in Python, line by line where nothing in it would end the string, the code block, or mean something else."""
-    plain = text.replace("\n", "").isprintable() and not any(mark in text for mark in ("\\", '"""', "```", "~~~"))
-    return f'"""{text}"""' if plain and not text.endswith('"') else repr(text)
+def balance_section(run: Run, baseline: Run | None = None) -> str:
+    """Returns what a card says about expert balance, as Markdown."""
+    parts = ["## Expert balance", "The load of the experts was counted, and nothing was balanced."]
+    if run.balance is not None:
+        method = f"routers balanced by the method `{run.balance.method}` ({METHODS[run.balance.method].source})"
+        phi = "φ-balanced routers ([arXiv 2605.15403](https://arxiv.org/abs/2605.15403))"
+        fields = {key: value for key, value in run.balance.to_dict().items() if key != "version" and value != {}}
+        settings = ", ".join(as_code(f"{key}={value}") for key, value in fields.items())
+        parts[1] = f"Trained with {phi if run.balance.method == 'phi' else method}: {settings}."
+    columns = {name: _layers(figures) for name, figures in run.measured().items()}
+    if baseline is not None:
+        columns[f"{baseline.name} run, after"] = _layers(baseline.held_out)
+    columns = {name: column for name, column in columns.items() if column}
+    layers = dict.fromkeys(layer for column in columns.values() for layer in column)
+    rows = [[as_code(layer), *(_number(column.get(layer), ".3f") for column in columns.values())] for layer in layers]
+    if rows:
+        parts.append("MaxVio is (greatest load of an expert − mean load) / mean load: 0 is perfect balance.")
+        if floor := run.series("moe/noise_floor"):
+            parts[-1] += f" A training step has so few tokens that chance alone gives about {floor[-1][1]:.2f}."
+        parts.append(_table(["MaxVio of", *columns], rows))
+    return "\n\n".join(parts) + "\n"
 
 
-def find_template() -> Path:
-    """
-    The template of the model card, `model_cards/template.md` of the source tree or as installed.
-
-    Raises:
-        FileNotFoundError: if it is in neither place.
-    """
-    source = Path(__file__).parents[2] / "model_cards" / "template.md"
-    if source.is_file():
-        return source
-    beside = Path(__file__).parents[2] / "share" / "hf_phibalance" / "template.md"  # as pip --target has it
-    recorded = [Path(str(file.locate())) for file in importlib.metadata.files("hf_phibalance") or ()]
-    for path in (beside, *recorded):
-        if path.parts[-2:] == ("hf_phibalance", "template.md") and path.is_file():
-            return path
-    raise FileNotFoundError(f"there is no model card template at {source}: install hf_phibalance again, or pass one.")
+def tags(run: Run) -> list[str]:
+    """Returns the Hub's tags of a run's model."""
+    is_phi = run.balance is None or run.balance.method == "phi"
+    return ["mixture-of-experts", *(["phi-balancing"] if is_phi else []), run.model_type]
 
 
-def _dataset_names(summary: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Name on the Hub of what a run was trained on, if it is there, and what a reader is to call it."""
-    dataset = summary.get("dataset")
-    if not dataset:
-        return None, None
-    if dataset == "toy":
-        kind = "Python" if summary.get("task") == "mbpp" else "GSM8K-format"
-        return None, f"generated {kind} problems"
-    return (None, Path(dataset).name) if Path(dataset).exists() else (dataset, dataset)
+def summary_table(run: Run, baseline: Run | None = None) -> str:
+    """Returns the figures of a run, beside those of `baseline` if there is one, as a Markdown table."""
+    runs, rows = [run] if baseline is None else [baseline, run], []
+
+    def add(label: str, form: str, values: list[float | None]) -> None:
+        if any(value is not None for value in values):
+            rows.append([label, *(_number(value, form) for value in values)])
+
+    for when in ("untrained", "trained"):
+        add(f"exact match, {when}", ".1%", [one.exact_match.get(when) for one in runs])
+    for when in run.measured():
+        for name, key, form in FIGURES if "held-out" in when else FIGURES[:1]:
+            add(f"{name}, {when}", form, [one.measured()[when].get(key) for one in runs])
+    return _table(["", *(one.name for one in runs)], rows)
 
 
-def balance_section(run: Run) -> str:
-    """What a card that somebody else wrote should say about the balance of the model, as Markdown."""
-    balance = run.summary["balance"]
-    lines = [
-        "## Expert balance",
-        "",
-        f"This model was trained with {routers_text(balance)}: {balance_text(balance)}."
-        if balance
-        else "The loads of the routers were counted; nothing was balanced.",
-        "MaxVio is (greatest load of an expert − mean load) / mean load: 0 is balance.",
-        f"`phb.{run.auto_class}.from_pretrained(..., phi_balance=True)` of `hf_phibalance` brings back the prices and "
-        "means from `phi_balance.state`.",
-    ]
-    table = layer_table(run)
-    return "\n".join([*lines, *(["", table] if table else [])]) + "\n"
+def _own_score(run: Run) -> list[Score]:
+    """Returns the exact match that the training recipe measured, if it did."""
+    value = run.exact_match.get("trained")
+    if value is None:
+        return []
+    name = "generated problems" if run.dataset == "toy" else str(run.dataset)
+    count = run.problems.get("test")
+    return [Score(name, "exact_match,strict-match", value, shots=0, problems=count, dataset=run.dataset)]
 
 
-def tags(balance: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The Hub's tags of a model with this `PhiBalanceConfig`."""
-    return TAGS if not balance or method_of(balance) == "phi" else TAGS[:-1]
+def _eval_result(score: Score) -> EvalResult:
+    """Returns the entry of the card's model-index for a score."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=hub_name(score.dataset) or score.task,
+        dataset_name=score.task,
+        metric_type=score.metric.partition(",")[0],
+        metric_name=f"{score.metric} ({score.shots} shots, {score.count} problems)",
+        metric_value=round(score.value, 4),
+    )
 
 
-def routers_text(balance: Mapping[str, Any]) -> str:
-    """How the routers of a model were balanced, and where that is published, as Markdown."""
-    if method_of(balance) == "phi":
-        return "φ-balanced routers ([arXiv 2605.15403](https://arxiv.org/abs/2605.15403))"
-    return f"routers balanced by the method `{method_of(balance)}` ({METHODS[method_of(balance)].source})"
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table, or nothing if there are no rows."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
 
 
-def balance_text(balance: Mapping[str, Any]) -> str:
-    """The fields of a `PhiBalanceConfig` in one line."""
-    return ", ".join(f"`{key}={value}`" for key, value in balance.items() if key != "version" and value != {})
+def _layers(figures: Mapping[str, float]) -> dict[str, float]:
+    """Returns the MaxVio of each layer."""
+    return {key.removeprefix(PER_LAYER): value for key, value in figures.items() if key.startswith(PER_LAYER)}
 
 
-def _flag(balance: Mapping[str, Any] | None) -> str:
-    """What `phi_balance=` is to be where no config beside the weights says it: an adapter has none."""
-    default = PhiBalanceConfig().to_dict()
-    changed = {key: value for key, value in (balance or {}).items() if value != default.get(key)}
-    return str(changed or True)
+def _number(value: float | None, form: str) -> str:
+    """Returns a figure as text, and a dash where it was not measured."""
+    return "–" if value is None else format(value, form)

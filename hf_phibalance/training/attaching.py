@@ -34,6 +34,7 @@ def attach(
     verify: bool = False,
     calibrate: int = 0,
     fresh_duals: bool = False,
+    per_layer: int = 0,
 ) -> PhiBalanceCallback:
     """
     Wires φ-balancing into `trainer`, whose model must be patched: exact token counts, metrics in every reporter and in
@@ -55,6 +56,7 @@ def attach(
         fresh_duals (`bool`, *optional*, defaults to `False`):
             Whether a run that resumes from a checkpoint without a state of φ-balancing begins with fresh duals. Else this is an
             error.
+        per_layer (`int`, *optional*, defaults to `0`): at most this many layers, evenly spaced, get a MaxVio of their own in the log.
 
     Returns:
         `PhiBalanceCallback`: the callback in use. Its `history` holds the loads at each logging step; its `detach()` removes
@@ -84,6 +86,7 @@ def attach(
         Attachment(trainer, callback, process_group, added)
     callback.verifies |= verify
     callback.fresh_duals |= fresh_duals
+    callback.per_layer = per_layer or callback.per_layer
     return callback
 
 

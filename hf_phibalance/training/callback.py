@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..balancing import PhiBalancer, find_balancer, get_balancer, patch
+from ..balancing import Figures, PhiBalancer, find_balancer, get_balancer, patch
 from ..checkup import DoctorReport
 from ..compat import reload_converted_weights
+from ..maths import relative_load
 from ..sidecar import STATE_NAME, state_in
 from .refusals import refuse_trained_routers, warn_of_rounded_routers
 
@@ -27,17 +29,17 @@ class PhiBalanceCallback(TrainerCallback):
     model is patched; [`attach`] adds it earlier, with options.
 
     Args:
-        per_layer (`int`, *optional*, defaults to `16`): at most so many layers get metrics of their own.
+        per_layer (`int`, *optional*, defaults to `0`): at most so many layers get a MaxVio of their own in the log.
 
     Attributes:
-        history (`list[dict]`): at each logging step `{"step": int, "load": {layer name: [relative load per expert]}}`,
-            where 1 is a fair share. In a long run only every second, fourth, ... logging step is kept.
+        history (`list[dict]`): at each logging step `{"step": int, "load": {layer name: [relative load per expert]}}`, over the
+            steps since the last one, where 1 is a fair share. In a long run only every second, fourth, ... entry is kept.
         resumed_from (`str`, *optional*): the checkpoint that training resumed from.
         report (`DoctorReport`, *optional*): the report of `attach(verify=True)`.
         detach (`Callable`, *optional*): removes the callback and the wrapped methods from its trainer.
     """
 
-    def __init__(self, per_layer: int = 16) -> None:
+    def __init__(self, per_layer: int = 0) -> None:
         self.per_layer = per_layer
         self.history: list[dict[str, Any]] = []
         self.detach: Callable[[], None] | None = None
@@ -48,6 +50,8 @@ class PhiBalanceCallback(TrainerCallback):
         self._balancer: PhiBalancer | None = None
         self._every = 1  # logging steps per entry of `history`
         self._logged = 0
+        self._figures: Figures | None = None  # sum over the steps since the last log
+        self._steps = 0  # of the balancer, at its last figures
         self._reports_learning = False
 
     @property
@@ -65,13 +69,13 @@ class PhiBalanceCallback(TrainerCallback):
         self.balancer.discard_step()
         refuse_trained_routers(self.balancer)
         warn_of_rounded_routers(self.balancer)
-        self.report = None
+        self.report = self._figures = None
         if state.global_step > 0:
             self._restore(args, state)
         else:
             self.history.clear()
             self._every, self._logged = 1, 0
-        self._reports_learning = True
+        self._steps, self._reports_learning = self.balancer.duals.begun, True
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
@@ -79,9 +83,11 @@ class PhiBalanceCallback(TrainerCallback):
         balancer = find_balancer(model)  # it may have been patched anew, or unpatched
         if balancer is None:
             return
-        self._balancer = balancer
+        if balancer is not self._balancer:
+            self._balancer, self._figures, self._steps = balancer, None, 0
         skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
         balancer.step(skipped=skipped)  # for optimizers that are not torch's; else it has ended already
+        self._note_figures(balancer)
         if self._reports_learning and balancer.steps:
             self._report_learning(state)
 
@@ -98,20 +104,28 @@ class PhiBalanceCallback(TrainerCallback):
             )
 
     def training_metrics(self, state: TrainerState) -> dict[str, float]:
-        """Returns the metrics of the last step as `moe/...`, and adds the loads to `history`."""
-        if self.balancer.steps == 0:
+        """Returns the means over the steps since the last log as `moe/...`, and adds the loads to `history`."""
+        figures, self._figures = self._figures, None
+        if figures is None:
             return {}
         self.balancer.check_finite()
-        self._note_loads(state.global_step)
-        return {f"moe/{key}": value for key, value in self.balancer.metrics(self.per_layer).items()}
+        self._note_loads(state.global_step, figures.load_LE)
+        return {f"moe/{key}": value for key, value in self.balancer.metrics(self.per_layer, figures).items()}
 
-    def _note_loads(self, step: int) -> None:
-        if self.history and self.history[-1]["step"] == step:
+    def _note_figures(self, balancer: PhiBalancer) -> None:
+        """Adds the figures of a step unless it was skipped. They stay on the device."""
+        if balancer.duals.begun == self._steps:
             return
+        self._steps, figures = balancer.duals.begun, balancer.figures()
+        self._figures = figures if self._figures is None else self._figures + figures
+
+    def _note_loads(self, step: int, load_LE: Tensor) -> None:
         self._logged += 1
         if (self._logged - 1) % self._every:
             return
-        loads = {name: (load / load.mean().clamp(min=1e-30)).tolist() for name, load in self.balancer.loads().items()}
+        sites = self.balancer.sites
+        rows = [row[: site.num_experts] for site, row in zip(sites, load_LE.cpu())]
+        loads = {site.name: relative_load(row).tolist() for site, row in zip(sites, rows)}
         self.history.append({"step": step, "load": loads})
         numbers = len(self.history) * sum(map(len, loads.values()))
         if numbers > HISTORY and len(self.history) > 2:

@@ -77,6 +77,5 @@ def warn_of_rounded_routers(balancer: PhiBalancer) -> None:
         step = 2.0 ** -(8 if low[0].dtype == torch.bfloat16 else 11)
         logger.warning_once(
             f"Routers are trained in {dtype}: a step of less than about {step:.2%} of a weight is rounded away, so at small learning "
-            "rates they hardly move. Keep the weights in float32 and compute in bf16 (bf16=True and "
-            "from_pretrained(dtype=torch.float32)), or train the routers by LoRA, which PEFT keeps in float32."
+            "rates they hardly move. Keep their weights in float32, by PhiBalanceConfig(fp32_routers=True)."
         )

@@ -36,8 +36,7 @@ CORE = (
 LONGER = (  # left out by --quick
     "tests/balancing/test_any_sequence.py",
     "tests/balancing/test_interruptions.py",
-    "tests/publishing/test_earlier_runs.py",
-    "tests/publishing/test_hostile_runs.py",
+    "tests/publishing/test_run.py",
 )
 
 

@@ -78,12 +78,12 @@ def batch_of_rank(model, rank):
 def evaluate_on_ranks(folder):
     model = patched()
     trainer = make_trainer(model, folder, eval_dataset=evaluation_set())
-    phb.attach(trainer)
+    phb.attach(trainer, per_layer=16)
     by_trainer = trainer.evaluate()
     balancer = phb.get_balancer(model.eval())
     with balancer.evaluation(), torch.no_grad():
         model(**batch_of_rank(model, dist.get_rank()), use_cache=False)
-        by_hand = [balancer.eval_metrics() for _ in range(3)]
+        by_hand = [balancer.eval_metrics(per_layer=16) for _ in range(3)]
     return by_trainer, by_hand
 
 

@@ -11,20 +11,10 @@ from tiny import tiny_model
 
 import hf_phibalance as phb
 from hf_phibalance import evaluation
-from hf_phibalance.evaluation import GSM8K_STOPS, model_fingerprint, truncate
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.evaluation import GSM8K_STOPS, truncate
 
 
 FOLDER = Path(evaluation.__file__).parent
-
-
-def test_another_bias_makes_another_model(tmp_path):
-    """Scores of one must not be gone on with for the other."""
-    found = set()
-    for content in ("one", "another"):
-        (tmp_path / STATE_NAME).write_text(content)
-        found.add(model_fingerprint(str(tmp_path)))
-    assert len(found) == 2
 
 
 @pytest.mark.parametrize("form", ["{0}", "{0}/{0}.py"])

@@ -104,7 +104,7 @@ HOSTILE = {
     "main thread ends by its system call": CTYPES
     + "threading.Thread(target=time.sleep, args=(3600,)).start()\nc.syscall(EXIT, 0)\n"
     + HONEST,
-    "main thread ends, another answers": CTYPES + "def answer():\n    time.sleep(0.2)\n    for fd in range(3, 20):\n"
+    "main thread ends, another answers": CTYPES + "def answer():\n    time.sleep(0.2)\n    for fd in range(3, 300):\n"
     "        try: os.write(fd, b'{{}}\\n' + b''.join(b'{{\"value\": %d, \"changed\": []}}\\n' % n for n in (2, 42)))\n"
     "        except OSError: pass\n    time.sleep(3600)\n"
     "threading.Thread(target=answer).start()\nc.syscall(EXIT, 0)\n",
@@ -124,9 +124,9 @@ HOSTILE = {
     "becomes root": "import os\nos.setuid(0)\n" + HONEST,
     "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n" + HONEST,
     "70 MB of answer": "def add(x):\n    return 'x' * (70 << 20)\n",
-    "half an answer": "import os, time\nfor fd in range(3, 20):\n    try: os.write(fd, b'{{')\n    except OSError: pass\n"
+    "half an answer": "import os, time\nfor fd in range(3, 300):\n    try: os.write(fd, b'{{')\n    except OSError: pass\n"
     "time.sleep(3600)\n",
-    "no JSON": "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'[' * 50000 + b'\\n')\n    except OSError: pass\n"
+    "no JSON": "import os\nfor fd in range(3, 300):\n    try: os.write(fd, b'[' * 50000 + b'\\n')\n    except OSError: pass\n"
     + HONEST,
     "a deep answer": "def add(x):\n    for _ in range(1 << 20): x = [x]\n    return x\n",
     "a surrogate": "raise ValueError(chr(0xd800))\n",

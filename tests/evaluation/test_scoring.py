@@ -7,7 +7,6 @@ import pytest
 from hf_phibalance import evaluation
 from hf_phibalance.evaluation import (
     GSM8K_STOPS,
-    HUMANEVAL_STOPS,
     extract_flexible,
     extract_strict,
     pass_at_k,
@@ -20,8 +19,7 @@ def test_what_is_read_from_an_answer():
     assert extract_strict("###  3") == extract_flexible("none") == evaluation.INVALID == "[invalid]"
     assert extract_flexible("3 of 5") == "5" and extract_flexible("5 of $3,0.") == "$3,0."
     assert truncate("#### 1</s>Question: a", GSM8K_STOPS) == "#### 1"
-    assert truncate("    return 1\nif x:\n    y\ndef f", HUMANEVAL_STOPS) == "    return 1"
-    assert truncate("    if x:\n        print(1)", HUMANEVAL_STOPS) == "    if x:\n        print(1)"
+    assert truncate("    return 1\nif x:\n    y\ndef f", ("\ndef", "\nif")) == "    return 1"
 
 
 def test_pass_at_k_is_the_mean_over_all_choices_of_k():

@@ -1,12 +1,11 @@
 """
-What the tests of evaluations examine: a problem in HumanEval's form, a tiny model with a selection bias, and a stand-in
-for a model that answers as planned.
+What the tests of evaluations examine: problems in HumanEval's form, a tiny model with a selection bias, and a tokenizer
+like Llama's.
 """
 
-from types import SimpleNamespace
-
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import hf_phibalance as phb
 from hf_phibalance.models import build_model, train_tokenizer
@@ -44,28 +43,34 @@ def biased_mixtral():
     return model, tokenizer
 
 
-class Scripted:
-    """Stands for a model that continues a prompt with `answers[prompt]`, token by token, until it is stopped."""
+FUNCTIONS = {
+    "double": ("    return 2 * x\n", "    assert candidate(3) == 6\n"),
+    "is_even": ("    return x % 2 == 0\n", "    assert candidate(4) and not candidate(5)\n"),
+    "digits": ("    return len(str(x))\n", "    assert candidate(123) == 3\n"),
+}
 
-    device, dtype, base_model = "cpu", torch.float32, None
 
-    def __init__(self, tokenizer, answers):
-        self.tokenizer, self.answers, self.steps = tokenizer, answers, 0
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=4096))
-        self.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id], pad_token_id=0)
+def completed_functions():
+    """Three problems in HumanEval's form, and their solutions."""
+    problems = [
+        {
+            "task_id": f"HumanEval/{number}",
+            "prompt": f'def {name}(x):\n    """ Made up.\n    """\n',
+            "entry_point": name,
+            "canonical_solution": solution,
+            "test": f"def check(candidate):\n{test}",
+        }
+        for number, (name, (solution, test)) in enumerate(FUNCTIONS.items())
+    ]
+    return problems, [problem["canonical_solution"] for problem in problems]
 
-    def num_parameters(self):
-        return 0
 
-    def generate(self, input_ids, attention_mask, generation_config, stopping_criteria):
-        prompts = [self.tokenizer.decode(row[mask == 1]) for row, mask in zip(input_ids, attention_mask)]
-        planned = [self.tokenizer(self.answers[prompt])["input_ids"] for prompt in prompts]
-        done = torch.zeros(len(planned), dtype=torch.bool)
-        for step in range(generation_config.max_new_tokens):
-            new = [0 if done[row] else (ids[step] if step < len(ids) else 1) for row, ids in enumerate(planned)]
-            input_ids = torch.cat([input_ids, torch.tensor(new)[:, None]], dim=1)
-            self.steps += int((~done).sum())
-            done |= stopping_criteria(input_ids, None) | (torch.tensor(new) == 1)
-            if done.all():
-                break
-        return input_ids
+def llama_like():
+    """A tokenizer like Llama's: a space is a mark on the token, and decoding takes off the first one."""
+    pieces = ["<unk>", "<s>", "</s>", "\n", "▁", "▁▁", "▁▁▁▁", *(chr(code) for code in range(33, 127))]
+    merges = [("▁", "▁"), ("▁▁", "▁▁")]
+    inner = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)

@@ -1,4 +1,4 @@
-"""As much of the Hub as an upload and a download need, on loopback: repositories, cards, LFS, commits; and faults on demand."""
+"""As much of the Hub as an upload and a download need, on loopback: repositories, LFS, commits; and faults on demand."""
 
 import base64
 import hashlib
@@ -31,11 +31,10 @@ class HubStub:
         files: Contents by path, by repository; a commit changes them.
         commits: Every commit as `(repository, message, paths)`.
         requests: Every request as `(method, path)`.
-        cards: Cards of other models, by repository.
     """
 
     def __init__(self):
-        self.files, self.commits, self.requests, self.cards, self.blobs = {}, [], [], {}, {}
+        self.files, self.commits, self.requests, self.blobs = {}, [], [], {}
         self.private = {}
         self._faults = []
         self._lock = threading.Lock()
@@ -173,15 +172,12 @@ class HubStub:
         ]
 
     def download(self, name, path):
-        """A file of a repository, or of its cards those that are only looked up."""
-        files = self.files.get(name, {})
+        """A file of a repository."""
+        files = self.files[name]
         commit = self.head(name) if files else "0" * 40
-        if path == "README.md" and name in self.cards:
-            content = self.cards[name].encode()
-        elif path in files:
-            content = files[path]
-        else:
+        if path not in files:
             return 404, {"error": f"no {path}"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+        content = files[path]
         return 200, content, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
 
 
@@ -259,6 +255,6 @@ class _Handler(BaseHTTPRequestHandler):
         if (match := re.fullmatch(rf"/api/models/{name}/tree/.+", path)) and match["name"] in stub.files:
             return 200, stub.tree(match["name"])
         match = re.fullmatch(rf"/{name}/resolve/[^/]+/(?P<file>.+)", path)
-        if match and match["name"] in stub.files | stub.cards:
+        if match and match["name"] in stub.files:
             return stub.download(match["name"], match["file"])
         return 404, {"error": f"nothing at {path}"}, {"X-Error-Code": "RepoNotFound"}

@@ -275,16 +275,16 @@ def naive_training(model, steps, config, lr):
 
 def naive_figures(loads):
     """Some of the logged metrics, from `{layer: counts}`, by hand."""
-    figures = {"max_vio": [], "cv": [], "gini": []}
-    relative = []
+    figures = {"max_vio": [], "entropy": [], "gini": []}
+    dead = 0
     for counts in loads.values():
         share = [count * len(counts) / sum(counts) for count in counts]
-        relative += share
+        dead += sum(r < 0.05 for r in share)
         figures["max_vio"].append(max(share) - 1)
-        figures["cv"].append((sum((r - 1) ** 2 for r in share) / len(share)) ** 0.5)
+        figures["entropy"].append(
+            -sum(r / len(share) * math.log(r / len(share)) for r in share if r) / math.log(len(share))
+        )
         figures["gini"].append(sum(abs(a - b) for a in share for b in share) / (2 * len(share) ** 2))
-    worst = max(figures["max_vio"])
     result = {name: sum(values) / len(values) for name, values in figures.items()}
-    result |= {"max_vio_worst_layer": worst, "min_relative_load": min(relative), "max_relative_load": max(relative)}
-    result |= {"dead_experts": sum(r < 0.05 for r in relative)}
+    result |= {"max_vio_worst_layer": max(figures["max_vio"]), "dead_experts": dead}
     return result | {f"max_vio/{name}": value for name, value in zip(loads, figures["max_vio"])}

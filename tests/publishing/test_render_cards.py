@@ -2,12 +2,9 @@
 
 import importlib.util
 
-import pytest
 from hub_stub import contents
 from huggingface_hub import ModelCard
 from paths import ROOT
-
-from hf_phibalance.publishing import Run
 
 
 def test_cards_are_rendered_by_a_command(run_folder, tmp_path):
@@ -20,6 +17,3 @@ def test_cards_are_rendered_by_a_command(run_folder, tmp_path):
     assert sorted(contents(folder)) == ["README.md", "curves.png", "loads.png"]
     assert all((folder / name).stat().st_size < 60_000 for name in ("curves.png", "loads.png"))
     assert ModelCard.load(folder / "README.md").data.eval_results
-    run = Run.load(run_folder)
-    with pytest.raises(ValueError, match="is no untrained twin"):  # it has learnt
-        recipe.before_training(run, run, run_folder)

@@ -9,7 +9,6 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 import hf_phibalance as phb
-from hf_phibalance.publishing import complete_uploads
 
 
 @pytest.mark.parametrize("cls", [Trainer, SFTTrainer])
@@ -19,7 +18,7 @@ def test_trainer_uploads_duals_and_says_how_it_balanced(cls, strategy, stub, tmp
         patched(), tmp_path / "out", cls, push_to_hub=True, hub_model_id=REPO, hub_strategy=strategy,
         save_strategy="steps", save_steps=1, max_steps=2,
     )  # fmt: skip
-    complete_uploads(trainer, phb.attach(trainer).history)
+    history = phb.attach(trainer).history
     trainer.train()
     trainer.push_to_hub()
     in_progress = [changed for _, message, changed in stub.commits if message.startswith("Training in progress")]
@@ -35,8 +34,7 @@ def test_trainer_uploads_duals_and_says_how_it_balanced(cls, strategy, stub, tmp
     assert "generated" in card.content.lower() or "trl" in card.content.lower()  # the trainer's own draft
     assert "## Expert balance" in card.text and "`coef=5.0`" in card.text
     name = phb.get_balancer(trainer.model).layer_names[0]
-    last = [entry for entry in trainer.state.log_history if "moe/max_vio" in entry][-1]
-    assert f"{last[f'moe/max_vio/{name}']:.3f} |" in card.text
+    assert f"{max(history[-1]['load'][name]) - 1:.3f} |" in card.text
     saved = tmp_path / "received"
     for path, content in files.items():
         (saved / path).parent.mkdir(parents=True, exist_ok=True)
@@ -46,10 +44,10 @@ def test_trainer_uploads_duals_and_says_how_it_balanced(cls, strategy, stub, tmp
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
 
 
-def test_trainer_keeps_a_report(stub, run_folder, tmp_path):
+def test_trainer_keeps_a_report(stub, trained_run, tmp_path):
     trainer = make_trainer(patched(), tmp_path / "out", hub_model_id=REPO)
-    complete_uploads(trainer, phb.attach(trainer).history)
-    written = (run_folder / "README.md").read_text()
+    phb.attach(trainer)
+    written = (trained_run / "README.md").read_text()
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "README.md").write_text(written)
     trainer.push_to_hub()

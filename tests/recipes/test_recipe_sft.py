@@ -53,7 +53,7 @@ def test_results_folder_is_complete(results):
     assert not [name for name in names.split() if not (folder / name).is_file()]
     assert "exact match, trained" in done.stdout and "MaxVio" in done.stdout
     run, baseline = Run.load(folder), Run.load(folder / "unbalanced")
-    assert run.summary["balance"]["coef"] > 0 and baseline.summary["balance"] is None
+    assert run.balance.coef > 0 and baseline.balance is None
     for one in (run, baseline):
         assert [entry["step"] for entry in one.loads] == [1, 2, 3, 4, 5, 6]
         assert [step for step, _ in one.series("moe/max_vio")] == [1, 2, 3, 4, 5, 6]
@@ -78,8 +78,8 @@ def test_model_card_says_what_was_measured(results):
     card, summary = ModelCard.load(folder / "README.md"), json.loads((folder / "metrics.json").read_text())
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert card.data.eval_results[0].metric_value == round(summary["exact_match"]["trained"], 4)
-    assert f"{summary['held_out']['max_vio']:.3f}" in card.text
-    assert "| | unbalanced | φ-balanced |" in card.text
+    assert f"{summary['held_out']['moe/max_vio']:.3f}" in card.text
+    assert "|  | unbalanced | φ-balanced |" in card.text
     assert "phi_balance=True" in card.text and "loads.png" in card.text and "## Limits" in card.text
 
 

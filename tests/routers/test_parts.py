@@ -21,7 +21,7 @@ def step(model, pictures, seed=0):
     model(**batch).loss.backward()
     model.zero_grad()
     balancer.step()
-    return balancer.metrics()
+    return balancer.metrics(per_layer=16)
 
 
 def apart(values):

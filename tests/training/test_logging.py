@@ -13,6 +13,7 @@ from training import TRAINERS, make_trainer, patched, rows, weights
 from transformers import TrainerCallback
 
 import hf_phibalance as phb
+from hf_phibalance.balancing import figures as balancing_figures
 
 
 class Loads(TrainerCallback):
@@ -41,38 +42,45 @@ def assert_figures(logged, loads):
     assert logged["noise_floor"] == pytest.approx(floor, rel=1e-5)
 
 
+def mean_figures(steps):
+    """Means over `steps`, each `{layer: counts}`, of the figures by hand."""
+    each = [naive_figures({name: counts.tolist() for name, counts in loads.items()}) for loads in steps]
+    means = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+    # the worst layer is that of the greatest mean
+    return means | {"max_vio_worst_layer": max(value for name, value in means.items() if "/" in name)}
+
+
 @pytest.mark.parametrize("cls", TRAINERS)
-def test_metrics_reach_history_and_tensorboard(cls, tmp_path, monkeypatch):
+def test_logged_figures_are_means_since_the_last_log_as_the_loss_is(cls, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     model = patched("qwen3_moe", bias_coef=0.05)
     loads = Loads()
-    trainer = make_trainer(
-        model, tmp_path, cls, callbacks=[loads], num_train_epochs=3, logging_steps=2, report_to=["tensorboard"]
-    )
-    callback = phb.attach(trainer)
+    options = {"num_train_epochs": 3, "logging_steps": 2, "report_to": ["tensorboard"]}
+    trainer = make_trainer(model, tmp_path, cls, callbacks=[loads], **options)
+    callback = phb.attach(trainer, per_layer=16)
     balancer = phb.get_balancer(model)
-    ranges = {}
+    reads = []
     original = balancer.metrics
 
-    def metrics(per_layer):
-        spread = {
-            kind: max((value.max() - value.min()).item() for value in values.values())
-            for kind, values in (("price_range", balancer.prices()), ("bias_range", balancer.biases()))
-        }
-        ranges[trainer.state.global_step] = spread
-        return original(per_layer)
+    def metrics(per_layer, steps):
+        duals = (("price_range", balancer.prices()), ("bias_range", balancer.biases()))
+        reads.append({name: max(float(v.max() - v.min()) for v in values.values()) for name, values in duals})
+        return original(per_layer, steps)
 
     monkeypatch.setattr(balancer, "metrics", metrics)
     trainer.train()
-    assert list(ranges) == [2, 4, 6]  # at logging steps only, once each
-
     entries = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
-    assert list(entries) == [2, 4, 6]
-    for step, entry in entries.items():
-        logged = figures(entry, "moe/")
+    assert list(entries) == [2, 4, 6] and len(reads) == 3  # the device is read when logging only
+    for (step, entry), ranges in zip(entries.items(), reads):
+        logged, window = figures(entry, "moe/"), [loads.by_step[step - 1], loads.by_step[step]]
         assert all(isinstance(value, (int, float)) for value in logged.values())
-        assert_figures(logged, loads.by_step[step])
-        assert {name: logged[name] for name in ranges[step]} == pytest.approx(ranges[step], rel=1e-6)
+        expected = mean_figures(window)
+        assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        tokens = [float(sum(next(iter(one.values()))) / 2) for one in window]  # top-2
+        floors = [math.sqrt((8 - 2) / (2 * own) * 2 * math.log(8)) for own in tokens]
+        assert logged["tokens"] == sum(tokens) / 2
+        assert logged["noise_floor"] == pytest.approx(sum(floors) / 2, rel=1e-5)
+        assert {name: logged[name] for name in ranges} == pytest.approx(ranges, rel=1e-6)
     assert not figures(trainer.state.log_history[-1], "moe/")  # the summary of the run
 
     (file,) = (tmp_path / "events").rglob("events.out.tfevents.*")
@@ -87,7 +95,18 @@ def test_metrics_reach_history_and_tensorboard(cls, tmp_path, monkeypatch):
     assert [entry["step"] for entry in callback.history] == [2, 4, 6]
     for entry in callback.history:
         for name, counts in loads.by_step[entry["step"]].items():
-            assert entry["load"][name] == pytest.approx((counts * len(counts) / counts.sum()).tolist())
+            both = counts + loads.by_step[entry["step"] - 1][name]
+            assert entry["load"][name] == pytest.approx((both * len(both) / both.sum()).tolist())
+
+
+def test_a_log_has_few_keys_and_each_is_explained(tmp_path):
+    trainer = make_trainer(patched(bias_coef=0.05), tmp_path, max_steps=1)
+    phb.attach(trainer)
+    trainer.train()
+    table = [
+        line.split("|")[1].strip(" `") for line in balancing_figures.__doc__.splitlines() if line.startswith("| `")
+    ]
+    assert set(figures(trainer.state.log_history[0], "moe/")) == set(table) and len(table) == 10
 
 
 def test_balance_loss_is_the_value_of_the_term(tmp_path):
@@ -113,24 +132,16 @@ def test_balance_loss_is_the_value_of_the_term(tmp_path):
     assert logged[0] == pytest.approx(0.0, abs=1e-5) and max(logged) > 0.1
 
 
-def test_number_of_keys_is_capped(tmp_path):
-    counts = {}
-    for layers, per_layer, attach in ((2, 16, True), (18, 16, True), (18, 3, True), (18, 3, False), (18, 0, True)):
-        model = patched(model_args={"num_hidden_layers": layers})
-        callback = phb.PhiBalanceCallback(per_layer=per_layer)
-        trainer = make_trainer(model, tmp_path, callbacks=[callback], max_steps=1, gradient_accumulation_steps=1)
-        if attach:
-            phb.attach(trainer)
-        trainer.train()
-        logged = figures(trainer.state.log_history[0], "moe/")
-        shown = [name for name in logged if "/" in name]
-        assert len(shown) == min(layers, per_layer)
-        counts[layers, per_layer, attach] = len(logged) - len(shown)
-        names = phb.get_balancer(model).layer_names
-        assert len(names) == layers and {name.removeprefix("max_vio/") for name in shown} <= set(names)
-        if per_layer > 1:
-            assert {f"max_vio/{names[0]}", f"max_vio/{names[-1]}"} <= set(shown)
-    assert len(set(counts.values())) == 1 and max(counts.values()) <= 16
+@pytest.mark.parametrize(("layers", "per_layer"), [(2, 16), (18, 3), (18, 1)])
+def test_layers_have_keys_of_their_own_if_asked(layers, per_layer, tmp_path):
+    model = patched(model_args={"num_hidden_layers": layers})
+    trainer = make_trainer(model, tmp_path, max_steps=1)
+    phb.attach(trainer, per_layer=per_layer)
+    trainer.train()
+    shown = set(figures(trainer.state.log_history[0], "moe/max_vio/"))
+    names = phb.get_balancer(model).layer_names
+    assert len(names) == layers and len(shown) == min(layers, per_layer) and shown <= set(names)
+    assert per_layer == 1 or {names[0], names[-1]} <= shown
 
 
 # ---------------------------------------------------------------------- evaluation
@@ -154,7 +165,7 @@ def test_evaluate_counts_the_evaluation_set(cls, tmp_path):
     """Before training as after it, on the set of the trainer, on another one, and under another prefix."""
     model, data, other = patched(), rows(7, seed=1), rows(4, shortest=2, seed=2)
     trainer = make_trainer(model, tmp_path, cls, eval_dataset=data, max_steps=2)
-    phb.attach(trainer)
+    phb.attach(trainer, per_layer=16)
     balancer = phb.get_balancer(model)
     for train in (False, True):
         if train:
@@ -175,7 +186,7 @@ def test_evaluation_for_metrics_of_labelled_tokens(cls, tmp_path):
     model, data = patched(token_mask="labels"), rows(7, seed=1)
     trainer = make_trainer(model, tmp_path, cls, eval_dataset=data)
     trainer.compute_metrics = lambda prediction: {"seen": len(prediction.predictions)}
-    phb.attach(trainer)
+    phb.attach(trainer, per_layer=16)
     result = trainer.evaluate()
     assert result["eval_seen"] == 7
     assert_figures(figures(result, "eval_moe/"), naive_loads(model.state_dict(), data))
@@ -201,7 +212,7 @@ def test_evaluation_during_training_changes_nothing(several, tmp_path):
         trainer = make_trainer(
             model, tmp_path, callbacks=[record], eval_dataset=data if evaluated else None, **arguments
         )
-        phb.attach(trainer)
+        phb.attach(trainer, per_layer=16)
         trainer.train()
         logged = [figures(entry, "moe/") for entry in trainer.state.log_history if "loss" in entry]
         balancer = phb.get_balancer(model)
@@ -229,6 +240,6 @@ def test_evaluation_uses_the_selection_bias(tmp_path):
         bias[:2] = 50.0
     balancer.set_biases(biases)
     trainer = make_trainer(model, tmp_path, eval_dataset=rows(3))
-    phb.attach(trainer)
+    phb.attach(trainer, per_layer=16)
     logged = figures(trainer.evaluate(), "eval_moe/")
     assert logged["max_vio"] == pytest.approx(3.0) and logged["dead_experts"] == 6 * len(balancer.layer_names)

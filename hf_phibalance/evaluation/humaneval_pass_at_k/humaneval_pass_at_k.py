@@ -33,7 +33,7 @@ estimates it. Runs generated code: set `HF_ALLOW_CODE_EVAL=1` or pass `allow_cod
 _INPUTS = """
 Args:
     predictions (`list[list[str]]`):
-        For each problem its completions, already cut at the stop strings (`truncate(text, HUMANEVAL_STOPS)`).
+        For each problem its completions, already cut at the stop strings.
     references (`list[dict]`):
         The problems, with the fields `prompt`, `test` and `entry_point` of HumanEval; others are ignored.
     k (`list[int]`, *optional*, defaults to `[1]`):
