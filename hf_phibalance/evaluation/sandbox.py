@@ -7,10 +7,10 @@ It is off until the user opts in: `HF_ALLOW_CODE_EVAL=1`, or `allow_code_executi
   and only plain data comes back (numbers, text, lists, dictionaries and the like). So nothing that the program does to
   its own interpreter is a pass.
 - **Walls.** Each process has its own namespaces (processes, network, IPC, mounts), no capabilities, no environment of
-  the caller and a seccomp filter (`FORBIDDEN`). It can read the interpreter, installed packages, the system's programs
-  and libraries, `/proc`, `/dev` and the modules of `runner`, and no other file. It can write to `/tmp`, where its
-  working directory is, and to `/dev/shm`. Both are its own, limited in size, and vanish with it. If the caller is root,
-  it runs with an unused user id.
+  the caller and a seccomp filter (`FORBIDDEN`). It can read what `_readable` lists (interpreter, installed packages, the
+  system's programs and libraries), `/proc`, `/dev` and the modules of `runner`, and no other file. It can write to
+  `/tmp`, where its working directory is, and to `/dev/shm`. Both are its own, limited in size, and vanish with it. If
+  the caller is root, it runs with an unused user id.
 - **Limits.** At the deadline the caller kills both processes and all that they have started. CPU time, address space
   and file size are limited per process. Processes and threads are limited in number.
 - **Verdict.** A program that answers right still fails if it is seen to leave threads or processes running, if it
