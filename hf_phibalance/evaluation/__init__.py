@@ -15,20 +15,20 @@ HumanEvalPassAtK().compute(predictions=[[completion]], references=[problem], k=[
 | `harness`, `tasks`, `scores` | our models and tasks for lm-evaluation-harness; `recipes/evaluate.py` runs them |
 | `sandbox`, `runner` | generated code: outside and inside of the interpreter that runs it |
 
-Rules and sandbox need nothing but the standard library. Metrics need `evaluate`, and `harness` needs `lm_eval`: both come
-with `pip install "hf_phibalance[recipes]"`. Importing `hf_phibalance` imports none of this.
+Metrics need `evaluate`, `harness` needs `lm_eval` and the sandbox needs `pyseccomp`: all come with
+`pip install "hf_phibalance[recipes]"`. The sandbox also needs bubblewrap. Importing `hf_phibalance` imports none of this.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .sandbox import CODE_EVAL_VARIABLE, CodeExecutionError, Verdict, require_opt_in, run_program
+from .sandbox import CODE_EVAL_VARIABLE, CodeExecutionError, Verdict, require_sandbox, run_program
 from .scoring import GSM8K_STOPS, INVALID, extract_flexible, extract_strict, normalise_answer, pass_at_k, truncate
 
 
 if TYPE_CHECKING:
     from .gsm8k_accuracy import GSM8KAccuracy
-    from .humaneval_pass_at_k import HumanEvalPassAtK
+    from .humaneval_pass_at_k import HumanEvalPassAtK, score_humaneval
 
 
 __all__ = [
@@ -43,11 +43,16 @@ __all__ = [
     "extract_strict",
     "normalise_answer",
     "pass_at_k",
-    "require_opt_in",
+    "require_sandbox",
     "run_program",
+    "score_humaneval",
     "truncate",
 ]
-_METRICS = {"GSM8KAccuracy": "gsm8k_accuracy", "HumanEvalPassAtK": "humaneval_pass_at_k"}
+_METRICS = {
+    "GSM8KAccuracy": "gsm8k_accuracy",
+    "HumanEvalPassAtK": "humaneval_pass_at_k",
+    "score_humaneval": "humaneval_pass_at_k",
+}
 
 
 def __getattr__(name: str) -> Any:

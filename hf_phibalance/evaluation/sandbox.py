@@ -1,66 +1,103 @@
 """
-Runs a generated program, once, in a fresh interpreter with hard limits, and says whether it did what it should.
+Runs a generated program once, behind the walls of bubblewrap (`bwrap`), and returns whether it passes its checks.
 
-It is off until the user opts in: `HF_ALLOW_CODE_EVAL=1`, or `allow_code_execution=True` where a function has it.
+It is off until the user opts in: `HF_ALLOW_CODE_EVAL=1`, or `allow_code_execution=True`.
 
-What happens to a program (`run_program`; the other side of the pipe is `runner`):
+- **Two processes.** The judge holds the checks and no line of the program. It calls the program's functions over pipes,
+  and only plain data comes back (numbers, text, lists, dictionaries and the like). So nothing that the program does to
+  its own interpreter is a pass.
+- **Walls.** Each process has its own namespaces (processes, network, IPC, mounts), no capabilities, no environment of
+  the caller and a seccomp filter (`FORBIDDEN`). It can read what `_readable` lists (interpreter, installed packages, the
+  system's programs and libraries), `/proc`, `/dev` and the modules of `runner`, and no other file. It can write to
+  `/tmp`, where its working directory is, and to `/dev/shm`. Both are its own, limited in size, and vanish with it. If
+  the caller is root, it runs with an unused user id.
+- **Limits.** At the deadline the caller kills both processes and all that they have started. CPU time, address space
+  and file size are limited per process. Processes and threads are limited in number.
+- **Verdict.** A program that answers right still fails if it is seen to leave threads or processes running, if it
+  prints `file_limit` bytes, or if its Python code openly tries to signal others, to use the network or to change files
+  elsewhere.
 
-- **Two processes.** The program runs in one process and the checks in another, the judge, that holds no line of the
-  program. The checks call the program's functions over a pipe, and only plain data (numbers, text, lists, dictionaries
-  and the like, rebuilt from their values) comes back. The judge alone says "passed", after the last check. So neither
-  `os._exit(0)`, nor a redefined `check`, `assert` or `__eq__`, nor a patched built-in, nor anything else that the
-  program does to its own interpreter is a pass. A program fails, whatever it answers, if it leaves threads or processes
-  running, prints more than `file_limit`, or tries to send signals or to change files outside of its folder.
-- **Limits** on wall-clock time, CPU time, address space, processes and threads, file size, total size of files and
-  output, which goes nowhere; no core files, no input.
-- **Its own world**, as far as the system has it: process, network, mount and IPC namespaces (unprivileged ones for
-  an ordinary user), an empty temporary file system as the working directory, everything else read-only, an unused
-  user id without capabilities if the caller is root, Landlock rules (no writing outside of the working directory, no
-  TCP, no signals to others), no new privileges, an empty environment. What is missing is said in one warning.
-- **Nothing stays.** When the verdict is in, or the time is up, every process of the program is killed, those that left
-  the process group or the session included, and the directory is removed.
+Not covered:
 
-This is not a security sandbox. Not covered:
+- Errors of the kernel, of `bwrap` and of the interpreter.
+- The memory of all processes of a program together, up to `max_processes` times `memory_limit`, and memory that the
+  kernel uses for them (pipes, sockets, the names of many files). It is free again after the deadline.
+- Programs without `checks`: they pass if they claim to have ended normally.
+- The checks themselves, which are trusted. They see copies: a function or another object without a value cannot cross.
 
-- *Reading.* The program can read every file that all users, or an ordinary caller, can read. (Without the network it
-  can hardly send it.)
-- *The kernel.* A program that exploits a bug of the kernel or of the interpreter is not stopped, and no system call is
-  filtered. Unix sockets that lie in the file system (of a container daemon, say) can be connected to if the caller can.
-- *Memory and CPU time are limited per process*: all its processes together may use `max_processes` times as much.
-- *Without namespaces*, Landlock still stops writing elsewhere, TCP (from Linux 6.7 on) and signals to others (from 6.12
-  on), but UDP and shared memory stay open, other processes can be seen, and files are only counted every 50 ms.
-- *Without namespaces and without Landlock*, a program of an ordinary user can send signals to that user's processes and
-  change that user's files; one of root runs as another user, which can still write where all users can.
-- *Where the user id cannot be changed*, the processes of root are only counted every 50 ms, not limited.
-- *A program that holds its own checks* (`run_program` without `checks`) is believed when it ends normally: a program
-  that wants to can claim that. Give checks that matter as `checks`.
-- *The checks are trusted*: they run as the caller, within the limits on time and memory only. A program that answers
-  right passes, whatever else it has tried that is not named above. The checks see copies of what it returns, so they
-  cannot ask whether two values are the same object, and functions and other objects without a value do not cross.
+`unsafe=True` runs the same two processes without walls, on Linux and macOS: limits on time and memory only, and neither
+files nor other processes nor the network are protected. Then a program can cheat, survive, and do harm.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
 import os
+import secrets
+import select
 import shutil
+import signal
 import site
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from . import runner
+import psutil
 
 
 logger = logging.getLogger(__name__)
 
 CODE_EVAL_VARIABLE = "HF_ALLOW_CODE_EVAL"
-STARTUP_GRACE = 20.0  # seconds beyond the time-out before the runner itself, which keeps the time, is given up
+START_LIMIT = 60.0  # seconds for the start of both interpreters
+LINGER = 0.25  # seconds for threads and processes that are about to end
+FOLDER = "/tmp/program"  # working directory behind the walls
+RUNNER = Path(__file__).parent / "runner"
+
+# System calls that the walls would leave open: memory without a limit, keys of the caller, tracing, new namespaces, and
+# parts of the kernel that had many errors.
+FORBIDDEN = (
+    "memfd_create", "memfd_secret", "shmget", "shmat", "shmctl", "semget", "semop", "semctl", "msgget", "msgsnd",
+    "keyctl", "add_key", "request_key", "ptrace", "pidfd_getfd", "process_vm_readv", "process_vm_writev", "unshare",
+    "setns", "clone3", "io_uring_setup", "userfaultfd", "bpf", "perf_event_open", "syslog",
+)  # fmt: skip
+CLONE_NEWUSER, AF_NETLINK = 0x10000000, 16
+
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",  # the same verdict every time
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a thread that pandas would leave running
+}
+TRIAL = f"""
+import os
+with open({os.__file__!r}): pass
+try:
+    for started in range(9):
+        if os.fork() == 0: os._exit(0)
+except BlockingIOError: pass
+assert started == 3, f"with a limit of 4 processes {{started + 1}} could run; root has to be outside of user namespaces"
+"""
+REMEDY = (
+    "It needs bubblewrap 0.7 or newer (`apt install bubblewrap`), libseccomp (`apt install libseccomp2`) and pyseccomp "
+    '(`pip install "hf_phibalance[recipes]"`). An ordinary user also needs user namespaces (`sysctl '
+    "kernel.unprivileged_userns_clone=1`, on Ubuntu `sysctl kernel.apparmor_restrict_unprivileged_userns=0`). A Docker "
+    "container needs `--cap-add SYS_ADMIN --security-opt seccomp=unconfined --security-opt apparmor=unconfined`. If root "
+    "calls, all users have to be able to read the interpreter's files (`chmod -R o+rX`). "
+    "unsafe=True runs generated code without any protection."
+)
 
 
 class CodeExecutionError(RuntimeError):
@@ -74,7 +111,7 @@ class Verdict:
 
     Args:
         status (`str`): `"passed"`, `"failed"` or `"timed out"`.
-        reason (`str`): Why it did not pass, in a line; empty if it did.
+        reason (`str`): Why it did not pass, in a printable line of at most 200 characters; empty if it did.
         seconds (`float`): Wall-clock time from the start of the program.
     """
 
@@ -88,29 +125,43 @@ class Verdict:
         return self.status == "passed"
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as JSON takes it, `passed` included."""
+        """Returns the verdict as JSON takes it, `passed` included."""
         return {"passed": self.passed, **asdict(self)}
 
 
-def require_opt_in(allow_code_execution: bool | None = None) -> None:
+def require_sandbox(allow_code_execution: bool | None = None, unsafe: bool = False) -> None:
     """
-    Refuses to go on unless the user has allowed generated code to be run.
+    Checks that generated code may be run and can be run here. Call it before anything expensive.
 
     Args:
         allow_code_execution (`bool`, *optional*):
-            The user's word; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
+            Permission to run generated code; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
+        unsafe (`bool`, *optional*, defaults to `False`):
+            Whether to run it without walls, which logs a warning.
 
     Raises:
-        `CodeExecutionError`: If it is not allowed.
+        `CodeExecutionError`: If it is not allowed, or if `bwrap` is missing or cannot work here.
     """
     if allow_code_execution is None:
         allow_code_execution = os.environ.get(CODE_EVAL_VARIABLE) == "1"
     if not allow_code_execution:
         raise CodeExecutionError(
-            "Scoring this runs code that a model has written, which can do harm although it is run with limits (see "
-            "hf_phibalance.evaluation.sandbox for what they do not cover). If you want that, set the environment "
-            f"variable {CODE_EVAL_VARIABLE}=1 or pass allow_code_execution=True."
+            "Scoring this runs code that a model has written. It runs in a sandbox; hf_phibalance.evaluation.sandbox "
+            f"says what that does not cover. If you want it, set the environment variable {CODE_EVAL_VARIABLE}=1 or "
+            "pass allow_code_execution=True."
         )
+    system = {"darwin": "macOS", "win32": "Windows"}.get(sys.platform, sys.platform)
+    if system == "Windows":
+        raise CodeExecutionError("Generated code is not run on Windows. Use the Windows Subsystem for Linux (WSL).")
+    if unsafe:
+        _warn_of_no_walls()
+    elif system != "linux":
+        raise CodeExecutionError(
+            f"Generated code is run in bubblewrap, which {system} does not have. Use Linux, a container or a virtual "
+            "machine, or unsafe=True, which runs it without any protection."
+        )
+    else:
+        _try_walls()
 
 
 def run_program(
@@ -124,9 +175,10 @@ def run_program(
     max_processes: int = 8,
     file_limit: int = 16 << 20,
     allow_code_execution: bool | None = None,
+    unsafe: bool = False,
 ) -> Verdict:
     """
-    Runs a program in a fresh interpreter, and checks of its functions in another process.
+    Runs a program in a fresh interpreter, and checks of its functions in another one.
 
     Args:
         program (`str`):
@@ -141,15 +193,17 @@ def run_program(
         entry_points (`Sequence[str]`, *optional*, defaults to `()`):
             Names that stand for the program's functions even though `context` defines them.
         timeout (`float`, *optional*, defaults to `3.0`):
-            Seconds of wall-clock time for the program and its checks, not counting the start of the interpreter.
+            Seconds of wall-clock time for the program and its checks, not counting the start of the interpreters.
         memory_limit (`int`, *optional*, defaults to 1 GiB):
             Bytes of address space of each process.
         max_processes (`int`, *optional*, defaults to `8`):
             Processes and threads that the program may have at a time.
         file_limit (`int`, *optional*, defaults to 16 MiB):
-            Bytes that the program may write to files.
+            Bytes that the program may print, may have in `/tmp`, and may have in `/dev/shm`.
         allow_code_execution (`bool`, *optional*):
             Permission to run the program; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
+        unsafe (`bool`, *optional*, defaults to `False`):
+            Whether to run it without walls, where `max_processes` does not hold and `file_limit` only for each file.
 
     Returns:
         [`Verdict`]: Passed only if the last check was reached, all of them held, and nothing is left running.
@@ -158,7 +212,6 @@ def run_program(
         `CodeExecutionError`: If running code is not allowed, or not possible on this system.
         `ValueError`: If a limit is not positive.
     """
-    require_opt_in(allow_code_execution)
     limits = {
         "timeout": timeout,
         "memory_limit": memory_limit,
@@ -168,87 +221,226 @@ def run_program(
     for name, value in limits.items():
         if not value > 0:
             raise ValueError(f"{name}={value!r}: a limit has to be positive.")
-    if sys.platform != "linux":
-        raise CodeExecutionError(
-            f"sys.platform={sys.platform!r}: generated code is only run on Linux, whose limits it relies on. Use a "
-            "Linux machine, a container or a virtual machine."
-        )
-    folder = tempfile.mkdtemp(prefix="hf_phibalance_")
-    job = {**limits, "program": program, "folder": folder, "parent": os.getpid(), "site": _site_packages()}
-    job["namespaces"] = _NAMESPACES
-    tests = {"checks": checks, "context": context, "entry_points": list(entry_points)}
-    environment = {
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "HOME": folder,
-        "TMPDIR": folder,
-        "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0",  # the same verdict every time
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    source = os.path.dirname(os.path.dirname(os.path.abspath(runner.__file__)))
-    # no site packages, no user site, no bytecode; the runner from its bytecode, which a script would not have
-    command = [sys.executable, "-S", "-s", "-B", "-c", _BOOTSTRAP, source]
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            output, errors = process.communicate(
-                runner.frame(job) + runner.frame(tests), timeout=timeout + STARTUP_GRACE
+    require_sandbox(allow_code_execution, unsafe)
+    tests = {"checks": checks, "context": context, "entry_points": [*entry_points]}
+    return _run(program, tests, limits, unsafe)
+
+
+def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
+    """Starts both interpreters, waits for the verdict or the deadline, and kills both."""
+    with ExitStack() as stack, ExitStack() as theirs:
+        (asked, ask), (answers, answer), (report, tell) = [os.pipe() for _ in range(3)]
+        stack.callback(os.close, report)
+        for end in (asked, ask, answers, answer, tell):
+            theirs.callback(os.close, end)
+        folder = os.path.realpath(tempfile.mkdtemp(prefix="hf_phibalance_")) if unsafe else None
+        if folder:  # chmod, then rm: shutil.rmtree cannot remove a thousand levels
+            for command in (["rm", "-rf", folder], ["chmod", "-R", "u+rwx", folder]):
+                stack.callback(subprocess.run, command, stderr=subprocess.DEVNULL)
+        judge = _Interpreter("judge", tests, {"requests": ask, "replies": answers, "report": tell}, limits, folder)
+        stack.callback(judge.kill)
+        runner = _Interpreter("program", {"program": program}, {"requests": asked, "replies": answer}, limits, folder)
+        stack.callback(runner.kill)
+        theirs.close()
+        if not _read(report, 1, START_LIMIT):
+            raise CodeExecutionError(f"The interpreters do not start: {runner.last_words()}{judge.last_words()}")
+        start = time.monotonic()
+        data = _read(report, 1 << 16, limits["timeout"])
+        seconds = round(time.monotonic() - start, 3)
+        if data is None:
+            return Verdict("timed out", f"no verdict within {limits['timeout']:g} s", seconds)
+        if not data:
+            return Verdict("failed", "the checks ended without a verdict (out of memory or CPU time?)", seconds)
+        result = json.loads(data)
+        reason = _printable(result["reason"])
+        if result["passed"] and runner.leaves_something():
+            reason = "the program left threads or processes running"
+        elif result["passed"] and os.fstat(runner.output.fileno()).st_size >= limits["file_limit"]:
+            reason = f"the program printed {limits['file_limit']} bytes or more"
+        elif not result["passed"] and not reason:
+            return Verdict(*runner.how_it_ended(), seconds)
+        return Verdict("failed" if reason else "passed", reason, seconds)
+
+
+class _Interpreter:
+    """
+    Starts one of the two processes.
+
+    Args:
+        role (`str`): The module that it runs, `"judge"` or `"program"`.
+        job (`dict`): What that module needs.
+        ends (`dict`): Its ends of the pipes, by name.
+        limits (`dict`): The limits of [`run_program`].
+        folder (`str`, *optional*): Its working directory if it is to have no walls.
+    """
+
+    def __init__(self, role: str, job: dict, ends: dict[str, int], limits: dict, folder: str | None):
+        self.walls = folder is None
+        user = _unused_user() if self.walls else None
+        job = {**job, **ends, "limits": limits, "walls": self.walls, "user": user, "packages": _packages()}
+        job["folder"] = folder or FOLDER
+        command = [os.path.realpath(sys.executable), "-SsB", "-c", f"from runner.{role} import main; main()"]
+        self.output = _file(b"")
+        with _file(json.dumps(job).encode()) as paper, _file(_seccomp() if self.walls else b"") as rules:
+            if self.walls:
+                command = [*_walls(limits["file_limit"], user), "--seccomp", str(rules.fileno()), *command]
+            self.process = subprocess.Popen(
+                command,
+                stdin=paper,
+                stdout=self.output,
+                stderr=self.output,
+                pass_fds=[*ends.values(), rules.fileno()],
+                cwd=RUNNER.parent,
+                env={**ENVIRONMENT, "HOME": job["folder"], "TMPDIR": job["folder"]},
+                start_new_session=True,
             )
-        except subprocess.TimeoutExpired:
-            return Verdict("timed out", f"no verdict within {timeout + STARTUP_GRACE:g} s", timeout)
-        finally:
-            if process.poll() is None:
-                process.kill()  # and with it, by their death signals, all that it has started
-                process.communicate()
-    finally:
-        _remove(folder)
+
+    def kill(self) -> None:
+        """Kills it and all that it has started. Without walls, only what is still below it."""
+        with suppress(psutil.NoSuchProcess):
+            for process in [] if self.walls else psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.process.kill()
+        self.process.wait()
+        self.output.close()
+
+    def leaves_something(self) -> bool:
+        """Returns whether more than its main thread still runs after `LINGER` seconds."""
+        own = 3 if self.walls else 1  # `bwrap` outside, `bwrap` inside, the interpreter
+        deadline = time.monotonic() + LINGER
+        clean = 0  # looks in a row that found nothing; one alone can miss a process that is about to change its parent
+        while clean < 2 and (clean or time.monotonic() < deadline):
+            few = False
+            with suppress(psutil.NoSuchProcess):  # one has just ended
+                top = psutil.Process(self.process.pid)
+                # psutil's zombie with several threads is a process whose main thread alone has ended
+                counts = [
+                    (process.num_threads(), process.status() == psutil.STATUS_ZOMBIE)
+                    for process in [top, *top.children(recursive=True)]
+                ]
+                few = sum(threads for threads, ended in counts if threads > 1 or not ended) <= own
+            clean = clean + 1 if few else 0
+            time.sleep(0.01)
+        return clean < 2
+
+    def how_it_ended(self) -> tuple[str, str]:
+        """Returns status and reason for a program that was gone before the checks were done."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(LINGER)
+        code = self.process.returncode
+        if code is None:
+            return "failed", "the program broke off the checks"
+        number = -code if code < 0 else code - 128  # with walls it is 128 + the signal's number
+        if number == signal.SIGXCPU:
+            return "timed out", "the program used up its CPU time"
+        name = f", {signal.Signals(number).name}" if number in {*signal.Signals} else ""
+        return "failed", f"the program ended before the checks were done (exit status {code}{name})"
+
+    def last_words(self) -> str:
+        """Returns the end of what it has printed."""
+        self.output.seek(max(0, os.fstat(self.output.fileno()).st_size - 1000))
+        return self.output.read().decode(errors="replace")
+
+
+@lru_cache
+def _try_walls() -> None:
+    """Runs a harmless program. Raises `CodeExecutionError` if it cannot be run or is not limited as it should be."""
+    limits = {"timeout": START_LIMIT, "memory_limit": 1 << 30, "max_processes": 4, "file_limit": 1 << 20}
     try:
-        result = json.loads(output)
-    except ValueError:
-        if process.returncode < 0:
-            return Verdict("failed", f"the runner was ended by signal {-process.returncode}")
-        raise CodeExecutionError(
-            f"The runner of generated code ended with exit status {process.returncode} and no verdict. Its last "
-            f"words: {errors.decode(errors='replace')[-2000:]}"
-        ) from None
-    if result["missing"]:
-        _warn_once("; ".join(result["missing"]))
-    return Verdict(result["status"], result["reason"], round(result["seconds"], 3))
-
-
-def _remove(folder: str) -> None:
-    """Removes a folder, also one with folders that a program has made inaccessible."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if os.path.exists(folder):
-        for root, folders, _ in os.walk(folder):
-            for path in (os.path.join(root, name) for name in folders):
-                if not os.path.islink(path):
-                    os.chmod(path, 0o700)
-        shutil.rmtree(folder)
-
-
-_NAMESPACES = True  # False only in tests of what is done where there are none
-_BOOTSTRAP = (  # afterwards the runner, all of it loaded, is on no path on which a program could look
-    "import sys; sys.path[0] = sys.argv[1]; import runner; "
-    "del sys.path[0], sys.argv[1:], runner.__path__[:]; runner.main()"
-)
+        problem = _run(TRIAL, {"checks": "", "context": "", "entry_points": []}, limits, unsafe=False).reason
+    except (OSError, ImportError, RuntimeError) as error:
+        problem = str(error)
+    if problem:
+        raise CodeExecutionError(f"Generated code is not run, because bubblewrap does not work: {problem}\n{REMEDY}")
 
 
 @lru_cache
-def _warn_once(missing: str) -> None:
-    logger.warning("Generated code runs with less isolation than it should have on this system: %s.", missing)
+def _warn_of_no_walls() -> None:
+    logger.warning(
+        "UNSAFE: generated code runs as your own user without a sandbox. It can read, change and delete your files, use "
+        "the network, and stay behind. Only its time and its memory are limited."
+    )
+
+
+def _walls(size: float, user: int | None) -> list[str]:
+    """Returns the `bwrap` command, without the filter and without the command that it is to run."""
+    if not (bwrap := shutil.which("bwrap")):
+        raise CodeExecutionError("there is no `bwrap` on the PATH")
+    command = [bwrap, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
+    if user is None:
+        command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+    else:  # needed to take on that user id; lost with root
+        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    for folder in ("/tmp", "/dev/shm"):
+        command += ["--perms", "1777", "--size", str(int(size)), "--tmpfs", folder]
+    for path in _readable():
+        for parent in reversed(Path(path).parents):
+            command += ["--dir", str(parent)]  # open to all users, even where the real one is not
+        command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
+    command += ["--ro-bind", str(RUNNER), "/runner", "--perms", "0777", "--dir", FOLDER]
+    command += ["--tmpfs", "/proc/1"]  # the inner `bwrap`, whose memory an ordinary user's program could write to
+    return [*command, "--remount-ro", "/proc/1", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
 
 
 @lru_cache
-def _site_packages() -> list[str]:
-    """Where installed packages lie, which a program may import as it could in the interpreter of the caller."""
-    return [path for path in site.getsitepackages() if os.path.isdir(path)]
+def _readable() -> list[str]:
+    """Returns what can be read behind the walls."""
+    prefixes = ["/", "/usr", "/usr/local", sys.base_prefix, str(Path(sys.executable).resolve().parents[1])]
+    names = ("bin", "sbin", "lib", "lib32", "lib64", "libexec")
+    paths = [os.path.join(prefix, name) for prefix in prefixes for name in names]
+    paths += ["/usr/share", "/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime", *_packages()]
+    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
+
+
+@lru_cache
+def _packages() -> list[str]:
+    """Returns the folders of installed packages."""
+    user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    return [path for path in [*site.getsitepackages(), *user] if os.path.isdir(path)]
+
+
+@lru_cache
+def _seccomp() -> bytes:
+    """Returns the filter of system calls, compiled."""
+    import pyseccomp
+
+    refuse = pyseccomp.ERRNO(errno.ENOSYS)  # so that libraries look for another way
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    for name in FORBIDDEN:
+        rules.add_rule(refuse, name)
+    rules.add_rule(refuse, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, CLONE_NEWUSER, CLONE_NEWUSER))
+    rules.add_rule(refuse, "socket", pyseccomp.Arg(0, pyseccomp.GT, AF_NETLINK))  # vsock leaves the network namespace
+    with _file(b"") as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+def _unused_user() -> int | None:
+    """Returns a random user id for a program of root, from the upper half of all ids. `None` if there is no other."""
+    if os.geteuid() != 0:
+        return None
+    first, _, count = map(int, Path("/proc/self/uid_map").read_text().splitlines()[-1].split())
+    return first + count // 2 + secrets.randbelow(count // 2) if count > 1 else None
+
+
+def _read(pipe: int, size: int, seconds: float) -> bytes | None:
+    """Returns at most `size` bytes that come next from a pipe, none at its end, or `None` if none come in time."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return os.read(pipe, size) if poll.poll(math.ceil(seconds * 1000)) else None
+
+
+def _file(content: bytes) -> BinaryIO:
+    """Returns an open file without a name, at its beginning."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+def _printable(text: str) -> str:
+    """Returns text as one printable line of at most 200 characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))[:200]

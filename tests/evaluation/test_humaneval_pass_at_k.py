@@ -1,14 +1,13 @@
-"""HumanEval's pass@k: right programs pass, in time, and wrong ones fail."""
+"""HumanEval's pass@k: right programs pass, and wrong ones fail."""
 
 import gzip
 import json
-import resource
 
 import pytest
 from evaluated import ADD_ONE
 from paths import DATA
 
-from hf_phibalance.evaluation import CodeExecutionError, HumanEvalPassAtK
+from hf_phibalance.evaluation import CodeExecutionError, HumanEvalPassAtK, score_humaneval
 
 
 @pytest.fixture
@@ -49,13 +48,37 @@ def test_humaneval_verdicts_and_pass_at_k(humaneval, monkeypatch):
     assert result["pass@1"] == pytest.approx(0.5)
     assert result["pass@2"] == pytest.approx((1 - 3 / 6 * 2 / 5 + 1) / 2)
     assert "pass@4" not in result  # the second problem has two completions only
+    assert result["isolation"] == "bubblewrap"
     assert json.loads(json.dumps(result)) == result
 
 
-def test_all_canonical_solutions_of_humaneval_pass_in_time(humaneval):
+def test_one_problem_at_a_time_and_without_walls():
+    completions = ["    return x + 1\n", "    raise ValueError(chr(0xd800))\n", "    return 'x' * (70 << 20)\n"]
+    for unsafe, isolation in ((False, "bubblewrap"), (True, "none")):
+        result = score_humaneval(
+            [completions], [ADD_ONE], k=[1], timeout=5.0, allow_code_execution=True, unsafe=unsafe
+        )
+        assert result["pass@1"] == pytest.approx(1 / 3) and result["isolation"] == isolation
+        assert [verdict["status"] for verdict in result["results"][0]] == ["passed", "failed", "failed"]
+        assert json.loads(json.dumps(result).encode()) == result
+
+
+def test_completions_cannot_read_the_checks(tmp_path):
+    """The metric keeps its problems in files of the caller."""
+    find = (
+        "    import glob, os\n    for name in filter(os.path.isfile, glob.glob('{}/**', recursive=True)):\n"
+        "        if b'candidate(41) == 42' in open(name, 'rb').read():\n            return x + 1\n"
+    )
+    for unsafe, score in ((False, 0.0), (True, 1.0)):
+        result = HumanEvalPassAtK(cache_dir=str(tmp_path)).compute(
+            predictions=[[find.format(tmp_path)]], references=[ADD_ONE], allow_code_execution=True, unsafe=unsafe
+        )
+        assert result["pass@1"] == score
+
+
+def test_all_canonical_solutions_of_humaneval_pass(humaneval):
     problems = humaneval_problems()
     done = []
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = humaneval.compute(
         predictions=[[problem["canonical_solution"]] for problem in problems],
         references=problems,
@@ -71,8 +94,6 @@ def test_all_canonical_solutions_of_humaneval_pass_in_time(humaneval):
     assert len(problems) == 164 and not failed
     assert result["pass@1"] == 1.0
     assert done == [(i + 1, 164) for i in range(164)]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # what a busy machine does not change
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
 
 
 def test_wrong_solutions_of_humaneval_fail(humaneval):

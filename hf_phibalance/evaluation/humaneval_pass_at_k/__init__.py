@@ -1,6 +1,6 @@
-"""`HumanEvalPassAtK`, in a folder of its own as `evaluate.load` wants it."""
+"""`HumanEvalPassAtK` and `score_humaneval`, in a folder of their own as `evaluate.load` wants it."""
 
-from .humaneval_pass_at_k import HumanEvalPassAtK
+from .humaneval_pass_at_k import HumanEvalPassAtK, score_humaneval
 
 
-__all__ = ["HumanEvalPassAtK"]
+__all__ = ["HumanEvalPassAtK", "score_humaneval"]

@@ -11,6 +11,8 @@ metric = hf_phibalance.evaluation.HumanEvalPassAtK()
 metric = evaluate.load(f"{hf_phibalance.evaluation.__path__[0]}/humaneval_pass_at_k")
 ```
 
+`score_humaneval` does the same without `evaluate`'s cache files, for instance for one problem at a time.
+
 `evaluate` copies this file into its cache and reads its imports line by line: keep one import per line.
 """
 
@@ -31,7 +33,7 @@ estimates it. Runs generated code: set `HF_ALLOW_CODE_EVAL=1` or pass `allow_cod
 _INPUTS = """
 Args:
     predictions (`list[list[str]]`):
-        For each problem its completions, already cut at the stop strings (`truncate(text, HUMANEVAL_STOPS)`).
+        For each problem its completions, already cut at the stop strings.
     references (`list[dict]`):
         The problems, with the fields `prompt`, `test` and `entry_point` of HumanEval; others are ignored.
     k (`list[int]`, *optional*, defaults to `[1]`):
@@ -42,18 +44,20 @@ Args:
         Bytes of address space for each process of a program.
     num_workers (`int`, *optional*):
         Programs run at a time, by default as many as there are CPU cores.
-    allow_code_execution (`bool`, *optional*):
-        Permission to run the completions; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
     progress (`Callable[[int, int], None]`, *optional*):
         Called after each program with the numbers of programs done and in all.
+    allow_code_execution (`bool`, *optional*):
+        Permission to run the completions; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
+    unsafe (`bool`, *optional*, defaults to `False`):
+        Whether to run them without a sandbox, with limits on time and memory only.
 
 Returns:
-    `dict`: `pass@k` for each `k` of which every problem has that many completions, averaged over the problems; and
-    `results`, for each problem a list with one dictionary per completion: `passed`, `status` (`"passed"`, `"failed"`
-    or `"timed out"`), `reason` and `seconds`.
+    `dict`: `pass@k` for each `k` of which every problem has that many completions, averaged over the problems;
+    `isolation`, `"bubblewrap"` or `"none"`; and `results`, for each problem a list with one dictionary per completion:
+    `passed`, `status` (`"passed"`, `"failed"` or `"timed out"`), `reason` and `seconds`.
 
 Raises:
-    `CodeExecutionError`: If running the completions is not allowed.
+    `CodeExecutionError`: If running the completions is not allowed, or not possible here.
     `ValueError`: If there are no predictions, not as many as references, or `k` or a limit is not positive.
 """
 
@@ -93,70 +97,71 @@ class HumanEvalPassAtK(evaluate.Metric):
         _check_completions(prediction)
         super().add(prediction=prediction, reference=_fields(reference), **kwargs)
 
-    def compute(self, *, predictions=None, references=None, allow_code_execution=None, **kwargs):
-        """Runs the completions, also those added before. Nothing is taken in unless that is allowed."""
-        sandbox.require_opt_in(allow_code_execution)
-        return super().compute(predictions=predictions, references=references, **kwargs)
+    def compute(self, *, predictions=None, references=None, allow_code_execution=None, unsafe=False, **kwargs):
+        """Runs the completions, also those added before. Nothing is taken in unless that is allowed and possible."""
+        sandbox.require_sandbox(allow_code_execution, unsafe)
+        return super().compute(predictions=predictions, references=references, unsafe=unsafe, **kwargs)
 
-    def _compute(
-        self, predictions, references, k=(1,), timeout=3.0, memory_limit=1 << 30, num_workers=None, progress=None
-    ):
-        k = [k] if isinstance(k, int) else list(k)
-        if not k or min(k) < 1:
-            raise ValueError(f"k={k}: needs at least one number of attempts, each 1 or more.")
-        if not len(predictions):
-            raise ValueError("predictions: there are none to run. Give the completions of at least one problem.")
-        if num_workers is not None and num_workers < 1:
-            raise ValueError(f"num_workers={num_workers}: needs at least one worker, or none given for all cores.")
-        work = [
-            (problem, completion)
-            for completions, problem in zip(predictions, references)
-            for completion in completions
-        ]
-
-        def run(item):
-            problem, completion = item
-            return check(problem, completion, timeout, memory_limit)
-
-        verdicts = []
-        with ThreadPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool:
-            for verdict in pool.map(run, work):
-                verdicts.append(verdict.to_dict())
-                if progress is not None:
-                    progress(len(verdicts), len(work))
-        ordered = iter(verdicts)
-        results = [[next(ordered) for _ in completions] for completions in predictions]
-        counts = [(len(own), sum(verdict["passed"] for verdict in own)) for own in results]
-        scores = {
-            f"pass@{attempts}": sum(scoring.pass_at_k(*count, attempts) for count in counts) / len(counts)
-            for attempts in k
-            if all(samples >= attempts for samples, _ in counts)
-        }
-        return {**scores, "results": results}
+    def _compute(self, predictions, references, **kwargs):
+        return score_humaneval(predictions, references, allow_code_execution=True, **kwargs)
 
 
-def check(problem: dict, completion: str, timeout: float = 3.0, memory_limit: int = 1 << 30) -> sandbox.Verdict:
-    """
-    Runs one completion against the checks of its problem. The caller has asked for permission.
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
+def score_humaneval(
+    predictions,
+    references,
+    k=(1,),
+    timeout=3.0,
+    memory_limit=1 << 30,
+    num_workers=None,
+    progress=None,
+    allow_code_execution=None,
+    unsafe=False,
+):
+    k = [k] if isinstance(k, int) else list(k)
+    if not k or min(k) < 1:
+        raise ValueError(f"k={k}: needs at least one number of attempts, each 1 or more.")
+    if not len(predictions):
+        raise ValueError("predictions: there are none to run. Give the completions of at least one problem.")
+    if len(predictions) != len(references):
+        raise ValueError(f"predictions: there are {len(predictions)} lists for {len(references)} references.")
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"num_workers={num_workers}: needs at least one worker, or none given for all cores.")
+    for completions in predictions:
+        _check_completions(completions)
+    sandbox.require_sandbox(allow_code_execution, unsafe)
 
-    Args:
-        problem (`dict`): Problem of HumanEval.
-        completion (`str`): Continuation of its prompt.
-        timeout (`float`, *optional*, defaults to `3.0`): Seconds for the program.
-        memory_limit (`int`, *optional*, defaults to 1 GiB): Bytes of address space of each of its processes.
+    def run(item):
+        problem, completion = item
+        return sandbox.run_program(
+            problem["prompt"] + completion,
+            f"{problem['test']}\ncheck({problem['entry_point']})",
+            context=problem["prompt"],
+            entry_points=[problem["entry_point"]],
+            timeout=timeout,
+            memory_limit=memory_limit,
+            allow_code_execution=True,
+            unsafe=unsafe,
+        )
 
-    Returns:
-        [`~hf_phibalance.evaluation.Verdict`]: Whether it passed, and why not.
-    """
-    return sandbox.run_program(
-        problem["prompt"] + completion,
-        f"{problem['test']}\ncheck({problem['entry_point']})",
-        context=problem["prompt"],
-        entry_points=[problem["entry_point"]],
-        timeout=timeout,
-        memory_limit=memory_limit,
-        allow_code_execution=True,
-    )
+    problems = [_fields(problem) for problem in references]
+    work = [(problem, completion) for problem, completions in zip(problems, predictions) for completion in completions]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    verdicts = []
+    with ThreadPoolExecutor(num_workers or cores) as pool:
+        for verdict in pool.map(run, work):
+            verdicts.append(verdict.to_dict())
+            if progress is not None:
+                progress(len(verdicts), len(work))
+    ordered = iter(verdicts)
+    results = [[next(ordered) for _ in completions] for completions in predictions]
+    counts = [(len(own), sum(verdict["passed"] for verdict in own)) for own in results]
+    scores = {
+        f"pass@{attempts}": sum(scoring.pass_at_k(*count, attempts) for count in counts) / len(counts)
+        for attempts in k
+        if all(samples >= attempts for samples, _ in counts)
+    }
+    return {**scores, "isolation": "none" if unsafe else "bubblewrap", "results": results}
 
 
 def _fields(problem: dict) -> dict:
