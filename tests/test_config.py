@@ -29,6 +29,7 @@ OTHER = PhiBalanceConfig(
     sequence_coef=0.0001,
     schedule="cosine",
     schedule_steps=7,
+    fp32_routers=True,
 )
 NO_NUMBERS = [True, False, "0.1", None, [0.1], 1 + 0j, math.nan, math.inf, -math.inf]
 
