@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from .forwards import FoldReport, calibrate, fold
     from .maths import POTENTIALS
     from .methods import METHODS
-    from .models import AutoModelForCausalLM, AutoModelForImageTextToText, disable, enable
+    from .models import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        disable,
+        enable,
+    )
     from .portable import ExportReport, export
     from .publishing import push_to_hub
     from .routers import supported_families
@@ -34,8 +43,12 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "POTENTIALS",
+    "AutoModel",
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "ExportReport",
     "FoldReport",
     "PhiBalanceCallback",
@@ -61,8 +74,12 @@ __all__ = [
 _ROOMS = {
     "METHODS": "methods",
     "POTENTIALS": "maths",
+    "AutoModel": "models",
     "AutoModelForCausalLM": "models",
     "AutoModelForImageTextToText": "models",
+    "AutoModelForQuestionAnswering": "models",
+    "AutoModelForSequenceClassification": "models",
+    "AutoModelForTokenClassification": "models",
     "ExportReport": "portable",
     "FoldReport": "forwards",
     "PhiBalanceCallback": "training",

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
-TEXT_CLASS, IMAGE_CLASS = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+AutoClass = Literal[
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModel",
+]
+TEXT_CLASS: AutoClass = "AutoModelForCausalLM"
+IMAGE_CLASS: AutoClass = "AutoModelForImageTextToText"
+HEADS: dict[AutoClass, tuple[str, str]] = {  # the task of a model on the Hub, and in PEFT
+    TEXT_CLASS: ("text-generation", "CAUSAL_LM"),
+    IMAGE_CLASS: ("image-text-to-text", "CAUSAL_LM"),
+    "AutoModelForSequenceClassification": ("text-classification", "SEQ_CLS"),
+    "AutoModelForTokenClassification": ("token-classification", "TOKEN_CLS"),
+    "AutoModelForQuestionAnswering": ("question-answering", "QUESTION_ANS"),
+    "AutoModel": ("feature-extraction", "FEATURE_EXTRACTION"),
+}
 PACKAGES_SHOWN = ("hf_phibalance", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -28,25 +46,49 @@ def layer_labels(names: Sequence[str]) -> list[str]:
     return [name if seen[label] > 1 else label for name, label in zip(names, short)]
 
 
-def auto_class_name(model_type: str, architectures: Sequence[str] | None) -> str:
+def auto_class_name(model_type: str, architectures: Sequence[str] | None) -> AutoClass:
     """
-    The auto class for a checkpoint of `model_type`, of which config.json names the `architectures`: that for images and text if it
-    was saved as such a model, or if transformers has no causal LM of its type.
-    """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
+    Returns the auto class of transformers that loads a model with its head.
 
-    text, images = (
-        set((names,) if isinstance(names, str) else names)
-        for names in (
-            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ()),
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type, ()),
+    Args:
+        model_type (`str`): of its config.
+        architectures (`Sequence[str]`, *optional*): names of its class: of config.json, or of the class and its parents.
+
+    Raises:
+        ValueError: if transformers has no auto class for this class.
+    """
+    found = find_auto_class(model_type, architectures)
+    if found is None:
+        raise ValueError(
+            f"{', '.join(architectures or ())[:200]} of model_type={model_type!r} is loaded by none of {', '.join(HEADS)}, so its "
+            "head would be lost. Load it with its own class, then call phb.patch(model)."
         )
+    return found
+
+
+def find_auto_class(model_type: str, architectures: Sequence[str] | None) -> AutoClass | None:
+    """Returns what [`auto_class_name`] returns, or `None` where it raises."""
+    from transformers.models.auto import modeling_auto as auto
+
+    registries: Any = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        auto.MODEL_MAPPING_NAMES,
     )
-    saved_as = set(architectures or ())
-    return IMAGE_CLASS if images and (not text or (images & saved_as and not text & saved_as)) else TEXT_CLASS
+    saved_as, known = tuple(architectures or ()), {}
+    for name, registry in zip(HEADS, registries):
+        classes = registry.get(model_type, ())
+        known[name] = {classes} if isinstance(classes, str) else set(classes)
+        if not known[name].isdisjoint(saved_as):
+            return name
+    if not saved_as:
+        return IMAGE_CLASS if known[IMAGE_CLASS] and not known[TEXT_CLASS] else TEXT_CLASS
+    ending = {name.removeprefix("AutoModelFor"): name for name in HEADS}  # of remote code
+    default = None if any(known.values()) else TEXT_CLASS
+    return next((ending[head] for head in ending for cls in saved_as if cls.endswith(head)), default)
 
 
 def versions() -> dict[str, str]:
@@ -72,6 +114,23 @@ def without_paths(command: Any) -> str | None:
         except ValueError:
             return str(command)
     return shlex.join(Path(word).name if is_absolute(word) else word for word in words)
+
+
+def hub_name(name: str | None) -> str | None:
+    """Returns `name` if it can be a repository on the Hub, and `None` for a folder, here or on another machine."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if name and "/" in name and not Path(name).exists() else None
+
+
+def public_name(name: str) -> str:
+    """Returns the name of a model or dataset; of a folder the last part, since the path is private."""
+    return hub_name(name) or re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def is_absolute(value: Any) -> bool:

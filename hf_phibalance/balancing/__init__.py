@@ -27,7 +27,7 @@ optimizer steps, not trainers.
 | `built_in_loss`, `undo` | switches off the model's own auxiliary loss; changes that can be undone |
 """
 
-from .adapters import virtual_tokens
+from .adapters import refuse_virtual_tokens, virtual_tokens
 from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off
 from .duals import LOGIT_WIDTH
@@ -72,6 +72,7 @@ __all__ = [
     "on_train",
     "patch",
     "read_state",
+    "refuse_virtual_tokens",
     "unpatch",
     "virtual_tokens",
     "wrap_below",

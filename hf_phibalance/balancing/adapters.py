@@ -47,3 +47,17 @@ def virtual_tokens(model: nn.Module) -> int | None:
     if config is None or not getattr(config, "is_prompt_learning", False):
         return None
     return 0 if str(config.peft_type).endswith("PREFIX_TUNING") else int(config.num_virtual_tokens)
+
+
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """
+    Refuses prompt learning where the base model is run alone.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if virtual_tokens(model) is not None:
+        raise ValueError(
+            f"the adapter of {type(model).__name__} puts virtual tokens in front of every row, which this would leave out. Call it "
+            "on the base model (model.get_base_model()), or train another kind of adapter, e.g. phb.lora_config(model)."
+        )

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from ..config import PhiBalanceConfig
 from ..files import quoted
@@ -29,7 +29,7 @@ from ..routers import (
     remove_hooks,
     unwrap,
 )
-from ..sidecar import STATE_NAME, state_in
+from ..sidecar import STATE_NAME, find_state
 from . import process
 from .adapters import virtual_tokens
 from .balancer import PhiBalancer
@@ -223,7 +223,7 @@ def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     if getattr(getattr(root, "config", None), "phi_balance", None):
         logger.warning(
             f"{type(root).__name__} was saved while φ-balanced, but loaded without its {STATE_NAME}: it begins with fresh duals, and a "
-            "selection bias is lost. phb.AutoModelForCausalLM.from_pretrained loads both."
+            "selection bias is lost. from_pretrained of phb's auto classes (phb.AutoModelForCausalLM, ...) loads both."
         )
     backbone = find_backbone(root, sites)
     devices = (p.device for m in sites[0].modules for p in m.parameters() if p.device.type != "meta")
@@ -469,16 +469,13 @@ def _save_with_adapter(model: Any, folder: str | os.PathLike) -> None:
         logger.warning_once(
             f"The selection bias that was trained with this adapter is in {STATE_NAME} beside it, not in the adapter: an engine, or "
             "PeftModel on a base that was loaded without phi_balance=True, routes without it. Load it with "
-            "phb.AutoModelForCausalLM.from_pretrained(adapter folder), or merge it and use `phibalance export`."
+            "from_pretrained of phb's auto classes (phb.AutoModelForCausalLM, ...), or make a checkpoint of it with `phibalance export`."
         )
 
 
-def _load_with_adapter(model: Any, source: str, name: str) -> None:
+def _load_with_adapter(model: Any, source: str, name: str, **kwargs: Any) -> None:
     """Called after `PeftModel.load_adapter`: loads the state that was saved next to the adapter."""
-    path: Any = state_in(source)
-    if path is None and not Path(source).is_dir():
-        quietly = ("gated_repo", "missing_entries", "connection_errors")
-        path = cached_file(source, STATE_NAME, **{f"_raise_exceptions_for_{reason}": False for reason in quietly})
+    path = find_state(source, kwargs)
     if path is None:
         return
     balancer = find_balancer(model)

@@ -44,7 +44,7 @@ _scales: dict[int, tuple[Any, Tensor]] = {}  # GradScaler and scale of the loss,
 on_train: list[Callable[[Any], None]] = []  # a Trainer that begins to train
 around_save: list[Callable] = []  # a model and its `save_pretrained`, then the arguments of the call
 on_peft_save: list[Callable[[Any, str], None]] = []  # a `PeftModel` and the folder it will be saved to
-on_peft_load: list[Callable[[Any, str, str], None]] = []  # a `PeftModel`, the adapter loaded into it, its name
+on_peft_load: list[Callable[..., None]] = []  # a `PeftModel`, the adapter loaded into it, its name; other arguments
 
 
 def balancers() -> list[PhiBalancer]:
@@ -122,7 +122,7 @@ def _save_adapter(inner: Callable, model: Any, save_directory: str, *args: Any, 
 def _load_adapter(inner: Callable, model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     result = inner(model, model_id, adapter_name, *args, **kwargs)
     for load in on_peft_load:
-        load(model, model_id, adapter_name)
+        load(model, model_id, adapter_name, **kwargs)
     return result
 
 

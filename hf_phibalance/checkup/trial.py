@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..balancing import PhiBalancer, RandomState
-from ..routers import unwrap
+from ..routers import predicts_tokens, unwrap
 from .recorder import StepRecorder
 
 
@@ -96,8 +96,5 @@ def made_batch(model: nn.Module) -> dict[str, Tensor]:
     ids[torch.isin(ids, torch.tensor(special, dtype=ids.dtype))] = plain  # no placeholders, since there are no images
     pad = getattr(config, "pad_token_id", None)
     filler = pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0
-    return {
-        "input_ids": ids.masked_fill(~mask, filler),
-        "attention_mask": mask.long(),
-        "labels": ids.masked_fill(~mask, -100),
-    }
+    batch = {"input_ids": ids.masked_fill(~mask, filler), "attention_mask": mask.long()}
+    return batch | {"labels": ids.masked_fill(~mask, -100)} if predicts_tokens(root) else batch

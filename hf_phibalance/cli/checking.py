@@ -28,6 +28,7 @@ def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
     from rich.markup import escape
 
     from ..checkup import print_report
+    from ..routers import predicts_tokens
     from ..training import doctor, lora_config
 
     console = Console(stderr=args.json == "-")
@@ -40,7 +41,10 @@ def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
 
             model = patch(get_peft_model(model, lora_config(model, **lora)))
         status.update("Trying out one optimizer step")
-        report = doctor(model, _micro_batches(args, domains))
+        batches = _micro_batches(args, domains)
+        if batches is not None and not predicts_tokens(model):
+            batches = [{name: part for name, part in batch.items() if name != "labels"} for batch in batches]
+        report = doctor(model, batches)
     report.model["name"] = printable(args.model)
     print_report(report, console)
     write_json(report.to_dict(), args.json)
@@ -87,7 +91,7 @@ def _micro_batches(args: argparse.Namespace, domains: Sequence[Any]) -> list[dic
 
     try:
         tokenizer = load_tokenizer(args)
-    except (ValueError, OSError):
+    except ValueError:
         if domains or args.tokenizer:
             raise
         return None

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 
 def load_tokenizer(args: argparse.Namespace) -> Any:
-    """The tokenizer; an adapter without one has that of its base model."""
-    from transformers import AutoTokenizer
+    """The tokenizer of the model, or the one that an option names."""
+    from .. import models
 
-    from ..models import base_of_adapter
-
-    name, revision = args.tokenizer or args.model, None if args.tokenizer else args.revision
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file() and not (Path(name) / "tokenizer_config.json").is_file():
-        name, revision = base_of_adapter(adapter), None
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    return models.load_tokenizer(args.model, args.tokenizer, loading_options(args))
 
 
 def load_model(args: argparse.Namespace, phi_balance: bool | None = None) -> Any:

@@ -132,7 +132,7 @@ def _add_export(commands: Any) -> None:
     )
     export.set_defaults(run=run_export, after_error=1)
     export.add_argument(
-        "model", metavar="source", help="folder or Hub name of a model that was saved while φ-balanced"
+        "model", metavar="source", help="folder or Hub name of a model or adapter that was saved while φ-balanced"
     )
     export.add_argument("destination", help="a new or empty folder")
     export.add_argument(

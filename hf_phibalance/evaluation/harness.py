@@ -24,11 +24,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.utils import find_adapter_config_file
 
 from ..balancing import find_balancer, patch
 from ..config import PhiBalanceConfig
-from ..models import base_of_adapter, load_any, register_deepseek_moe
+from ..models import find_adapter, load_any, register_deepseek_moe
 from ..tasks import TASKS
 
 
@@ -169,8 +168,8 @@ class PhiBalanceLM(HFLM):
 
 def _base(pretrained: str, revision: str) -> str:
     """The model that an adapter is for, or `pretrained` itself."""
-    adapter = find_adapter_config_file(pretrained, revision=revision)
-    return pretrained if adapter is None else base_of_adapter(adapter)
+    adapter = find_adapter(pretrained, {"revision": revision})
+    return pretrained if adapter is None else adapter["base_model_name_or_path"]
 
 
 def model_fingerprint(name_or_path: str, revision: str = "main") -> str:

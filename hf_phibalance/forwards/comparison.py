@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maths import max_vio
+from ..routers import predicts_tokens
 from .looking import Batch, Look, looking
 
 
@@ -29,7 +30,9 @@ class Figures:
     Attributes:
         loads (`dict[str, Tensor]`): assignments per expert by layer name, `(E,)`.
         changed (`dict[str, float]`): share of a layer's assignments that the first variant does not make.
-        loss (`float`, *optional*): mean over the tokens to be predicted, if it was asked for.
+        loss (`float`, *optional*):
+            Mean over the tokens to be predicted, if it was asked for. Of a classifier, the mean cross-entropy of its predictions
+            against those of the first variant; of a model with one score, the mean squared distance from that variant's.
         tokens (`int`): that counted.
     """
 
@@ -74,7 +77,7 @@ def compare(
         batches (`Iterable[Mapping]`): what the model takes.
         variants (`Mapping[str, Callable]`): what makes a context in which the model is that variant.
         with_loss (`bool`, *optional*, defaults to `False`):
-            Whether to measure the loss as well, of the labels in a batch, or of its own next tokens.
+            Whether to measure the loss as well: of the labels in a batch, or of its own next tokens. Of a classifier see `Figures`.
 
     Returns:
         `dict[str, Figures]`: by the names of the variants.
@@ -86,6 +89,7 @@ def compare(
     with looking(model) as look:
         for batch in batches:
             first: dict[int, Tensor] = {}
+            expected: Tensor | None = None
             for name, variant in variants.items():
                 counted = counts[name]
 
@@ -97,8 +101,11 @@ def compare(
                 with variant():
                     output = look.forward(batch, with_head=with_loss)
                 counted.tokens += int(look.mask.sum())
-                if with_loss:
+                if with_loss and predicts_tokens(model):
                     counted.add_loss(output.logits, batch)
+                elif with_loss:
+                    expected = output.logits if expected is None else expected
+                    counted.add_distance(output.logits, expected, look.mask)
     if not any(counted.tokens for counted in counts.values()):
         raise ValueError("there is nothing to measure on: `batches` hold no token that counts.")
     return {name: counted.figures(look) for name, counted in counts.items()}
@@ -132,6 +139,17 @@ class _Counts:
         logits = logits_BSV[:, :-1].reshape(len(wanted), -1).float()
         self.loss += float(nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum"))
         self.predicted += int((wanted != -100).sum())
+
+    def add_distance(self, logits: Tensor, expected: Tensor, mask_T: Tensor) -> None:
+        """Adds how far the predictions of a classifier are from the `expected`; both are `(B, labels)` or `(B, S, labels)`."""
+        if logits.ndim == 3:
+            logits, expected = (part.flatten(0, 1)[mask_T.to(part.device)] for part in (logits, expected))
+        logits, expected = logits.float(), expected.float()
+        if logits.shape[-1] == 1:
+            self.loss += float((logits - expected).square().sum())
+        else:
+            self.loss += float(nn.functional.cross_entropy(logits, expected.softmax(-1), reduction="sum"))
+        self.predicted += len(logits)
 
     def figures(self, look: Look) -> Figures:
         names = {index: look.sites[index].name for index in sorted(self.loads)}

@@ -179,8 +179,7 @@ def _foldable(model: nn.Module, balancer: PhiBalancer) -> list[RouterLinear]:
     if has_adapter(model):
         raise ValueError(
             "the model carries an adapter of PEFT, whose file could not hold the folded routers. Merge it first: "
-            "model = model.merge_and_unload(), phb.patch(model), load the duals "
-            "(phb.get_balancer(model).load(folder)), then fold."
+            "model = model.merge_and_unload(), then fold."
         )
     return [find_linear(site) for site in balancer.sites]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..balancing import RandomState, count_mask, get_balancer
+from ..balancing import RandomState, count_mask, get_balancer, refuse_virtual_tokens
 from ..routers import find_backbone, image_tokens, mask_of, reading, unwrap
 
 
@@ -111,7 +111,7 @@ def looking(model: nn.Module) -> Iterator[Look]:
     random numbers.
 
     Raises:
-        ValueError: if the model is not patched.
+        ValueError: if the model is not patched, or PEFT puts virtual tokens in front of its batches.
         RuntimeError: in the middle of an optimizer step.
     """
     balancer = get_balancer(model)
@@ -120,6 +120,7 @@ def looking(model: nn.Module) -> Iterator[Look]:
             "an optimizer step is under way, whose gradients belong to the routers as they are: call this between two "
             "steps, after balancer.step()."
         )
+    refuse_virtual_tokens(model)
     look, random = Look(model), RandomState()
     try:
         with evaluating(balancer.root), torch.no_grad(), torch.compiler.set_stance("force_eager"), reading(look):

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..balancing import refuse_virtual_tokens
 from ..files import printable
 from ..forwards import evaluating
 from ..sidecar import STATE_NAME
@@ -52,11 +53,13 @@ def inspect_model(
         `Inspection`: what was counted.
 
     Raises:
-        ValueError: if the model has no routers, or a setting or the tokenizer does not fit it.
+        ValueError: if the model has no routers, a setting or the tokenizer does not fit it, or PEFT puts virtual tokens in front
+            of its batches.
     """
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("seq_len", seq_len)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}: choose at least 1.")
+    refuse_virtual_tokens(model)
     census = RouterCensus(model, len(domains))
     seq_len = _checked_length(census, seq_len)
     read: dict[str, dict[str, Any]] = {}

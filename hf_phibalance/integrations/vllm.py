@@ -95,7 +95,7 @@ def find_biases(model_config: Any, download_dir: str | None) -> StateFile | None
         return None
     from ..balancing import read_state
     from ..config import PhiBalanceConfig
-    from ..models import find_state
+    from ..sidecar import find_state
 
     path = None
     with contextlib.suppress(OSError, ValueError):  # neither a folder nor the name of a repository: a GGUF file, say

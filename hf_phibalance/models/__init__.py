@@ -1,8 +1,9 @@
 """
 Models: loading them balanced, and those that transformers does not bring.
 
-- [`AutoModelForCausalLM`], [`AutoModelForImageTextToText`], or transformers' own auto classes after [`enable`]: `from_pretrained(..., phi_balance=...)`.
-- [`load_any`]: the right one of these for a checkpoint; [`base_of_adapter`]: what an adapter is one of.
+- [`AutoModelForCausalLM`] and the other auto classes, or transformers' own after [`enable`]: `from_pretrained(..., phi_balance=...)`.
+- [`load_any`]: the right one of these for a checkpoint; [`load_tokenizer`]: its tokenizer.
+- `checkpoints`: what lies in a checkpoint, in a folder or on the Hub.
 - [`register_deepseek_moe`]: a class for the first DeepSeek-MoE.
 - [`build_model`] and [`train_tokenizer`]: tiny models from scratch, for the CPU recipes and tests.
 
@@ -11,28 +12,34 @@ This room may know `balancing`, which it patches with, but no trainer and no tas
 
 from ..compat import has_decoder_of_deepseek_moe
 from .auto import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    auto_class_for,
-    base_of_adapter,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     disable,
     enable,
-    find_state,
     load_any,
 )
+from .checkpoints import base_of, find_adapter, load_tokenizer
 from .tiny import build_model, train_tokenizer
 
 
 __all__ = [
+    "AutoModel",
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
-    "auto_class_for",
-    "base_of_adapter",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "base_of",
     "build_model",
     "disable",
     "enable",
-    "find_state",
+    "find_adapter",
     "load_any",
+    "load_tokenizer",
     "register_deepseek_moe",
     "train_tokenizer",
 ]

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import functools
-import os
+from collections.abc import Callable
 from typing import Any
 
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from ..balancing import config_in, fingerprint, get_balancer, give_own_config, patch, read_state
 from ..config import PhiBalanceConfig
-from ..files import quoted, read_json
 from ..reporting import auto_class_name
-from ..sidecar import STATE_NAME
+from ..sidecar import STATE_NAME, find_state, hub_arguments
+from .checkpoints import auto_class_of, base_of, class_below, find_adapter, labels_of
 
 
 logger = logging.get_logger(__name__)
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class _AutoModel:
@@ -35,24 +34,33 @@ class _AutoModel:
 
     plain: type[_BaseAutoModelClass]  # that of transformers
 
+    def __init_subclass__(cls) -> None:
+        cls.plain = getattr(transformers, cls.__name__)
+        cls.__doc__ = str(_AutoModel.__doc__).replace(
+            "An auto class of transformers", f"`transformers.{cls.__name__}`"
+        )
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, *args, phi_balance: Any = None, **kwargs
     ) -> nn.Module:
         """
+        Loads a model, or the adapter of one with its base model.
+
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub name.
             phi_balance (`PhiBalanceConfig`, `dict` or `bool`, *optional*): see the class.
-            kwargs: handed to the `from_pretrained` of transformers' class of the same name.
+            kwargs:
+                handed to the `from_pretrained` of transformers' class of the same name. For an adapter also
+                `is_trainable=True`, with which its weights are trained.
+
+        Returns:
+            The model; for an adapter the `PeftModel` that PEFT's own loader makes of it.
 
         Raises:
             ValueError: if the configuration is invalid, the model has no router, or its state does not fit it.
         """
-        PhiBalanceConfig.from_any(phi_balance)  # bad input fails before the weights are loaded
-        loaded = cls.plain.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        _patch_loaded(model, pretrained_model_name_or_path, phi_balance, kwargs)
-        return loaded
+        return _load(cls.plain.from_pretrained, pretrained_model_name_or_path, args, phi_balance, kwargs)
 
     @classmethod
     def from_config(cls, config, *args, phi_balance: Any = None, **kwargs) -> nn.Module:
@@ -63,64 +71,78 @@ class _AutoModel:
         return model
 
 
-class AutoModelForCausalLM(_AutoModel):
-    __doc__ = str(_AutoModel.__doc__).replace("An auto class of transformers", "`transformers.AutoModelForCausalLM`")
-    plain = transformers.AutoModelForCausalLM
+class AutoModelForCausalLM(_AutoModel): ...
 
 
-class AutoModelForImageTextToText(_AutoModel):
-    __doc__ = str(_AutoModel.__doc__).replace(
-        "An auto class of transformers", "`transformers.AutoModelForImageTextToText`"
-    )
-    plain = transformers.AutoModelForImageTextToText
+class AutoModelForImageTextToText(_AutoModel): ...
 
 
-def auto_class_for(config: Any) -> type[_AutoModel]:
-    """The auto class for a checkpoint with this `config`, see [`reporting.auto_class_name`]."""
-    name = auto_class_name(config.model_type, getattr(config, "architectures", None))
-    return next(cls for cls in (AutoModelForCausalLM, AutoModelForImageTextToText) if cls.__name__ == name)
+class AutoModelForSequenceClassification(_AutoModel): ...
 
 
-def load_any(source: str, *args, **kwargs) -> nn.Module:
-    """`from_pretrained` of the auto class that `source`, a checkpoint or an adapter on one, is for; see [`auto_class_for`]."""
-    loading = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
-    adapter = cached_file(source, "adapter_config.json", **_quietly(kwargs))
-    base = source if adapter is None else base_of_adapter(adapter)
-    if adapter is not None:
-        loading.pop("revision", None)
-    return auto_class_for(transformers.AutoConfig.from_pretrained(base, **loading)).from_pretrained(
-        source, *args, **kwargs
-    )
+class AutoModelForTokenClassification(_AutoModel): ...
 
 
-def base_of_adapter(config: str | os.PathLike) -> str:
+class AutoModelForQuestionAnswering(_AutoModel): ...
+
+
+class AutoModel(_AutoModel): ...
+
+
+AUTO_CLASSES = {cls.__name__: cls for cls in _AutoModel.__subclasses__()}
+
+
+def load_any(source: str, *args, **kwargs) -> Any:
     """
-    The base model, folder or Hub name, that the `adapter_config.json` `config` names.
+    Loads `source`, a checkpoint or an adapter on one, with the auto class for its head; see [`reporting.auto_class_name`].
 
     Raises:
-        ValueError: if it names none, or is damaged.
+        ValueError: if there is no auto class for its head, or as `from_pretrained`.
     """
-    remedy = "Save the adapter again with PEFT's save_pretrained."
-    base = read_json(config, remedy).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ValueError(
-            f"base_model_name_or_path in {config} must be the name of a model, got {quoted(base)}. {remedy}"
-        )
-    return base
+    adapter = find_adapter(source, kwargs)
+    base, of_base = (source, kwargs) if adapter is None else base_of(adapter, source, kwargs)
+    name = None if adapter is None else auto_class_of(adapter)
+    if name is None:
+        code = {"trust_remote_code": kwargs.get("trust_remote_code")}
+        config = transformers.AutoConfig.from_pretrained(base, **hub_arguments(of_base), **code)
+        name = auto_class_name(config.model_type, (adapter and class_below(adapter)) or config.architectures)
+    return AUTO_CLASSES[name].from_pretrained(source, *args, **kwargs)
+
+
+def _load(load: Callable, source: str, args: tuple, phi_balance: Any, kwargs: dict[str, Any]) -> Any:
+    """
+    Loads `source` with `load`, a `from_pretrained` of transformers, and patches the model as `phi_balance` asks. An adapter is
+    loaded by PEFT: transformers leaves out what it does not know, for instance the magnitudes of DoRA.
+    """
+    PhiBalanceConfig.from_any(phi_balance)  # bad input fails before the weights are loaded
+    adapter, is_trainable = find_adapter(source, kwargs), kwargs.pop("is_trainable", False)
+    if adapter is None:
+        loaded = load(source, *args, **kwargs)
+        _patch_loaded(loaded[0] if isinstance(loaded, tuple) else loaded, source, phi_balance, kwargs)
+        return loaded
+    from peft import PeftModel  # before the patch, which looks for PEFT
+
+    base, of_base = base_of(adapter, source, kwargs)
+    state = find_state(source, kwargs)
+    if state is not None and (phi_balance is None or phi_balance is True):
+        phi_balance = _asked(phi_balance, config_in(state), state)
+    if phi_balance is None:
+        phi_balance = False
+    loaded = load(base, *args, **labels_of(source, kwargs) | of_base)
+    model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+    _patch_loaded(model, base, phi_balance, of_base)
+    model = PeftModel.from_pretrained(model, source, is_trainable=is_trainable, **hub_arguments(kwargs))
+    if state is not None and phi_balance is not False:  # it was loaded with the adapter
+        _warn_if_trained_since(model, source, state)
+    return (model, *info) if info else model
 
 
 def _flag(model: nn.Module, source: str | None, kwargs: dict[str, Any]) -> Any:
     """Returns what config.json says under `phi_balance`; of a language model out of a vision-language one, that of the whole."""
     own = getattr(model.config, "phi_balance", None)
-    if own is not None or source is None or _is_adapter(model):
+    if own is not None or source is None:
         return own
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    return transformers.PreTrainedConfig.get_config_dict(source, **hub)[0].get("phi_balance")
-
-
-def _is_adapter(model: nn.Module) -> bool:
-    """Whether transformers has loaded an adapter on its base model: config.json is then the base model's."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+    return transformers.PreTrainedConfig.get_config_dict(source, **hub_arguments(kwargs))[0].get("phi_balance")
 
 
 def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs: dict[str, Any]) -> None:
@@ -132,30 +154,28 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
         vars(model.config).pop("phi_balance", None)
     if phi_balance is False:
         return
-    state = None
-    if source is not None and (phi_balance or saved or _is_adapter(model)):
-        state = find_state(source, kwargs)
-    if state is not None and _is_adapter(model):
-        saved, file = config_in(state), state
-    elif phi_balance is None and _is_adapter(model):
-        return
     config = _asked(phi_balance, saved, file)
     if config is None:
         return
+    state = None if source is None else find_state(source, kwargs)
     patch(model, config)
     if state is not None:
-        balancer = get_balancer(model)
-        balancer.load(state)
-        now, then = fingerprint(balancer.sites[0]), read_state(state).model["weights"]
-        if now and then and now != then:
-            logger.warning(
-                f"The routers of {source} are not those that its {STATE_NAME} was saved with: they were trained since, without "
-                "φ-balancing. Its prices and selection bias are of then; get_balancer(model).reset() begins anew."
-            )
+        get_balancer(model).load(state)
+        _warn_if_trained_since(model, source, state)
     elif saved and source is not None:
         logger.warning(
             f"{source} was saved while φ-balanced, but its {STATE_NAME} was not found: its prices and means start anew "
             "and a selection bias in it is lost. Copy the file beside the weights to keep them."
+        )
+
+
+def _warn_if_trained_since(model: nn.Module, source: str | None, state: str) -> None:
+    """Warns if the routers of `model` are not those that its state was saved with."""
+    now, then = fingerprint(get_balancer(model).sites[0]), read_state(state).model["weights"]
+    if now and then and now != then:
+        logger.warning(
+            f"The routers of {source} are not those that its {STATE_NAME} was saved with: they were trained since, without "
+            "φ-balancing. Its prices and selection bias are of then; get_balancer(model).reset() begins anew."
         )
 
 
@@ -169,20 +189,6 @@ def _asked(phi_balance: Any, saved: Any, file: str) -> PhiBalanceConfig | None:
         raise ValueError(
             f"{error} Or pass another one, phi_balance={{...}}, or phi_balance=False for the ordinary model."
         ) from error
-
-
-def find_state(source: str, kwargs: dict[str, Any]) -> str | None:
-    """Path of the state beside the weights in `source`, a folder or a name on the Hub."""
-    return cached_file(source, STATE_NAME, **_quietly(kwargs))
-
-
-def _quietly(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `cached_file`, out of those of `from_pretrained`, with which a file may be missing."""
-    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs} | {
-        "_raise_exceptions_for_gated_repo": False,
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
 
 
 # ---------------------------------------------------------------------- transformers' own entry points
@@ -217,11 +223,12 @@ def _accepting_flag(inner, loads: bool):
     def wrapper(cls, *args, phi_balance: Any = None, **kwargs):
         if phi_balance is None or phi_balance is False:
             return inner(cls, *args, **kwargs)
+        if loads:
+            source, *others = args or (kwargs.pop("pretrained_model_name_or_path"),)
+            return _load(functools.partial(inner, cls), source, tuple(others), phi_balance, kwargs)
         PhiBalanceConfig.from_any(phi_balance)
-        loaded = inner(cls, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        source = (args[0] if args else kwargs["pretrained_model_name_or_path"]) if loads else None
-        _patch_loaded(model, source, phi_balance, kwargs)
-        return loaded
+        model = inner(cls, *args, **kwargs)
+        _patch_loaded(model, None, phi_balance, kwargs)
+        return model
 
     return wrapper

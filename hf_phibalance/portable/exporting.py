@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from ..balancing import PhiBalancer, get_balancer, patch, read_state, unpatch
 from ..forwards import Folding, compare
 from ..inspection import padded_batches, padding_of, parse_domains
-from ..models import find_state, load_any, register_deepseek_moe
-from ..routers import has_adapter
-from ..sidecar import STATE_NAME
+from ..models import base_of, find_adapter, load_any, load_tokenizer, register_deepseek_moe
+from ..reporting import auto_class_name
+from ..sidecar import STATE_NAME, find_state
 from .report import VARIANTS, ExportReport
 from .texts import split_texts
 from .writing import check_destination, write_plain
@@ -25,6 +24,7 @@ from .writing import check_destination, write_plain
 
 REBALANCE = 3  # passes
 EXAMPLE = 32  # tokens whose logits are compared
+WITHOUT_LOGITS = ("AutoModelForQuestionAnswering", "AutoModel")
 
 
 def export(
@@ -50,16 +50,20 @@ def export(
 
     Nothing changes for families with a selection bias of their own, and where there is no bias. Elsewhere the bias of
     `phi_balance.state` would be lost; so three ways of doing without are measured on a part of `texts`, having been fitted
-    on the other, and the one that was asked for is written, if it does not cost too much.
+    on the other, and the one that was asked for is written, if it does not cost too much. For a classifier or reward model
+    the loss is the cross-entropy of its predictions against those with the bias, or the squared distance of its scores.
+
+    Tensors that transformers does not load, for instance layers that predict several tokens ahead, are copied as they are.
 
     Args:
-        source (`str` or `os.PathLike`): folder or Hub name.
+        source (`str` or `os.PathLike`): folder or Hub name. An adapter is merged into its base model.
         destination (`str` or `os.PathLike`): a new or empty folder. It gets an ordinary checkpoint, `export.json`, a model card.
         texts (`Sequence[str]`, *optional*): as for [`parse_domains`], `name=path` or `path`; needed where a bias would be lost.
         bias (`str`, *optional*, defaults to `"fold"`):
             What becomes of the bias: `"fold"` (into the routers' weights, see [`fold`]), `"rebalance"` (the same, and loads nearer
             to those with the bias) or `"drop"`.
-        max_loss_increase (`float`, *optional*, defaults to `0.01`): refuse to write what has so much more loss per token.
+        max_loss_increase (`float`, *optional*, defaults to `0.01`):
+            refuse to write what has so much more loss per predicted token or label.
         force (`bool`, *optional*, defaults to `False`): write it all the same.
         field (`Sequence[str]`, *optional*): fields of rows that are the text, as for [`parse_domains`].
         max_tokens (`int`, *optional*, defaults to `65536`): tokens of each domain, `0` for all.
@@ -76,8 +80,8 @@ def export(
         `ExportReport`: what was done, and what it costs.
 
     Raises:
-        ValueError: if it costs too much, the source is an adapter or was not saved while φ-balanced, its routers cannot be
-            written to, texts are missing, or the result is not the same model where it is loaded.
+        ValueError: if it costs too much, the source was not saved while φ-balanced or is an adapter that cannot be merged, its
+            routers cannot be written to, texts are missing, or the result is not the same model where it is loaded.
     """
     if bias not in VARIANTS:
         raise ValueError(f"`bias` must be one of {', '.join(map(repr, VARIANTS))}, got {bias!r}.")
@@ -87,7 +91,7 @@ def export(
     check_destination(destination)
     domains = parse_domains(texts, field) if texts else []  # before the weights are loaded
     register_deepseek_moe()
-    model, report = _load(source, loading)
+    model, report, not_loaded, of_weights = _load(source, loading)
     tokens = _tokenizer(source, tokenizer, loading, needed=bool(domains))
     report.max_loss_increase, report.forced = max_loss_increase, force
     if report.bias == "ours" and not domains:
@@ -104,45 +108,58 @@ def export(
     if on_report is not None:
         on_report(report)
     _refuse_costly(report)
-    write_plain(
-        unpatch(model),
-        tokens,
-        report,
-        destination,
-        example,
-        loading.get("device_map"),
-        bool(loading.get("trust_remote_code")),
-        check,
-    )
+    write_plain(unpatch(model), tokens, report, destination, example, not_loaded, of_weights, check)
     return report
 
 
-def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport]:
-    """The model, patched if it was saved so, and what kind of bias it has."""
+def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport, list[str], dict[str, Any]]:
+    """
+    Returns the patched model, a report that says what kind of bias it has, names of tensors that were not loaded, and the
+    arguments that the weights were loaded with: those of the base model, if `source` is an adapter.
+    """
     state = find_state(source, loading)
     if state is None:
         raise ValueError(
             f"there is no {STATE_NAME} in {source}: it was not saved while φ-balanced, or the file was lost. A plain "
             "checkpoint needs no export."
         )
-    plain = load_any(source, phi_balance=False, **loading)
-    if has_adapter(plain):
-        raise ValueError(
-            f"{source} is an adapter. Merge it first: load it with phb.AutoModelForCausalLM.from_pretrained, then "
-            "PeftModel.merge_and_unload(), phb.patch(model, ...), phb.get_balancer(model).load(folder), "
-            "model.save_pretrained(merged), and export that."
-        )
+    adapter = find_adapter(source, loading)
+    model, info = load_any(source, phi_balance=adapter is not None, output_loading_info=True, **loading)
     found = read_state(state)
-    biases = {name.removesuffix(".bias"): part for name, part in found.tensors.items() if name.endswith(".bias")}
-    saved = {name: value for name, value in found.config.items() if name != "version"}
-    model = patch(plain, saved)
+    if adapter is None:
+        patch(model, found.config)
+    else:
+        model = _merged(model, source)
+    name = type(model).__name__
+    if auto_class_name(model.config.model_type, [cls.__name__ for cls in type(model).__mro__]) in WITHOUT_LOGITS:
+        raise ValueError(
+            f"{source} is a {name}, which has no logits to check an export by. Load it, then phb.fold(model, batches), "
+            "phb.unpatch(model) and model.save_pretrained(folder)."
+        )
     balancer = get_balancer(model)
+    biases = {name.removesuffix(".bias"): part for name, part in found.tensors.items() if name.endswith(".bias")}
     native = any(site.native_bias for site in balancer.sites)
-    if native:
-        _check_native(balancer, state, biases)
-    balancer.load(state)
+    if adapter is None:
+        if native:
+            _check_native(balancer, state, biases)
+        balancer.load(state)
     ours = not native and any(bool(bias.any()) for bias in biases.values())
-    return model, ExportReport(source, "native" if native else "ours" if ours else "none")
+    base, of_weights = (None, loading) if adapter is None else base_of(adapter, source, loading)
+    report = ExportReport(source, "native" if native else "ours" if ours else "none", base)
+    is_own_class = name in (model.config.architectures or ())  # else the head of another is not missed
+    return model, report, sorted(info["unexpected_keys"]) if is_own_class else [], of_weights
+
+
+def _merged(model: Any, source: str) -> Any:
+    """Returns the base model of a `PeftModel` with the adapter in its weights."""
+    kind = model.peft_config[model.active_adapter].peft_type.value
+    try:
+        return model.merge_and_unload()
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{source} is an adapter of the kind {kind} that PEFT cannot merge into the weights of its base model ({error}). Give "
+            "engines the base model and the adapter, or train one that can be merged, e.g. phb.lora_config(model)."
+        ) from error
 
 
 def _check_native(balancer: PhiBalancer, state: str, biases: dict[str, Tensor]) -> None:
@@ -161,14 +178,12 @@ def _check_native(balancer: PhiBalancer, state: str, biases: dict[str, Tensor]) 
 
 
 def _tokenizer(source: str, named: str | os.PathLike | None, loading: dict[str, Any], needed: bool) -> Any:
-    names = ("revision", "cache_dir", "token", "trust_remote_code")
-    options = {name: loading[name] for name in names if name in loading and (named is None or name != "revision")}
     try:
-        return AutoTokenizer.from_pretrained(str(named or source), **options)
-    except (ValueError, OSError, KeyError) as error:
-        if not needed and named is None:
-            return None
-        raise ValueError(f"{named or source} has no tokenizer ({error}): name one (`--tokenizer`).") from error
+        return load_tokenizer(source, named, loading)
+    except ValueError:
+        if needed or named is not None:
+            raise
+        return None
 
 
 def _checked_length(model: Any, seq_len: int) -> int:
@@ -205,7 +220,7 @@ def _refuse_costly(report: ExportReport) -> None:
             if variant != report.kept
         ]
         raise ValueError(
-            f"--bias {word} raises the loss by {increase:.4f} per token, more than the {report.max_loss_increase:g} that is allowed "
+            f"--bias {word} raises the loss by {increase:.4f}, more than the {report.max_loss_increase:g} that is allowed "
             f"(--max_loss_increase): nothing was written. {', '.join(others)}; or fit on more texts that are "
             "like what the model will see, or --force."
         )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..forwards import Figures
-from ..reporting import is_absolute, layer_labels, versions
+from ..reporting import layer_labels, public_name, versions
 
 
 VARIANTS = {  # as users name them, and as what they are called in the figures
@@ -36,6 +35,7 @@ class ExportReport:
     Attributes:
         source (`str`): the checkpoint that was exported.
         bias (`str`): what there was: `"native"`, the family's own; `"ours"`, in `phi_balance.state`; or `"none"`.
+        base (`str`, *optional*): the base model that the adapter `source` was merged into.
         kept (`str`, *optional*): the variant that was written, where there was a choice.
         variants (`dict[str, Figures]`): on the texts that were measured on, if there were any.
         r2 (`dict[str, float]`): by layer name, see [`FoldReport`].
@@ -46,6 +46,7 @@ class ExportReport:
 
     source: str
     bias: str
+    base: str | None = None
     kept: str | None = None
     variants: dict[str, Figures] = field(default_factory=dict)
     r2: dict[str, float] = field(default_factory=dict)
@@ -63,12 +64,13 @@ class ExportReport:
 
     @property
     def summary(self) -> str:
-        """What was done to the bias, in a sentence."""
+        """What was done to the adapter and to the bias."""
+        merged = f"The adapter was merged into {public_name(self.base)}. " if self.base else ""
         if self.bias == "native":
-            return "The selection bias is the family's own: it is in the weights, and every engine knows it."
+            return f"{merged}The selection bias is the family's own: it is in the weights, and every engine knows it."
         if self.kept is None:
-            return "There is no selection bias that could be lost."
-        return f"The selection bias, which no engine but hf_phibalance knows, {DONE[self.kept]}."
+            return f"{merged}There is no selection bias that could be lost."
+        return f"{merged}The selection bias, which no engine but hf_phibalance knows, {DONE[self.kept]}."
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -79,7 +81,8 @@ class ExportReport:
             for name, r2 in self.r2.items()
         }
         return {
-            "source": Path(self.source).name if is_absolute(self.source) else self.source,
+            "source": public_name(self.source),
+            "base": self.base and public_name(self.base),
             "bias": self.bias,
             "kept": self.kept,
             "loss_increase": self.loss_increase(),

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from ..files import LARGE, read_json
 from ..forwards import evaluating
 from ..reporting import auto_class_name
+from ..sidecar import find_file
 from .report import ExportReport
 
 
+logger = logging.get_logger(__name__)
 REPORT_NAME = "export.json"
 CARD_NAME = "README.md"
 # Of a processor, beside what its tokenizer writes.
@@ -31,6 +37,8 @@ ALLOWED = {
     torch.float64: 1e-4,
 }  # of the largest logit, between two processes; else in half precision
 ALLOWED_IN_HALF = 2e-2
+# Fields of a config that promise layers which predict several tokens ahead.
+PROMISES = re.compile(r"(num_)?(mtp|nextn)\w*_layers")
 
 
 def check_destination(destination: Path) -> None:
@@ -48,8 +56,8 @@ def write_plain(
     report: ExportReport,
     destination: Path,
     example: Mapping[str, torch.Tensor],
-    device_map: str | None,
-    trust_remote_code: bool,
+    not_loaded: Sequence[str],
+    loading: Mapping[str, Any],
     check: bool,
 ) -> None:
     """
@@ -57,6 +65,8 @@ def write_plain(
 
     Args:
         example (`Mapping[str, torch.Tensor]`): a batch, whose logits have to be the same where the result is loaded.
+        not_loaded (`Sequence[str]`): tensors of the source that transformers did not expect, and left out of the model.
+        loading (`Mapping`): arguments that the weights were loaded with.
         check (`bool`): whether to load the result in a process without this package.
 
     Raises:
@@ -67,12 +77,14 @@ def write_plain(
     partial.mkdir(parents=True)
     try:
         saved: Any = model
-        saved.save_pretrained(partial)
+        carried = _ignored_tensors(saved, report.base or report.source, loading)
+        saved.save_pretrained(partial, **({"state_dict": saved.state_dict() | carried} if carried else {}))
+        _name_left_out(saved, report, {*carried, *not_loaded}, _weight_files(partial, {}).keys())
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        _copy_beside(report.source, partial)
+        _copy_beside(report, partial, loading)
         if check:
-            report.loaded_alone = _load_alone(saved, partial, example, device_map, trust_remote_code)
+            report.loaded_alone = _load_alone(saved, partial, example, loading)
         (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
         _write_card(report, partial)
         with suppress(FileNotFoundError):
@@ -83,14 +95,57 @@ def write_plain(
         raise
 
 
-def _copy_beside(source: str, folder: Path) -> None:
+def _weight_files(source: str | os.PathLike, loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the safetensors file of each tensor of a checkpoint, by name."""
+    path = find_file(source, SAFE_WEIGHTS_NAME, loading)
+    if path is not None:
+        with safe_open(path, "pt") as file:
+            return dict.fromkeys(file.keys(), path)
+    index = find_file(source, SAFE_WEIGHTS_INDEX_NAME, loading)
+    if index is None:
+        return {}
+    shards = read_json(index, "Save the model again.", LARGE)["weight_map"]
+    paths = {shard: find_file(source, shard, loading) for shard in set(shards.values())}
+    return {name: paths[shard] for name, shard in shards.items()}
+
+
+def _ignored_tensors(model: Any, source: str, loading: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a checkpoint that its class has transformers ignore: layers that predict several tokens ahead."""
+    patterns = "|".join(f"(?:{pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ())
+    own, found = model.state_dict().keys(), {}
+    for name, path in _weight_files(source, loading).items():
+        if patterns and name not in own and re.search(patterns, name):
+            with safe_open(path, "pt") as file:
+                found[name] = file.get_tensor(name)
+    return found
+
+
+def _name_left_out(model: Any, report: ExportReport, wanted: set[str], written: Collection[str]) -> None:
+    """Warns of tensors that the source has and the export does not, and of layers that config.json promises and nobody has."""
+    if lost := sorted(wanted.difference(written)):
+        logger.warning(
+            f"{len(lost)} tensor(s) of {report.base or report.source} are not in the export, because transformers does not load "
+            f"them: {', '.join(lost[:4])}{', ...' if len(lost) > 4 else ''}."
+        )
+    fields = model.config.get_text_config().to_dict()
+    promised = [f"{name}={value}" for name, value in fields.items() if PROMISES.fullmatch(name) and value]
+    if promised and model.can_generate() and not wanted and not any("mtp" in name for name in written):
+        logger.warning(
+            f"config.json promises {promised[0]} for predicting several tokens ahead, but {report.source} has no tensors of such "
+            "layers: transformers leaves them out when it saves a model. Engines cannot draft with this export; copy the "
+            "tensors from the model that training began with, or set the field to 0."
+        )
+
+
+def _copy_beside(report: ExportReport, folder: Path, loading: Mapping[str, Any]) -> None:
     for name in BESIDE:
-        if (Path(source) / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(Path(source) / name, folder / name)
+        path = find_file(report.base or report.source, name, loading)
+        if path is not None and not (folder / name).exists():
+            shutil.copyfile(path, folder / name)
 
 
 def _load_alone(
-    model: Any, folder: Path, example: Mapping[str, torch.Tensor], device_map: str | None, trust_remote_code: bool
+    model: Any, folder: Path, example: Mapping[str, torch.Tensor], loading: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a process without this package finds in `folder`; refuses what is not the same model."""
     with evaluating(model), torch.no_grad():
@@ -101,18 +156,10 @@ def _load_alone(
         tensors = {**{name: part.cpu() for name, part in inputs.items()}, "logits": logits.float().cpu()}
         save_file({name: part.contiguous() for name, part in tensors.items()}, path)
         config = model.config
-        auto_class = auto_class_name(config.model_type, [type(model).__name__])
+        auto_class = auto_class_name(config.model_type, [cls.__name__ for cls in type(model).__mro__])
         script = Path(__file__).with_name("alone.py")
-        words = [
-            sys.executable,
-            "-I",
-            str(script),
-            str(folder),
-            auto_class,
-            path,
-            device_map or "",
-            str(trust_remote_code),
-        ]
+        words = [sys.executable, "-I", str(script), str(folder), auto_class, path]
+        words += [loading.get("device_map") or "", str(bool(loading.get("trust_remote_code")))]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it died"])[-1]

@@ -9,9 +9,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..methods import METHODS
-from ..reporting import TEXT_CLASS
+from ..reporting import HEADS, IMAGE_CLASS, TEXT_CLASS, hub_name, public_name
 from .pictures import CURVES_NAME, LOADS_NAME
-from .run import Run, Score, hub_name, public_name
+from .run import Run, Score
 
 
 CARD_NAME = "README.md"
@@ -67,7 +67,7 @@ def model_card(
         model_name=title if results else None,
         base_model=hub_name(base_model),
         library_name=library_name,
-        pipeline_tag="text-generation" if run.auto_class == TEXT_CLASS else "image-text-to-text",
+        pipeline_tag=HEADS[run.auto_class][0],
         tags=tags(run),
         datasets=[dataset] if dataset else None,
         eval_results=results or None,
@@ -80,6 +80,7 @@ def model_card(
         title=title,
         base=base_model and public_name(base_model),
         base_is_on_hub=data.base_model is not None,
+        generates=run.auto_class in (TEXT_CLASS, IMAGE_CLASS),
         is_adapter=library_name == "peft",
         is_generated=run.dataset == "toy",
         results=summary_table(run, baseline),

@@ -2,22 +2,20 @@
 
 import json
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import StrictDataclassError
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from ..config import PhiBalanceConfig
 from ..files import LARGE, read_json
-from ..reporting import auto_class_name, versions
+from ..reporting import AutoClass, auto_class_name, public_name, versions
 from ..routers import unwrap
 
 
@@ -36,20 +34,6 @@ def own_file(path: Path) -> Path:
             f"{path} is a link or no regular file. It may lead to a private file: put a copy in its place."
         )
     return path
-
-
-def hub_name(name: str | None) -> str | None:
-    """Returns `name` if it can be a repository on the Hub, and `None` for a folder, here or on another machine."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name if name and "/" in name and not Path(name).exists() else None
-
-
-def public_name(name: str) -> str:
-    """Returns the name of a model or dataset; of a folder the last part, since the path is private."""
-    return hub_name(name) or re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 @strict
@@ -118,7 +102,7 @@ class Run:
     """
 
     model_type: str
-    auto_class: Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"]
+    auto_class: AutoClass
     parameters: int
     steps: int
     versions: dict[str, str]

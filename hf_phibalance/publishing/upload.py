@@ -17,10 +17,11 @@ from torch import nn
 from transformers.utils import logging
 
 from ..balancing import get_balancer
+from ..reporting import hub_name
 from ..routers import unwrap
 from .card import CARD_NAME, model_card
 from .pictures import pictures_in
-from .run import SUMMARY_NAME, Run, described, hub_name, own_file
+from .run import SUMMARY_NAME, Run, described, own_file
 
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from .linear import RouterLinear, find_linear, has_adapter, ranked_of
 from .parts import image_tokens, mask_of, modality_of
 from .sources import class_source
 from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS
-from .wrapping import canonical_name, find_backbone, unwrap
+from .wrapping import canonical_name, find_backbone, predicts_tokens, unwrap
 
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "install_hooks",
     "mask_of",
     "modality_of",
+    "predicts_tokens",
     "rank_scores",
     "ranked_of",
     "reading",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -36,6 +36,12 @@ def unwrap(model: nn.Module) -> list[nn.Module]:
         if inner is chain[-1]:
             return chain
         chain.append(inner)
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Returns whether the head of a model makes logits of its vocabulary, unlike a classifier or a model without a head."""
+    root: Any = unwrap(model)[-1]
+    return not hasattr(root, "get_output_embeddings") or root.get_output_embeddings() is not None
 
 
 def find_backbone(root: nn.Module, sites: Sequence[RouterSite]) -> nn.Module:

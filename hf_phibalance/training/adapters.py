@@ -24,6 +24,7 @@ from torch import nn
 
 from ..balancing import find_balancer
 from ..compat import names_rewritten_by_peft
+from ..reporting import HEADS, find_auto_class
 from ..routers import NATIVE_BIAS_NAMES, RouterSite, class_source, find_routers, modality_of, unwrap
 
 
@@ -39,7 +40,13 @@ FEED_FORWARD = re.compile(r"(^|_)(mlps?|ffn|feed_forward|moe|experts?)$|shared")
 LEFT_ALONE = re.compile(r"indexer|layernorm|hyper_connection")
 # In some families PEFT takes modules of these names for experts as transformers 4 had them, see `compat.names_rewritten_by_peft`
 NAMES_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-NOT_FOR_PARAMETERS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False}
+# Values that are possible for parameters without a linear layer of their own; the first is PEFT's default
+FOR_PARAMETERS: dict[str, tuple[Any, ...]] = {
+    "lora_dropout": (0.0,),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "init_lora_weights": (True, False, "gaussian"),
+}
 
 
 def lora_config(
@@ -73,14 +80,16 @@ def lora_config(
         vision (`bool`, *optional*, defaults to `False`):
             Whether the layers of a vision tower, and the routers in it, are trained like those of the language model. Experts
             for images in the language model's own layers (ERNIE 4.5 VL) are trained in any case.
-        kwargs: further fields of `peft.LoraConfig`; `modules_to_save` is added to the routers of `"full"`.
+        kwargs:
+            further fields of `peft.LoraConfig`. `modules_to_save` is added to the routers of `"full"`; `task_type` is that of
+            the model's class unless given, with which PEFT also trains and saves the head of a classifier.
 
     Returns:
         `peft.LoraConfig`: for `get_peft_model(model, ...)` or a trainer's `peft_config`.
 
     Raises:
-        ValueError: if an option is unknown or would do nothing, if PEFT cannot do it for parameters (`lora_dropout`),
-            if the model has no router or nothing of the kind asked for, if a matrix is quantised that must not be, if the
+        ValueError: if an option is unknown or would do nothing, if PEFT cannot do it for parameters (`lora_dropout`,
+            `init_lora_weights="pissa"`), if the model has no router or nothing of the kind asked for, if a matrix is quantised that must not be, if the
             routers are to learn that `method="frozen"` holds still, or if the model already carries an adapter.
     """
     from peft import LoraConfig
@@ -112,8 +121,15 @@ def lora_config(
         target_modules=_endings(modules, every_module),
         target_parameters=_endings(parameters, every_parameter) or None,
         modules_to_save=saved or None,
-        **{"task_type": "CAUSAL_LM", **kwargs},
+        **{"task_type": _task_type(root), **kwargs},
     )
+
+
+def _task_type(root: nn.Module) -> str | None:
+    """Returns PEFT's name of the task of a model; `None` for a class that transformers does not know."""
+    config: Any = getattr(root, "config", None)
+    auto_class = config and find_auto_class(config.model_type, [cls.__name__ for cls in type(root).__mro__])
+    return HEADS[auto_class][1] if auto_class else None
 
 
 def _check_options(router: str, targets: str | None, kwargs: dict[str, Any]) -> None:
@@ -182,12 +198,12 @@ def _refuse_out_of_reach(root: nn.Module, part: str, modules: list[str], paramet
 
 
 def _refuse_for_parameters(kwargs: dict[str, Any], root: nn.Module, parameters: list[str]) -> None:
-    for name, off in NOT_FOR_PARAMETERS.items():
-        if kwargs.get(name, off) != off:
+    for name, possible in FOR_PARAMETERS.items():
+        if kwargs.get(name, possible[0]) not in possible:
             raise ValueError(
                 f"{name}={kwargs[name]!r} is not possible for parameters without a linear layer of their own, here "
-                f"{parameters[0]!r} of {type(root).__name__}: PEFT adds the update to the weight, before there is any "
-                f"input. Leave {name} out, or adapt only linear layers (targets='attention' with router='frozen' or "
+                f"{parameters[0]!r} of {type(root).__name__}: PEFT only adds a low-rank update to the weight, before there is "
+                f"any input. Leave {name} out, or adapt only linear layers (targets='attention' with router='frozen' or "
                 "'full')."
             )
 

@@ -196,11 +196,10 @@ def test_each_checkpoint_is_loaded_by_the_class_it_was_saved_with(tmp_path):
     Version(transformers.__version__) < Version("5.14"), reason="it loads no adapter with the PEFT of its time"
 )
 def test_an_adapter_is_loaded_by_the_class_of_its_base_model(tmp_path):
-    adapter = get_peft_model(tiny_image_model("qwen3_vl_moe"), LoraConfig(target_modules=["q_proj"]))
-    adapter.get_base_model().save_pretrained(tmp_path / "base")
-    adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    adapter.save_pretrained(tmp_path / "adapter")
-    assert type(load_any(str(tmp_path / "adapter"))) is type(adapter.get_base_model())
+    tiny_image_model("qwen3_vl_moe").save_pretrained(tmp_path / "base")
+    base = load_any(str(tmp_path / "base"))
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    assert type(load_any(str(tmp_path / "adapter")).get_base_model()) is type(base)
 
 
 def test_the_card_names_the_class(tmp_path):

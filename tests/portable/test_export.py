@@ -6,12 +6,13 @@ import subprocess
 import pytest
 import torch
 import transformers
+from adapters import fill
 from checks import assert_same
 from made_texts import make_tokenizer, words
-from peft import LoraConfig, get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from steered import with_bias
-from tiny import MODEL_TYPES, tiny_batch, tiny_model
+from tiny import MODEL_TYPES, random_model, tiny_batch, tiny_config, tiny_model
 
 import hf_phibalance as phb
 from hf_phibalance import cli
@@ -136,6 +137,100 @@ def test_the_card_of_the_source_gets_a_section_more(saved, tmp_path):
     assert card.startswith("---\nlicense: mit\n---\n\n# Mine\n\n## Exported for any engine\n")
 
 
+# ---------------------------------------------------------------------- adapters, heads, and what transformers does not load
+
+
+@pytest.mark.parametrize(
+    "model_type, options",
+    [
+        ("mixtral", {"router": "lora"}),
+        ("mixtral", {"targets": "attention", "use_dora": True}),
+        ("deepseek_v3", {"router": "full"}),
+    ],
+)
+def test_an_adapter_is_merged(model_type, options, text, tmp_path):
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    model = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "base", phi_balance={"coef": 0.0, "bias_coef": 0.2})
+    model = get_peft_model(model, phb.lora_config(model, **options)).train()
+    fill(model, "lora_", 0.2)
+    model(**tiny_batch(model)).loss.backward()
+    phb.get_balancer(model).step()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    report = phb.export(tmp_path / "adapter", tmp_path / "plain", [text], max_loss_increase=9.0, seq_len=16)
+    _, measured = split_texts(parse_domains([text]), make_tokenizer(), 16, None)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    with_bias = naive_loss(model, measured)
+    assert report.variants["biased"].loss == pytest.approx(with_bias, rel=1e-5)
+    assert naive_loss(plain, measured) - with_bias == pytest.approx(report.loss_increase(), abs=1e-5)
+    assert report.kept == (None if model_type == "deepseek_v3" else "folded")
+    assert not list((tmp_path / "plain").glob("adapter*")) and (tmp_path / "plain/tokenizer.json").is_file()
+    assert "The adapter was merged into base." in (tmp_path / "plain/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "labels, name", [(1, "SequenceClassification"), (3, "SequenceClassification"), (4, "TokenClassification")]
+)
+def test_a_classifier_keeps_its_head(labels, name, text, tmp_path):
+    """What it costs is how far its predictions are from those with the bias, on texts that it was not fitted on."""
+    config = tiny_config("mixtral")
+    config.num_labels = labels
+    auto = getattr(transformers, f"AutoModelFor{name}")
+    model = phb.patch(random_model(auto, config, 0), {"bias_coef": 0.003})
+    balancer = phb.get_balancer(model)
+    balancer.set_biases({name: torch.linspace(-0.1, 0.1, 8) for name in balancer.biases()})
+    model.save_pretrained(tmp_path / "mine")
+    make_tokenizer().save_pretrained(tmp_path / "mine")
+    report = phb.export(tmp_path / "mine", tmp_path / "plain", [text], max_loss_increase=9.0, seq_len=16, batch_size=4)
+    plain, info = auto.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not any(info.values())
+    _, measured = split_texts(parse_domains([text]), make_tokenizer(), 16, None)
+    losses = []
+    for row in measured:
+        with torch.no_grad():
+            found, expected = (one(torch.tensor([row])).logits.reshape(-1, labels) for one in (plain, model))
+        kl = (expected.softmax(-1) * (expected.log_softmax(-1) - found.log_softmax(-1))).sum(-1)
+        losses += ((found - expected).square().flatten() if labels == 1 else kl).tolist()
+    assert report.loss_increase() == pytest.approx(sum(losses) / len(losses), rel=1e-3, abs=1e-6) and sum(losses)
+    assert report.loaded_alone["class"] == f"MixtralFor{name}"
+
+
+MTP = {
+    "qwen3_next": ["mtp.fc.weight", "mtp.layers.0.mlp.experts.0.gate_proj.weight"],
+    "deepseek_v3": ["model.layers.61.eh_proj.weight", "model.layers.61.mlp.experts.0.gate_proj.weight"],
+    "glm4_moe": ["model.layers.46.shared_head.norm.weight"],
+}
+
+
+@pytest.mark.parametrize("model_type", MTP)
+@pytest.mark.parametrize("as_adapter", [False, True])
+def test_layers_that_transformers_does_not_load_are_carried_over(model_type, as_adapter, tmp_path, warned):
+    phb.patch(tiny_model(model_type), {"coef": 0.01}).save_pretrained(tmp_path / "mine", max_shard_size="50KB")
+    shard = max((tmp_path / "mine").glob("*.safetensors"))
+    added = {name: torch.full((2, 3), float(i)) for i, name in enumerate([*MTP[model_type], "stray.weight"])}
+    save_file(load_file(shard) | added, shard, metadata={"format": "pt"})
+    index = tmp_path / "mine/model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"] |= dict.fromkeys(added, shard.name)
+    index.write_text(json.dumps(values))
+    source = tmp_path / "mine"
+    if as_adapter:
+        model = phb.AutoModelForCausalLM.from_pretrained(source)
+        source = tmp_path / "adapter"
+        get_peft_model(model, phb.lora_config(model)).save_pretrained(source)
+    phb.export(source, tmp_path / "plain", check=model_type == "deepseek_v3" and not as_adapter)
+    written = load_file(tmp_path / "plain/model.safetensors")
+    assert_same({name: written[name] for name in MTP[model_type]}, {name: added[name] for name in MTP[model_type]})
+    assert "stray.weight" not in written
+    assert warned.about("mine are not in the export, because transformers does not load them: stray.weight.")
+    assert not warned.about("promises")
+
+
+def test_layers_that_are_promised_and_missing_are_named(saved, tmp_path, warned):
+    phb.export(saved("deepseek_v3"), tmp_path / "plain", check=False)
+    assert warned.about("predict_layers=1 for predicting several tokens ahead, but")
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -161,7 +256,7 @@ def test_too_much_loss_is_refused_unless_forced(saved, text, tmp_path, capsys):
         ({}, "what it costs to do without is measured on texts"),
         ({"bias": "keep"}, "`bias` must be one of 'fold', 'drop', 'rebalance', got 'keep'"),
         ({"max_loss_increase": -1.0}, "`max_loss_increase` must be a loss per token of 0 or more"),
-        ({"tokenizer": "nowhere/at-all"}, "has no tokenizer"),
+        ({"tokenizer": "nowhere/at-all"}, "no tokenizer in nowhere/at-all .*, use --tokenizer"),
     ],
 )
 def test_bad_arguments(arguments, message, saved, text, tmp_path):
@@ -181,14 +276,15 @@ def test_folders_that_cannot_be_exported(saved, text, tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path / "unpatched")
     with pytest.raises(ValueError, match="was not saved while φ-balanced"):
         phb.export(tmp_path / "unpatched", tmp_path / "plain")
-    adapted = get_peft_model(
-        phb.patch(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "unpatched"), {"bias_coef": 0.1}),
-        LoraConfig(target_modules=["q_proj"], r=2),
-    )
-    phb.get_balancer(adapted)
-    adapted.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"is an adapter\. Merge it first"):
-        phb.export(tmp_path / "adapter", tmp_path / "plain", [text])
+    base = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "unpatched", phi_balance=True)
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, prompt).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match=r"an adapter of the kind PROMPT_TUNING that PEFT cannot merge"):
+        phb.export(tmp_path / "prompt", tmp_path / "plain")
+    phb.AutoModel.from_pretrained(source).save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"headless is a MixtralModel, which has no logits"):
+        phb.export(tmp_path / "headless", tmp_path / "plain")
+    assert not list(tmp_path.glob("plain*"))
 
 
 FINE = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "logits_differ_by": 0.0}

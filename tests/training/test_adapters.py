@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
+import transformers
 from adapters import POLICIES, WRAPPER, assert_all_learn, balanced
 from charging import COEF
 from checks import assert_same, assert_same_duals
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from remote import remote_model
-from tiny import MODEL_TYPES, tiny_model
+from tiny import MODEL_TYPES, tiny_config, tiny_model
 from trained import logits_of
 from training import make_trainer, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -134,6 +135,36 @@ def test_defaults_are_those_of_the_paper():
 def test_what_would_do_nothing_or_fail_later_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         phb.lora_config(tiny_model("mixtral"), **options)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "orthogonal", "eva", "loftq", "corda"])
+def test_an_initialisation_from_a_linear_layer_is_refused_for_parameters(start):
+    """PEFT fails on these experts with an AttributeError, or leaves them as they are."""
+    with pytest.raises(ValueError, match=rf"init_lora_weights='{start}' is not possible for parameters.*'attention'"):
+        phb.lora_config(tiny_model("mixtral"), init_lora_weights=start)
+
+
+def test_other_initialisations_are_possible():
+    balanced(tiny_model("mixtral"), init_lora_weights="gaussian")
+    balanced(tiny_model("mixtral"), router="full", targets="attention", init_lora_weights="pissa")
+
+
+@pytest.mark.parametrize(
+    "name, task, head",
+    [
+        ("AutoModelForCausalLM", "CAUSAL_LM", None),
+        ("AutoModelForSequenceClassification", "SEQ_CLS", "score"),
+        ("AutoModelForTokenClassification", "TOKEN_CLS", "score"),
+        ("AutoModelForQuestionAnswering", "QUESTION_ANS", "qa_outputs"),
+        ("AutoModel", "FEATURE_EXTRACTION", None),
+    ],
+)
+def test_the_task_is_that_of_the_class(name, task, head):
+    model = getattr(transformers, name).from_config(tiny_config("mixtral"))
+    config = phb.lora_config(model)
+    assert config.task_type == task and phb.lora_config(model, task_type=None).task_type is None
+    names = learning(get_peft_model(model, config))
+    assert {name.partition(".")[0] for name in names if not name.startswith("lora ")} == ({head} if head else set())
 
 
 @pytest.mark.parametrize(
