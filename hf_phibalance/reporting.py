@@ -1,10 +1,12 @@
-"""What every report says alike: layers by short names, versions, the class that loads a model, commands without paths."""
+"""What reports share: short names of layers, versions, auto classes, commands without paths, and output that cannot fail."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import re
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +32,13 @@ HEADS: dict[AutoClass, tuple[str, str]] = {  # the task of a model on the Hub, a
     "AutoModel": ("feature-extraction", "FEATURE_EXTRACTION"),
 }
 PACKAGES_SHOWN = ("hf_phibalance", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def replace_unprintable() -> None:
+    """Makes stdout and stderr replace what their encoding lacks (code page 1252 of Windows has no φ) instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has streams of its own
+            stream.reconfigure(errors="replace")
 
 
 def short_layer(layer: str) -> str:

@@ -33,6 +33,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from hf_phibalance.reporting import replace_unprintable
+
 
 OWN_TASKS = ("gsm8k", "humaneval", "made")
 
@@ -229,6 +231,7 @@ def make_parser():
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     # Python looks for modules beside a script first: without this, `import evaluate` would find the script itself
     sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
     main(*make_parser().parse_args_and_config())

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 import hf_phibalance as phb
+from hf_phibalance.reporting import replace_unprintable
 
 
 README = Path(__file__).parent.parent / "README.md"
@@ -42,9 +43,10 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    current = README.read_text()
+    current = README.read_text(encoding="utf-8")
     if parser.parse_args().check:
         sys.exit(current != updated(current))
-    README.write_text(updated(current))
+    README.write_text(updated(current), encoding="utf-8")

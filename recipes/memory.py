@@ -19,6 +19,8 @@ from pathlib import Path
 
 import rehearsal
 
+from hf_phibalance.reporting import replace_unprintable
+
 
 GIB = 2**30
 BF16, FP32 = 2, 4
@@ -119,6 +121,7 @@ def table(models, processes, rows, length):
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="Which (default: all).")
     parser.add_argument("--processes", type=int, default=6, help="GPUs over which the state is sharded.")

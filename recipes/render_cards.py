@@ -12,6 +12,8 @@ import argparse
 import io
 from pathlib import Path
 
+from hf_phibalance.reporting import replace_unprintable
+
 
 TARGET = Path(__file__).parent.parent / "model_cards"
 LARGEST_PICTURE = 60_000  # bytes; a card of a tiny model should not outweigh the code
@@ -56,4 +58,5 @@ def make_parser():
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     main(make_parser().parse_args())

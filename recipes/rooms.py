@@ -15,6 +15,8 @@ import tomllib
 from rich.console import Console
 from rich.table import Table
 
+from hf_phibalance.reporting import replace_unprintable
+
 
 PACKAGE = "hf_phibalance"
 ROOT = Path(__file__).parent.parent
@@ -84,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     main()

@@ -15,6 +15,8 @@ import json
 import random
 from pathlib import Path
 
+from hf_phibalance.reporting import replace_unprintable
+
 
 ROWS, TOKENS = 4, 24
 
@@ -67,4 +69,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     main()

@@ -7,7 +7,8 @@ python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml
 # Any option of the YAML file can be given on the command line
 python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml --coef 0.05 --potential log_cosh --output_dir results/cosh
 
-# A real model on several GPUs, see recipes/README.md; with --tiny, the same on the CPU with a miniature of the model
+# A real model on several GPUs, see recipes/README.md; with --tiny, the same on the CPU with a miniature of the
+# model, whose results go to a folder beside the real ones, "...-rehearsal"
 accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml recipes/sft.py \
     --config recipes/mixtral-8x7b/gsm8k/phibalance.yaml
 python recipes/sft.py --config recipes/mixtral-8x7b/gsm8k/phibalance.yaml --tiny
@@ -31,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import rehearsal
+
+from hf_phibalance.reporting import replace_unprintable
 
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that nothing here needs
@@ -411,8 +414,12 @@ def parse(argv=None):
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser((Arguments, BalanceArguments, SFTConfig, ModelArguments))
-    return parser.parse_args_and_config([*(rehearsal.OPTIONS if "--tiny" in argv else ()), *argv])
+    parsed = parser.parse_args_and_config([*(rehearsal.OPTIONS if "--tiny" in argv else ()), *argv])
+    if parsed[0].tiny and not any(word.split("=")[0] == "--output_dir" for word in argv):
+        parsed[2].output_dir += "-rehearsal"  # beside the results of the recipe, which stay
+    return parsed
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     main(*parse())

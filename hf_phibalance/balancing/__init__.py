@@ -47,7 +47,7 @@ from .patching import (
 from .process import on_train
 from .random_state import RandomState
 from .state import StateFile, check_model, config_in, fingerprint, read_state
-from .tokens import count_mask
+from .tokens import count_mask, count_padding
 
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "check_model",
     "config_in",
     "count_mask",
+    "count_padding",
     "describe_router",
     "find_balancer",
     "find_balancers",

@@ -30,15 +30,23 @@ def new_key(forwards: Forwards) -> int:
 
 @torch.library.custom_op("phi_balance::open", mutates_args=())
 def open_forward(
-    mask: Tensor, image: Tensor | None, sequence: Tensor | None, training: bool, cached: bool, key: int
+    mask: Tensor,
+    image: Tensor | None,
+    sequence: Tensor | None,
+    padding: Tensor | None,
+    training: bool,
+    cached: bool,
+    key: int,
 ) -> Tensor:
     """Opens a forward of the backbone with this token mask `(B, S)`; returns its number, -1 if nothing is to be counted."""
     forwards = _forwards[key]()
-    return torch.tensor(-1 if forwards is None else forwards.open_compiled(mask, image, sequence, training, cached))
+    if forwards is None:
+        return torch.tensor(-1)
+    return torch.tensor(forwards.open_compiled(mask, image, sequence, padding, training, cached))
 
 
 @open_forward.register_fake
-def _(mask, image, sequence, training, cached, key):
+def _(mask, image, sequence, padding, training, cached, key):
     return torch.empty((), dtype=torch.int64)
 
 

@@ -25,6 +25,7 @@ class Counts:
         replayed (`torch.Tensor` of shape `()`): forwards whose selection came from outside.
         balance (`torch.Tensor` of shape `()`): Σ_routers Σ_tokens ⟨coef · q, p⟩.
         skipped (`torch.Tensor` of shape `()`): ranks whose optimizer has skipped the step.
+        padding (`torch.Tensor` of shape `()`): pad tokens at the ends of rows among `tokens`, if no attention mask was given.
         extra (`torch.Tensor` of shape `(L, E, extra)`): the further columns.
     """
 
@@ -32,12 +33,12 @@ class Counts:
         self.shape, self._extra = shape, extra
         number = shape[0] * shape[1]
         with torch.inference_mode(False):  # an evaluation may begin inside inference mode and end outside
-            self.flat = torch.zeros((2 + extra) * number + 4, dtype=torch.float32, device=device)
-        sums, extras, self.totals = self.flat.split([2 * number, extra * number, 4])
+            self.flat = torch.zeros((2 + extra) * number + 5, dtype=torch.float32, device=device)
+        sums, extras, self.totals = self.flat.split([2 * number, extra * number, 5])
         self.sums = sums.view(2, *shape)
         self.probs, self.load = self.sums
         self.extra = extras.view(*shape, extra)
-        self.tokens, self.replayed, self.balance, self.skipped = self.totals
+        self.tokens, self.replayed, self.balance, self.skipped, self.padding = self.totals
 
     def like(self) -> Counts:
         """Empty counts of the same shape."""

@@ -34,7 +34,7 @@ from .counts import Counts
 from .gradient import add_gradient
 from .process import backward_node, in_backward, loss_scale, unrecorded
 from .step import Forward
-from .tokens import Tokens, count_mask, hidden_shape, packed_sequences
+from .tokens import Tokens, count_mask, count_padding, hidden_shape, packed_sequences
 
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class Forwards:
             if evaluation is not None:
                 evaluation.counts.tokens.add_(tokens.count)
                 return evaluation, tokens
-            return self._open_training(tokens), tokens
+            return self._open_training(tokens, self._padding(inputs, mask_BS)), tokens
 
     @staticmethod
     def _key_of(forward: Forward | Evaluation | None) -> int:
@@ -229,6 +229,13 @@ class Forwards:
             labels = stack[-1] if stack else None
             inputs = {**inputs, "labels": labels}
         return count_mask(inputs, self.balancer.config.token_mask, self.balancer.pad_token_id)
+
+    def _padding(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tensor | None:
+        """Returns the number of pad tokens that count, `()`; `None` if there is an attention mask or no known pad token."""
+        ids, pad = inputs.get("input_ids"), self.balancer.pad_token_id
+        if ids is None or pad is None or inputs.get("attention_mask") is not None:
+            return None
+        return count_padding(ids, mask_BS, pad) if self.balancer.config.token_mask == "attention" else None
 
     def _no_mask(self, inputs: Mapping[str, Any]) -> str:
         kind = self.balancer.config.token_mask
@@ -244,7 +251,7 @@ class Forwards:
         image = image_tokens(inputs, self.sites)
         return Tokens(mask_BS.to(device), image, None if sequence is None else sequence.to(device))
 
-    def _open_training(self, tokens: Tokens) -> Forward:
+    def _open_training(self, tokens: Tokens, padding: Tensor | None) -> Forward:
         balancer = self.balancer
         balancer.loop.continue_or_begin()
         balancer.duals.keep_native_fp32()
@@ -255,6 +262,8 @@ class Forwards:
         forward.adapter = balancer.duals.adapter
         if self._here.replaying:
             forward.counts.replayed.add_(1)
+        if padding is not None:
+            forward.counts.padding.copy_(padding)
         return forward
 
     def _settle_at(self, output: Any, forward: Forward) -> None:
@@ -285,14 +294,18 @@ class Forwards:
             forward = here.forward
         if not isinstance(forward, Forward):
             return carrier
+        own: list[Tensor] = []  # for the recorder
         if self.recorder is not None:
             with unrecorded():
-                self.recorder.saw(forward, index, hidden, logits, selected)
+                self.recorder.saw(forward, index, hidden, logits, selected, own)
         if not torch.is_grad_enabled() or not logits.requires_grad or not self.balancer.config.adds_gradient:
             return carrier
         due = functools.partial(self.due, forward, index, len(logits))
         further = self.further_losses(forward, index, logits)
-        return add_gradient(carrier, logits, self.sites[index].scoring, due, *further)
+        carried = add_gradient(carrier, logits, self.sites[index].scoring, due, *further)
+        if self.recorder is not None:
+            self.recorder.follow(carried, logits, own)
+        return carried
 
     def _count(self, index: int, logits: Tensor, selected: Tensor, counts: Counts, tokens: Tokens) -> None:
         site = self.sites[index]
@@ -443,17 +456,24 @@ class Forwards:
             return None
         sequence = packed_sequences(inputs) if self.balancer.config.sequence_coef > 0 else None
         image = image_tokens(inputs, self.sites)
-        return torch.ops.phi_balance.open(mask_BS, image, sequence, training, is_cached, self._key)
+        padding = self._padding(inputs, mask_BS) if training else None
+        return torch.ops.phi_balance.open(mask_BS, image, sequence, padding, training, is_cached, self._key)
 
     def open_compiled(
-        self, mask_BS: Tensor, image: Tensor | None, sequence: Tensor | None, training: bool, is_cached: bool
+        self,
+        mask_BS: Tensor,
+        image: Tensor | None,
+        sequence: Tensor | None,
+        padding: Tensor | None,
+        training: bool,
+        is_cached: bool,
     ) -> int:
         """Opens a forward when compiled code runs. Returns its number, -1 if nothing is to be counted."""
         tokens = Tokens(mask_BS.to(self.balancer.duals.values.device), image, sequence)
         here = self._here  # needed too: where the graph breaks, routers run without the compiler
         here.forward, here.tokens = None, tokens
         if training:
-            here.forward = forward = self._open_training(tokens)
+            here.forward = forward = self._open_training(tokens, padding)
             forward.step.kept.append(forward)
         elif self.evaluation is not None and not is_cached:
             here.forward = self.evaluation

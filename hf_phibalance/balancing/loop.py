@@ -38,6 +38,10 @@ NOT_FINITE = (
     "The routing statistics of {} step(s) were not finite (the loss or the router logits diverged); they were left out of the "
     "means and prices. Lower the learning rate or check the data."
 )
+PADDED = (
+    "Padding is counted as tokens: rows of input_ids end or begin with several pad tokens (id {}), and the model got no "
+    "attention_mask. Pass it, or set token_mask='labels' in PhiBalanceConfig."
+)
 
 
 class Loop:
@@ -51,7 +55,9 @@ class Loop:
         self._owners: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._now: OptimizerStep | None = None  # made lazily: in the middle of a copy there are no duals yet
         self._last: Counts | None = None
-        self._noticed = self._faults = torch.zeros(2)  # number of steps with wrong N, and with non-finite statistics
+        self._noticed = self._faults = torch.zeros(
+            3
+        )  # steps with wrong N, with non-finite statistics, with counted padding
         self._said = [0, 0]
 
     @property
@@ -182,7 +188,7 @@ class Loop:
         self._now = None
         if skipped is True and not shared:
             return
-        counts = step.counts
+        counts, is_first = step.counts, not self.is_checked
         if skipped is not None:
             counts.skipped.copy_((torch.as_tensor(skipped) != 0).any())
         if not self.is_checked:
@@ -205,6 +211,8 @@ class Loop:
             )
         self._unseen_steps = 0
         self._notice_faults(step, counts)
+        if is_first:  # which has waited for the device anyway
+            self.say_faults()
         self.balancer.duals.use_adapter(step.adapter)  # the adapter may be off now, for a reference model
         may_be_skipped = shared or isinstance(skipped, Tensor)
         self.balancer.duals.update(counts, may_be_skipped)
@@ -220,7 +228,9 @@ class Loop:
         expected = counts.tokens if step.expected is None else step.expected
         wrong, bad = (counts.tokens - expected).abs() > 0.5, ~torch.isfinite(counts.flat).all()
         self._say_noticed()
-        self._faults = self._faults.to(counts.flat.device) + torch.stack([wrong, bad]).to(torch.float32)
+        self._faults = self._faults.to(counts.flat.device) + torch.stack([wrong, bad, counts.padding > 0]).to(
+            torch.float32
+        )
         self._noticed = self._faults.to("cpu", non_blocking=True)
 
     def say_faults(self) -> None:
@@ -229,7 +239,10 @@ class Loop:
         self._say_noticed()
 
     def _say_noticed(self) -> None:
-        for index, (number, text) in enumerate(zip(self._noticed.tolist(), (WRONG_NUMBER, NOT_FINITE))):
+        wrong, bad, padded = self._noticed.tolist()
+        if padded:
+            logger.warning_once(PADDED.format(self.balancer.pad_token_id))
+        for index, (number, text) in enumerate(((wrong, WRONG_NUMBER), (bad, NOT_FINITE))):
             if number >= max(1, 2 * self._said[index]):  # warn at the first, then each time the number has doubled
                 self._said[index] = int(number)
                 logger.warning(text.format(int(number)))

@@ -109,6 +109,13 @@ def _filling(inputs: Mapping[str, Any], shape: torch.Size, pad_token_id: int | N
     return ((position == 0) & (after != 1) & (ids == pad_token_id)).expand(shape)
 
 
+def count_padding(ids_BS: Tensor, mask_BS: Tensor, pad_token_id: int) -> Tensor:
+    """Counts padding among the tokens that count, `()`: two or more pad tokens at an end of a row. A single one may end a text."""
+    is_pad = ((ids_BS == pad_token_id) & mask_BS).long()
+    runs = torch.stack([is_pad.cumprod(-1).sum(-1), is_pad.flip(-1).cumprod(-1).sum(-1)])
+    return (runs * (runs > 1)).sum()
+
+
 def _positions(inputs: Mapping[str, Any]) -> Tensor | None:
     position = inputs.get("position_ids")
     return position if isinstance(position, Tensor) and position.ndim == 2 else None

@@ -16,7 +16,7 @@ from .checks import Subject, run_checks
 from .recorder import StepRecorder
 from .report import Check, Coefficient, DoctorReport
 from .tables import print_report
-from .trial import made_batch, try_step
+from .trial import eager, made_batch, try_step
 
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "DoctorReport",
     "StepRecorder",
     "Subject",
+    "eager",
     "made_batch",
     "print_report",
     "run_checks",

@@ -11,20 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..balancing import PhiBalancer, describe_router
+from ..balancing import PhiBalancer, count_padding, describe_router
 from ..compat import dependencies, is_supported
 from ..config import PhiBalanceConfig
 from ..routers import REMOTE_TRAITS, RouterHook, find_routers
 from ..sidecar import STATE_NAME, state_in
 from .recorder import LOW, StepRecorder
-from .report import Check, Coefficient
+from .report import PRECISE, Check, Coefficient
 
 
-PRECISE, ROUGH = 1e-3, 2e-2  # allowed relative error of the coefficient in fp32, and in lower precision
 VANISHING = 1e-200  # coefficients up to this stand for 0
 EVEN, COLLAPSED = 0.9, 0.5  # effective experts, as a share of all
 ASSIGNED = 10  # with fewer selections per expert, loads say little
 VERIFY = "phb.attach(trainer, verify=True), which measures a step of the training itself"
+TRAIN_ROUTERS = (
+    "train the routers, e.g. phb.lora_config(model, router='lora') (--lora router=lora of the command), or balance by bias_coef "
+    "alone (coef=0), which needs no gradient"
+)
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Subject:
         checkpointing (`bool`, *optional*): reentrant (`True`) or non-reentrant (`False`) gradient checkpointing, if any.
         pad_token_id (`int`, *optional*): of the tokenizer.
         unmeasured (`str`): why nothing could be run.
+        is_real (`bool`): whether `seen` is a step of the training itself, with the trainer's loss.
     """
 
     root: nn.Module
@@ -57,6 +61,7 @@ class Subject:
     checkpointing: bool | None = None
     pad_token_id: int | None = None
     unmeasured: str = ""
+    is_real: bool = False
 
     @property
     def batches(self) -> list[Mapping[str, Any]]:
@@ -119,9 +124,9 @@ def _judge(seen: StepRecorder, found: Coefficient) -> Check:
         return _problem(
             "coefficient",
             f"{found.declared:g} declared, but no gradient comes back through any router",
-            "train the routers, e.g. phb.lora_config(model, router='lora'), or balance by bias_coef alone (coef=0)",
+            TRAIN_ROUTERS,
         )
-    bound = PRECISE if found.precise else ROUGH
+    bound = found.tolerance
     text = (
         f"{found.declared:g} declared, {found.effective:.6g} received: ratio {found.ratio:.4f}, residual "
         f"{found.residual:.0e}, at {found.parameters}"
@@ -227,16 +232,14 @@ def tokens(subject: Subject) -> Iterator[Check]:
 
 
 def _padding(ids: Any, subject: Subject) -> int:
-    """Counts padding in `ids (B, S)`: two or more padding tokens at an end of a row. A single one may end a text."""
+    """Counts padding in `ids (B, S)`."""
     config = getattr(subject.root, "config", None)
     pad = subject.pad_token_id
     if pad is None and config is not None:
         pad = getattr(config.get_text_config(), "pad_token_id", None)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[-1] < 2 or not isinstance(pad, int):
         return 0
-    is_pad = (ids == pad).long()
-    runs = is_pad.cumprod(-1).sum(-1), is_pad.flip(-1).cumprod(-1).sum(-1)
-    return sum(int(run[run >= 2].sum()) for run in runs)
+    return int(count_padding(ids, torch.ones_like(ids, dtype=torch.bool), pad))
 
 
 def routers_run(subject: Subject) -> Iterator[Check]:
@@ -274,9 +277,8 @@ def routers_run(subject: Subject) -> Iterator[Check]:
     reached = names if seen is None or not is_seen else [*seen.added, *unmoved, *idle]
     cut = [name for name in names if name not in reached]
     frozen = [row.name for row in rows if row.how == "frozen"]
-    remedy = "phb.lora_config(model, router='lora') or 'full', or coef=0 and bias_coef > 0, which needs no gradient"
     if len(unmoved) == len(names):
-        yield _problem("routers that learn", "all routers are frozen, and nothing below them learns", remedy)
+        yield _problem("routers that learn", "all routers are frozen, and nothing below them learns", TRAIN_ROUTERS)
     elif cut:
         yield _problem(
             "routers that learn",
@@ -289,7 +291,7 @@ def routers_run(subject: Subject) -> Iterator[Check]:
             "routers that learn",
             f"{len(frozen)} of {len(names)} routers are frozen ({_many(frozen)}): balancing moves only what lies below them"
             + (f", and there is nothing below {_many(unmoved)}" if unmoved else ""),
-            remedy,
+            TRAIN_ROUTERS,
         )
     else:
         kinds = sorted({"in full" if row.how == "full" else "by LoRA" for row in rows})
@@ -351,8 +353,7 @@ def precision(subject: Subject) -> Iterator[Check]:
             "precision",
             f"{len(trained)} routers are trained in {str(dtype).removeprefix('torch.')}: a step of less than about {step:.2%} of "
             f"a weight is rounded away{share}",
-            "keep the weights in float32 and compute in bf16 (bf16=True and from_pretrained(dtype=torch.float32)), or train "
-            "the routers by LoRA, which PEFT keeps in float32",
+            "keep their weights in float32: PhiBalanceConfig(fp32_routers=True)",
         )
     elif rounded is not None and rounded > 0.01:
         yield _warning(
@@ -398,10 +399,11 @@ def wiring(subject: Subject) -> Iterator[Check]:
 
 
 def auxiliary_loss(subject: Subject) -> Iterator[Check]:
-    """Looks for another auxiliary loss, of the model or of the trainer."""
+    """Looks for another auxiliary loss: of the model, of the trainer, or of whoever computes the loss."""
     if subject.balancer is None or not subject.balancer.config.is_on:
         return
     found = list(_built_in(subject.root))
+    foreign = None if subject.seen is None else subject.seen.foreign
     if found:
         yield _problem(
             "auxiliary loss",
@@ -415,8 +417,23 @@ def auxiliary_loss(subject: Subject) -> Iterator[Check]:
             "after phb.attach(trainer)",
             "set trainer.aux_loss_enabled=False, or router_aux_loss_coef=0.0 in the trainer's arguments",
         )
-    else:
+    elif foreign:
+        worst = max(foreign, key=lambda name: foreign[name])
+        yield _warning(
+            "auxiliary loss",
+            f"the loss has a gradient at the logits of {len(foreign)} routers that comes neither from their outputs nor from "
+            f"φ-balancing, up to {foreign[worst]:.3g} times that of the prices (at {worst}): an auxiliary loss in compute_loss?",
+            "leave one of the two out, unless both are wanted",
+        )
+    elif foreign is None:
+        yield Check(
+            "auxiliary loss", "ok", "none of the model or an option; whether the loss adds one was not measured"
+        )
+    elif subject.is_real:
         yield Check("auxiliary loss", "ok", "none beside φ-balancing")
+    else:
+        unseen = "" if subject.trainer is None else f"; compute_loss was not run, but is by {VERIFY}"
+        yield Check("auxiliary loss", "ok", f"none beside φ-balancing in the model's own loss{unseen}")
 
 
 def _built_in(root: nn.Module) -> Iterator[str]:

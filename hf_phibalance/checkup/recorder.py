@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from ..balancing import PhiBalancer, auxiliary_gradient
 from ..maths import routing_probs
 from ..routers import find_linear
-from .report import Coefficient
+from .report import PRECISE, ROUGH, Coefficient
 
 
 LOW = (torch.bfloat16, torch.float16)
+NEGLIGIBLE = 0.05  # share of the price gradient
 
 
 @dataclass
@@ -42,15 +43,27 @@ class Call:
 
 @dataclass
 class Weight:
-    """The weight `(E, H)` of a router that is one linear layer, and the gradient that it should have: Σ gᵀx over the step."""
+    """
+    The weight `(E, H)` of a router that is one linear layer, and the gradient that it should have: Σ gᵀx over the step. `error` is
+    the square of the rounding error to expect in the real one, in its inputs and in its partial sums.
+    """
 
     owner: nn.Module
     name: str
     gradient: Tensor
+    error: float = 0.0
 
     @property
     def parameter(self) -> Any:
         return getattr(self.owner, self.name)
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        """Adds gᵀx, of the `gradient (T, E)` of the logits and the router's input `(T, H)`."""
+        g_TE, x_TH = gradient.float(), hidden.reshape(-1, hidden.shape[-1]).float()
+        self.gradient.addmm_(g_TE.t(), x_TH)
+        squares = g_TE.square().sum(-1) @ x_TH.square().sum(-1) + self.gradient.square().sum()
+        eps = max(torch.finfo(kind).eps for kind in (gradient.dtype, self.parameter.dtype))
+        self.error += float(squares) * (eps / 4) ** 2
 
 
 class StepRecorder:
@@ -77,6 +90,8 @@ class StepRecorder:
         unmeasured (`str`): why it could not be measured.
         is_early (`bool`): whether the reason is that there are no prices yet.
         is_finite (`bool`): whether the gradients of the logits and of the weights are finite.
+        foreign (`dict[str, float]`, *optional*): by router, the gradient at its logits that comes neither from its output nor from
+            balancing, relative to that of balancing; only where it is neither negligible nor rounding. `None` if not measured.
         kept (`dict[str, float]`): gradient of each router's weight at the end, projected on the one that the backward made.
     """
 
@@ -92,16 +107,20 @@ class StepRecorder:
         self.added: list[str] = []
         self.coefficient: Coefficient | None = None
         self.unmeasured, self.is_early, self.is_finite = "", False, True
+        self.foreign: dict[str, float] | None = None
         self.kept: dict[str, float] = {}
         self._calls: dict[int, Call] = {}
         self._plain: dict[int, Tensor] = {}  # top-k without the selection bias (T, k), of the first call
         self._weights: dict[int, Weight] = {}
-        self._is_precise = True
+        self._is_precise = self._is_followed = True
         # by forward and router: weights and price that it adds, until the gradient of its logits comes
         self._due: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._done: set[tuple[int, int]] = set()
-        # Σ a², a·d, d², r² by router: a is what was added at the logits, d is declared (without coef / N), r is the rest
-        self._products = torch.zeros(len(balancer.sites), 4, dtype=torch.float64)
+        # Σ a², a·d, d², r², e² by router: a is what was added at the logits, d is declared (without coef / N), r is the rest, e is
+        # the rounding in f
+        self._products = torch.zeros(len(balancer.sites), 5, dtype=torch.float64)
+        # Σ f, Σ a over the tokens, by router: f is the part of r that does not come from the router's output
+        self._sums = torch.zeros(len(balancer.sites), 2, balancer.duals.shape[1], dtype=torch.float64)
 
     def start(self) -> StepRecorder:
         """Records from now on."""
@@ -111,14 +130,33 @@ class StepRecorder:
     def stop(self) -> None:
         self.balancer.forwards.recorder = self.balancer.forwards.watch = None
 
-    def saw(self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor) -> None:
-        """Notes that router `index` made `logits (T, E)` from `hidden` in `forward`, or in its recomputation."""
+    def saw(
+        self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, own: list[Tensor]
+    ) -> None:
+        """
+        Notes that router `index` made `logits (T, E)` from `hidden` in `forward`, or in its recomputation. `own` is what
+        [`~StepRecorder.follow`] fills.
+        """
         if index not in self._calls:
             self._calls[index] = self._look(forward, index, hidden, logits, selected)
         if logits.requires_grad:
             inputs = hidden.detach() if hidden is not None and index in self._weights else None
             # detached: a hook that holds its own tensor is a cycle, and would keep the forward alive without its graph
-            logits.register_hook(functools.partial(self._reached, forward, index, inputs, logits.detach()))
+            logits.register_hook(functools.partial(self._reached, forward, index, inputs, logits.detach(), own))
+
+    def follow(self, output: Tensor, logits: Tensor, own: list[Tensor]) -> None:
+        """Fills `own` in the backward: the gradients of `logits` that come from the router's `output`, what balancing adds included."""
+        seen: set[Any] = set()
+        frontier: set[Any] = {output.grad_fn} - {logits.grad_fn}
+        while frontier and len(seen) < 50:
+            for node in frontier:
+                slots = [i for i, (after, _) in enumerate(node.next_functions) if after is logits.grad_fn]
+                if slots:
+                    node.register_hook(
+                        lambda found, _, at=slots: own.extend(found[i] for i in at if found[i] is not None)
+                    )
+            seen |= frontier
+            frontier = {after for node in frontier for after, _ in node.next_functions} - seen - {None, logits.grad_fn}
 
     def settles(self, forward: Any) -> None:
         """Notes that a backward has reached `forward`, so it belongs to the step."""
@@ -146,7 +184,7 @@ class StepRecorder:
             linear = find_linear(site)
         except (ValueError, StopIteration):  # not one linear layer, not whole in this process, or made by an adapter
             return call
-        if hidden_TH.shape != (len(logits), linear.weight.shape[-1]):
+        if (*hidden_TH.shape, logits.shape[-1]) != (len(logits), *reversed(linear.weight.shape)):
             return call
         with torch.autocast(logits.device.type, enabled=False):
             exact = linear.logits(hidden_TH)
@@ -164,7 +202,9 @@ class StepRecorder:
             self._weights[index] = shared or Weight(linear.owner, name, gradient)
         return call
 
-    def _reached(self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, gradient: Tensor) -> None:
+    def _reached(
+        self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, own: list[Tensor], gradient: Tensor
+    ) -> None:
         """Compares the whole gradient `(T, E)` of the logits of router `index` with the declared one."""
         if torch.is_grad_enabled():
             return  # nothing is added in a backward with create_graph
@@ -177,11 +217,15 @@ class StepRecorder:
                 added = torch.zeros_like(logits) if found is None else auxiliary_gradient(logits, *found, scoring)
                 declared = self._declared(forward, index, logits)
                 rest = gradient.float() - added
-                pairs = (added, added), (added, declared), (declared, declared), (rest, rest)
+                foreign = gradient.float() - sum(part.float() for part in own) if own else torch.zeros_like(rest)
+                error = torch.finfo(gradient.dtype).eps * gradient.float() * (len(own) > 1)  # of a sum of several
+                self._is_followed &= found is None or bool(own)
+                for sum_, values in zip(self._sums[index], (foreign, added)):
+                    sum_[: values.shape[-1]] += values.sum(0).cpu()
+                pairs = (added, added), (added, declared), (declared, declared), (rest, rest), (error, error)
                 self._products[index] += torch.stack([(a.cpu().double() * b.cpu().double()).sum() for a, b in pairs])
             if hidden is not None:
-                sum_ = self._weights[index].gradient
-                sum_.addmm_(gradient.float().t(), hidden.reshape(-1, hidden.shape[-1]).float())
+                self._weights[index].add(gradient, hidden)
 
     def _declared(self, forward: Any, index: int, logits: Tensor) -> Tensor:
         """Returns the gradient of Σ_tokens ⟨q, p⟩ at the logits, by autograd, `(T, E)` in fp32."""
@@ -226,8 +270,10 @@ class StepRecorder:
         balancer, config = self.balancer, self.balancer.config
         if config.coef == 0:
             return
-        products = balancer.sum_over_ranks(self._products.to(balancer.duals.values.device)).cpu()
-        loop, left = self._compare_weights(products)
+        device = balancer.duals.values.device
+        products, sums = (balancer.sum_over_ranks(own.to(device)).cpu() for own in (self._products, self._sums))
+        precise = self._is_precise and not any(p.dtype in LOW for p in balancer.root.parameters())
+        loop, left = self._compare_weights(products, 5 * (PRECISE if precise else ROUGH))
         self.is_finite = bool(torch.isfinite(products).all() and torch.isfinite(loop).all())
         if not self._calls and self._due:
             self.unmeasured = "the routers run compiled, where nobody sees their logits"
@@ -238,12 +284,17 @@ class StepRecorder:
             self.unmeasured = "all prices are 0 before the first step has ended"
         if self.unmeasured:
             return
+        if self._is_followed:
+            sizes = zip(balancer.layer_names, *sums.norm(dim=-1).t().tolist(), products[:, 4].sqrt().tolist())
+            self.foreign = {name: f / a for name, f, a, error in sizes if f > max(NEGLIGIBLE * a, 6 * error) and a > 0}
         strength = balancer.coef / max(self.tokens, 1.0)
         scale = loop / (loss_scale * balancer.ranks)
         aa, ad, dd = products[:, 0] * scale**2, products[:, 1] * scale * strength, products[:, 2] * strength**2
         others = len(dd) - len(self.kept)
         where = [f"the weights of {len(self.kept)} routers"] if self.kept else []
-        where += [f"the logits of {others} (frozen, adapted, or more than one linear layer)"] if others else []
+        where += (
+            [f"the logits of {others} (frozen, adapted, not one linear layer, or lost in rounding)"] if others else []
+        )
         if not float(dd.sum()):
             ratio = residual = math.nan
         else:
@@ -251,20 +302,21 @@ class StepRecorder:
             square = float((aa.sum() - 2 * ratio * ad.sum() + ratio**2 * dd.sum()) / dd.sum())
             residual = math.hypot(math.sqrt(max(square, 0.0)), left)
         by_router = {name: float(a / d) for name, a, d in zip(balancer.layer_names, ad, dd) if d > 0}
-        precise = self._is_precise and not any(p.dtype in LOW for p in balancer.root.parameters())
         self.coefficient = Coefficient(balancer.coef, ratio, residual, by_router, " and ".join(where), precise)
 
-    def _compare_weights(self, products: Tensor) -> tuple[Tensor, float]:
+    def _compare_weights(self, products: Tensor, rounding: float) -> tuple[Tensor, float]:
         """
         Compares the gradient of each weight with Σ gᵀx, both averaged over the ranks. Returns the projection of the first on the
-        second by router `(L,)`, 1 without such a weight; and the largest norm of the difference, relative to Σ gᵀx.
+        second by router `(L,)`, 1 without such a weight; and the largest norm of the difference, relative to Σ gᵀx. Leaves out
+        weights whose relative rounding error is larger than `rounding`, where gradients have cancelled.
         """
         balancer, device = self.balancer, self.balancer.duals.values.device
         loop, left = torch.ones(len(products), dtype=torch.float64), 0.0
         is_plain = torch.zeros(len(products), device=device)
         for index, weight in self._weights.items():
             gradient = weight.parameter.grad
-            is_plain[index] = float(gradient is not None and gradient.shape == weight.gradient.shape)
+            is_lost = weight.error > float(weight.gradient.norm() * rounding) ** 2
+            is_plain[index] = float(gradient is not None and gradient.shape == weight.gradient.shape and not is_lost)
         is_plain = balancer.sum_over_ranks(is_plain) == balancer.ranks
         # without a gradient of the task, the model does not use these logits
         has_task = products[:, 3] > 1e-6 * products[:, 0]

@@ -11,6 +11,7 @@ from ..reporting import versions
 
 
 Status = Literal["ok", "warning", "problem"]
+PRECISE, ROUGH = 1e-3, 2e-2  # allowed relative error of the coefficient in fp32, and in lower precision
 MARKS: dict[str, str] = {"ok": "✓", "warning": "!", "problem": "✗"}
 
 
@@ -45,7 +46,7 @@ class Coefficient:
         residual (`float`): norm of the added gradient without this projection, relative to the declared one.
         by_router (`dict[str, float]`): the ratio at each router that had something to route.
         parameters (`str`): where the gradient was compared.
-        precise (`bool`): whether everything was float32, so that the ratio must be 1 within 1e-3.
+        precise (`bool`): whether everything was float32, so that the ratio must be 1 within 1e-3, else within 2e-2.
     """
 
     declared: float
@@ -58,6 +59,10 @@ class Coefficient:
     @property
     def effective(self) -> float:
         return self.declared * self.ratio
+
+    @property
+    def tolerance(self) -> float:
+        return PRECISE if self.precise else ROUGH
 
 
 @dataclass(frozen=True)

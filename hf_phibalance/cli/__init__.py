@@ -16,12 +16,12 @@ phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Sequence
 
 from ..files import printable
+from ..reporting import replace_unprintable
 from .parser import make_parser
 
 
@@ -37,10 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         after a warning with `--strict`, 2 after a problem, and after an error as well.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    replace_unprintable()
     args = make_parser().parse_args(words)
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs what it raises
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # rather than fail where the terminal lacks a character
     try:
         return args.run(args, ["phibalance", *words])
     except (ValueError, OSError, ImportError) as error:

@@ -46,8 +46,8 @@ def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
             batches = [{name: part for name, part in batch.items() if name != "labels"} for batch in batches]
         report = doctor(model, batches)
     report.model["name"] = printable(args.model)
-    print_report(report, console)
     write_json(report.to_dict(), args.json)
+    print_report(report, console)
     return report.exit_status(args.strict)
 
 
@@ -64,7 +64,10 @@ def _lora_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _load_to_train(args: argparse.Namespace) -> Any:
-    """The model with its own balancing, or with what the options say; without its state if that is damaged or foreign."""
+    """
+    Loads the model as a training does: an adapter is trainable. Its balancing is its own, or what the options say. Leaves out a
+    state that is damaged or foreign.
+    """
     import dataclasses
 
     from ..balancing import get_balancer, patch
@@ -74,10 +77,10 @@ def _load_to_train(args: argparse.Namespace) -> Any:
     given = {name: value for name, value in given.items() if value is not None}
     PhiBalanceConfig(**given)  # bad input fails before the weights are loaded
     try:
-        model = load_model(args, phi_balance=True)
+        model = load_model(args, phi_balance=True, is_trainable=True)
     except ValueError:  # of its state: the report says so; what else is wrong, patching says again
         saved = PhiBalanceConfig.of_checkpoint(args.model) or PhiBalanceConfig()
-        model = patch(load_model(args, phi_balance=False), saved)
+        model = patch(load_model(args, phi_balance=False, is_trainable=True), saved)
     if given:
         own = {} if "method" in given else dataclasses.asdict(get_balancer(model).config)
         patch(model, PhiBalanceConfig(**(own | given)))

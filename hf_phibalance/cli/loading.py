@@ -13,12 +13,12 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
     return models.load_tokenizer(args.model, args.tokenizer, loading_options(args))
 
 
-def load_model(args: argparse.Namespace, phi_balance: bool | None = None) -> Any:
-    """The model, balanced as `phi_balance` says: as it was saved, unless given."""
+def load_model(args: argparse.Namespace, phi_balance: bool | None = None, is_trainable: bool = False) -> Any:
+    """The model, balanced as `phi_balance` says: as it was saved, unless given. An adapter may be trainable."""
     from ..models import load_any, register_deepseek_moe
 
     register_deepseek_moe()
-    return load_any(args.model, phi_balance=phi_balance, **loading_options(args))
+    return load_any(args.model, phi_balance=phi_balance, is_trainable=is_trainable, **loading_options(args))
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -42,6 +42,9 @@ def find_linear(site: RouterSite) -> RouterLinear:
     """
     router = site.router
     weight = router_matrix(router)
+    for module in router.modules():
+        if weight is not None and vars(module).get("weight") is weight:  # in a forward with fp32_routers, its cast
+            weight = module._parameters["weight"]
     if weight is None:
         raise ValueError(
             f"router {site.name!r} ({type(router).__name__}) is not one linear layer, so its logits cannot be shifted by a "

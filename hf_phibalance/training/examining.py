@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..balancing import PhiBalancer, RandomState, find_balancer
-from ..checkup import Check, DoctorReport, StepRecorder, Subject, made_batch, run_checks, try_step
+from ..checkup import Check, DoctorReport, StepRecorder, Subject, eager, made_batch, run_checks, try_step
 from ..routers import unwrap
 from .calibrating import _inputs, leaving_order
 from .callback import PhiBalanceCallback
@@ -158,8 +158,9 @@ def _of_all_ranks(report: DoctorReport) -> DoctorReport:
 @contextmanager
 def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer | None, inputs: Any) -> Iterator[None]:
     """
-    Context manager around the training on a micro-batch. Records the first steps, until one has prices and finite gradients. After
-    its last micro-batch and before its optimizer it sets `callback.report`, or raises `ValueError` if there is a problem.
+    Context manager around the training on a micro-batch. Runs the first steps uncompiled and records them, until one has prices and
+    finite gradients. After its last micro-batch and before its optimizer it sets `callback.report`, or raises `ValueError` if there
+    is a problem.
     """
     if balancer is not None and callback.report is None and not balancer.is_trained_on:  # the step begins
         StepRecorder(balancer, f"optimizer step {trainer.state.global_step + 1} of {type(trainer).__name__}").start()
@@ -169,7 +170,8 @@ def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer 
         return
     recorder.batches.append(inputs)
     try:
-        yield
+        with eager(trainer.model_wrapped):
+            yield
     except BaseException:
         recorder.stop()
         raise
@@ -185,7 +187,7 @@ def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer 
     if not is_last and scales and not recorder.is_finite:
         return  # the optimizer will skip this step
     subject = _subject_of(trainer, balancer)
-    subject.seen = recorder
+    subject.seen, subject.is_real = recorder, True
     report = _of_all_ranks(_report(subject))
     if report.problems:
         callback.report = report

@@ -29,6 +29,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_phibalance as phb
+from hf_phibalance.reporting import replace_unprintable
 
 
 RECIPES = Path(__file__).resolve().parents[1]
@@ -170,8 +171,8 @@ def main() -> int:
     machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     note = f"{machine}; torch {torch.__version__}; transformers {transformers.__version__}; {tokens} tokens a step; medians"
     (args.output_dir / "steps.json").write_text(json.dumps({"note": note, "rounds": found}))
-    (args.output_dir / "steps.md").write_text(f"{table(found, tokens)}\n\n{note} (middle half).\n")
-    print((args.output_dir / "steps.md").read_text(), flush=True)
+    (args.output_dir / "steps.md").write_text(f"{table(found, tokens)}\n\n{note} (middle half).\n", encoding="utf-8")
+    print((args.output_dir / "steps.md").read_text(encoding="utf-8"), flush=True)
     if args.data is None:
         return 0
     command = [sys.executable, str(RECIPES / "compare.py"), str(RECIPES / "compare" / "gpu.yaml")]
@@ -184,4 +185,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     sys.exit(main())

@@ -14,6 +14,9 @@ import sys
 
 from invariance import main  # of the folder beside this file, which as a package goes before it
 
+from hf_phibalance.reporting import replace_unprintable
+
 
 if __name__ == "__main__":
+    replace_unprintable()
     sys.exit(main())

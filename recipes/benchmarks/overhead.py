@@ -37,6 +37,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_phibalance as phb
+from hf_phibalance.reporting import replace_unprintable
 
 
 UNPATCHED, BUILT_IN = "unpatched", "built-in aux loss"
@@ -310,7 +311,7 @@ def present(
     figure.savefig(folder / "sweep.png", dpi=120)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    (folder / "sweep.md").write_text("\n".join(lines) + "\n")
+    (folder / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     console.print(f"{folder / 'sweep.md'}, {folder / 'sweep.png'}")
 
 
@@ -352,4 +353,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     main()

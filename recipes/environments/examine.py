@@ -15,6 +15,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_phibalance.reporting import replace_unprintable, versions
+
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = (
@@ -86,8 +88,6 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="leave out the tests that take long")
     args = parser.parse_args()
-    from hf_phibalance.reporting import versions  # of this environment
-
     result = {
         "versions": versions(),
         "families": examine_families(args.families),
@@ -100,4 +100,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     sys.exit(main())

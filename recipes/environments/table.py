@@ -10,6 +10,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
+from hf_phibalance.reporting import replace_unprintable
+
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -58,15 +60,16 @@ def noted_rows(report: Path) -> Iterator[dict[str, str]]:
 
 
 def main() -> None:
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     for name, table in (("versions", versions_table()), ("tools", tools_table())):
         if table:
             marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
             text = marked.sub(lambda match, table=table: match[1] + table + match[2], text)
         else:
             print(f"nothing of {name} in {RESULTS.relative_to(ROOT)}: that table is left as it is")
-    README.write_text(text)
+    README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     main()

@@ -29,6 +29,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 
 import hf_phibalance as phb
 from hf_phibalance.models import build_model, train_tokenizer
+from hf_phibalance.reporting import replace_unprintable
 from hf_phibalance.tasks import make_splits
 
 
@@ -161,4 +162,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     sys.exit(main())

@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from invariance import LAYOUTS, in_ranks, measure_layouts, save_models
 from invariance.report import environment
 
+from hf_phibalance.reporting import replace_unprintable
+
 
 BOUND = 1e-4
 TRAINERS = ("raw loop", "Trainer")
@@ -58,4 +60,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     sys.exit(main())

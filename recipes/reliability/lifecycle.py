@@ -22,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 
+from hf_phibalance.reporting import replace_unprintable, versions
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "helpers"))
@@ -32,8 +34,6 @@ def main(args):
     from hypothesis.stateful import run_state_machine_as_test
     from life import SIZES, Life
     from transformers.utils import logging
-
-    from hf_phibalance.reporting import versions
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -66,4 +66,5 @@ def make_parser():
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     main(make_parser().parse_args())

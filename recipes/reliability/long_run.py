@@ -44,7 +44,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
 import hf_phibalance as phb
-from hf_phibalance.reporting import versions
+from hf_phibalance.reporting import replace_unprintable, versions
 
 
 SHAPE = {
@@ -230,6 +230,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--ema_rate", type=float, default=0.3, help="η, the weight of the new step in the means")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from made_texts import make_tokenizer, words
+from peft import get_peft_model
 from tiny import tiny_model
 
 import hf_phibalance as phb
@@ -109,6 +110,20 @@ def test_lora(saved, capsys):
     assert reports["frozen"]["status"] == "warning" and reports["lora"]["status"] == "ok"
     assert all(len(report["coefficient"]["by_router"]) == 2 for report in reports.values())
     assert all(abs(report["coefficient"]["ratio"] - 1) < 1e-4 for report in reports.values())
+
+
+@pytest.mark.parametrize("router", ["lora", "full", "frozen"])
+def test_an_adapter_is_examined_as_it_would_be_trained(saved, tmp_path, capsys, router):
+    model = phb.AutoModelForCausalLM.from_pretrained(saved / "plain", phi_balance=True)
+    get_peft_model(model, phb.lora_config(model, router=router, targets="attention")).save_pretrained(tmp_path)
+    assert cli.main(["doctor", str(tmp_path), "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = next(check for check in report["checks"] if check["name"] == "routers that learn")
+    if router == "frozen":
+        assert found["status"] == "warning" and "--lora router=lora" in found["remedy"]
+    else:
+        assert report["status"] == "ok" and ("in full" if router == "full" else "by LoRA") in found["finding"], report
+    assert abs(report["coefficient"]["ratio"] - 1) < 1e-4
 
 
 def test_a_model_without_tokenizer(tmp_path, capsys):

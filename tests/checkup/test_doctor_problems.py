@@ -1,6 +1,7 @@
 """Each problem by name: found where it is, and not where it is not."""
 
 import importlib.metadata
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -8,11 +9,16 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_model
 from training import make_trainer
+from transformers import Trainer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import SFTTrainer
 
 import hf_phibalance as phb
 from hf_phibalance.routers import find_routers
 from hf_phibalance.sidecar import STATE_NAME
+
+
+NON_REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def build(model_type="mixtral", **config):
@@ -71,6 +77,56 @@ def test_another_auxiliary_loss_of_the_trainer(tmp_path):
     trainer.aux_loss_enabled, trainer.router_aux_loss_coef = True, 0.03
     report = phb.doctor(trainer)
     assert_found(report, "auxiliary loss", "problem", "SFTTrainer", "0.03", remedy="router_aux_loss_coef=0.0")
+
+
+class AddsLoss(Trainer):
+    """Adds transformers' auxiliary loss itself."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        outputs = model(**inputs, output_router_logits=True)
+        return outputs.loss + self.strength * load_balancing_loss_func(outputs.router_logits, 8, 2)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"bf16": True}, NON_REENTRANT], ids=["fp32", "bf16", "checkpointing"])
+@pytest.mark.parametrize("strength", [0.02, 0.0])
+def test_another_auxiliary_loss_in_compute_loss(tmp_path, arguments, strength):
+    trainer = make_trainer(build(), tmp_path, AddsLoss, max_steps=2, **arguments)
+    trainer.strength = strength
+    callback = phb.attach(trainer, verify=True)
+    assert_found(phb.doctor(trainer), "auxiliary loss", "ok", "compute_loss was not run", "verify=True")
+    trainer.train()
+    if strength:
+        found = check(callback.report, "auxiliary loss")
+        assert_found(callback.report, "auxiliary loss", "warning", "logits of 3 routers", "times that of the prices")
+        assert float(re.search(r"up to (\S+) times", found.finding)[1]) > 1
+    else:
+        assert check(callback.report, "auxiliary loss").finding == "none beside φ-balancing"
+    assert check(callback.report, "coefficient").status == "ok"
+
+
+def test_what_was_not_measured_is_not_called_absent():
+    report = phb.doctor(build(coef=0.0, bias_coef=0.1))
+    assert_found(report, "auxiliary loss", "ok", "not measured")
+
+
+class Contrasts(Trainer):
+    """The losses of its micro-batches cancel, so that 16 bits hold little of the sum."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.sign = -getattr(self, "sign", -1)
+        return super().training_step(model, self.train_dataset.first, *args, **kwargs)
+
+    def compute_loss(self, *args, **kwargs):
+        return self.sign * super().compute_loss(*args, **kwargs)
+
+
+def test_rounding_is_not_measured(tmp_path):
+    model = phb.patch(tiny_model("mixtral", dtype=torch.bfloat16).train(), {"coef": 0.01})
+    trainer = make_trainer(model, tmp_path, Contrasts, max_steps=2, gradient_accumulation_steps=2)
+    trainer.train_dataset.first = tiny_batch(model, 2, 9)
+    callback = phb.attach(trainer, verify=True)
+    trainer.train()
+    assert_found(callback.report, "coefficient", "ok", "the logits of 3", "lost in rounding")
 
 
 def test_a_trainer_that_is_not_attached(tmp_path):

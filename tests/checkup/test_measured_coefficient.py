@@ -187,6 +187,13 @@ def test_16_bits():
     assert check(found, "coefficient").status == "ok" and "weights of 3" in found.coefficient.parameters
 
 
+def test_routers_kept_in_fp32_are_measured_at_their_weights():
+    model = phb.patch(tiny_model("mixtral", dtype=torch.bfloat16).train(), {"coef": COEF, "fp32_routers": True})
+    report = phb.doctor(model)
+    assert report.status == "ok" and "weights of 3" in report.coefficient.parameters, str(report)
+    assert abs(report.coefficient.ratio - 1) < 1e-2
+
+
 def test_dropout_is_in_the_step_that_is_measured():
     model = patched(model_args={"attention_dropout": 0.5}, coef=COEF)
     assert phb.doctor(model).coefficient.residual < 1e-4

@@ -29,7 +29,7 @@ def call(function, *args, cwd=None, env=None, timeout=300):
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(function.__name__, timeout)
-        written = [file.read_text() if file.is_file() else "" for file in files]
+        written = [file.read_text(errors="replace") if file.is_file() else "" for file in files]
     return subprocess.CompletedProcess([function.__name__, *args], process.exitcode, *written)
 
 

@@ -30,6 +30,7 @@ from measuring import (
     received,
     tokens_of,
 )
+from tiny import tiny_batch, tiny_model
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -724,3 +725,33 @@ def test_a_model_that_trains_in_eval_mode_is_balanced_or_says_that_it_is_not(war
         assert_declared(balanced, plain)
     else:
         assert warned.about("train()") or warned.about("eval mode")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("padded_from", [0, 2])
+def test_padding_without_a_mask_is_said_once(warned, compiled, padded_from):
+    model = phb.patch(tiny_model("mixtral").train(), {"coef": COEF})
+    run, optimizer = torch.compile(model, backend="aot_eager") if compiled else model, sgd(model)
+    for number in range(padded_from + 4):
+        batch = tiny_batch(model, 3, 12, padded=number >= padded_from)
+        del batch["attention_mask"]
+        one_step(run, optimizer, run(**batch).loss)
+        assert len(warned.about("Padding is counted")) == (number > padded_from or number == padded_from == 0)
+
+
+@pytest.mark.parametrize("how", ["masked", "labels", "all", "left out of packed rows", "ends of texts"])
+def test_padding_that_does_not_count_or_is_meant_is_not_mentioned(warned, how):
+    kind = how if how in ("labels", "all") else "attention"
+    model = phb.patch(tiny_model("mixtral").train(), {"coef": COEF, "token_mask": kind})
+    batch = tiny_batch(model, 3, 12)
+    mask = batch["attention_mask"] if how == "masked" else batch.pop("attention_mask")
+    if how == "left out of packed rows":
+        batch["position_ids"] = torch.arange(12).expand(3, -1) * mask
+    if how == "ends of texts":
+        batch = tiny_batch(model, 3, 12, padded=False)
+        del batch["attention_mask"]
+        batch["input_ids"][:, -1] = model.config.pad_token_id
+    optimizer = sgd(model)
+    for _ in range(3):
+        one_step(model, optimizer, model(**batch).loss)
+    assert not warned.about("Padding is counted")

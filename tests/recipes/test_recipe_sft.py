@@ -111,6 +111,20 @@ def test_one_file_is_split(recipe, tmp_path):
         recipe.load_problems(recipe.Arguments(dataset_path=str(file), validation_problems=24, test_problems=6))
 
 
+def test_a_rehearsal_writes_beside_the_results(recipe):
+    config = [
+        "--config",
+        str(ROOT / "recipes" / "olmoe-1b-7b" / "gsm8k" / "none.yaml"),
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+    ]
+    real = "results/olmoe-1b-7b/gsm8k/none"
+    for options, folder in (([], real), (["--tiny"], f"{real}-rehearsal"), (["--tiny", "--output_dir=x"], "x")):
+        assert recipe.parse([*config, *options])[2].output_dir == folder
+
+
 def test_bad_input_names_the_remedy(recipe, tmp_path):
     with pytest.raises(ValueError, match="set only one of them"):
         recipe.Arguments(compare_unbalanced=True, baseline_dir="x")

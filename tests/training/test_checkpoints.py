@@ -1,8 +1,11 @@
 """A checkpoint is complete or not taken. The kills themselves are in `test_crash`."""
 
+import importlib.machinery
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -10,8 +13,8 @@ from invariance import in_ranks
 from test_resume import ARGUMENTS, STEPS, StopAt, assert_same_outcome, run
 from tiny import tiny_model
 from training import make_trainer, patched, rows
-from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, hyperparameter_search
+from transformers.trainer_utils import BestRun, HPSearchBackend, get_last_checkpoint
 
 import hf_phibalance as phb
 from hf_phibalance.sidecar import STATE_NAME
@@ -161,3 +164,39 @@ def checkpoint_taken(root):
 
 def test_ranks_take_the_same_checkpoint(tmp_path):
     assert in_ranks(checkpoint_taken, 2, str(tmp_path)) == [["0/checkpoint-4"], ["1/checkpoint-4"]]
+
+
+class Trial:
+    """A trial of optuna."""
+
+    def __init__(self, number):
+        self.number, self.params = number, {"learning_rate": 1e-3 / (1 + number)}
+
+
+class Search(hyperparameter_search.OptunaBackend):
+    """Runs the trials as optuna does, which need not be installed."""
+
+    is_available = staticmethod(lambda: True)
+
+    def run(self, trainer, n_trials, direction):
+        for number in range(n_trials):
+            trainer.train(trial=Trial(number))
+        return BestRun("0", 0.0, {})
+
+
+@pytest.mark.parametrize("callbacks", [[], [phb.PhiBalanceCallback()]], ids=["flag", "callback"])
+def test_hyperparameter_search_leaves_whole_checkpoints_only(tmp_path, monkeypatch, callbacks):
+    optuna = ModuleType("optuna")
+    optuna.__spec__, optuna.trial = importlib.machinery.ModuleSpec("optuna", None), SimpleNamespace(BaseTrial=Trial)
+    monkeypatch.setitem(sys.modules, "optuna", optuna)
+    backends = hyperparameter_search.ALL_HYPERPARAMETER_SEARCH_BACKENDS
+    monkeypatch.setitem(backends, HPSearchBackend.OPTUNA, Search)
+    trainer = make_trainer(patched(), tmp_path, callbacks=callbacks, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.model_init = lambda: patched()
+    trainer.hyperparameter_search(lambda trial: trial.params, n_trials=2, backend="optuna")
+    folders = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir()}
+    whole = {f"run-{run}/checkpoint-{step}" for run in (0, 1) for step in (1, 2)}
+    assert folders == {"run-0", "run-1"} | whole
+    for name in whole:
+        files = {path.name for path in (tmp_path / name).iterdir()}
+        assert {"model.safetensors", MARK, STATE_NAME} <= files
