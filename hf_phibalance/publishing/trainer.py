@@ -48,6 +48,7 @@ def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = No
     uploads = _UploadCallback()
     trainer.add_callback(uploads)
     create: Any = trainer.create_model_card
+    own = vars(trainer).get("create_model_card")
 
     @functools.wraps(create)
     def create_with_balance(*args, **kwargs):
@@ -70,7 +71,8 @@ def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = No
     def undo() -> None:
         trainer.remove_callback(uploads)
         if vars(trainer).get("create_model_card") is create_with_balance:
-            trainer.create_model_card = create  # type: ignore[method-assign]
+            vars(trainer).pop("create_model_card")
+            vars(trainer).update({} if own is None else {"create_model_card": own})
 
     trainer.create_model_card = create_with_balance  # type: ignore[method-assign]
     return undo
