@@ -82,7 +82,7 @@ class Duals(nn.Module):
         super()._apply(fn, recurse)
         if before.is_meta and not self.values.is_meta:  # after `to_empty`
             self.values = self._initial(self.values.device)
-        elif self.values.dtype != torch.float32:  # `.to(torch.bfloat16)` would round it
+        elif self.values is not before:  # rounded by `.to(torch.bfloat16)`, or left empty by `to_empty`
             self.values = before.to(self.values.device)
         return self
 

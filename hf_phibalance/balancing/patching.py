@@ -250,15 +250,12 @@ def _prefix_of(backbone: nn.Module | None, root: nn.Module) -> str:
 
 
 def _mark(balancer: PhiBalancer) -> None:
-    """Makes the model around the backbone pass on its labels, and save the configuration but not the bias in its weights."""
+    """Makes the model around the backbone pass on its labels, and save the configuration."""
     root, undo = balancer.root, _patch_of(balancer).undo
     if root is not balancer.backbone:
         root.register_forward_pre_hook(_push_labels, with_kwargs=True)
         root.register_forward_hook(_pop_labels, always_call=True)
         wrap_method(root, "forward", _forward_with_labels, undo)  # PEFT calls it around the hooks
-    if hasattr(type(root), "save_pretrained"):
-        ignored = {*(getattr(root, "_keys_to_ignore_on_save", None) or ()), f"{balancer.prefix}{NAME}.bias"}
-        undo.set(root, "_keys_to_ignore_on_save", ignored)
     if hasattr(root, "config"):
         undo.set(root.config, "phi_balance", balancer.config.to_dict())
 
@@ -422,8 +419,8 @@ def _before_loading(backbone: nn.Module, state_dict: Mapping[str, Any], prefix: 
         duals.forget_bias()
 
 
-def _save_with_state(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
-    """`save_pretrained`: writes the state next to the weights, and the config as without balancing."""
+def _save_with_state(root: PreTrainedModel, inner: Callable, *args, **kwargs) -> Any:
+    """`save_pretrained`: writes the state next to the weights. These have no bias, and the config is as without balancing."""
     balancer = find_balancer(root)
     if balancer is None:
         return inner(*args, **kwargs)
@@ -434,8 +431,13 @@ def _save_with_state(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
     if given.get("is_main_process", True) and not (dist.is_initialized() and dist.get_rank()):
         balancer.save(given["save_directory"])
         _warn_about_plain_load(balancer)
-    with _patch_of(balancer).built_in.suspended():
-        return inner(*args, **kwargs)
+    bias, saving = f"{_prefix_of(balancer.backbone, root)}{NAME}.bias", Undo()
+    saving.set(root, "_keys_to_ignore_on_save", {*(root._keys_to_ignore_on_save or ()), bias})
+    try:
+        with _patch_of(balancer).built_in.suspended():
+            return inner(*args, **kwargs)
+    finally:
+        saving.restore()
 
 
 def _warn_about_plain_load(balancer: PhiBalancer) -> None:

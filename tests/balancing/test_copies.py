@@ -46,6 +46,17 @@ def test_a_copy_has_a_balancer_of_its_own(how, model_type, token_mask, tmp_path)
     assert phb.get_balancer(model) is not None and len(ours(model)) > 0
 
 
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_a_model_built_on_meta_gets_fresh_duals(where):
+    plain = tiny_model("mixtral")
+    with torch.device("meta"):
+        model = type(plain)(plain.config)
+        if where == "inside":
+            phb.patch(model)
+    values = phb.get_balancer(phb.patch(model).to_empty(device="cpu")).duals.values
+    assert torch.equal(values, phb.get_balancer(phb.patch(plain)).duals.values)
+
+
 def test_copy_of_a_model_in_the_middle_of_a_step():
     model = priced()
     phb.get_balancer(model).begin_step([tiny_batch(model)] * 2)

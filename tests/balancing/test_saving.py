@@ -47,6 +47,13 @@ def test_a_saved_model_is_the_ordinary_model_plus_a_sidecar(tmp_path):
     assert all(torch.equal(weights[name], plain_weights[name]) for name in weights)
 
 
+def test_a_backbone_saved_alone_has_no_bias_of_ours_in_its_weights(tmp_path):
+    backbone = trained("mixtral", BIAS).model
+    backbone.save_pretrained(tmp_path)
+    assert "phi_balance.bias" in backbone.state_dict()
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "phi_balance" in name]
+
+
 def test_sidecar_says_what_it_is(tmp_path):
     model = trained("mixtral", GRADIENT)
     assert phb.get_balancer(model).save(tmp_path) == tmp_path / STATE_NAME
