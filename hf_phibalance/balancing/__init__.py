@@ -44,6 +44,7 @@ from .patching import (
     unpatch,
     wrap_below,
 )
+from .precision import warn_of_rounded_routers
 from .process import on_train
 from .random_state import RandomState
 from .state import StateFile, check_model, config_in, fingerprint, read_state
@@ -76,5 +77,6 @@ __all__ = [
     "refuse_virtual_tokens",
     "unpatch",
     "virtual_tokens",
+    "warn_of_rounded_routers",
     "wrap_below",
 ]

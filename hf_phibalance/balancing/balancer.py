@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..config import STATISTICS, PhiBalanceConfig
+from ..files import quoted
 from ..maths import max_vio
 from ..routers import RouterSite, find_copies
 from . import adapters, process
@@ -59,7 +60,7 @@ class PhiBalancer:
     LOGIT_WIDTH = LOGIT_WIDTH
 
     def __init__(self, config: PhiBalanceConfig, sites: Sequence[RouterSite], duals: Duals, prefix: str) -> None:
-        self.config, self.sites, self.duals, self.prefix = config, list(sites), duals, prefix
+        self._config, self.sites, self.duals, self.prefix = config, list(sites), duals, prefix
         duals.balancer = self
         self.forwards = Forwards(self)
         self.group = Ranks()
@@ -80,7 +81,7 @@ class PhiBalancer:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = [
-            "config",
+            "_config",
             "sites",
             "duals",
             "prefix",
@@ -96,6 +97,17 @@ class PhiBalancer:
         vars(self).update(state)
         self.ignores_bias = False
         self._begin()
+
+    @property
+    def config(self) -> PhiBalanceConfig:
+        """The configuration. [`patch`] changes it."""
+        return self._config
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        raise AttributeError(
+            "The configuration of a balancer is not set: phb.patch(model, config) changes it and all that follows from it."
+        )
 
     @property
     def now(self) -> OptimizerStep:
@@ -118,7 +130,9 @@ class PhiBalancer:
         root = None if self._root is None else self._root()
         found = self.backbone if root is None else root
         if found is None:
-            raise RuntimeError("the model of this balancer is gone.")
+            raise RuntimeError(
+                "the model of this balancer is gone. Keep a variable that holds it, as long as you use the balancer."
+            )
         return found
 
     @property
@@ -148,7 +162,7 @@ class PhiBalancer:
     def set_config(self, config: PhiBalanceConfig) -> None:
         """Changes the configuration, also in the middle of a step."""
         bins = self.loop.bins
-        self.config = config
+        self._config = config
         self.duals.set_config(config)
         self.loop.is_checked = False
         if self.loop.bins != bins:
@@ -198,6 +212,11 @@ class PhiBalancer:
 
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"`process_group` must be a torch.distributed.ProcessGroup, got {quoted(group)}. Of a DeviceMesh take "
+                "mesh.get_group(name of the data-parallel dimension)."
+            )
         self.group.group = group
 
     @property

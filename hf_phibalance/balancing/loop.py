@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..maths import BINS
 from . import process
 from .counts import Counts
+from .precision import warn_of_rounded_routers
 from .refusals import check_first_step, check_ranks
 from .step import OptimizerStep, check_numbers
 from .tokens import announced_masks
@@ -52,6 +53,8 @@ class Loop:
         self.is_checked = False  # whether `check_first_step` has passed
         self._idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
         self._unseen_steps, self._version = 0, -1  # weight changes without a step of torch's optimizers
+        self._ended = 0  # steps
+        self._held: set[int] = set()  # ids of the model's parameters that the optimizers hold which have stepped
         self._owners: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._now: OptimizerStep | None = None  # made lazily: in the middle of a copy there are no duals yet
         self._last: Counts | None = None
@@ -81,11 +84,12 @@ class Loop:
         self, micro_batches: Sequence[Any] | int, loss_scale: float | Tensor, by_part: bool, share: float
     ) -> None:
         """See [`PhiBalancer.begin_step`]."""
-        one = isinstance(micro_batches, Mapping)
-        if one or not (isinstance(micro_batches, int) or hasattr(micro_batches, "__len__")):
+        is_number = isinstance(micro_batches, int) and not isinstance(micro_batches, bool)
+        if not is_number and (isinstance(micro_batches, str) or not isinstance(micro_batches, Sequence)):
+            one = isinstance(micro_batches, (Mapping, Tensor))
             raise ValueError(
                 f"`micro_batches` must be a list of batches or their number, got a {type(micro_batches).__name__}: "
-                f"{'pass [batch]' if one else 'draw the batches first, list(...), since counting them would use them up'}."
+                f"{'pass [batch]' if one else 'draw the batches of the step first, list(...), since counting them would use them up'}."
             )
         number = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
         if number < 1:
@@ -209,7 +213,11 @@ class Loop:
                 "The backward of an optimizer step was run with create_graph=True alone, so the price gradient was not added in "
                 "it; the means have moved."
             )
-        self._unseen_steps = 0
+        self._unseen_steps, self._ended = 0, self._ended + 1
+        if is_first:
+            warn_of_rounded_routers(self.balancer.sites)
+        if self._ended == SILENT:
+            self._say_left_out()
         self._notice_faults(step, counts)
         if is_first:  # which has waited for the device anyway
             self.say_faults()
@@ -252,8 +260,9 @@ class Loop:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         number, owns = self._owners.get(optimizer, (-1, False))
         if number != len(parameters):
-            own = {id(p) for p in self.balancer.root.parameters()}
-            owns = any(id(p) in own for p in parameters)
+            held = {id(p) for p in self.balancer.root.parameters()} & {id(p) for p in parameters}
+            self._held |= held
+            owns = bool(held)
             self._owners[optimizer] = len(parameters), owns
         return owns
 
@@ -264,6 +273,23 @@ class Loop:
         if self.now.settled == 0:
             self._say_silence()
         self.end(skipped)
+
+    def _say_left_out(self) -> None:
+        """Warns if parameters of routers have a gradient, but no optimizer holds them; or where routers are frozen, any parameters."""
+        routers = {id(p) for site in self.balancer.sites for m in site.modules for p in m.parameters()}
+        given = {
+            name: p for name, p in self.balancer.root.named_parameters() if p.requires_grad and p.grad is not None
+        }
+        of_routers = {name: p for name, p in given.items() if id(p) in routers}
+        given = of_routers or given
+        left = [name for name, p in given.items() if id(p) not in self._held]
+        is_lost = bool(left) and (bool(of_routers) or len(left) == len(given))
+        if self.balancer.config.adds_gradient and self._held and is_lost:
+            logger.warning(
+                f"{len(left)} of {len(given)} parameters that balancing is to move have a gradient, but no optimizer that has stepped "
+                f"holds them: {', '.join(left[:2])}, ... They stay as they are. Make the optimizer when all adapters are added, and "
+                "of all parameters that are trained."
+            )
 
     def scaler_has_updated(self, scaler: Any) -> None:
         """Called after `GradScaler.update`. If no optimizer has ended the step by then, it was skipped."""

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import PhiBalanceConfig
-from ..files import quoted
 from ..routers import (
     arguments_by_name,
     canonical_name,
+    check_module,
     find_backbone,
     find_routers,
     forget_compiled_code,
@@ -74,7 +74,13 @@ class Patch:
 
 
 def find_balancers(model: nn.Module) -> list[PhiBalancer]:
-    """Returns the balancers of all patched models inside `model`, which may be wrapped."""
+    """
+    Returns the balancers of all patched models inside `model`, which may be wrapped.
+
+    Raises:
+        TypeError: if `model` is no module of torch's.
+    """
+    check_module(model)
     found = []
     for backbone in model.modules():
         duals = backbone._modules.get(NAME)
@@ -160,11 +166,6 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
         ValueError: if the configuration is invalid, or if the model's routers cannot be balanced (none found, a
             refused family, a kernel that bypasses them); the model is then untouched.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"`model` must be a torch.nn.Module, got {quoted(model)}. Load it first: "
-            "phb.AutoModelForCausalLM.from_pretrained(name, phi_balance=True)."
-        )
     present = find_balancer(model)
     if config is None or config is True:
         config = PhiBalanceConfig() if present is None else present.config

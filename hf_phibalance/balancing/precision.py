@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..routers import RouterSite
 
 
+logger = logging.get_logger(__name__)
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -82,3 +84,17 @@ def _hooks_of(module: nn.Module) -> list[tuple[dict[int, Any], int]]:
     """The tables of hooks of `module` that hold ours, and our keys in them."""
     tables: tuple[dict[int, Any], ...] = (module._forward_pre_hooks, module._forward_hooks)
     return [(hooks, key) for hooks in tables for key, hook in hooks.items() if isinstance(hook, CastHook)]
+
+
+def warn_of_rounded_routers(sites: Iterable[RouterSite]) -> None:
+    """Says once if routers are trained in 16 bits, where small steps of the optimizer are rounded away."""
+    weights = [p for site in sites for m in site.modules for p in m.parameters() if p.requires_grad]
+    low = [p for p in weights if p.dtype in LOW]
+    if low:
+        dtype = str(low[0].dtype).removeprefix("torch.")
+        step = 2.0 ** -(8 if low[0].dtype == torch.bfloat16 else 11)
+        logger.warning_once(
+            f"Routers are trained in {dtype}: a step of less than about {step:.2%} of a weight is rounded away, so at small learning "
+            "rates they hardly move. Keep their weights in float32, by PhiBalanceConfig(fp32_routers=True); if that is set, the "
+            "model was cast since: call phb.patch(model) again."
+        )

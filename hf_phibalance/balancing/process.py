@@ -8,7 +8,7 @@ Everything that φ-balancing sets in the process outside the patched models, and
 | a wrapper on `transformers.Trainer.train` | a Trainer whose model is patched announces the tokens of its steps |
 | a wrapper on `PreTrainedModel.save_pretrained` | writes the state next to the weights |
 | a wrapper on `PushToHubMixin._get_files_timestamps` | `save_pretrained(push_to_hub=True)` uploads the state too |
-| wrappers on `PeftModel.save_pretrained` and `.load_adapter` | keep a selection bias with the adapter that it was trained with |
+| wrappers on `PeftModel.save_pretrained`, its `load_adapter` and that of transformers' models | keep a selection bias with the adapter that it was trained with |
 | `torch._dynamo.config.skip_nnmodule_hook_guards = False` | else a patched model may run code that was compiled without the patch |
 
 [`follow`] sets them when the first model is patched; [`forget`] removes them when none is left.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -75,11 +76,13 @@ def _install() -> None:
         _wrap(scaler, "scale", _scale)
         _wrap(scaler, "update", _update)
     from transformers import PreTrainedModel, Trainer
+    from transformers.integrations import PeftAdapterMixin
     from transformers.utils import PushToHubMixin
 
     _wrap(Trainer, "train", _train)
     _wrap(PreTrainedModel, "save_pretrained", _save_model)
     _wrap(PushToHubMixin, "_get_files_timestamps", _files_before)
+    _wrap(PeftAdapterMixin, "load_adapter", _load_adapter_into)
     if torch._dynamo.config.skip_nnmodule_hook_guards:
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         _undo.append(functools.partial(setattr, torch._dynamo.config, "skip_nnmodule_hook_guards", True))
@@ -123,6 +126,15 @@ def _load_adapter(inner: Callable, model: Any, model_id: Any, adapter_name: str,
     result = inner(model, model_id, adapter_name, *args, **kwargs)
     for load in on_peft_load:
         load(model, model_id, adapter_name, **kwargs)
+    return result
+
+
+def _load_adapter_into(inner: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+    result = inner(model, *args, **kwargs)
+    given = inspect.signature(inner).bind(model, *args, **kwargs).arguments
+    if given.get("peft_model_id") is not None:
+        for load in on_peft_load:
+            load(model, given["peft_model_id"], given.get("adapter_name") or "default")
     return result
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..balancing import RandomState, count_mask, get_balancer, refuse_virtual_tokens
+from ..files import quoted
 from ..routers import find_backbone, image_tokens, mask_of, reading, unwrap
 
 
@@ -65,6 +66,11 @@ class Look:
             batch (`Mapping`): what the model takes, with `input_ids` or `inputs_embeds`.
             with_head (`bool`, *optional*, defaults to `False`): whether to go on to the logits of the vocabulary.
         """
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"`batches` must be batches as the model gets them, such as {{'input_ids': ...}}, but one of them is "
+                f"{quoted(batch)}. If you have a single batch, pass [batch]."
+            )
         device = next(p.device for p in self.root.parameters() if p.device.type != "meta")
         batch = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}
         mask_BS = count_mask(batch, self.balancer.config.token_mask)

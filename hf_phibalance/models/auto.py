@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging
 
-from ..balancing import config_in, fingerprint, get_balancer, give_own_config, patch, read_state
+from ..balancing import config_in, find_balancer, fingerprint, get_balancer, give_own_config, patch, read_state
 from ..config import PhiBalanceConfig
 from ..reporting import auto_class_name
 from ..sidecar import STATE_NAME, find_state, hub_arguments
@@ -60,7 +60,13 @@ class _AutoModel:
         Raises:
             ValueError: if the configuration is invalid, the model has no router, or its state does not fit it.
         """
-        return _load(cls.plain.from_pretrained, pretrained_model_name_or_path, args, phi_balance, kwargs)
+        loaded = _load(cls.plain.from_pretrained, pretrained_model_name_or_path, args, phi_balance, kwargs)
+        if phi_balance is None and find_balancer(loaded[0] if isinstance(loaded, tuple) else loaded) is None:
+            logger.warning(
+                f"{pretrained_model_name_or_path} is loaded without balancing: its config.json does not ask for it, and `phi_balance` "
+                "was not given. Pass phi_balance=True or {'coef': 0.01} to balance it, or phi_balance=False for the ordinary model."
+            )
+        return loaded
 
     @classmethod
     def from_config(cls, config, *args, phi_balance: Any = None, **kwargs) -> nn.Module:
@@ -92,9 +98,10 @@ class AutoModel(_AutoModel): ...
 AUTO_CLASSES = {cls.__name__: cls for cls in _AutoModel.__subclasses__()}
 
 
-def load_any(source: str, *args, **kwargs) -> Any:
+def load_any(source: str, *args, phi_balance: Any = None, **kwargs) -> Any:
     """
-    Loads `source`, a checkpoint or an adapter on one, with the auto class for its head; see [`reporting.auto_class_name`].
+    Loads `source`, a checkpoint or an adapter on one, with the auto class for its head; see [`reporting.auto_class_name`]. Says
+    nothing if it is not balanced.
 
     Raises:
         ValueError: if there is no auto class for its head, or as `from_pretrained`.
@@ -106,7 +113,7 @@ def load_any(source: str, *args, **kwargs) -> Any:
         code = {"trust_remote_code": kwargs.get("trust_remote_code")}
         config = transformers.AutoConfig.from_pretrained(base, **hub_arguments(of_base), **code)
         name = auto_class_name(config.model_type, (adapter and class_below(adapter)) or config.architectures)
-    return AUTO_CLASSES[name].from_pretrained(source, *args, **kwargs)
+    return _load(AUTO_CLASSES[name].plain.from_pretrained, source, args, phi_balance, kwargs)
 
 
 def _load(load: Callable, source: str, args: tuple, phi_balance: Any, kwargs: dict[str, Any]) -> Any:

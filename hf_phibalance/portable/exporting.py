@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..balancing import PhiBalancer, get_balancer, patch, read_state, unpatch
 from ..forwards import Folding, compare
@@ -87,6 +87,11 @@ def export(
         raise ValueError(f"`bias` must be one of {', '.join(map(repr, VARIANTS))}, got {bias!r}.")
     if not max_loss_increase >= 0:
         raise ValueError(f"`max_loss_increase` must be a loss per token of 0 or more, got {max_loss_increase!r}.")
+    if isinstance(source, nn.Module):
+        raise TypeError(
+            f"`source` must be the folder of a checkpoint or its name on the Hub, got a {type(source).__name__}. Save it first, by "
+            "save_pretrained(folder)."
+        )
     source, destination = str(source), Path(destination)
     check_destination(destination)
     domains = parse_domains(texts, field) if texts else []  # before the weights are loaded

@@ -35,7 +35,7 @@ from .linear import RouterLinear, find_linear, has_adapter, ranked_of
 from .parts import image_tokens, mask_of, modality_of
 from .sources import class_source
 from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS
-from .wrapping import canonical_name, find_backbone, predicts_tokens, unwrap
+from .wrapping import canonical_name, check_module, find_backbone, predicts_tokens, unwrap
 
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "RouterSite",
     "arguments_by_name",
     "canonical_name",
+    "check_module",
     "class_source",
     "count_groups",
     "find_backbone",

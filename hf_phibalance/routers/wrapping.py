@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compat import unwrap_parallel
+from ..files import quoted
 
 
 if TYPE_CHECKING:
@@ -26,8 +27,23 @@ def canonical_name(name: str) -> str:
     return WRAPPER_PARTS.sub("", f".{name}").lstrip(".")
 
 
+def check_module(model: Any) -> None:
+    """
+    Refuses what is not a model, such as its name or its trainer.
+
+    Raises:
+        TypeError: if `model` is not a module of torch's.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, got {quoted(model)}. Load a checkpoint by "
+            "phb.AutoModelForCausalLM.from_pretrained(name, phi_balance=True); of a trainer or a pipeline, take its `model`."
+        )
+
+
 def unwrap(model: nn.Module) -> list[nn.Module]:
     """`model` and what it wraps, outermost first: compiled, data-parallel and PEFT models down to the transformers one."""
+    check_module(model)
     chain = [model]
     while True:
         inner = unwrap_parallel(chain[-1])

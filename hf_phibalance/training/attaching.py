@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..balancing import PhiBalancer, announce_switched_off, find_balancers, get_balancer, on_train, patch
 from ..compat import stop_if_done
+from ..files import quoted
 from ..publishing import complete_uploads
 from .calibrating import CalibrateFirst, calibrated_batches
 from .callback import PhiBalanceCallback
@@ -70,7 +71,13 @@ def attach(
             f"`trainer` must be a transformers.Trainer, got a {type(trainer).__name__}. Give the patched model to a Trainer, and that "
             "to attach; a loop of your own needs neither."
         )
+    _check_options(verify, fresh_duals, per_layer)
     callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
+    if callback is not None and callback.detach is not None and (calibrate or process_group is not None):
+        raise ValueError(
+            "`calibrate` and `process_group` are for the first attach(trainer), but this trainer is attached already. Take that "
+            "back, by callback.detach(), or give them there."
+        )
     if callback is None or callback.detach is None:
         get_balancer(trainer.model)  # type: ignore[arg-type]
         refuse_unknown_scaling(trainer, process_group)
@@ -88,6 +95,14 @@ def attach(
     callback.fresh_duals |= fresh_duals
     callback.per_layer = per_layer or callback.per_layer
     return callback
+
+
+def _check_options(verify: Any, fresh_duals: Any, per_layer: Any) -> None:
+    for name, value in (("verify", verify), ("fresh_duals", fresh_duals)):
+        if not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be True or False, got {quoted(value)}.")
+    if isinstance(per_layer, bool) or not isinstance(per_layer, int) or per_layer < 0:
+        raise ValueError(f"`per_layer` must be a number of layers, 0 for none, got {quoted(per_layer)}.")
 
 
 class Attachment:
@@ -264,7 +279,12 @@ def _attach_when_training(trainer: Any) -> None:
     attach(trainer)
     config = get_balancer(trainer.model).config
     strengths = f"method={config.method!r}, coef={config.coef}, bias_coef={config.bias_coef}"
-    logger.warning_once(f"φ-balancing is on in {type(trainer).__name__}: {strengths}.")
+    if config.is_on:
+        logger.warning_once(f"φ-balancing is on in {type(trainer).__name__}: {strengths}.")
+    else:
+        logger.warning_once(
+            f"Nothing is balanced in {type(trainer).__name__}, only the loads are counted: {strengths}."
+        )
 
 
 on_train.append(_attach_when_training)

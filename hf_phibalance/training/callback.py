@@ -11,12 +11,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..balancing import Figures, PhiBalancer, find_balancer, get_balancer, patch
+from ..balancing import Figures, PhiBalancer, find_balancer, get_balancer, patch, warn_of_rounded_routers
 from ..checkup import DoctorReport
 from ..compat import reload_converted_weights
 from ..maths import relative_load
 from ..sidecar import STATE_NAME, state_in
-from .refusals import refuse_trained_routers, warn_of_rounded_routers
+from .refusals import refuse_trained_routers
 
 
 logger = logging.get_logger(__name__)
@@ -68,7 +68,7 @@ class PhiBalanceCallback(TrainerCallback):
         patch(model)  # again, for wrappers added since and an auxiliary loss that a trainer has switched on
         self.balancer.discard_step()
         refuse_trained_routers(self.balancer)
-        warn_of_rounded_routers(self.balancer)
+        warn_of_rounded_routers(self.balancer.sites)
         self.report = self._figures = None
         if state.global_step > 0:
             self._restore(args, state)

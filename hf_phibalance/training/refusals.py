@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from transformers import Trainer
-from transformers.utils import logging
 
 from ..balancing import PhiBalancer, describe_router
-
-
-logger = logging.get_logger(__name__)
 
 
 def refuse_ranks_apart(trainer: Trainer) -> None:
@@ -65,17 +60,4 @@ def refuse_unknown_scaling(trainer: Trainer, process_group: dist.ProcessGroup | 
         raise ValueError(
             "DeepSpeed keeps its fp16 loss scale to itself, so the strength of the price gradient would be unknown. "
             "Train with bf16=True."
-        )
-
-
-def warn_of_rounded_routers(balancer: PhiBalancer) -> None:
-    """Says at the start of training if routers are trained in 16 bits, where small steps of the optimizer are rounded away."""
-    weights = [p for site in balancer.sites for m in site.modules for p in m.parameters() if p.requires_grad]
-    low = [p for p in weights if p.dtype in (torch.bfloat16, torch.float16)]
-    if low:
-        dtype = str(low[0].dtype).removeprefix("torch.")
-        step = 2.0 ** -(8 if low[0].dtype == torch.bfloat16 else 11)
-        logger.warning_once(
-            f"Routers are trained in {dtype}: a step of less than about {step:.2%} of a weight is rounded away, so at small learning "
-            "rates they hardly move. Keep their weights in float32, by PhiBalanceConfig(fp32_routers=True)."
         )
