@@ -56,7 +56,7 @@ def no_network(monkeypatch):
     return tried
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # another file's tests unpatch all models
 def trained():
     """A patched model that has taken one balanced step."""
     model = patched(coef=0.5).train()
@@ -65,7 +65,7 @@ def trained():
     return model.eval()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """A patched model with a LoRA adapter on a base from a local folder."""
     base = tmp_path_factory.mktemp("base")
