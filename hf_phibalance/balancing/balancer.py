@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import weakref
@@ -73,6 +74,7 @@ class PhiBalancer:
     def _begin(self) -> None:
         """Sets the state of a balancer without a model and without steps."""
         self._backbone: weakref.ref[nn.Module] | None = None
+        self._is_bound = False
         self._root: weakref.ref[nn.Module] | None = None
         self._adapter_layer: weakref.ref[nn.Module] | None = None
         self._adapter_names: tuple[str, ...] = ()
@@ -97,6 +99,14 @@ class PhiBalancer:
         vars(self).update(state)
         self.ignores_bias = False
         self._begin()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PhiBalancer:
+        """Returns the balancer of the copy that is being made of the model. It is bound when the copy is first used."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        backbone = memo.get(id(self.backbone))
+        twin._backbone = None if backbone is None else weakref.ref(backbone)
+        return twin
 
     @property
     def config(self) -> PhiBalanceConfig:
@@ -147,9 +157,9 @@ class PhiBalancer:
         self.prefix = prefix
 
     def bind(self, backbone: nn.Module, root: nn.Module | None = None) -> None:
-        """Makes this the balancer of `backbone` and `root`. A copied balancer has neither yet."""
-        if self.backbone is not backbone:
-            self._backbone = weakref.ref(backbone)
+        """Makes this the balancer of `backbone` and `root`. A copied balancer is not bound yet."""
+        if self.backbone is not backbone or not self._is_bound:
+            self._backbone, self._is_bound = weakref.ref(backbone), True
             find_copies(backbone, self.sites, self.prefix)
             self._adapter_layer = adapters.find_layer(backbone, is_new=True)
             process.follow(self)

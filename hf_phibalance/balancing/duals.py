@@ -227,7 +227,14 @@ class Duals(nn.Module):
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> Duals:
         """Called by PEFT before it unloads its adapters. Keeps the bias of a merged adapter, else restores the model's own."""
-        layer = find_layer(self.balancer.root)  # still there, since this module is the first in the backbone
+        backbone = self.balancer.backbone
+        if backbone is None:
+            raise RuntimeError(
+                "this φ-balanced model was unpickled and has not been used since. Call phb.get_balancer(model) before its adapter is "
+                "merged or unloaded."
+            )
+        self.balancer.bind(backbone)  # a copy may not have been used yet
+        layer = find_layer(backbone, is_new=True)  # still there, since this module is the first in the backbone
         self.use_adapter(next(iter(adapter_names or ()), active(layer, even_disabled=True)) if merge else None)
         self.adapter, self.by_adapter = None, {}
         return self

@@ -5,12 +5,14 @@ nox -f recipes/environments/noxfile.py                                # all of t
 nox -f recipes/environments/noxfile.py -s "core(transformers-5.6)"    # one set of versions: every family, the core's tests
 nox -f recipes/environments/noxfile.py -s "tool(axolotl)"             # one tool: its integration's tests, by its own command
 nox -f recipes/environments/noxfile.py -s oldest_torch deepspeed      # the oldest torch; ZeRO-2 and ZeRO-3
+nox -f recipes/environments/noxfile.py -s peers                       # transformers' and PEFT's own tests, on balanced models
 
 `core` leaves results/environments/NAME.json, `tool` results/environments/tools/NAME.xml (not with arguments of your own after
 `--`, for pytest); `python recipes/environments/table.py` makes the README's tables of them. The CPU build of torch is installed
 first, so that nothing else pulls in a CUDA build.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -28,6 +30,12 @@ TOOLS = {
     "ms-swift": "test_swift.py",
     "llamafactory": "test_llamafactory.py",
     "vllm": "test_vllm.py",
+}
+# Tests of others that run on balanced models; `PROJECT_CHECKOUT` names the folder that they are in.
+FAMILIES = "dbrx deepseek_v3 glm4_moe gpt_oss granitemoe jamba mixtral olmoe qwen2_moe qwen3_moe qwen3_next"
+PEERS = {
+    "transformers": [f"tests/models/{family}/test_modeling_{family}.py" for family in FAMILIES.split()],
+    "peft": ["tests/test_target_parameters.py", "tests/test_integrations.py"],
 }
 
 nox.options.default_venv_backend = "venv"
@@ -87,3 +95,24 @@ def deepspeed(session: nox.Session) -> None:
     session.install("-e", f"{ROOT}[dev]", "setuptools", "wheel", "hjson", "py-cpuinfo", "msgpack", "einops", "ninja")
     session.install("--no-deps", "--no-build-isolation", "deepspeed==0.19.8")
     session.run("pytest", "-q", str(ROOT / "tests" / "training" / "test_launch.py"), *session.posargs, env=OFFLINE)
+
+
+@nox.session
+@nox.parametrize("project", list(PEERS), ids=list(PEERS))
+def peers(session: nox.Session, project: str) -> None:
+    """
+    The tests of transformers and PEFT on balanced models (see `peers.py`). TRANSFORMERS_CHECKOUT and PEFT_CHECKOUT name git
+    checkouts, whose versions are installed. Arguments after `--` go to pytest.
+    """
+    name = f"{project.upper()}_CHECKOUT"
+    if name not in os.environ:
+        session.skip(f"{name} is not set: the folder of a git checkout of {project}, with its tests")
+    checkout = os.environ[name]
+    session.install(TORCH)
+    session.install("-r", str(HERE / "peers.txt"), checkout, "-e", str(ROOT), TORCH)
+    own = ["-p", "peers", "-o", "addopts=", "-o", "filterwarnings=", "-o", f"cache_dir={session.create_tmp()}"]
+    env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(HERE)}
+    session.chdir(checkout)
+    for options, codes in (["--plain"], [0, 1]), ([], [0]):
+        tests = [*options, *PEERS[project], *session.posargs]
+        session.run("python", "-m", "pytest", "-q", *own, *tests, env=env, success_codes=codes)

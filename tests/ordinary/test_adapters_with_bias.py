@@ -4,6 +4,8 @@ In a family without a bias of its own, and in one whose own bias it is. Loops ar
 """
 
 import contextlib
+import copy
+import pickle
 
 import pytest
 import torch
@@ -192,20 +194,35 @@ def after_another_adapter(model):
     model.set_adapter("default")
 
 
-@pytest.mark.parametrize("before", [as_it_is, after_a_reference, after_another_adapter])
+def in_a_copy(model):
+    """... and neither has its copy."""
+    after_another_adapter(model)
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("before", [as_it_is, after_a_reference, after_another_adapter, in_a_copy])
 @FAMILIES
 def test_a_merged_model_has_the_bias_of_its_adapter(family, before, tmp_path):
     """Whatever went forward last; saved and loaded with the flag it is still the trained model, its duals included."""
     model = adapted(family)
     expected, own = logits(model), biases(model)
-    before(model)
-    merged = model.merge_and_unload()
+    merged = (before(model) or model).merge_and_unload()
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     assert_same(biases(merged), own)
     merged.save_pretrained(tmp_path)
     loaded = phb.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(merged)) and moved(loaded)
     assert phb.get_balancer(loaded).steps == phb.get_balancer(merged).steps >= 3
+
+
+def test_an_unpickled_model_says_what_to_do_before_it_is_merged():
+    model = adapted("mixtral")
+    expected = logits(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    with pytest.raises(RuntimeError, match=r"Call phb.get_balancer\(model\) before its adapter is merged"):
+        loaded.merge_and_unload()
+    phb.get_balancer(loaded)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------- saved and loaded
@@ -262,8 +279,8 @@ def test_whole_routers_added_after_the_first_step(family, tmp_path):
     assert all((own[name] - start[name]).abs().max() > 0.02 for name in own)
     copies = {name: b for name, b in model.named_buffers() if "e_score" in name and "modules_to_save" in name}
     assert len(copies) == (2 if family == "deepseek_v3" else 0)
-    for copy, bias in zip(copies.values(), own.values()):
-        assert torch.equal(copy, bias)
+    for copied, bias in zip(copies.values(), own.values()):
+        assert torch.equal(copied, bias)
     expected = logits(model)
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
