@@ -89,7 +89,8 @@ def push_to_hub(
     """
     validate_repo_id(repo_id)
     get_balancer(model)
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # a DTensor
+    # parts of FSDP2 are DTensors, and DeepSpeed notes the whole shape beside its own
+    if any(hasattr(p, part) for p in model.parameters() for part in ("device_mesh", "ds_shape")):
         raise ValueError(
             "the model is sharded over ranks, so this process holds only a part of it. Save it with trainer.save_model(), "
             "load the folder in one process and push that."
