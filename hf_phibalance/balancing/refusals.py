@@ -101,8 +101,8 @@ def _refuse_unbiasable(site: RouterSite, config: PhiBalanceConfig) -> None:
         )
     if site.native_bias and site.read_native_bias() is None:
         raise ValueError(
-            f"bias_coef={config.bias_coef} is not possible while the selection bias of {site.name!r} is "
-            "offloaded. Set bias_coef=0, or load the model without offloading to CPU or disk."
+            f"bias_coef={config.bias_coef} is not possible while the selection bias of {site.name!r} is offloaded or on the "
+            "meta device. Set bias_coef=0, or patch the model with all its weights loaded and none offloaded to CPU or disk."
         )
     owners = [*site.modules, site.parent]
     if config.rules.bias_rule == "quantile":

@@ -19,9 +19,19 @@ import hf_phibalance as phb
 
 
 CONFIG = {"coef": 0.01, "bias_coef": 0.001}
+LOSS = "reads the built-in auxiliary loss, which is switched off while balancing"
+META = "builds models on the meta device, where the family's own selection bias has no values: bias_coef is refused"
+FP32 = "wants every tensor in 16 bits but the family's exceptions; our selection bias stays in float32"
 # Tests that fail on a balanced model, by a pattern of their id, with the reason.
 EXPLAINED = {
-    "*::test_load_balancing_loss": "reads the built-in auxiliary loss, which is switched off while balancing",
+    "*::test_load_balancing_loss": LOSS,
+    "*/gpt_oss/*::test_keep_in_fp32_modules": FP32,
+    "*/deepseek_v3/*::test_all_tensors_are_parameter_or_buffer": META,
+    "*/deepseek_v3/*::test_can_be_initialized_on_meta": META,
+    "*/deepseek_v3/*::test_init_weights_can_init_buffers": META,
+    "*/glm4_moe/*::test_all_tensors_are_parameter_or_buffer": META,
+    "*/glm4_moe/*::test_can_be_initialized_on_meta": META,
+    "*/glm4_moe/*::test_init_weights_can_init_buffers": META,
 }
 FAILED = "peers/failed"  # in pytest's cache: ids of the tests that fail without balancing
 
@@ -111,7 +121,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="fails without balancing too"))
         for pattern, reason in EXPLAINED.items():
             if fnmatch.fnmatch(item.nodeid, pattern):
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=reason != FP32))  # there only subtests fail
 
 
 class Failed:
