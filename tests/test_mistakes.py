@@ -61,7 +61,7 @@ def test_each_row_holds():
     assert len(found) >= 60 and all(len(row) == 3 for row in found), [row for row in found if len(row) != 3]
     assert len({row[0] for row in found}) == len(found), "a row is there twice"
     for what, seen, test in found:
-        assert OUTCOME.search(seen) and "silent" not in seen, what
+        assert OUTCOME.match(seen) and "silent" not in seen, what
         quotes = re.findall(r'"(.+?)"(?=$|[ ,])', seen)
         if not seen.startswith("exact") and not OF_OTHERS.match(seen):
             assert quotes, f"{what}: no message is quoted"

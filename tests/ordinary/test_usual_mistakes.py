@@ -413,8 +413,9 @@ def test_an_upload_while_offline(model, monkeypatch):
         phb.push_to_hub(model, "me/mine")
 
 
-def test_an_upload_of_a_part(model, monkeypatch, tmp_path):
-    """Each rank holds a part of the parameters, as DeepSpeed leaves them."""
-    next(model.parameters()).ds_shape = torch.Size([2, 2])
+@pytest.mark.parametrize("mark", ["device_mesh", "ds_shape"])
+def test_an_upload_of_a_part(mark, model, tmp_path):
+    """Each rank holds a part of the parameters, as torch and DeepSpeed mark them."""
+    setattr(next(model.parameters()), mark, torch.Size([2, 2]))
     with pytest.raises(ValueError, match="the model is sharded over ranks, so this process holds only a part of it"):
         phb.push_to_hub(model, "me/mine", dry_run=tmp_path / "dry")
