@@ -110,9 +110,11 @@ def peers(session: nox.Session, project: str) -> None:
     checkout = os.environ[name]
     session.install(TORCH)
     session.install("-r", str(HERE / "peers.txt"), checkout, "-e", str(ROOT), TORCH)
-    own = ["-p", "peers", "-o", "addopts=", "-o", "filterwarnings=", "-o", f"cache_dir={session.create_tmp()}"]
+    # in place of those of the checkout
+    settings = ["addopts=", "filterwarnings=", "log_cli=false", f"cache_dir={session.create_tmp()}"]
+    own = ["-q", "-p", "peers", *(part for setting in settings for part in ("-o", setting))]
     env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(HERE)}
     session.chdir(checkout)
     for options, codes in (["--plain"], [0, 1]), ([], [0]):
         tests = [*options, *PEERS[project], *session.posargs]
-        session.run("python", "-m", "pytest", "-q", *own, *tests, env=env, success_codes=codes)
+        session.run("python", "-m", "pytest", *own, *tests, env=env, success_codes=codes)
