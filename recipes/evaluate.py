@@ -183,7 +183,8 @@ def main(args):
     folder = Path(args.output_path)
     own = folder.suffix == ".json"  # the harness adds the date to the name of a file
     tracker = EvaluationTracker(output_path=str(folder if own else folder / "results.json"))
-    cache = (folder.parent if own else folder) / "cache" / model_fingerprint(args.model_name_or_path, args.revision)
+    model = model_fingerprint(args.model_name_or_path, backend=args.backend, **model_arguments(args))
+    cache = (folder.parent if own else folder) / "cache" / model
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     decoding = sampling if args.temperature > 0 else {}
     decoding |= {"max_gen_toks": args.max_new_tokens} if args.max_new_tokens is not None else {}

@@ -172,8 +172,8 @@ def _base(pretrained: str, revision: str) -> str:
     return pretrained if adapter is None else adapter["base_model_name_or_path"]
 
 
-def model_fingerprint(name_or_path: str, revision: str = "main") -> str:
-    """Returns a hash of the names, sizes and times of a model's files, or of the revision of a model on the Hub."""
+def model_fingerprint(name_or_path: str, **settings: Any) -> str:
+    """Returns a hash of the settings that a model is loaded with, and of the names, sizes and times of its files."""
     files = sorted(path for path in Path(name_or_path).glob("*") if path.is_file())
-    facts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files] or [revision]
-    return hashlib.sha256("\n".join([name_or_path, *facts]).encode()).hexdigest()[:16]
+    facts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join([name_or_path, *facts, repr(sorted(settings.items()))]).encode()).hexdigest()[:16]

@@ -235,13 +235,14 @@ def test_dense_models_have_no_load(folder, tmp_path):
         assert len(completions(lm)) == 10 and lm.expert_load() is None
 
 
-def test_another_bias_makes_another_model(tmp_path):
+def test_another_bias_or_another_setting_makes_another_model(tmp_path):
     """So that the cached completions of one are not taken for the other's."""
     found = set()
     for content in ("one", "another"):
         (tmp_path / STATE_NAME).write_text(content)
         found.add(model_fingerprint(str(tmp_path)))
-    assert len(found) == 2
+    found |= {model_fingerprint(str(tmp_path), dtype=dtype) for dtype in ("float32", "bfloat16")}
+    assert len(found) == 4
 
 
 def test_nothing_is_left_of_counting(folder):
