@@ -3,7 +3,7 @@ What works in the environment that runs this: every family, and the core's tests
 
 python recipes/environments/examine.py NAME results/environments [--families mixtral deepseek_v3 ...] [--quick]
 
-`noxfile.py` runs it in environments made from scratch; `table.py` makes the README's table of what they wrote.
+`noxfile.py` runs it in environments made from scratch; `table.py` makes the table in guides/FAMILIES.md of what they wrote.
 """
 
 import argparse
