@@ -9,7 +9,7 @@ import time
 
 from compare.command import main  # of the folder beside this file, which as a package goes before it
 
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_phibalance.forwards import Folding
+from hf_phibalance.exporting import Folding
 
 
 FITTED = 30  # batches that the bias is folded by, the last ones of the training

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_phibalance.durable import replacing
+from hf_phibalance.files import replacing
 
 
 EVERY = 300.0  # seconds; shorter runs are simply done again

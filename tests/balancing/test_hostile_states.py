@@ -22,8 +22,7 @@ from tiny import tiny_batch, tiny_model
 import hf_phibalance as phb
 from hf_phibalance.balancing import config_in
 from hf_phibalance.balancing.state import LARGEST, checksum
-from hf_phibalance.durable import replacing
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.files import STATE_NAME, replacing
 
 
 BOTH = {"coef": 0.5, "bias_coef": 0.2}

@@ -14,7 +14,7 @@ from trained import BIAS, GRADIENT, duals, logits_of, trained
 
 import hf_phibalance as phb
 from hf_phibalance.balancing.state import checksum
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.files import STATE_NAME
 
 
 NAME = "layers.1.mlp.gate"

@@ -14,7 +14,7 @@ from tiny import tiny_model
 from trained import BIAS, GRADIENT, NATIVE, RESELECTING, logits_of, trained
 
 import hf_phibalance as phb
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.files import STATE_NAME
 
 
 # of vLLM, SGLang, TGI, llama.cpp and MLX

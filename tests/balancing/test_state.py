@@ -11,7 +11,7 @@ from tiny import tiny_batch, tiny_model
 from trained import BIAS, duals, logits_of, trained
 
 import hf_phibalance as phb
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.files import STATE_NAME
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
