@@ -31,6 +31,7 @@ TESTED_ELSEWHERE = {
     ("README.md", "trainer.save_model()"): "tests/test_readme.py",
     ("README.md", "phibalance export out merged"): "tests/test_readme.py",
     ("recipes/guides/TOOLS.md", "PhiBalancePlugin"): "tests/integrations/test_axolotl.py",
+    ("recipes/guides/TOOLS.md", "lora_target_parameters"): "tests/integrations/test_axolotl.py",
     ("recipes/guides/TOOLS.md", "swift"): "tests/integrations/test_swift.py",
     ("recipes/guides/TOOLS.md", "llamafactory"): "tests/integrations/test_llamafactory.py",
     ("recipes/guides/TOOLS.md", "phi_balance:\n  coef"): "tests/integrations/test_llamafactory.py",
@@ -61,10 +62,15 @@ def blocks():
                 yield name_of(page), code
 
 
-def commands(part):
-    """Lines of the pages' blocks that begin with `part`, each once; those of README's section on saving run there."""
-    lines = [line for _, code in blocks() for line in code.splitlines() if line.startswith(part)]
-    return list(dict.fromkeys(line for line in lines if "out merged" not in line))
+def commands(part, folder="recipes/guides/"):
+    """Lines that begin with `part` in the blocks of README.md and of the pages in `folder`, each once."""
+    pages = [(page, code) for page, code in blocks() if page == "README.md" or page.startswith(folder)]
+    lines = [line for page, code in pages if not is_elsewhere(page, code) for line in code.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.startswith(part)))
+
+
+def is_elsewhere(page, code):
+    return any(page == key[0] and key[1] in code for key in TESTED_ELSEWHERE)
 
 
 def test_every_block_is_run_by_a_test():
@@ -213,8 +219,8 @@ def test_worked_changes(tmp_path):
         path = tmp_path / head.removeprefix("--- ")
         before, after = ("\n".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
         source = path.read_text(encoding="utf-8")
-        assert source.count(before) == 1, f"{head}: {before!r} is not there"
-        path.write_text(source.replace(before, after), encoding="utf-8")
+        assert source.count(f"\n{before}\n") == 1, f"{head}: {before!r} is not there"
+        path.write_text(source.replace(f"\n{before}\n", f"\n{after}\n"), encoding="utf-8")
     (tmp_path / "attempt.py").write_text(TRY)
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
