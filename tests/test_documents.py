@@ -121,6 +121,7 @@ def test_every_room_is_in_the_table():
         assert not (folder / "__init__.py").is_file() or f"`hf_phibalance/{folder.name}/`" in text, folder.name
 
 
+@pytest.mark.slow
 def test_table_of_families_is_current():
     path = ROOT / "recipes" / "families_table.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -163,6 +164,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands("phibalance "))
 def test_commands_of_the_package(line, place):
     (place / "phibalance.py").write_text("from hf_phibalance.cli import main\n\nraise SystemExit(main())\n")
@@ -174,6 +176,7 @@ def test_commands_of_the_package(line, place):
         assert option not in ("--html", "--json") or (place / file).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in commands("python recipes/evaluate.py") if "vllm" not in line])
 def test_evaluations(line, place):
     """The Hub's datasets are out of reach in the tests: local files stand for them."""
@@ -208,6 +211,7 @@ raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/maths/test_
 """
 
 
+@pytest.mark.slow
 def test_worked_changes(tmp_path):
     """Applied to a copy, the changes work together: a potential passes its tests, a trait is there, a metric is logged."""
     for name in ("hf_phibalance", "tests/maths", "tests/helpers"):

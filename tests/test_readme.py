@@ -61,6 +61,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow  # the export starts a process
 def test_quick_start_trains_saves_and_merges(place, caplog, capsys, monkeypatch):
     """The blocks as printed, but for the name of the model and what makes the run short."""
     said = []
