@@ -26,6 +26,9 @@ from training import make_trainer, patched, rows
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_trainers():
     """Each trainer begins with a garbage collection, which takes longer than its training here."""
