@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
-
-from .files import LARGE, read_json
 
 
 logger = logging.get_logger(__name__)
@@ -117,15 +116,13 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
 
 
 def _written_keys(checkpoint: Path) -> set[str]:
-    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
+    """Returns the names of the weights in `checkpoint`; empty if it has none in safetensors."""
+    index, weights = checkpoint / SAFE_WEIGHTS_INDEX_NAME, checkpoint / SAFE_WEIGHTS_NAME
     if index.is_file():
-        names = read_json(index, "Write the checkpoint again, or resume from an earlier one.", LARGE).get("weight_map")
-        if not isinstance(names, dict):
-            raise ValueError(f"{index} has no weight_map. Write the checkpoint again, or resume from an earlier one.")
-        return set(names)
-    if not (checkpoint / SAFE_WEIGHTS_NAME).is_file():
+        return set(json.loads(index.read_text())["weight_map"])
+    if not weights.is_file():
         return set()
-    with safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt") as file:
+    with safe_open(weights, framework="pt") as file:
         return set(file.keys())
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import LARGE, quoted, read_json
-from .maths import Potential, get_potential
-from .methods.table import METHODS, PHI_DEFAULTS, Method
+from .maths import METHODS, PHI_DEFAULTS, Method, Potential, get_potential
 
 
 CONFIG_NAME = "phi_balance.json"

@@ -1,15 +1,27 @@
-"""Reads JSON that may be damaged, foreign or hostile, and quotes what others wrote in messages."""
+"""Files, names and text: what every room needs of the system, and nothing of models."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import importlib.metadata
+import io
 import json
 import os
 import re
 import reprlib
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
+# The file with means and biases beside a model's weights. Engines take all *.safetensors (or *.bin, *.pt, *.pth, *.gguf, *.npz)
+# of a folder for weights: this name matches none of them.
+STATE_NAME = "phi_balance.state"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 SMALL = 2**20  # bytes, more than any configuration has
 LARGE = 2**30  # bytes, more than the log of any run has
 QUOTED = 200  # characters of a foreign value in a message
@@ -17,6 +29,39 @@ LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps: half a character, 
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxlong = _repr.maxother = QUOTED
+NOT_FOR_FOLDERS = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP}
+PACKAGES_SHOWN = ("hf_phibalance", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def state_in(folder: str | os.PathLike) -> Path | None:
+    """The state beside the weights in `folder`, if there is one; nothing is read, and the Hub is not asked."""
+    path = Path(folder, STATE_NAME)
+    return path if path.is_file() else None
+
+
+def find_state(source: str | os.PathLike, kwargs: Mapping[str, Any]) -> str | None:
+    """Returns the path of the state beside the weights in `source`, a folder or a name on the Hub; see [`find_file`]."""
+    return find_file(source, STATE_NAME, kwargs)
+
+
+def find_file(source: str | os.PathLike, name: str, kwargs: Mapping[str, Any]) -> str | None:
+    """
+    Returns the path of a file in `source`, a folder or a name on the Hub; `None` if it is not there.
+
+    Args:
+        source (`str` or `os.PathLike`): the folder or name.
+        name (`str`): of the file.
+        kwargs (`Mapping`): arguments of `from_pretrained`, of which those for the Hub are taken.
+    """
+    from transformers.utils import cached_file
+
+    quietly = {f"_raise_exceptions_for_{why}": False for why in ("gated_repo", "missing_entries", "connection_errors")}
+    return cached_file(source, name, **hub_arguments(kwargs), **quietly)
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those arguments of `from_pretrained` that say where on the Hub something is."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
 def quoted(value: Any) -> str:
@@ -85,3 +130,114 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for index, name in enumerate(names) if name in names[:index])
         raise ValueError(f"the key {quoted(twice)} is given twice")
     return values
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """
+    Yields where to write what `path` is to hold. Whatever happens meanwhile, under that name is the whole new file or
+    the one that was there before, and after the block it is the new one, also if the power fails.
+    """
+    partial = path.with_suffix(".partial")
+    # a link to something else, in a folder from somewhere else, is not written through
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, have reached the disk."""
+    try:
+        # Windows syncs a file only if it may be written to
+        descriptor = os.open(path, os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # some file systems keep folders without being told, and refuse to be told
+        if not (path.is_dir() and error.errno in NOT_FOR_FOLDERS):
+            raise
+
+
+def flush_tree(folder: Path) -> None:
+    """Waits until everything in `folder`, and its own name, have reached the disk; others may be at work in it."""
+    for parent, _, files in os.walk(folder):
+        for path in (*(Path(parent, name) for name in files), Path(parent)):
+            with contextlib.suppress(FileNotFoundError):
+                flush(path)
+    if folder.is_dir():
+        flush(folder.parent)
+
+
+def replace_unprintable() -> None:
+    """Makes stdout and stderr replace what their encoding lacks (code page 1252 of Windows has no φ) instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has streams of its own
+            stream.reconfigure(errors="replace")
+
+
+def short_layer(layer: str) -> str:
+    """`model.layers.3.mlp.gate` as `layer 3`, and other names as they are."""
+    parts = layer.split(".")
+    numbers = [part for part in parts if part.isdigit()]
+    return f"layer {numbers[0]}" if len(numbers) == 1 else layer
+
+
+def layer_labels(names: Sequence[str]) -> list[str]:
+    """Short names of layers, `layer 3`, as far as they stay apart."""
+    short = [short_layer(name) for name in names]
+    seen = Counter(short)
+    return [name if seen[label] > 1 else label for name, label in zip(names, short)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that a result depends on."""
+    found = {}
+    for name in PACKAGES_SHOWN:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def without_paths(command: Any) -> str | None:
+    """A command line with absolute paths cut to their last part: where files lie on one machine helps nobody else."""
+    if not command:
+        return None
+    if isinstance(command, Sequence) and not isinstance(command, str):
+        words = [str(word) for word in command]
+    else:
+        try:
+            words = shlex.split(str(command))
+        except ValueError:
+            return str(command)
+    return shlex.join(Path(word).name if is_absolute(word) else word for word in words)
+
+
+def hub_name(name: str | None) -> str | None:
+    """Returns `name` if it can be a repository on the Hub, and `None` for a folder, here or on another machine."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if name and "/" in name and not Path(name).exists() else None
+
+
+def public_name(name: str) -> str:
+    """Returns the name of a model or dataset; of a folder the last part, since the path is private."""
+    return hub_name(name) or re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def is_absolute(value: Any) -> bool:
+    """Whether `value` is an absolute path, as text."""
+    return isinstance(value, str) and Path(value).is_absolute()

@@ -25,7 +25,7 @@ from pathlib import Path
 from compare import pictures, tables  # of the folder beside this file: a package goes before a module
 from compare.harness import Plan, Results, execute, load_plans
 
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 AXES = ("models", "streams", "bases", "tasks", "ways")

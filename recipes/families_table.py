@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 import hf_phibalance as phb
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 README = Path(__file__).parent.parent / "README.md"

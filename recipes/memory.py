@@ -19,7 +19,7 @@ from pathlib import Path
 
 import rehearsal
 
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 GIB = 2**30

@@ -12,7 +12,7 @@ import argparse
 import io
 from pathlib import Path
 
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 TARGET = Path(__file__).parent.parent / "model_cards"
@@ -20,7 +20,7 @@ LARGEST_PICTURE = 60_000  # bytes; a card of a tiny model should not outweigh th
 
 
 def main(args):
-    from hf_phibalance.publishing import Run, draw, model_card, pictures_in
+    from hf_phibalance.hub import Run, draw, model_card, pictures_in
 
     for folder in args.folders:
         run, baseline = Run.load(folder), Run.load_baseline(folder)

@@ -15,7 +15,7 @@ import tomllib
 from rich.console import Console
 from rich.table import Table
 
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 PACKAGE = "hf_phibalance"

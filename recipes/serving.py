@@ -15,7 +15,7 @@ import json
 import random
 from pathlib import Path
 
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 ROWS, TOKENS = 4, 24

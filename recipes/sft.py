@@ -33,7 +33,7 @@ from pathlib import Path
 
 import rehearsal
 
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that nothing here needs
@@ -139,8 +139,8 @@ def main(args, balance, training_args, model_args):
     import torch
 
     import hf_phibalance as phb
+    from hf_phibalance.hub import Run, print_summary, write_report
     from hf_phibalance.models import register_deepseek_moe
-    from hf_phibalance.publishing import Run, print_summary, write_report
 
     datasets.disable_progress_bars()  # dozens of lines about seconds of work
     if args.num_threads is not None:
@@ -212,7 +212,7 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
     from trl import SFTTrainer
 
     import hf_phibalance as phb
-    from hf_phibalance.publishing import Run
+    from hf_phibalance.hub import Run
     from hf_phibalance.tasks import to_sft_dataset
 
     training_args = copy.deepcopy(training_args)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from hf_phibalance.durable import flush, flush_tree, replacing
+from hf_phibalance.files import flush, flush_tree, replacing
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):

@@ -28,12 +28,15 @@ optimizer steps, not trainers.
 """
 
 from .adapters import refuse_virtual_tokens, virtual_tokens
+from .ascent import Ascent
 from .balancer import PhiBalancer
 from .built_in_loss import announce_switched_off
+from .calibration import calibrate
 from .duals import LOGIT_WIDTH
 from .figures import Figures
 from .gradient import auxiliary_gradient
 from .learning import LearningReport, describe_router
+from .observation import Batch, Look, Measurement, evaluating, looking, repeatable
 from .patching import (
     find_balancer,
     find_balancers,
@@ -53,28 +56,36 @@ from .tokens import count_mask, count_padding
 
 __all__ = [
     "LOGIT_WIDTH",
+    "Ascent",
+    "Batch",
     "Figures",
     "LearningReport",
+    "Look",
+    "Measurement",
     "PhiBalancer",
     "RandomState",
     "StateFile",
     "announce_switched_off",
     "auxiliary_gradient",
+    "calibrate",
     "check_model",
     "config_in",
     "count_mask",
     "count_padding",
     "describe_router",
+    "evaluating",
     "find_balancer",
     "find_balancers",
     "fingerprint",
     "get_balancer",
     "give_own_config",
     "learning_report",
+    "looking",
     "on_train",
     "patch",
     "read_state",
     "refuse_virtual_tokens",
+    "repeatable",
     "unpatch",
     "virtual_tokens",
     "warn_of_rounded_routers",

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..config import STATISTICS, PhiBalanceConfig
-from ..maths import centred_price, step_within
-from ..methods import bias_step
+from ..maths import bias_step, centred_price, step_within
 from ..routers import RouterSite
 from .adapters import active, find_layer
 from .counts import Counts

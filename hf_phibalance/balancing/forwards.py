@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..maths import SCORINGS, margin_histogram, routing_probs, sequence_price
-from ..methods import price_now
+from ..maths import SCORINGS, margin_histogram, price_now, routing_probs, sequence_price
 from ..routers import BiasedTopK, RouterSite, image_tokens
 from . import compiled
 from .counts import Counts

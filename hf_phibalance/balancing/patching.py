@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import PhiBalanceConfig
+from ..files import STATE_NAME, find_state
 from ..routers import (
     arguments_by_name,
     canonical_name,
@@ -29,7 +30,6 @@ from ..routers import (
     remove_hooks,
     unwrap,
 )
-from ..sidecar import STATE_NAME, find_state
 from . import process
 from .adapters import virtual_tokens
 from .balancer import PhiBalancer

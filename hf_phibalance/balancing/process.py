@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..sidecar import STATE_NAME
+from ..files import STATE_NAME
 
 
 if TYPE_CHECKING:

@@ -27,10 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import STATISTICS, PhiBalanceConfig, package_version
-from ..durable import replacing
-from ..files import parse_json, quoted
+from ..files import STATE_NAME, parse_json, quoted, replacing, state_in
 from ..routers import RouterSite, router_matrix
-from ..sidecar import STATE_NAME, state_in
 
 
 FORMAT = "1"  # raise it when a reader of the present one would misunderstand the file

@@ -20,8 +20,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..files import printable
-from ..reporting import replace_unprintable
+from ..files import printable, replace_unprintable
 from .parser import make_parser
 
 

@@ -27,7 +27,7 @@ def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from ..checkup import print_report
+    from ..diagnosis import print_report
     from ..routers import predicts_tokens
     from ..training import doctor, lora_config
 

@@ -18,7 +18,7 @@ def run_export(args: argparse.Namespace, command: list[str]) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from ..portable import export, print_export
+    from ..exporting import export, print_export
 
     console = Console(stderr=args.json == "-")
     with Console(stderr=True).status(f"Exporting {escape(printable(args.model))}"):

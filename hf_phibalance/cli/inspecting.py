@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ..files import printable
-from ..sidecar import STATE_NAME
+from ..files import STATE_NAME, printable
 from .loading import load_model, load_tokenizer
 from .output import check_file, write_json, write_text
 
@@ -28,8 +27,8 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
     from rich.console import Console
     from rich.markup import escape
 
+    from ..files import versions
     from ..inspection import html_report, inspect_model, print_inspection
-    from ..reporting import versions
 
     console, bar_console = Console(stderr=args.json == "-"), Console(stderr=True)
     with bar_console.status(f"Loading {escape(printable(args.model))}"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..sidecar import STATE_NAME
+from ..files import STATE_NAME
 from .checking import run_doctor
 from .exporting import run_export
 from .inspecting import run_inspect

@@ -21,21 +21,15 @@ html_report(found)
 | `pictures`, `page` | and as an HTML page |
 | `wording` | what these two say alike |
 
-Knows routers, and a patch only as far as its selection bias is in force. Names are imported when first asked for.
+Knows routers, and a patch only as far as its selection bias is in force.
 """
 
-from typing import TYPE_CHECKING
-
-from ..lazy import lazy_door
-
-
-if TYPE_CHECKING:
-    from .batches import padded_batches, padding_of
-    from .findings import Inspection
-    from .page import html_report
-    from .survey import inspect_model
-    from .tables import print_inspection
-    from .texts import Domain, TextStream, check_texts, parse_domains
+from .batches import padded_batches, padding_of
+from .findings import Inspection
+from .page import html_report
+from .survey import inspect_model
+from .tables import print_inspection
+from .texts import Domain, TextStream, check_texts, parse_domains
 
 
 __all__ = [
@@ -50,16 +44,3 @@ __all__ = [
     "parse_domains",
     "print_inspection",
 ]
-_MODULES = {
-    "Domain": "texts",
-    "Inspection": "findings",
-    "TextStream": "texts",
-    "check_texts": "texts",
-    "html_report": "page",
-    "inspect_model": "survey",
-    "padded_batches": "batches",
-    "padding_of": "batches",
-    "parse_domains": "texts",
-    "print_inspection": "tables",
-}
-__getattr__, __dir__ = lazy_door(globals(), _MODULES)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import layer_labels, versions, without_paths
 from ..maths import relative_load
-from ..reporting import layer_labels, versions, without_paths
 from .figures import lift, specialisation_figures
 from .findings import Inspection
 from .pictures import STEPS, colour_steps, heat_svg, legend_svg, lines_svg

@@ -8,10 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..balancing import refuse_virtual_tokens
-from ..files import printable
-from ..forwards import evaluating
-from ..sidecar import STATE_NAME
+from ..balancing import evaluating, refuse_virtual_tokens
+from ..files import STATE_NAME, printable
 from .census import RouterCensus
 from .findings import Inspection, Layer
 from .texts import Domain, TextStream

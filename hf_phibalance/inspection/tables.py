@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..files import layer_labels
 from ..maths import DEAD_THRESHOLD, relative_load
-from ..reporting import layer_labels
 from .figures import specialisation_figures
 from .findings import Inspection
 from .wording import HEADINGS, cutting, describe, figure_text, information_text, title

@@ -78,7 +78,7 @@ class PhiBalancePlugin(BasePlugin):
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         from ..balancing import get_balancer, patch
-        from ..sidecar import state_in
+        from ..files import state_in
 
         if not cfg.phi_balance:
             return

@@ -16,8 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..files import quoted
-from ..sidecar import STATE_NAME
+from ..files import STATE_NAME, quoted
 
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def find_biases(model_config: Any, download_dir: str | None) -> StateFile | None
         return None
     from ..balancing import read_state
     from ..config import PhiBalanceConfig
-    from ..sidecar import find_state
+    from ..files import find_state
 
     path = None
     with contextlib.suppress(OSError, ValueError):  # neither a folder nor the name of a repository: a GGUF file, say

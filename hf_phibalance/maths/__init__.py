@@ -4,6 +4,7 @@ The maths: pure functions of tensors, without models, steps or trainers.
 | module | what it holds |
 |---|---|
 | `potentials` | the strictly convex potentials φ and their prices ∇φ |
+| `methods` | the balancing methods: their fields of the config, their prices and bias steps |
 | `pricing` | routing probabilities of logits, the gradient of ⟨q, p⟩ |
 | `windup` | a step of a bias, only as far as the scores can answer it |
 | `quantile` | the bias of quantile balancing, from histograms of margins |
@@ -22,6 +23,7 @@ from .folding import (
     selection_threshold,
 )
 from .information import mutual_information, mutual_information_bias
+from .methods import METHODS, PHI_DEFAULTS, Method, bias_step, price_now
 from .metrics import (
     DEAD_THRESHOLD,
     dead_experts,
@@ -42,11 +44,15 @@ from .windup import step_within
 __all__ = [
     "BINS",
     "DEAD_THRESHOLD",
+    "METHODS",
+    "PHI_DEFAULTS",
     "POTENTIALS",
     "SCORINGS",
     "FoldedShift",
+    "Method",
     "Potential",
     "ShiftMoments",
+    "bias_step",
     "centred_price",
     "dead_experts",
     "fold_shift",
@@ -61,6 +67,7 @@ __all__ = [
     "noise_floor",
     "normalised_entropy",
     "price_gradient",
+    "price_now",
     "price_of_load",
     "quantile_bias",
     "relative_load",

@@ -26,8 +26,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..files import quoted
-
 
 Family = Literal["entropy", "norm", "robust"]
 
@@ -227,13 +225,13 @@ class Variant:
         takes = f"`{self.parameter}` in [{self.low:g}, {self.high:g}]" if self.parameter else "no parameter"
         if unknown := sorted(kwargs.keys() - {self.parameter}):
             raise ValueError(
-                f"`potential_kwargs` has unknown keys {quoted(unknown)}: the potential {name!r} takes {takes}."
+                f"`potential_kwargs` has unknown keys {unknown!r:.200}: the potential {name!r} takes {takes}."
             )
         value = kwargs.get(self.parameter, self.default) if self.parameter else self.default
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not self.low <= value <= self.high:
             raise ValueError(
-                f"`potential_kwargs` has {self.parameter} = {quoted(value)}: the potential {name!r} takes {takes}, "
+                f"`potential_kwargs` has {self.parameter} = {value!r:.200}: the potential {name!r} takes {takes}, "
                 f"{self.default:g} if left out."
             )
         return self.kind(name, self.family, float(value))
@@ -266,7 +264,7 @@ def get_potential(name: str, /, **kwargs: float) -> Potential:
         ValueError: if the name or a parameter is unknown, or a value is out of its range.
     """
     if not isinstance(name, str) or name not in POTENTIALS:
-        raise ValueError(f"`potential` must be one of {', '.join(map(repr, POTENTIALS))}, got {quoted(name)}.")
+        raise ValueError(f"`potential` must be one of {', '.join(map(repr, POTENTIALS))}, got {name!r:.200}.")
     return POTENTIALS[name](name, **kwargs)
 
 

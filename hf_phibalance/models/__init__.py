@@ -23,21 +23,28 @@ from .auto import (
     load_any,
 )
 from .checkpoints import base_of, find_adapter, load_tokenizer
+from .heads import HEADS, IMAGE_CLASS, TEXT_CLASS, AutoClass, auto_class_name, find_auto_class
 from .tiny import build_model, train_tokenizer
 
 
 __all__ = [
+    "HEADS",
+    "IMAGE_CLASS",
+    "TEXT_CLASS",
+    "AutoClass",
     "AutoModel",
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
     "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "auto_class_name",
     "base_of",
     "build_model",
     "disable",
     "enable",
     "find_adapter",
+    "find_auto_class",
     "load_any",
     "load_tokenizer",
     "register_deepseek_moe",

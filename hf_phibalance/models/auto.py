@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from ..balancing import config_in, find_balancer, fingerprint, get_balancer, give_own_config, patch, read_state
 from ..config import PhiBalanceConfig
-from ..reporting import auto_class_name
-from ..sidecar import STATE_NAME, find_state, hub_arguments
+from ..files import STATE_NAME, find_state, hub_arguments
 from .checkpoints import auto_class_of, base_of, class_below, find_adapter, labels_of
+from .heads import auto_class_name
 
 
 logger = logging.get_logger(__name__)

@@ -9,9 +9,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from ..files import quoted, read_json
-from ..reporting import HEADS, AutoClass
-from ..sidecar import find_file, hub_arguments
+from ..files import find_file, hub_arguments, quoted, read_json
+from .heads import HEADS, AutoClass
 
 
 def load_tokenizer(source: str | os.PathLike, name: str | os.PathLike | None, kwargs: dict[str, Any]) -> Any:

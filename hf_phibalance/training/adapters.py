@@ -24,7 +24,7 @@ from torch import nn
 
 from ..balancing import find_balancer
 from ..compat import names_rewritten_by_peft
-from ..reporting import HEADS, find_auto_class
+from ..models import HEADS, find_auto_class
 from ..routers import NATIVE_BIAS_NAMES, RouterSite, class_source, find_routers, modality_of, unwrap
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..balancing import PhiBalancer, announce_switched_off, find_balancers, get_balancer, on_train, patch
 from ..compat import stop_if_done
 from ..files import quoted
-from ..publishing import complete_uploads
+from ..hub import complete_uploads
 from .calibrating import CalibrateFirst, calibrated_batches
 from .callback import PhiBalanceCallback
 from .checkpoints import keep_whole

@@ -15,8 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..balancing import RandomState, get_balancer
-from ..forwards import calibrate
+from ..balancing import RandomState, calibrate, get_balancer
 from .generated import generates
 
 

@@ -12,10 +12,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..balancing import Figures, PhiBalancer, find_balancer, get_balancer, patch, warn_of_rounded_routers
-from ..checkup import DoctorReport
 from ..compat import reload_converted_weights
+from ..diagnosis import DoctorReport
+from ..files import STATE_NAME, state_in
 from ..maths import relative_load
-from ..sidecar import STATE_NAME, state_in
 from .refusals import refuse_trained_routers
 
 

@@ -24,8 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..balancing import PhiBalancer
-from ..durable import flush, flush_tree, replacing
-from ..files import LARGE, read_json
+from ..files import LARGE, flush, flush_tree, read_json, replacing
 from .callback import PhiBalanceCallback
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..balancing import PhiBalancer, RandomState, find_balancer
-from ..checkup import Check, DoctorReport, StepRecorder, Subject, eager, made_batch, run_checks, try_step
+from ..diagnosis import Check, DoctorReport, StepRecorder, Subject, eager, made_batch, run_checks, try_step
 from ..routers import unwrap
 from .calibrating import _inputs, leaving_order
 from .callback import PhiBalanceCallback

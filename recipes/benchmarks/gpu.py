@@ -29,7 +29,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_phibalance as phb
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 RECIPES = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ import sys
 
 from invariance import main  # of the folder beside this file, which as a package goes before it
 
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_phibalance as phb
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 UNPATCHED, BUILT_IN = "unpatched", "built-in aux loss"

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import hf_phibalance as phb
-from hf_phibalance.forwards import Folding
+from hf_phibalance.exporting import Folding
 
 from .measures import mean_max_vio
 

@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_phibalance.reporting import replace_unprintable, versions
+from hf_phibalance.files import replace_unprintable, versions
 
 
 ROOT = Path(__file__).resolve().parents[2]

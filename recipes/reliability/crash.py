@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads do not survive a fork
 
 from crash import main  # of the folder beside this file, which as a package goes before it
 
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 if __name__ == "__main__":

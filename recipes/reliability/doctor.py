@@ -28,8 +28,8 @@ from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 import hf_phibalance as phb
+from hf_phibalance.files import replace_unprintable
 from hf_phibalance.models import build_model, train_tokenizer
-from hf_phibalance.reporting import replace_unprintable
 from hf_phibalance.tasks import make_splits
 
 

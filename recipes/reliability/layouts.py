@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from invariance import LAYOUTS, in_ranks, measure_layouts, save_models
 from invariance.report import environment
 
-from hf_phibalance.reporting import replace_unprintable
+from hf_phibalance.files import replace_unprintable
 
 
 BOUND = 1e-4

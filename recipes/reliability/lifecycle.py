@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from hf_phibalance.reporting import replace_unprintable, versions
+from hf_phibalance.files import replace_unprintable, versions
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -44,7 +44,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
 import hf_phibalance as phb
-from hf_phibalance.reporting import replace_unprintable, versions
+from hf_phibalance.files import replace_unprintable, versions
 
 
 SHAPE = {

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import set_prices, tiny_batch, tiny_model
 
 import hf_phibalance as phb
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.files import STATE_NAME
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

@@ -13,7 +13,7 @@ from tiny import set_prices, tiny_batch, tiny_model
 from torch import nn
 
 import hf_phibalance as phb
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.files import STATE_NAME
 
 
 # ---------------------------------------------------------------------- accelerate

@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
 from hf_phibalance.evaluation.harness import PhiBalanceLM, load_task, model_fingerprint  # noqa: E402
-from hf_phibalance.sidecar import STATE_NAME  # noqa: E402
+from hf_phibalance.files import STATE_NAME  # noqa: E402
 
 
 class Recorded(LM):

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "recipes"))
     import sft
 
-    from hf_phibalance.publishing import pictures
+    from hf_phibalance.hub import pictures
 
     pictures.plot_loads = pictures.plot_curves = lambda *args, **kwargs: None  # they take longer than the training
     for options in sys.argv[1:]:

@@ -16,8 +16,8 @@ from paths import ROOT
 from safetensors.torch import load_file
 
 import hf_phibalance as phb
+from hf_phibalance.files import STATE_NAME
 from hf_phibalance.models.tiny import build_model, train_tokenizer
-from hf_phibalance.sidecar import STATE_NAME
 from hf_phibalance.tasks import make_splits
 
 

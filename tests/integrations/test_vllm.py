@@ -24,10 +24,10 @@ from served import GREEDY
 from transformers import AutoModelForCausalLM
 
 import hf_phibalance as phb
+from hf_phibalance.files import STATE_NAME
 from hf_phibalance.integrations import vllm as plugin
 from hf_phibalance.models import train_tokenizer
 from hf_phibalance.models.tiny import build_model
-from hf_phibalance.sidecar import STATE_NAME
 
 
 ALLOWED = 1e-3  # between log-probabilities

@@ -11,8 +11,7 @@ from tiny import random_model, tiny_batch, tiny_config, tiny_model
 import hf_phibalance as phb
 from hf_phibalance import cli
 from hf_phibalance.inspection import inspect_model
-from hf_phibalance.models import load_any
-from hf_phibalance.reporting import auto_class_name
+from hf_phibalance.models import auto_class_name, load_any
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from training import make_trainer, rows, tokenizer
 from trl import DPOConfig, DPOTrainer
 
 import hf_phibalance as phb
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.files import STATE_NAME
 
 
 DATA = batches(4)

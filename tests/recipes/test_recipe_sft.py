@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from paths import ROOT
 
 import hf_phibalance as phb
-from hf_phibalance.publishing import Run
+from hf_phibalance.hub import Run
 from hf_phibalance.tasks import make_splits
 
 

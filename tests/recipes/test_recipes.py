@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hf_phibalance as phb
-from hf_phibalance.publishing import pictures
+from hf_phibalance.hub import pictures
 from hf_phibalance.routers import find_routers
 from hf_phibalance.tasks import make_splits
 

@@ -17,7 +17,7 @@ from transformers import Trainer, hyperparameter_search
 from transformers.trainer_utils import BestRun, HPSearchBackend, get_last_checkpoint
 
 import hf_phibalance as phb
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.files import STATE_NAME
 
 
 MARK = "trainer_state.json"

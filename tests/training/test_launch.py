@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 import hf_phibalance as phb
-from hf_phibalance.publishing import pictures
+from hf_phibalance.hub import pictures
 
 
 CONFIGS = ROOT / "recipes" / "accelerate_configs"

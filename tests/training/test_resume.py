@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 import hf_phibalance as phb
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.files import STATE_NAME
 
 
 CONFIGS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from hf_phibalance.reporting import versions
+from hf_phibalance.files import versions
 
 from .disk import Disk
 from .killing import Tally, kill_runs

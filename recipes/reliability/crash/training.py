@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from hf_phibalance import attach, get_balancer, last_checkpoint, patch  # now, not in each process anew
-from hf_phibalance.sidecar import STATE_NAME
+from hf_phibalance.files import STATE_NAME
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,176 @@
+"""The model card of a run, and the section about expert balance for a card that `Trainer` wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..files import hub_name, public_name
+from ..maths import METHODS
+from ..models import HEADS, IMAGE_CLASS, TEXT_CLASS
+from .pictures import CURVES_NAME, LOADS_NAME
+from .run import Run, Score
+
+
+CARD_NAME = "README.md"
+CARD_MARK = "<!-- hf_phibalance -->"  # tells the cards of our template from others
+PER_LAYER = "moe/max_vio/"
+FIGURES = (
+    ("MaxVio", "moe/max_vio", ".3f"),
+    ("Gini", "moe/gini", ".3f"),
+    ("dead experts", "moe/dead_experts", ".0f"),
+    ("loss", "loss", ".4f"),
+)
+
+
+def as_code(text: object) -> str:
+    """
+    Returns a text as a Markdown code span, in which neither Markdown nor HTML acts. Texts of others enter a card only
+    through this function.
+    """
+    line = " ".join(str(text).split()).replace("|", "¦")  # a bar would end a cell, even in a code span
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line or '?'}`"
+
+
+def model_card(
+    run: Run,
+    baseline: Run | None = None,
+    *,
+    title: str,
+    base_model: str | None = None,
+    library_name: str = "transformers",
+    repo_id: str | None = None,
+    pictures: Sequence[str] = (LOADS_NAME, CURVES_NAME),
+) -> ModelCard:
+    """
+    Makes the model card of a run. What the run did not measure is left out.
+
+    Args:
+        run (`Run`): The run.
+        baseline (`Run`, *optional*): A run to show beside it.
+        title (`str`): Name of the model.
+        base_model (`str`, *optional*): What was fine-tuned, if not the run's `base_model`.
+        library_name (`str`, *optional*, defaults to `"transformers"`): `"peft"` for an adapter.
+        repo_id (`str`, *optional*): Where the model will be on the Hub.
+        pictures (`Sequence[str]`, *optional*): The report's pictures that lie beside the card.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: the card.
+    """
+    base_model, dataset = base_model or run.base_model, hub_name(run.dataset)
+    scores = [score for found in run.evaluations.values() for score in found]
+    results = [_eval_result(score) for score in (*_own_score(run), *scores) if "expert_load" not in score.metric]
+    data = ModelCardData(
+        model_name=title if results else None,
+        base_model=hub_name(base_model),
+        library_name=library_name,
+        pipeline_tag=HEADS[run.auto_class][0],
+        tags=tags(run),
+        datasets=[dataset] if dataset else None,
+        eval_results=results or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        code=as_code,
+        run=run,
+        title=title,
+        base=base_model and public_name(base_model),
+        base_is_on_hub=data.base_model is not None,
+        generates=run.auto_class in (TEXT_CLASS, IMAGE_CLASS),
+        is_adapter=library_name == "peft",
+        is_generated=run.dataset == "toy",
+        results=summary_table(run, baseline),
+        balance=balance_section(run, baseline),
+        scores=scores,
+        pictures=pictures,
+        repo_id=repo_id or "path/to/this/folder",
+        mark=CARD_MARK,
+    )
+
+
+def balance_section(run: Run, baseline: Run | None = None) -> str:
+    """Returns what a card says about expert balance, as Markdown."""
+    parts = ["## Expert balance", "The load of the experts was counted, and nothing was balanced."]
+    if run.balance is not None:
+        method = f"routers balanced by the method `{run.balance.method}` ({METHODS[run.balance.method].source})"
+        phi = "φ-balanced routers ([arXiv 2605.15403](https://arxiv.org/abs/2605.15403))"
+        fields = {key: value for key, value in run.balance.to_dict().items() if key != "version" and value != {}}
+        settings = ", ".join(as_code(f"{key}={value}") for key, value in fields.items())
+        parts[1] = f"Trained with {phi if run.balance.method == 'phi' else method}: {settings}."
+    columns = {name: _layers(figures) for name, figures in run.measured().items()}
+    if baseline is not None:
+        columns[f"{baseline.name} run, after"] = _layers(baseline.held_out)
+    columns = {name: column for name, column in columns.items() if column}
+    layers = dict.fromkeys(layer for column in columns.values() for layer in column)
+    rows = [[as_code(layer), *(_number(column.get(layer), ".3f") for column in columns.values())] for layer in layers]
+    if rows:
+        parts.append("MaxVio is (greatest load of an expert − mean load) / mean load: 0 is perfect balance.")
+        if floor := run.series("moe/noise_floor"):
+            parts[-1] += f" A training step has so few tokens that chance alone gives about {floor[-1][1]:.2f}."
+        parts.append(_table(["MaxVio of", *columns], rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def tags(run: Run) -> list[str]:
+    """Returns the Hub's tags of a run's model."""
+    is_phi = run.balance is None or run.balance.method == "phi"
+    return ["mixture-of-experts", *(["phi-balancing"] if is_phi else []), run.model_type]
+
+
+def summary_table(run: Run, baseline: Run | None = None) -> str:
+    """Returns the figures of a run, beside those of `baseline` if there is one, as a Markdown table."""
+    runs, rows = [run] if baseline is None else [baseline, run], []
+
+    def add(label: str, form: str, values: list[float | None]) -> None:
+        if any(value is not None for value in values):
+            rows.append([label, *(_number(value, form) for value in values)])
+
+    for when in ("untrained", "trained"):
+        add(f"exact match, {when}", ".1%", [one.exact_match.get(when) for one in runs])
+    for when in run.measured():
+        for name, key, form in FIGURES if "held-out" in when else FIGURES[:1]:
+            add(f"{name}, {when}", form, [one.measured()[when].get(key) for one in runs])
+    return _table(["", *(one.name for one in runs)], rows)
+
+
+def _own_score(run: Run) -> list[Score]:
+    """Returns the exact match that the training recipe measured, if it did."""
+    value = run.exact_match.get("trained")
+    if value is None:
+        return []
+    name = "generated problems" if run.dataset == "toy" else str(run.dataset)
+    count = run.problems.get("test")
+    return [Score(name, "exact_match,strict-match", value, shots=0, problems=count, dataset=run.dataset)]
+
+
+def _eval_result(score: Score) -> EvalResult:
+    """Returns the entry of the card's model-index for a score."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=hub_name(score.dataset) or score.task,
+        dataset_name=score.task,
+        metric_type=score.metric.partition(",")[0],
+        metric_name=f"{score.metric} ({score.shots} shots, {score.count} problems)",
+        metric_value=round(score.value, 4),
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table, or nothing if there are no rows."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
+
+
+def _layers(figures: Mapping[str, float]) -> dict[str, float]:
+    """Returns the MaxVio of each layer."""
+    return {key.removeprefix(PER_LAYER): value for key, value in figures.items() if key.startswith(PER_LAYER)}
+
+
+def _number(value: float | None, form: str) -> str:
+    """Returns a figure as text, and a dash where it was not measured."""
+    return "–" if value is None else format(value, form)

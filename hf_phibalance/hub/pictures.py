@@ -1,0 +1,102 @@
+"""Pictures of a run beside a baseline: expert load over training, and learning curves. They need matplotlib."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..files import short_layer
+from .run import Run
+
+
+LOADS_NAME = "loads.png"
+CURVES_NAME = "curves.png"
+COLOURS = {"φ-balanced": "tab:blue", "unbalanced": "tab:orange"}
+MAX_LAYERS_SHOWN = 8
+CURVES = (
+    ("moe/max_vio", "MaxVio of training steps", "MaxVio (0 = balanced)"),
+    ("eval_exact_match", "Exact match on validation problems", "exact match"),
+    ("loss", "Training loss", "loss per answer token"),
+)
+
+
+def draw(folder: str | os.PathLike, run: Run, baseline: Run | None, dpi: int = 130) -> None:
+    """Draws the pictures of a report into `folder`."""
+    runs = [run] if baseline is None else [baseline, run]
+    plot_loads(runs, Path(folder, LOADS_NAME), dpi)
+    plot_curves(runs, Path(folder, CURVES_NAME), dpi)
+
+
+def pictures_in(folder: str | os.PathLike) -> list[str]:
+    """Returns the names of the report's pictures that are in `folder`."""
+    return [name for name in (LOADS_NAME, CURVES_NAME) if Path(folder, name).is_file()]
+
+
+def plot_loads(runs: list[Run], path: str | os.PathLike, dpi: int = 130) -> None:
+    """
+    Draws load heatmaps over training, one panel per run: x the step, y layer and expert, colour the relative load. Of more
+    than eight routers, eight are shown, evenly spaced.
+    """
+    from matplotlib.figure import Figure
+
+    layers = _shown_layers(runs)
+    sizes = [len(runs[0].loads[0]["load"][layer]) for layer in layers]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    height = min(max(2.0 + 0.16 * sum(sizes), 3.5), 14.0)
+    figure = Figure(figsize=(1.5 + 5.2 * len(runs), height), layout="constrained")
+    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for panel, run in zip(panels, runs):
+        if layers:
+            steps = [entry["step"] for entry in run.loads]
+            edges = [
+                max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0,
+                *steps,
+            ]  # left of each cell, and the end
+            rows = zip(*([value for layer in layers for value in entry["load"][layer]] for entry in run.loads))
+            image = panel.pcolormesh(edges, range(sum(sizes) + 1), list(rows), cmap="RdBu_r", vmin=0.0, vmax=2.0)
+        for start in starts[1:]:
+            panel.axhline(start, color="black", linewidth=1.2)
+        panel.set_title(run.name)
+        panel.set_xlabel("optimizer step")
+    middles = [start + size / 2 for start, size in zip(starts, sizes)]
+    panels[0].set_yticks(middles, [short_layer(name) for name in layers])
+    panels[0].set_ylabel("layer; one row per expert")
+    panels[0].invert_yaxis()
+    figure.suptitle(f"Expert load over training, {runs[-1].model_type}")
+    if layers:
+        figure.colorbar(image, ax=list(panels), label="relative load (1 = fair share)", extend="max")
+    figure.savefig(path, dpi=dpi)
+
+
+def plot_curves(runs: list[Run], path: str | os.PathLike, dpi: int = 130) -> None:
+    """Draws MaxVio, exact match and loss over training, one line per run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for panel, (key, title, label) in zip(panels, CURVES):
+        for run in runs:
+            if points := run.series(key):
+                style = {"color": COLOURS.get(run.name, "tab:blue"), "marker": "o" if len(points) < 30 else None}
+                panel.plot(*zip(*points), label=run.name, markersize=4, **style)
+        panel.set_title(title)
+        panel.set_xlabel("optimizer step")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    if floor := runs[-1].series("moe/noise_floor"):
+        panels[0].plot(*zip(*floor), label="noise floor", color="grey", linestyle="--", linewidth=1)
+    panels[0].set_ylim(bottom=0)
+    panels[1].set_ylim(0, 1.02)
+    panels[2].set_yscale("log")
+    for panel in panels:
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend()
+    figure.savefig(path, dpi=dpi)
+
+
+def _shown_layers(runs: list[Run]) -> list[str]:
+    """Returns the routers that every run has, at most eight."""
+    recorded = [run.loads[0]["load"] if run.loads else {} for run in runs]
+    names = [name for name in recorded[0] if all(name in other for other in recorded)]
+    count = min(len(names), MAX_LAYERS_SHOWN)
+    return [names[round(index * (len(names) - 1) / max(1, count - 1))] for index in range(count)]

@@ -1,0 +1,308 @@
+"""Exports: what is written loads plainly as the same model, costs what the report says, and is refused otherwise."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+import transformers
+from adapters import fill
+from checks import assert_same
+from made_texts import make_tokenizer, words
+from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from steered import with_bias
+from tiny import MODEL_TYPES, random_model, tiny_batch, tiny_config, tiny_model
+
+import hf_phibalance as phb
+from hf_phibalance import cli
+from hf_phibalance.exporting.texts import split_texts
+from hf_phibalance.inspection import parse_domains
+
+
+LOSING = [
+    name
+    for name, family in phb.supported_families().items()
+    if family.selection_bias == "re-selected" and not family.refused
+]
+LOSING = sorted(
+    name for name in set(LOSING) & set(MODEL_TYPES) if f"{name}_text" not in LOSING
+)  # which it would build
+
+
+@pytest.mark.parametrize("model_type", LOSING)
+def test_every_family_folds_and_loads_plainly(model_type, tmp_path, warned):
+    """Only routers change; a plain load of the result has every key, no warning, and the logits of the folded model."""
+    model = with_bias(model_type)
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    batch = tiny_batch(model, 2, 8)
+    report = phb.fold(model, [batch])
+    assert report.folded.tokens == int(batch["attention_mask"].sum())
+    changed = {name for name, part in model.state_dict().items() if not torch.equal(part, before[name])}
+    changed -= {name for name in changed if name.endswith("phi_balance.bias")}  # which is in the routers now
+    assert changed and all(
+        any(name.startswith(f"{router}.") for router in phb.get_balancer(model).layer_names) for name in changed
+    )
+    with torch.no_grad():
+        folded = model(**batch).logits
+    phb.unpatch(model).save_pretrained(tmp_path)
+    plain, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not [line for line in warned.lines if "nitialized" in line or "bias" in line]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**batch).logits, folded, rtol=1e-4, atol=1e-4)
+
+
+def naive_loss(model, ids):
+    """Mean over the predicted tokens of all sequences, each alone."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in ids:
+            row = torch.tensor([row])
+            logits = model(row).logits[0, :-1].double().log_softmax(-1)
+            total -= float(logits.gather(-1, row[0, 1:, None]).sum())
+            count += row.shape[1] - 1
+    return total / count
+
+
+def test_figures_are_those_of_the_written_model_on_texts_it_was_not_fitted_on(saved, text, tmp_path):
+    source, destination = saved(), tmp_path / "plain"
+    report = phb.export(source, destination, [text], max_loss_increase=1.0, seq_len=16)
+    fitted, measured = split_texts(parse_domains([text]), make_tokenizer(), 16, None)
+    seen = {tuple(row) for row in fitted}
+    assert measured and not any(tuple(row) in seen for row in measured)
+    assert report.variants["folded"].tokens == sum(map(len, measured))
+    assert report.fitted_tokens == sum(map(len, fitted))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(destination)
+    assert report.variants["folded"].loss == pytest.approx(naive_loss(plain, measured), rel=1e-5)
+    dropped = transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert report.variants["dropped"].loss == pytest.approx(naive_loss(dropped, measured), rel=1e-5)
+    biased = phb.AutoModelForCausalLM.from_pretrained(source)
+    assert report.variants["biased"].loss == pytest.approx(naive_loss(biased, measured), rel=1e-5)
+    assert report.loss_increase() == pytest.approx(
+        naive_loss(plain, measured) - naive_loss(biased, measured), abs=1e-5
+    )
+    assert report.loaded_alone["logits_differ_by"] < 1e-5 and report.loaded_alone["warnings"] == []
+    assert json.loads((destination / "export.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+    assert (
+        not list(destination.glob("phi_balance*")) and "phi_balance" not in (destination / "config.json").read_text()
+    )
+    assert str(tmp_path) not in (destination / "export.json").read_text()
+    assert "**bias folded into the routers**" in (destination / "README.md").read_text()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("bias", ["drop", "rebalance"])
+def test_other_ways_are_written_if_asked_for(bias, saved, text, tmp_path):
+    source = saved()
+    report = phb.export(source, tmp_path / "plain", [text], bias=bias, force=True, seq_len=16, check=False)
+    written, before = load_file(tmp_path / "plain/model.safetensors"), load_file(source / "model.safetensors")
+    changed = {name for name in before if not torch.equal(written[name], before[name])}
+    assert len(changed) == (0 if bias == "drop" else 3)
+    assert report.kept == {"drop": "dropped", "rebalance": "rebalanced"}[bias]
+    assert report.loaded_alone is None
+
+
+def test_a_bias_of_the_familys_own_stays(saved, tmp_path):
+    source = saved("deepseek_v3")
+    report = phb.export(source, tmp_path / "plain", check=False)
+    assert (report.bias, report.kept, report.variants) == ("native", None, {})
+    assert_same(load_file(tmp_path / "plain/model.safetensors"), load_file(source / "model.safetensors"))
+
+
+def test_weights_and_state_of_different_moments_are_refused(saved, tmp_path):
+    source = saved("deepseek_v3")
+    weights = load_file(source / "model.safetensors")
+    name = next(name for name in weights if name.endswith("e_score_correction_bias"))
+    weights[name] += 0.5
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is not the one in .*phi_balance\.state \(they differ by up to 0.5\)"):
+        phb.export(source, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_without_a_bias_the_weights_stay(tmp_path):
+    phb.patch(tiny_model("mixtral"), {"coef": 0.01}).save_pretrained(tmp_path / "price")
+    report = phb.export(tmp_path / "price", tmp_path / "plain", check=False)
+    assert report.bias == "none"
+    assert_same(*(load_file(tmp_path / name / "model.safetensors") for name in ("price", "plain")))
+    assert "There is no selection bias" in (tmp_path / "plain/README.md").read_text()
+
+
+def test_the_card_of_the_source_gets_a_section_more(saved, tmp_path):
+    source = saved("deepseek_v3")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    phb.export(source, tmp_path / "plain", check=False)
+    card = (tmp_path / "plain/README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n\n# Mine\n\n## Exported for any engine\n")
+
+
+# ---------------------------------------------------------------------- adapters, heads, and what transformers does not load
+
+
+@pytest.mark.parametrize(
+    "model_type, options",
+    [
+        ("mixtral", {"router": "lora"}),
+        ("mixtral", {"targets": "attention", "use_dora": True}),
+        ("deepseek_v3", {"router": "full"}),
+    ],
+)
+def test_an_adapter_is_merged(model_type, options, text, tmp_path):
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    model = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "base", phi_balance={"coef": 0.0, "bias_coef": 0.2})
+    model = get_peft_model(model, phb.lora_config(model, **options)).train()
+    fill(model, "lora_", 0.2)
+    model(**tiny_batch(model)).loss.backward()
+    phb.get_balancer(model).step()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    report = phb.export(tmp_path / "adapter", tmp_path / "plain", [text], max_loss_increase=9.0, seq_len=16)
+    _, measured = split_texts(parse_domains([text]), make_tokenizer(), 16, None)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    with_bias = naive_loss(model, measured)
+    assert report.variants["biased"].loss == pytest.approx(with_bias, rel=1e-5)
+    assert naive_loss(plain, measured) - with_bias == pytest.approx(report.loss_increase(), abs=1e-5)
+    assert report.kept == (None if model_type == "deepseek_v3" else "folded")
+    assert not list((tmp_path / "plain").glob("adapter*")) and (tmp_path / "plain/tokenizer.json").is_file()
+    assert "The adapter was merged into base." in (tmp_path / "plain/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "labels, name", [(1, "SequenceClassification"), (3, "SequenceClassification"), (4, "TokenClassification")]
+)
+def test_a_classifier_keeps_its_head(labels, name, text, tmp_path):
+    """What it costs is how far its predictions are from those with the bias, on texts that it was not fitted on."""
+    config = tiny_config("mixtral")
+    config.num_labels = labels
+    auto = getattr(transformers, f"AutoModelFor{name}")
+    model = phb.patch(random_model(auto, config, 0), {"bias_coef": 0.003})
+    balancer = phb.get_balancer(model)
+    balancer.set_biases({name: torch.linspace(-0.1, 0.1, 8) for name in balancer.biases()})
+    model.save_pretrained(tmp_path / "mine")
+    make_tokenizer().save_pretrained(tmp_path / "mine")
+    report = phb.export(tmp_path / "mine", tmp_path / "plain", [text], max_loss_increase=9.0, seq_len=16, batch_size=4)
+    plain, info = auto.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not any(info.values())
+    _, measured = split_texts(parse_domains([text]), make_tokenizer(), 16, None)
+    losses = []
+    for row in measured:
+        with torch.no_grad():
+            found, expected = (one(torch.tensor([row])).logits.reshape(-1, labels) for one in (plain, model))
+        kl = (expected.softmax(-1) * (expected.log_softmax(-1) - found.log_softmax(-1))).sum(-1)
+        losses += ((found - expected).square().flatten() if labels == 1 else kl).tolist()
+    assert report.loss_increase() == pytest.approx(sum(losses) / len(losses), rel=1e-3, abs=1e-6) and sum(losses)
+    assert report.loaded_alone["class"] == f"MixtralFor{name}"
+
+
+MTP = {
+    "qwen3_next": ["mtp.fc.weight", "mtp.layers.0.mlp.experts.0.gate_proj.weight"],
+    "deepseek_v3": ["model.layers.61.eh_proj.weight", "model.layers.61.mlp.experts.0.gate_proj.weight"],
+    "glm4_moe": ["model.layers.46.shared_head.norm.weight"],
+}
+
+
+@pytest.mark.parametrize("model_type", MTP)
+@pytest.mark.parametrize("as_adapter", [False, True])
+def test_layers_that_transformers_does_not_load_are_carried_over(model_type, as_adapter, tmp_path, warned):
+    phb.patch(tiny_model(model_type), {"coef": 0.01}).save_pretrained(tmp_path / "mine", max_shard_size="50KB")
+    shard = max((tmp_path / "mine").glob("*.safetensors"))
+    added = {name: torch.full((2, 3), float(i)) for i, name in enumerate([*MTP[model_type], "stray.weight"])}
+    save_file(load_file(shard) | added, shard, metadata={"format": "pt"})
+    index = tmp_path / "mine/model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"] |= dict.fromkeys(added, shard.name)
+    index.write_text(json.dumps(values))
+    source = tmp_path / "mine"
+    if as_adapter:
+        model = phb.AutoModelForCausalLM.from_pretrained(source)
+        source = tmp_path / "adapter"
+        get_peft_model(model, phb.lora_config(model)).save_pretrained(source)
+    phb.export(source, tmp_path / "plain", check=model_type == "deepseek_v3" and not as_adapter)
+    written = load_file(tmp_path / "plain/model.safetensors")
+    assert_same({name: written[name] for name in MTP[model_type]}, {name: added[name] for name in MTP[model_type]})
+    assert "stray.weight" not in written
+    assert warned.about("mine are not in the export, because transformers does not load them: stray.weight.")
+    assert not warned.about("promises")
+
+
+def test_layers_that_are_promised_and_missing_are_named(saved, tmp_path, warned):
+    phb.export(saved("deepseek_v3"), tmp_path / "plain", check=False)
+    assert warned.about("predict_layers=1 for predicting several tokens ahead, but")
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def test_too_much_loss_is_refused_unless_forced(saved, text, tmp_path, capsys):
+    """The command prints the figures first; nothing is left of what was not written."""
+    source, destination = str(saved()), str(tmp_path / "plain")
+    command = ["export", source, destination, "--texts", text, "--seq_len", "16", "--bias", "drop", "--no_check"]
+    command += ["--max_loss_increase", "0"]
+    assert cli.main(command) == 1
+    captured = capsys.readouterr()
+    assert "bias dropped" in captured.out and "r²" in captured.out
+    assert "--bias drop raises the loss by" in captured.err and "nothing was written. --bias fold" in captured.err
+    assert not (tmp_path / "plain").exists()
+    assert cli.main([*command, "--force", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["forced"] and report["loss_increase"] > 0
+    assert (tmp_path / "plain/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "what it costs to do without is measured on texts"),
+        ({"bias": "keep"}, "`bias` must be one of 'fold', 'drop', 'rebalance', got 'keep'"),
+        ({"max_loss_increase": -1.0}, "`max_loss_increase` must be a loss per token of 0 or more"),
+        ({"tokenizer": "nowhere/at-all"}, "no tokenizer in nowhere/at-all .*, use --tokenizer"),
+    ],
+)
+def test_bad_arguments(arguments, message, saved, text, tmp_path):
+    texts = [text] if arguments.keys() & {"tokenizer"} else []
+    with pytest.raises(ValueError, match=message):
+        phb.export(saved(), tmp_path / "plain", texts, **arguments)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_folders_that_cannot_be_exported(saved, text, tmp_path):
+    source = saved()
+    with pytest.raises(ValueError, match="must be a new or an empty folder"):
+        phb.export(source, source, [text])
+    (tmp_path / "short.txt").write_text(words(3))
+    with pytest.raises(ValueError, match="too few to fit on some and measure on others"):
+        phb.export(source, tmp_path / "plain", [str(tmp_path / "short.txt")])
+    tiny_model("mixtral").save_pretrained(tmp_path / "unpatched")
+    with pytest.raises(ValueError, match="was not saved while φ-balanced"):
+        phb.export(tmp_path / "unpatched", tmp_path / "plain")
+    base = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "unpatched", phi_balance=True)
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, prompt).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match=r"an adapter of the kind PROMPT_TUNING that PEFT cannot merge"):
+        phb.export(tmp_path / "prompt", tmp_path / "plain")
+    phb.AutoModel.from_pretrained(source).save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"headless is a MixtralModel, which has no logits"):
+        phb.export(tmp_path / "headless", tmp_path / "plain")
+    assert not list(tmp_path.glob("plain*"))
+
+
+FINE = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "logits_differ_by": 0.0}
+
+
+@pytest.mark.parametrize(
+    "code, found, message",
+    [
+        (0, {"unexpected_keys": ["stray.weight"]}, r"gives 1 unexpected keys, e\.g\. 'stray\.weight'"),
+        (0, {"logits_differ_by": 0.5}, r"the logits of the exported checkpoint differ by 0\.5"),
+        (0, {"logits_differ_by": float("nan")}, "the logits of the exported checkpoint differ by nan"),
+        (1, {}, "does not load without hf_phibalance: OSError: no such model type"),
+    ],
+)
+def test_what_does_not_load_alone_is_not_left_behind(code, found, message, saved, text, tmp_path, monkeypatch):
+    """What the process of its own may find."""
+    done = subprocess.CompletedProcess([], code, json.dumps(FINE | found), "Traceback\nOSError: no such model type\n")
+    monkeypatch.setattr("hf_phibalance.exporting.writing.subprocess.run", lambda *args, **kwargs: done)
+    with pytest.raises(ValueError, match=message):
+        phb.export(saved(), tmp_path / "plain", [text], force=True, seq_len=16)
+    assert not (tmp_path / "plain").exists() and not list(tmp_path.glob("*.partial"))
