@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import time
@@ -13,7 +14,6 @@ import transformers
 from torch import Tensor, nn
 
 import hf_phibalance as phb
-from hf_phibalance.exporting import Folding
 
 from .measures import mean_max_vio
 
@@ -115,21 +115,25 @@ def served_plainly(
     model: nn.Module, batches: Sequence[Batch], examine: Callable[[nn.Module], dict[str, float]]
 ) -> dict[str, float]:
     """
-    Measures a patched model as an engine would serve that knows no selection bias. The model stays as it is.
+    Measures a patched model as an engine would serve it that knows no selection bias. The model stays as it is.
 
     Args:
-        batches (`Sequence`): Training batches.
+        batches (`Sequence`): Training batches, of which the last ones are used.
         examine (`Callable`): Measures a model.
 
     Returns:
         `dict`: `<variant>_<figure>`, for the bias `dropped`, `folded` into the routers' weights, and folded with the loads
         `rebalanced` afterwards.
     """
-    folding = Folding(model, batches[-FITTED:], REBALANCE)
     found = {}
     for variant in PLAIN:
-        with folding.variants[variant]():
-            found |= {f"{variant}_{name}": value for name, value in examine(model).items()}
+        twin = copy.deepcopy(model)
+        if variant == "dropped":
+            balancer = phb.get_balancer(twin)
+            balancer.set_biases({name: torch.zeros_like(bias) for name, bias in balancer.biases().items()})
+        else:
+            phb.fold(twin, batches[-FITTED:], rebalance=REBALANCE if variant == "rebalanced" else 0)
+        found |= {f"{variant}_{name}": value for name, value in examine(twin).items()}
     return found
 
 

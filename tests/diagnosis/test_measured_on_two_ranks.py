@@ -57,7 +57,7 @@ def with_sums(folder):
 
 
 def spread(folder):
-    from invariance.layouts import LAYOUTS, load_spread
+    from invariance import LAYOUTS, load_spread
 
     reports = {}
     for layout in LAYOUTS:
