@@ -22,6 +22,7 @@ from 0.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import statistics
@@ -119,10 +120,11 @@ def refresh(document: str, plans: Sequence[Plan], results: Results) -> str:
         ValueError: if a mark names a plan, or runs, of which none is finished.
     """
     by_name = {plan.name: plan for plan in plans}
+    found = functools.cache(lambda name: finished(by_name[name], results))
 
     def renew(mark: re.Match) -> str:
         name, _, what = mark[2].partition("; ")
-        made = make(by_name[name], results, what) if name in by_name else ""
+        made = make(by_name[name], results, what, found(name)) if name in by_name else ""
         if not made:
             raise ValueError(f"the mark '{mark[1].strip()}' asks for no table of a plan of which runs are finished.")
         return f"{mark[1]}{made}\n{mark[3]}"
@@ -143,20 +145,25 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
         wanted = ["overview", "all", *wanted]
     parts = [f"# {plan.question or plan.name}", f"Baseline: {plan.baseline}. Seeds: {plan.seeds}. {plan.settings}"]
     for what in [*wanted, *("; ".join(cell) for cell in found)]:
-        parts += [f"## {what}", make(plan, results, what, more=True)]
+        parts += [f"## {what}", make(plan, results, what, found, more=True)]
     path = output / f"{plan.name}.md"
     output.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [path]
 
 
-def make(plan: Plan, results: Results, what: str, more: bool = False) -> str:
-    """Returns the table that a mark of `plan` asks for, empty if there is none. `more`: with rarer figures of a cell."""
-    found = finished(plan, results)
+def make(plan: Plan, results: Results, what: str, found: Cells, more: bool = False) -> str:
+    """
+    Returns the table that a mark of `plan` asks for, empty if there is none.
+
+    Args:
+        found (`dict`): What [`harness.finished`] returns.
+        more (`bool`, *optional*): Adds rarer figures to the table of a cell.
+    """
     at = tuple(what.split("; "))
     if not found:
         return ""
-    if at == ("plain",):
+    if what == "plain":
         return plain_table(found)
     if at in found:
         return cell_table(plan, found[at], more)
