@@ -1,4 +1,4 @@
-"""Ten kills of the reliability script: the runs end as the untouched one, bit for bit."""
+"""Ten kills by tests/helpers/crash.py: the runs end as the untouched one, bit for bit."""
 
 import json
 import os
