@@ -38,17 +38,12 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Task:
-    """
-    Args:
-        train, held_out (`list[Exercise]`): The two parts. Made exercises of the two have different numbers or pieces.
-        grade (`str`): `"answer"` (exact match by GSM8K's strict rule), `"function"` (pass@1) or `""` (loss only).
-        base (`list[Exercise]`): The exercises of its kind in the text of the bases.
-    """
+    """Exercises in two parts; made ones of the two differ in their numbers or pieces."""
 
     train: list[Exercise]
     held_out: list[Exercise]
-    grade: str = ""
-    base: list[Exercise] = field(default_factory=list)
+    grade: str = ""  # "answer" (exact match by GSM8K's strict rule), "function" (pass@1), or none
+    base: list[Exercise] = field(default_factory=list)  # exercises of its kind in the text of the bases
 
 
 # ---------------------------------------------------------------------- made functions
@@ -94,15 +89,7 @@ ENDS = (
 
 
 def draw_functions(count: int, pieces: int, seed: int, without: frozenset[str] = frozenset()) -> list[Exercise]:
-    """
-    Draws different functions.
-
-    Args:
-        count (`int`): How many.
-        pieces (`int`): 1 for functions that filter or change, 2 for those that do both.
-        seed (`int`): Seed of the draw.
-        without (`frozenset[str]`): Prompts that are taken.
-    """
+    """Draws different functions that filter or change (1 of the `pieces`) or do both (2), none with a prompt of `without`."""
     if pieces == 1:
         kinds = itertools.chain(itertools.product(FILTERS, (NO_CHANGE,)), itertools.product((NO_FILTER,), CHANGES))
     else:

@@ -85,19 +85,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Material:
-    """
-    Args:
-        train, validation (`dict[str, torch.Tensor]`): Windows `(N, WINDOW)` of the bases' text, by domain.
-        tasks (`dict[str, Encoded]`): The exercises.
-        tokenizer_json (`str`): Tokenizer of `tokenizers`.
-        fingerprint (`str`): Digest of all texts and of how they were cut.
-    """
+    """All that is trained on and measured with."""
 
-    train: dict[str, Tensor]
+    train: dict[str, Tensor]  # windows `(N, WINDOW)` of the bases' text, by domain
     validation: dict[str, Tensor]
     tasks: dict[str, Encoded]
     tokenizer_json: str
-    fingerprint: str
+    fingerprint: str  # digest of all texts and of how they were cut
 
     @functools.cached_property
     def tokenizer(self):
@@ -109,11 +103,8 @@ class Material:
 @functools.lru_cache
 def build_material(source: str, cache: Path) -> Material:
     """
-    Reads the texts, draws what is made and tokenises all, or loads what an earlier call left in `cache`.
-
-    Args:
-        source (`str`): Folder with `gsm8k/`, `mbpp/` and `wikitext2/`, or `"built-in"` for tasks that need no data.
-        cache (`pathlib.Path`): Folder of `material-*.pt`.
+    Reads the texts, draws what is made and tokenises all, or loads what an earlier call left in the folder `cache`. `source`: a folder
+    with `gsm8k/`, `mbpp/` and `wikitext2/`, or `"built-in"` for tasks that need no data.
     """
     data = None if source == text.BUILT_IN else Path(source)
     tasks = {name: make(data) for name, make in EXERCISES.items() if data is not None or name in MADE}
@@ -185,29 +176,17 @@ def collate(rows: list[Row]) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """
-    A model that is trained once.
-
-    Args:
-        name (`str`): Name in the plans.
-        model (`str`): A key of `models.MODELS`.
-        method (`dict`): Arguments of `PhiBalanceConfig`.
-        model_fields (`dict`): Fields of the model's config that differ.
-        steps, rows (`int`): Optimizer steps, and windows of each.
-        learning_rate (`float`): Peak.
-        seed (`int`): Of weights and data.
-        material (`str`): Fingerprint of the text.
-    """
+    """A model that is trained once."""
 
     name: str
-    model: str
-    method: dict[str, Any]
-    model_fields: dict[str, Any] = field(default_factory=dict)
+    model: str  # a key of `models.MODELS`
+    method: dict[str, Any]  # arguments of PhiBalanceConfig
+    model_fields: dict[str, Any] = field(default_factory=dict)  # of the model's config, where `MODELS` has others
     steps: int = 3000
-    rows: int = 8
-    learning_rate: float = 0.003
+    rows: int = 8  # windows of a step
+    learning_rate: float = 0.003  # peak
     seed: int = 0
-    material: str = ""
+    material: str = ""  # fingerprint of the text
 
     @property
     def key(self) -> str:
@@ -257,32 +236,21 @@ class Base:
 @dataclass(kw_only=True)
 class Run(harness.Run):
     """
-    A run of fine-tuning; the fields of [`harness.Run`] and
-
-    Args:
-        base (`Base`): What is tuned.
-        task (`str`): A key of `exercises.EXERCISES`.
-        way (`str`): One of `WAYS`.
-        method (`dict`): Arguments of `PhiBalanceConfig`; `calibrate`, a number of batches to find the means by before step 1; and
-            `calibrate_bias`, whether to find the bias by them too.
-        tokens (`int`): About how many a step holds, padding not counted. The number of rows follows from it.
-        micro_batches (`int`): Parts of a step.
-        learning_rates (`dict[str, float]`): Peak by way.
-        weight_decay (`float`): Of matrices only.
-        rank (`int`): Of adapters.
+    A run of fine-tuning: the fields of [`harness.Run`] and these. `method` may have `calibrate`, a number of batches that the means are
+    found by before step 1, and `calibrate_bias`, whether they find the bias too.
     """
 
     own_arguments: ClassVar[tuple[str, ...]] = ("calibrate", "calibrate_bias")
 
     base: Base
-    task: str
-    way: str
+    task: str  # a key of `EXERCISES`
+    way: str  # one of `WAYS`
     steps: int = 150
-    tokens: int = 1000
+    tokens: int = 1000  # of a step, about, without padding; the number of rows follows from it
     micro_batches: int = 1
-    learning_rates: dict[str, float] = field(default_factory=dict)
-    weight_decay: float = 0.0
-    rank: int = 8
+    learning_rates: dict[str, float] = field(default_factory=dict)  # peak by way
+    weight_decay: float = 0.0  # of matrices only
+    rank: int = 8  # of adapters
 
     def __post_init__(self) -> None:
         if self.way not in self.learning_rates:
@@ -330,12 +298,7 @@ class Run(harness.Run):
 
 
 def tune(run: Run, material: Material, output: Path) -> dict[str, Any]:
-    """
-    Fine-tunes a base and measures it.
-
-    Returns:
-        `dict`: As [`scratch.train`] returns it. `curve` also has every one of the first steps.
-    """
+    """Fine-tunes a base and measures it. Returns what `scratch.train` does; `curve` also has each of the first steps."""
     task, model = material.tasks[run.task], run.base.load(material, output)
     record = {"curve": {}, "experts": [], "environment": environment()}
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -376,15 +339,7 @@ def tune(run: Run, material: Material, output: Path) -> dict[str, Any]:
 
 
 def prepare(model: nn.Module, way: str, rank: int, seed: int) -> nn.Module:
-    """
-    Returns the model with the parameters of a way ready to train: itself, or with adapters.
-
-    Args:
-        model (`torch.nn.Module`): A patched model.
-        way (`str`): One of `WAYS`.
-        rank (`int`): Of adapters, which are scaled by 4.
-        seed (`int`): Of the adapters' weights.
-    """
+    """Returns a patched model with the parameters of a way ready to train: itself, or with adapters that are scaled by 4."""
     if way in ADAPTED:
         from peft import get_peft_model
 
@@ -441,10 +396,7 @@ def choices_on(model: nn.Module, task: Encoded) -> list[Tensor]:
 
 @torch.no_grad()
 def examine(model: nn.Module, task: Encoded, material: Material, before: list[Tensor]) -> dict[str, float]:
-    """
-    Loss, score and balance on the held-out exercises; loss and balance on the bases' text. `before` are the choices of the base,
-    for `rerouted`.
-    """
+    """Loss, score and balance on held-out exercises, where the base chose `before`; loss and balance on the bases' text."""
     balancer = phb.get_balancer(model)
     model.eval()
     total = count = 0.0

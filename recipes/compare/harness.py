@@ -59,24 +59,15 @@ LATER = {"portable": False, "device": "cpu", "precision": "fp32"}
 
 @dataclass(kw_only=True)
 class Run:
-    """
-    A run: everything that its result depends on.
-
-    Args:
-        seed (`int`): Seed of the weights and of the order of the data.
-        method (`dict`): Arguments of `PhiBalanceConfig`.
-        steps (`int`): Optimizer steps.
-        portable (`bool`, *optional*): Whether to measure models with a selection bias without it, too.
-        corpus (`str`, *optional*): Fingerprint of the text.
-    """
+    """A run: everything that its result depends on."""
 
     own_arguments: ClassVar[tuple[str, ...]] = ()  # arguments of methods that are not those of PhiBalanceConfig
 
-    seed: int = 0
-    method: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0  # of the weights and of the order of the data
+    method: dict[str, Any] = field(default_factory=dict)  # arguments of PhiBalanceConfig
     steps: int = 500
-    portable: bool = False
-    corpus: str = ""
+    portable: bool = False  # whether models with a selection bias are measured without it, too
+    corpus: str = ""  # fingerprint of the text
 
     @property
     def config_arguments(self) -> dict[str, Any]:
@@ -170,26 +161,17 @@ def expand(entry: dict[str, Any]) -> Iterator[Method]:
 
 @dataclass(kw_only=True)
 class Plan:
-    """
-    A question and the runs that answer it.
+    """A question and the runs that answer it."""
 
-    Args:
-        name (`str`): Key in the file, and name of its tables and pictures.
-        kind (`str`): Module that trains.
-        axes (`dict`): Chosen values by their names, by axis: `{"models": {"mixtral": "mixtral"}, ...}`.
-        settings (`dict`): Other fields of the kind's `Run`.
-        methods, question, baseline, seeds, data: As in the file; `--data` goes before `data`.
-    """
-
-    name: str
+    name: str  # of its tables and pictures, too
     kind: str
-    axes: dict[str, dict[str, Any]]
+    axes: dict[str, dict[str, Any]]  # chosen values by name: {"models": {"mixtral": "mixtral"}, ...}
     methods: list[Method]
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # other fields of the kind's `Run`
     question: str = ""
     baseline: str = ""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    data: str = "built-in"
+    data: str = "built-in"  # `--data` goes before it
 
     def __post_init__(self) -> None:
         labels = [method.label for method in self.methods]
@@ -236,12 +218,7 @@ def kind_module(kind: str) -> Any:
 
 
 def load_plans(path: Path) -> tuple[Path, list[Plan]]:
-    """
-    Returns the output folder and the plans of a YAML file.
-
-    Raises:
-        ValueError: if something in it is unknown or does not fit. The message names the plan and the remedy.
-    """
+    """Returns the output folder and the plans of a YAML file. A ValueError names the plan, and what does not fit."""
     import yaml
 
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -290,12 +267,8 @@ def load_plans(path: Path) -> tuple[Path, list[Plan]]:
 
 class Results:
     """
-    Finished runs by their settings: one JSON line each.
-
-    A line that is cut short or damaged is left out with a warning, and its run is done again. Several processes may append.
-
-    Args:
-        path (`pathlib.Path`): `results.jsonl`; need not exist yet.
+    Finished runs by their settings, from a file of one JSON line each. A line that is cut short or damaged is left out with a warning,
+    and its run is done again.
     """
 
     def __init__(self, path: Path) -> None:

@@ -85,15 +85,8 @@ def domain_information(counts_DLE: Tensor) -> Tensor:
 
 def balance_figures(counts_DWLE: Tensor, rows: int) -> dict[str, float]:
     """
-    Balance on held-out text.
-
-    Args:
-        counts_DWLE (`torch.Tensor` of shape `(D, W, L, E)`): Assignments by domain and window.
-        rows (`int`): Windows of a batch, for the figures per batch.
-
-    Returns:
-        `dict`: `max_vio_global` (mean over layers), `max_vio_worst_layer`, `gini`, `dead_experts` (over all layers),
-        `max_vio_mixed_batch` and `max_vio_domain_batch` (batches of all domains, and of one), `domain_information`.
+    Balance on held-out text, from the assignments of each window. Figures are means over layers; dead experts are summed. A batch has
+    `rows` windows, of all domains (`max_vio_mixed_batch`) or of one (`max_vio_domain_batch`).
     """
     domains, windows, _, _ = counts_DWLE.shape
     load_LE = counts_DWLE.sum((0, 1))
@@ -128,10 +121,8 @@ def examine_text(
     model: nn.Module, balancer: PhiBalancer, validation: Mapping[str, Tensor], rows: int, batch: int = 16
 ) -> tuple[dict[str, float], list]:
     """
-    Loss by domain and balance on held-out windows `(W, S)` of each domain.
-
-    Returns:
-        `tuple`: The figures, and the experts' shares of the assignments as lists `(L, D, E)`.
+    Measures loss and balance on held-out windows `(W, S)` of each domain. Returns the figures, and the experts' shares of the assignments
+    as lists `(L, D, E)`.
     """
     model.eval()
     losses, counts = {}, []
@@ -156,16 +147,8 @@ def examine_text(
 
 def steps_to_recover(values: Sequence[float], switch: int, within: float = 1.25, smooth: int = 10) -> int:
     """
-    Steps after `switch` until a figure is back within `within` times its mean over the second half of the steps before.
-
-    Args:
-        values (`Sequence[float]`): The figure of every step.
-        switch (`int`): First step of the new mixture.
-        within (`float`, *optional*, defaults to `1.25`): Factor that counts as recovered.
-        smooth (`int`, *optional*, defaults to `10`): Steps after `switch` whose mean is compared.
-
-    Returns:
-        `int`: 0 if the figure never rose that high; all steps after `switch` if it does not come back.
+    Counts the steps after `switch` until the mean of `smooth` steps is within `within` times the mean over the second half of the steps
+    before. 0 if it never rose that high; all steps after `switch` if it does not come back.
     """
     before = values[switch // 2 : switch]
     limit = within * math.fsum(before) / len(before)
@@ -178,13 +161,8 @@ def steps_to_recover(values: Sequence[float], switch: int, within: float = 1.25,
 
 def thin(values: Sequence[float], multiple: int = 1, points: int = CURVE_POINTS) -> list[float]:
     """
-    Averages `values` over consecutive stretches of equal length, at most `points` of them, rounded to 5 digits.
-
-    Args:
-        values (`Sequence[float]`): A figure of every step.
-        multiple (`int`, *optional*, defaults to `1`): Divides the length of a stretch; the number of domains, so that
-            stretches of a blocked stream hold equally much of each.
-        points (`int`, *optional*): Most values to return.
+    Averages `values` over consecutive stretches of equal length, at most `points` of them, rounded to 5 digits. The length is a multiple of
+    `multiple`, the number of domains, so that stretches of a blocked stream hold equally much of each.
     """
     stretch = math.ceil(len(values) / points / multiple) * multiple
     pieces = [values[start : start + stretch] for start in range(0, len(values), max(1, stretch))]

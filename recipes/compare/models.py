@@ -60,16 +60,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def build_model(name: str, vocab_size: int, seed: int, **fields: Any):
     """
-    Builds a model in fp32 and training mode. The same `seed` gives the same weights.
-
-    Args:
-        name (`str`): A key of `MODELS`.
-        vocab_size (`int`): Tokens of the tokenizer.
-        seed (`int`): Seed of the weights.
-        fields: Fields of the config that differ from those in `MODELS`.
-
-    Raises:
-        ValueError: if the config has no such field.
+    Builds a model in fp32 and training mode. The same `seed` gives the same weights. `fields` are those of the config that differ from
+    `MODELS`; a ValueError names one that the config does not have.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

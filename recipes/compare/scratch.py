@@ -33,37 +33,20 @@ def axes(content: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 @dataclass(kw_only=True)
 class Run(harness.Run):
-    """
-    A run from scratch; the fields of [`harness.Run`] and
+    """A run from scratch: the fields of [`harness.Run`] and these."""
 
-    Args:
-        model (`str`): A key of `models.MODELS`.
-        stream (`str`): One of `text.STREAMS`.
-        rows (`int`, *optional*, defaults to `9`): Windows of a step.
-        window (`int`, *optional*, defaults to `64`): Tokens of a window.
-        micro_batches (`int`, *optional*, defaults to `1`): Parts of a step. Rows are sorted by domain, so with as many parts as
-            domains each part of a mixed step holds one domain.
-        learning_rate (`float`, *optional*, defaults to `0.003`): Peak.
-        weight_decay (`float`, *optional*, defaults to `0.1`): Of matrices only.
-        model_fields (`dict`, *optional*): Fields of the model's config that differ from `models.MODELS`.
-        vocab_size (`int`, *optional*, defaults to `1024`): Tokens of the tokenizer.
-        validation_windows (`int`, *optional*, defaults to `192`): Held-out windows of each domain.
-        device (`str`, *optional*, defaults to `"cpu"`): Where to train.
-        precision (`str`, *optional*, defaults to `"fp32"`): `"bf16"` for autocast over fp32 weights.
-    """
-
-    model: str
-    stream: str
-    rows: int = 9
-    window: int = 64
-    micro_batches: int = 1
-    learning_rate: float = 0.003
-    weight_decay: float = 0.1
-    model_fields: dict[str, Any] = field(default_factory=dict)
+    model: str  # a key of `models.MODELS`
+    stream: str  # one of `text.STREAMS`
+    rows: int = 9  # windows of a step, sorted by domain
+    window: int = 64  # tokens
+    micro_batches: int = 1  # parts of a step; with as many as domains, each part of a mixed step holds one domain
+    learning_rate: float = 0.003  # peak
+    weight_decay: float = 0.1  # of matrices only
+    model_fields: dict[str, Any] = field(default_factory=dict)  # of the model's config, where `MODELS` has others
     vocab_size: int = 1024
-    validation_windows: int = 192
+    validation_windows: int = 192  # held-out windows of each domain
     device: str = "cpu"
-    precision: str = "fp32"
+    precision: str = "fp32"  # "bf16": autocast over fp32 weights
 
     def __post_init__(self) -> None:
         if min(self.steps, self.window) < 1 or not 1 <= self.micro_batches <= self.rows:
@@ -92,11 +75,8 @@ def _fingerprint(*arguments: Any) -> str:
 
 def train(run: Run, corpus: text.Corpus) -> dict[str, Any]:
     """
-    Trains one model and measures it.
-
-    Returns:
-        `dict`: `metrics` (only the step for a run that diverged), `curve`, `experts` (share of the assignments by layer, domain
-        and expert) and `environment`.
+    Trains one model and measures it. Returns `metrics` (only the step if it diverged), `curve`, `experts` (shares of the assignments
+    by layer, domain and expert) and `environment`.
     """
     model = build_model(run.model, corpus.vocab_size, run.seed, **run.model_fields).to(run.device)
     phb.patch(model, run.config)

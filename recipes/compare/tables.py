@@ -113,12 +113,7 @@ def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]], names: int =
 
 
 def refresh(document: str, plans: Sequence[Plan], results: Results) -> str:
-    """
-    Returns `document` with its marked tables made anew.
-
-    Raises:
-        ValueError: if a mark names a plan, or runs, of which none is finished.
-    """
+    """Returns `document` with its marked tables made anew. A ValueError names a mark of which no run is finished."""
     by_name = {plan.name: plan for plan in plans}
     found = functools.cache(lambda name: finished(by_name[name], results))
 
@@ -153,13 +148,7 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
 
 
 def make(plan: Plan, results: Results, what: str, found: Cells, more: bool = False) -> str:
-    """
-    Returns the table that a mark of `plan` asks for, empty if there is none.
-
-    Args:
-        found (`dict`): What [`harness.finished`] returns.
-        more (`bool`, *optional*): Adds rarer figures to the table of a cell.
-    """
+    """Returns the table that a mark of `plan` asks for, empty if there is none. `more`: with rarer figures of a cell."""
     at = tuple(what.split("; "))
     if not found:
         return ""

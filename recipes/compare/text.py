@@ -39,15 +39,9 @@ PYTHON_LEFT_OUT = {
 
 def read_documents(source: str | os.PathLike) -> dict[str, list[str]]:
     """
-    Returns the documents of each domain, in a fixed order. The Python domain is always Python's standard library.
-
-    Args:
-        source (`str` or `os.PathLike`):
-            Folder with `gsm8k/train.jsonl` and a text file of WikiText-2 in `wikitext2/`; or `"built-in"` for generated
-            word problems and the reference text that comes with Python.
-
-    Raises:
-        FileNotFoundError: if the folder lacks one of the two.
+    Returns the documents of each domain, in a fixed order. The Python domain is Python's standard library. The others are in the folder
+    `source`, as `gsm8k/train.jsonl` and a text file of WikiText-2 in `wikitext2/`. For `"built-in"` they are generated word problems and
+    the reference text that comes with Python.
     """
     if str(source) == BUILT_IN:
         return {"problems": _made_problems(), "prose": _python_topics(), "python": _python_sources()}
@@ -108,14 +102,8 @@ def split_documents(
     documents: Sequence[str], held_out: float = 0.1, most_characters: int = 1_200_000
 ) -> tuple[list[str], list[str]]:
     """
-    Splits one domain into training and held-out documents, without duplicates.
-
-    Documents are ordered by a digest of their text, so each keeps its place when others come or go.
-
-    Args:
-        documents (`Sequence[str]`): The documents.
-        held_out (`float`, *optional*, defaults to `0.1`): Share of the characters to hold out, at least one document.
-        most_characters (`int`, *optional*, defaults to `1_200_000`): Documents beyond are left out.
+    Splits one domain into training and held-out documents, without duplicates. At least one document, and the share `held_out` of the
+    characters, is held out. Documents are ordered by a digest of their text, so each keeps its place when others come or go.
     """
     unique = sorted({text[:LONGEST_DOCUMENT] for text in documents if text.strip()}, key=digest_of)
     if len(unique) < 2:
@@ -206,32 +194,16 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """
-    Tokenised text.
-
-    Args:
-        train, validation (`dict[str, torch.Tensor]`): Windows `(N, window)` int64 of the two parts, by domain.
-        vocab_size (`int`): Size of the tokenizer, which was trained on the training part.
-        fingerprint (`str`): Digest of the text, window length and sizes.
-    """
+    """Tokenised text: windows `(N, window)` int64 of the two parts, by domain."""
 
     train: dict[str, Tensor]
     validation: dict[str, Tensor]
     vocab_size: int
-    fingerprint: str
+    fingerprint: str  # digest of the text and its cut
 
 
 def build_corpus(source: str, window: int, vocab_size: int, validation_windows: int, cache: Path) -> Corpus:
-    """
-    Reads, splits and tokenises the text, or loads what an earlier call left in `cache`.
-
-    Args:
-        source (`str`): See [`read_documents`].
-        window (`int`): Tokens of a row.
-        vocab_size (`int`): Tokens of the tokenizer.
-        validation_windows (`int`): Held-out windows of each domain.
-        cache (`pathlib.Path`): Folder of `corpus-*.pt`.
-    """
+    """Reads, splits and tokenises the text, or loads what an earlier call left in the folder `cache`."""
     splits = {domain: split_documents(texts) for domain, texts in read_documents(source).items()}
     digest = hashlib.sha256(f"{window} {vocab_size} {validation_windows}".encode())
     for text in itertools.chain.from_iterable(itertools.chain(*splits.values())):
@@ -285,9 +257,6 @@ def schedule(stream: str, steps: int, rows: int) -> list[tuple[int, ...]]:
     - `"mixed"`: all domains in every step, as equally as whole rows allow.
     - `"blocked"`: one domain a step, in turn.
     - `"shift"`: shares of 4/9, 4/9, 1/9 in the first half of the steps and of 1/9, 1/9, 7/9 in the second.
-
-    Raises:
-        ValueError: if a step has too few rows for all domains.
     """
     count = len(DOMAINS)
     if stream == "blocked":

@@ -45,19 +45,10 @@ def optimize(
     precision: str = "fp32",
 ) -> Iterator[Step]:
     """
-    Trains a patched model by AdamW, and yields the figures of each step.
+    Trains a patched model by AdamW, and yields the figures of each step. Raises `Diverged` if the loss is not finite.
 
-    A micro-batch without `num_items_in_batch` has the weight of its rows.
-
-    Args:
-        batches (`Iterable`): The micro-batches of each step, on the model's device.
-        steps (`int`): Length of the schedule: 5% warm-up, then a cosine to a tenth. `batches` may be longer.
-        learning_rate (`float`): Peak.
-        weight_decay (`float`): Of matrices only.
-        precision (`str`, *optional*, defaults to `"fp32"`): `"bf16"` for autocast over fp32 weights.
-
-    Raises:
-        Diverged: if the loss is not finite.
+    `batches` holds the micro-batches of each step, on the model's device. A micro-batch without `num_items_in_batch` has the weight of its
+    rows. Matrices alone have weight decay. `precision="bf16"` is autocast over fp32 weights.
     """
     balancer, device = phb.get_balancer(model), model.device.type
     groups = parameter_groups(model, weight_decay)
@@ -115,15 +106,8 @@ def served_plainly(
     model: nn.Module, batches: Sequence[Batch], examine: Callable[[nn.Module], dict[str, float]]
 ) -> dict[str, float]:
     """
-    Measures a patched model as an engine would serve it that knows no selection bias. The model stays as it is.
-
-    Args:
-        batches (`Sequence`): Training batches, of which the last ones are used.
-        examine (`Callable`): Measures a model.
-
-    Returns:
-        `dict`: `<variant>_<figure>`, for the bias `dropped`, `folded` into the routers' weights, and folded with the loads
-        `rebalanced` afterwards.
+    Measures copies of a patched model as an engine would serve them that knows no selection bias: `<variant>_<figure>`, for the bias
+    `dropped`, `folded` into the routers' weights by the last training batches, and folded with the loads `rebalanced`.
     """
     found = {}
     for variant in PLAIN:
