@@ -112,14 +112,7 @@ def test_one_file_is_split(recipe, tmp_path):
 
 
 def test_a_rehearsal_writes_beside_the_results(recipe):
-    config = [
-        "--config",
-        str(ROOT / "recipes" / "olmoe-1b-7b" / "gsm8k" / "none.yaml"),
-        "--use_cpu",
-        "true",
-        "--bf16",
-        "false",
-    ]
+    config = ["--config", str(ROOT / "recipes/olmoe-1b-7b/gsm8k/none.yaml"), "--use_cpu", "true", "--bf16", "false"]
     real = "results/olmoe-1b-7b/gsm8k/none"
     for options, folder in (([], real), (["--tiny"], f"{real}-rehearsal"), (["--tiny", "--output_dir=x"], "x")):
         assert recipe.parse([*config, *options])[2].output_dir == folder
