@@ -41,6 +41,7 @@ from .models import build_model
 from .training import Batch, Diverged, environment, micro_batches, optimize, served_plainly
 
 
+KEYS = ("base_training", "bases")
 VOCABULARY = 1024
 WINDOW = 128  # tokens of a row of the bases' text
 HELD_OUT_WINDOWS = 64  # of each domain

@@ -20,7 +20,8 @@ A plan is the product of its methods, the values of its axes and its seeds. A me
 `PhiBalanceConfig`. Methods of one entry are one `family`, which pictures join by a line. All other fields of a plan are those
 of the kind's `Run`.
 
-A kind is a module with `Run`, a subclass of [`Run`], and `axes(content)`, which returns the values of each axis by name.
+A kind is a module of `KINDS` with `Run`, a subclass of [`Run`]; `axes(content)`, which returns the values of each axis by name; and
+`KEYS`, what its files hold beside the above.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import hf_phibalance as phb
+
+
+KINDS = ("scratch", "finetune")
 
 
 # ---------------------------------------------------------------------- runs
@@ -225,7 +229,12 @@ def load_plans(path: Path) -> tuple[Path, list[Plan]]:
     if not isinstance(content, dict) or not isinstance(content.get("plans"), dict) or not content["plans"]:
         raise ValueError(f"{path} must hold a mapping with `plans`, a mapping of plans by name.")
     kind = content.get("kind", "scratch")
+    if kind not in KINDS:
+        raise ValueError(f"{path}: `kind` is {kind!r}; choose from {', '.join(KINDS)}.")
     module = kind_module(kind)
+    keys = {"kind", "output", "defaults", "plans", *module.KEYS}
+    if unknown := sorted(set(content) - keys):
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(keys))}.")
     axes = module.axes(content)
     of_plan = {"question", "baseline", "seeds", "data"}
     of_run = {f.name for f in dataclasses.fields(module.Run)} - {"seed", "method", "corpus", *(a[:-1] for a in axes)}
@@ -368,7 +377,7 @@ def execute(jobs: Sequence[Any], output: Path, workers: int, say: Callable[[str]
                 continue
             if process.exitcode > 0 or attempts[job.key] == ATTEMPTS:
                 failed += 1
-                say(f"{job}: failed with exit code {process.exitcode} (above, or killed {ATTEMPTS} times)")
+                say(f"{job}: failed, {'its error is above' if process.exitcode > 0 else f'killed {ATTEMPTS} times'}")
             else:
                 waiting.append(job)
                 say(f"{job}: killed by signal {-process.exitcode} (out of memory?); it is tried again")

@@ -21,6 +21,7 @@ def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     found = finished(plan, results)
+    found = {cell: rows for cell, rows in found.items() if any(any(seeds.values()) for seeds in rows.values())}
     output.mkdir(parents=True, exist_ok=True)
     figures = {}
     if plan.kind == "finetune":

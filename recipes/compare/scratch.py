@@ -24,6 +24,7 @@ from .training import Diverged, environment, micro_batches, optimize, served_pla
 
 CHURN_PROBES = 8
 CHURN_WINDOWS = 8  # of each domain
+KEYS = ()
 SETTLED = 0.75  # figures "in training" are those of the last quarter of the steps
 
 

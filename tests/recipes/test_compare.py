@@ -124,6 +124,8 @@ def test_lists_of_a_method_are_multiplied_out():
         ("plans: {a: {stepps: 3, methods: [{label: x}]}}", "unknown field 'stepps'"),
         ("plans: {a: {micro_batches: 20, methods: [{label: x}]}}", "`micro_batches`"),
         ("plans: {a: {}}", "`methods` is missing"),
+        ("default: {}\nplans: {a: {methods: [{label: x}]}}", "unknown key 'default'; known are defaults, kind"),
+        ("kind: os\nplans: {a: {methods: [{label: x}]}}", "`kind` is 'os'; choose from scratch, finetune"),
         ("plans: {}", "must hold a mapping with `plans`"),
         ("plans: {../a: {methods: [{label: x}]}}", "the plan '../a' cannot name a file"),
         ("plans: !!python/object/apply:os.makedirs ['made']", "python/object"),
