@@ -118,10 +118,9 @@ class Bench:
             phb.unpatch(self.model)
 
     def clock(self) -> float:
-        if not self.is_cuda:
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() if self.is_cuda else time.process_time()
 
     def seconds(self, name: str) -> float:
         """Time of the third step after patching: the first checks the set-up, the second what the prices reach."""

@@ -60,7 +60,7 @@ def draw_frontier(plan: Plan, panels: Mapping[str, Cells], names: Sequence[str],
     families = list(dict.fromkeys(method.family for method in plan.methods))
     colours = dict(zip(families, itertools.cycle(colormaps["tab10" if len(families) <= 10 else "tab20"].colors)))
     handles = {}
-    for (name, row), (panel, column) in itertools.product(_numbered(names), _numbered(panels)):
+    for (row, name), (column, panel) in itertools.product(enumerate(names), enumerate(panels)):
         axis = axes[row][column]
         for family in families:
             labels = [method.label for method in plan.methods if method.family == family]
@@ -85,10 +85,6 @@ def draw_frontier(plan: Plan, panels: Mapping[str, Cells], names: Sequence[str],
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     figure.suptitle(f"{plan.question or plan.name} ({title})")
     return figure
-
-
-def _numbered(names) -> list[tuple[str, int]]:
-    return [(name, number) for number, name in enumerate(names)]
 
 
 def draw_experts(plan: Plan, results: Results, cell: tuple[str, ...]):

@@ -78,10 +78,9 @@ def optimize(
 
 def clock(device: str) -> float:
     """CPU time of this process in seconds; on a GPU, wall time when all queued work is done."""
-    if device != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() if device == "cuda" else time.process_time()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
