@@ -19,12 +19,19 @@ pytest.register_assert_rewrite("adapters", "charging", "checks", "measuring", "s
 TOGETHER = (
     "tests/balancing/test_invariance.py",
     "tests/balancing/test_numbers_on_ranks.py",
-    "tests/publishing/test_card.py",
+    "tests/hub/test_card.py",
     "tests/recipes/test_recipe_sft.py",
     "tests/training/test_launch.py",
     "tests/training/test_layouts.py",
     "tests/training/test_trackers.py",
 )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m "not slow"`, a file that is slow as a whole is not even imported."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return "\npytestmark = pytest.mark.slow" in collection_path.read_text(encoding="utf-8") or None
+    return None
 
 
 @pytest.hookimpl(optionalhook=True)

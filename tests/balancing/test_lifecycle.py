@@ -12,6 +12,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from life import Life
 
 
+pytestmark = pytest.mark.slow
+
 LONGER = "PHB_EXAMPLES" in os.environ
 SETTINGS = settings(
     derandomize=True,

@@ -1,8 +1,12 @@
 """tests/helpers/long_run.py, small: nothing grows and nothing drifts, and it is seen where it does."""
 
 import long_run
+import pytest
 
 import hf_phibalance as phb
+
+
+pytestmark = pytest.mark.slow
 
 
 def exceeded(rows):

@@ -23,6 +23,9 @@ from paths import DATA, ROOT
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     threads = torch.get_num_threads()

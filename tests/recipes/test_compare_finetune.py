@@ -10,6 +10,8 @@ from comparison import exercises, finetune, harness, load_command, tables, text,
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
 RATES = dict.fromkeys(finetune.WAYS, 0.003) | {"full": 0.001}
 

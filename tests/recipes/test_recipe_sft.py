@@ -14,6 +14,8 @@ from hf_phibalance.hub import Run
 from hf_phibalance.tasks import make_splits
 
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     *("--max_steps", "6", "--logging_steps", "1", "--eval_steps", "3", "--per_device_train_batch_size", "4"),
     *("--validation_problems", "4", "--test_problems", "4", "--max_new_tokens", "8", "--learning_rate", "1e-3"),

@@ -24,6 +24,8 @@ from hf_phibalance.routers import find_routers
 from hf_phibalance.tasks import make_splits
 
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ROOT / "recipes"
 README = RECIPES / "README.md"
 YAMLS = sorted(path.relative_to(RECIPES) for path in RECIPES.glob("*/*/*.yaml"))

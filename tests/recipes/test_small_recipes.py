@@ -13,6 +13,8 @@ from paths import ROOT
 from hf_phibalance.tasks import make_splits
 
 
+pytestmark = pytest.mark.slow
+
 FUNCTION = {
     "task_id": "HumanEval/0",
     "prompt": 'def one():\n    """ Return 1 """\n',
