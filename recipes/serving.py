@@ -22,7 +22,8 @@ def expect(folder: str, output: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    model.eval()
     draw = random.Random(0)
     rows = []
     for _ in range(ROWS):

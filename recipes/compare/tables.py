@@ -138,7 +138,8 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
         wanted = ["bases", *(f"{way}{part}" for way in ways for part in ("", "; tasks", "; bases")), *wanted]
     elif len(found) > 1:
         wanted = ["overview", "all", *wanted]
-    parts = [f"# {plan.question or plan.name}", f"Baseline: {plan.baseline}. Seeds: {plan.seeds}. {plan.settings}"]
+    note = {"baseline": plan.baseline, "seeds": plan.seeds, **plan.settings}
+    parts = [f"# {plan.question or plan.name}", ", ".join(f"{name} {value}" for name, value in note.items())]
     for what in [*wanted, *("; ".join(cell) for cell in found)]:
         parts += [f"## {what}", make(plan, results, what, found, more=True)]
     path = output / f"{plan.name}.md"
@@ -166,7 +167,8 @@ def make(plan: Plan, results: Results, what: str, found: Cells, more: bool = Fal
         return ""
     if " against " in part:
         return versus_table(of_way, *part.split(" against "))
-    tables = {"": way_table, "tasks": tasks_table, "bases": loss_by_base_table, "first": first_table}
+    tables = {"": way_table, "first": first_table}
+    tables |= {name: functools.partial(parts_table, part=part) for name, part in (("bases", 0), ("tasks", 1))}
     return tables[part](plan, of_way) if part in tables else ""
 
 
@@ -365,15 +367,7 @@ def way_table(plan: Plan, found: Cells) -> str:
     return markdown([*heading, "MaxVio, task", "MaxVio, own text", "rerouted"], made)
 
 
-def tasks_table(plan: Plan, found: Cells) -> str:
-    return _parts_table(plan, found, part=1)
-
-
-def loss_by_base_table(plan: Plan, found: Cells) -> str:
-    return _parts_table(plan, found, part=0)
-
-
-def _parts_table(plan: Plan, found: Cells, part: int) -> str:
+def parts_table(plan: Plan, found: Cells, part: int) -> str:
     """Loss / score of each method by `part` of the cell; differences for all but the baseline."""
     names = list(dict.fromkeys(cell[part] for cell in found))
     made = []
