@@ -1,4 +1,4 @@
-"""Exact match on GSM8K while a model is being trained."""
+"""Measures exact match on GSM8K during training."""
 
 import torch
 from transformers import TrainerCallback

@@ -4,13 +4,13 @@ Parameters and memory of the recipes, computed from the published architectures 
 python recipes/memory.py
 python recipes/memory.py --processes 4 --models olmoe-1b-7b deepseek-moe-16b
 
-Counted exactly, per process: weights, gradients and the two moments of AdamW, as they lie in memory after a step. LoRA
-leaves the weights in bf16 and trains fp32 adapters; full fine-tuning trains fp32 weights. Sharded (FSDP2, ZeRO-3), each
-process holds its part, and the largest block (a decoder layer, or embeddings with the head) gathered in bf16.
+Counted exactly, per process: weights, gradients and the two moments of AdamW, as they lie in memory after a step. LoRA leaves the
+weights in bf16 and trains fp32 adapters; full fine-tuning trains fp32 weights. Sharded (FSDP2, ZeRO-3), each process holds its
+part, and the largest block (a decoder layer, or embeddings with the head) gathered in bf16.
 
-Counted by formula, in bf16 unless said: with activation checkpointing, the input of every layer and the logits of a
-micro-batch with their fp32 softmax and gradient. Not counted: what the recomputation of one layer needs, the workspace
-of kernels, the fragmentation of the allocator.
+Counted by formula, in bf16 unless said: with activation checkpointing, the input of every layer, and the logits of a micro-batch
+with their fp32 softmax and gradient. Not counted: the recomputation of one layer, the workspace of kernels, the fragmentation of
+the allocator.
 """
 
 import argparse
@@ -33,30 +33,19 @@ MODELS = [
 
 @dataclass
 class Size:
-    """
-    Numbers of parameters of a model.
+    """Numbers of parameters of a model, and its shape."""
 
-    Args:
-        total (`int`): all of the base model.
-        active (`int`): those that a token meets: of the routed experts only the chosen ones.
-        adapters (`int`): of LoRA.
-        block (`int`): of the largest part that sharded training gathers at a time.
-        layers (`int`): decoder layers.
-        hidden (`int`): width of the model.
-        vocab (`int`): size of the vocabulary.
-    """
-
-    total: int
-    active: int
-    adapters: int
-    block: int
+    total: int  # of the base model
+    active: int  # that a token meets: of the routed experts only the chosen ones
+    adapters: int  # of LoRA
+    block: int  # of the largest part that sharded training gathers at a time
     layers: int
     hidden: int
     vocab: int
 
 
 def measure(fields, router="lora", targets="all", r=8):
-    """The `Size` of the architecture `fields` (a config.json as a dictionary), with the adapters of the recipes."""
+    """Returns the `Size` of the architecture `fields` (a config.json as a dict), with the adapters of the recipes."""
     import torch
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -90,7 +79,7 @@ def count(module):
 
 
 def state_bytes(size, full, processes=1):
-    """Bytes of weights, gradients and AdamW's moments that each of `processes` holds; 1 stands for a whole copy."""
+    """Bytes of weights, gradients and AdamW's moments that each of `processes` holds; 1: a whole copy."""
     trained = (size.total if full else size.adapters) * 4 * FP32  # weight, gradient, two moments
     held = trained if full else size.total * BF16 + trained
     return held / processes + (size.block * BF16 if processes > 1 else 0)
@@ -103,7 +92,7 @@ def activation_bytes(size, rows, length):
 
 
 def table(models, processes, rows, length):
-    """The figures of `models` as a Markdown table, memory in GiB per GPU."""
+    """Returns the figures of `models` as a Markdown table, memory in GiB per GPU."""
     lines = [
         "| model | parameters | active | LoRA | LoRA: `single_gpu`, `ddp` | "
         f"LoRA: `fsdp2` on {processes} | full: `single_gpu`, `ddp` | full: `fsdp2`, `zero3` on {processes} | "

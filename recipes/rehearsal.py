@@ -1,14 +1,15 @@
-"""What `sft.py --tiny` does to a recipe: a miniature of its model, and a handful of generated problems.
+"""
+`sft.py --tiny`: a miniature of a recipe's model, and a handful of generated problems.
 
-The model keeps its class and every choice of its architecture (how the router scores, which layers are dense, shared
-experts, compressed attention); only the sizes shrink.
+The model keeps its class and every choice of its architecture (scoring of the router, dense layers, shared experts, compressed
+attention). Only the sizes shrink.
 """
 
 import json
 from pathlib import Path
 
 
-# What --tiny stands for. The command line may override each of them, the YAML file does not.
+# Options that --tiny stands for. The command line overrides them, the YAML file does not.
 OPTIONS = [
     *("--dataset_path", "toy", "--train_problems", "16", "--validation_problems", "4", "--test_problems", "4"),
     *("--max_steps", "2", "--global_batch_size", "4", "--per_device_train_batch_size", "2", "--logging_steps", "1"),
@@ -36,12 +37,12 @@ SIZES = {
 
 
 def read_architecture(architecture):
-    """The fields of the config.json `architecture`, a path from this folder."""
+    """Returns the fields of the config.json `architecture`, a path from this folder."""
     return json.loads((Path(__file__).parent / architecture).read_text())
 
 
 def build_miniature(architecture, tokenizer):
-    """The model of `architecture` with random weights, `SIZES`, and the vocabulary of `tokenizer`."""
+    """Returns the model of `architecture` with random weights, `SIZES`, and the vocabulary of `tokenizer`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = read_architecture(architecture)
@@ -52,7 +53,7 @@ def build_miniature(architecture, tokenizer):
 
 
 def toy_functions(train, validation, test):
-    """Rows in the form of MBPP, one line of Python each, for rehearsals."""
+    """Returns rows in the form of MBPP, with one line of Python each."""
     rows = [
         {
             "task_id": i,

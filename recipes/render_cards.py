@@ -1,11 +1,10 @@
 """
 Make model cards from results folders of `recipes/sft.py`, each with its pictures made small, into `model_cards/`.
 
-# One card: model_cards/tiny-mixtral/{README.md, loads.png, curves.png}
-python recipes/render_cards.py results/tiny-cpu/mixtral
+python recipes/render_cards.py results/tiny-cpu/mixtral    # model_cards/tiny-mixtral/{README.md, loads.png, curves.png}
 
-An unbalanced run is shown beside it if the folder holds one (`--compare_unbalanced true` or `--baseline_dir` of
-`recipes/sft.py`), and so are the results of `recipes/evaluate.py`.
+A card shows an unbalanced run too if the folder holds one (`--compare_unbalanced true` or `--baseline_dir` of `recipes/sft.py`), and
+the results of `recipes/evaluate.py`.
 """
 
 import argparse

@@ -1,14 +1,10 @@
 """
-What vLLM makes of an exported checkpoint: the log-probabilities of the same tokens, beside those of transformers.
+Compare vLLM with transformers on an exported checkpoint, by the log-probabilities of the same tokens.
 
-```bash
 phibalance export results/mine results/mine-plain --texts code=hf_phibalance
 python recipes/serving.py expect results/mine-plain --output expected.json      # where transformers is
-python recipes/serving.py serve results/mine-plain --expected expected.json     # where vLLM is, which may be another environment
-```
+python recipes/serving.py serve results/mine-plain --expected expected.json     # where vLLM is, perhaps another environment
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -39,7 +35,7 @@ def expect(folder: str, output: str) -> None:
 
 
 def serve(folder: str, expected: str) -> float:
-    """The largest difference between vLLM's log-probabilities and those in the file `expected`."""
+    """Returns the largest difference between vLLM's log-probabilities and those in the file `expected`."""
     from vllm import LLM, SamplingParams
 
     rows = json.loads(Path(expected).read_text())
@@ -53,10 +49,9 @@ def serve(folder: str, expected: str) -> float:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Log-probabilities of an exported checkpoint in vLLM and transformers."
-    )
+if __name__ == "__main__":
+    replace_unprintable()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("expect", "serve"))
     parser.add_argument("folder")
     parser.add_argument("--output", default="expected.json")
@@ -66,8 +61,3 @@ def main() -> None:
         expect(args.folder, args.output)
     else:
         print(f"largest difference of a log-probability: {serve(args.folder, args.expected):.2e}")
-
-
-if __name__ == "__main__":
-    replace_unprintable()
-    main()

@@ -42,8 +42,8 @@ TESTED_ELSEWHERE = {
     ("recipes/README.md", "recipes/sft.py"): "tests/recipes/test_recipes.py",
     ("recipes/small-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_small_recipes.py",
     ("recipes/tiny-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_recipe_sft.py",
-    ("recipes/compare/README.md", "compare.py"): "tests/recipes/compare/test_compare_command.py",
-    ("recipes/compare/FINETUNING.md", "compare.py"): "tests/recipes/compare/test_compare_command.py",
+    ("recipes/compare/README.md", "compare.py"): "tests/recipes/test_compare.py",
+    ("recipes/compare/FINETUNING.md", "compare.py"): "tests/recipes/test_compare.py",
 }
 HERE = ("recipes/evaluate.py", "phibalance ", "python -c", "python -m pytest", "--- ")
 NO_CODE = ("bibtex",)

@@ -4,36 +4,31 @@
     python recipes/benchmarks/overhead.py --num_experts 128 --tokens 1024 --rounds 40 --json overhead.json
     python recipes/benchmarks/overhead.py --sweep --output_dir results/overhead   # growth with experts, tokens, layers ...
 
-A step is forward, backward and, where patched, `begin_step` and `step` of the balancer; no optimizer, which would only
-dilute the differences. All methods take turns on the same model and batch, in an order that changes from round to
-round, and each is compared with the unpatched step of the same round.
+A step is forward, backward and, where patched, `begin_step` and `step` of the balancer; no optimizer, which would only dilute the
+differences. All methods take turns on the same model and batch, in an order that changes from round to round. Each is compared
+with the unpatched step of the same round.
 
-A step of the whole model varies by several per cent, which is more than any of the methods costs. What a method adds
-depends only on the routers, so it is also measured on a model with the same routers and a light body (attention and
-experts are stand-ins that pass gradients on), where it is not lost in the noise, and given in milliseconds and as a
-share of the step of the whole model.
+A step of the whole model varies by several per cent, more than any method costs. What a method adds depends only on the routers,
+so it is also measured on a model with the same routers and a light body (stand-ins for attention and experts that pass gradients
+on), and given in milliseconds and as a share of the step of the whole model.
 
-On a CPU the time is that of the process, not of the wall, since other processes come and go; on a GPU it is measured
-by events. Memory is what autograd keeps for the backward pass, counted tensor by tensor, and on a GPU the allocator's
-peak as well.
+On a CPU the time is that of the process, since other processes come and go. On a GPU it is wall time after the queued work is
+done. Memory is what autograd keeps for the backward pass, counted tensor by tensor, and on a GPU the allocator's peak as well.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_phibalance as phb
@@ -41,23 +36,24 @@ from hf_phibalance.files import replace_unprintable
 
 
 UNPATCHED, BUILT_IN = "unpatched", "built-in aux loss"
-METHODS: dict[str, phb.PhiBalanceConfig | None] = {
+METHODS: dict[str, dict[str, Any] | None] = {
     UNPATCHED: None,
     BUILT_IN: None,
-    "price gradient": phb.PhiBalanceConfig(coef=0.01),
-    "dual bias": phb.PhiBalanceConfig(coef=0.0, bias_coef=0.001),
-    "gradient and bias": phb.PhiBalanceConfig(coef=0.01, bias_coef=0.001),
-    "gradient, current price": phb.PhiBalanceConfig(coef=0.01, price_from="current"),
-    "switch": phb.PhiBalanceConfig(method="switch"),
-    "pooled": phb.PhiBalanceConfig(method="pooled"),
-    "global batch": phb.PhiBalanceConfig(method="global_batch"),
-    "loss-free": phb.PhiBalanceConfig(method="loss_free"),
-    "quantile": phb.PhiBalanceConfig(method="quantile"),
-    "counting only": phb.PhiBalanceConfig(method="none"),
+    "price gradient": {"coef": 0.01},
+    "dual bias": {"coef": 0.0, "bias_coef": 0.001},
+    "gradient and bias": {"coef": 0.01, "bias_coef": 0.001},
+    "gradient, current price": {"coef": 0.01, "price_from": "current"},
+    "switch": {"method": "switch"},
+    "pooled": {"method": "pooled"},
+    "global batch": {"method": "global_batch"},
+    "loss-free": {"method": "loss_free"},
+    "quantile": {"method": "quantile"},
+    "counting only": {"method": "none"},
 }
 MAIN = (UNPATCHED, BUILT_IN, "price gradient", "dual bias", "gradient and bias")
 LIGHT_HIDDEN_SIZE, LIGHT_EXPERT_SIZE = 128, 8
 WHOLE_LIMIT = 2**25  # hidden size × tokens × layers of which a CPU still runs the whole model in seconds
+SHAPE = ("model_type", "hidden_size", "num_layers", "num_experts", "top_k", "expert_size", "tokens", "dtype", "device")
 SWEEPS = {
     "num_experts": (8, 16, 32, 64, 128, 256),
     "top_k": (1, 2, 4, 8),
@@ -67,31 +63,108 @@ SWEEPS = {
 }
 
 
-def build(
-    args: argparse.Namespace, hidden_size: int, expert_size: int, light: bool = False
-) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        args.model_type,
-        vocab_size=64 if light else 1024,
-        hidden_size=hidden_size,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=hidden_size // 64,
-        num_key_value_heads=hidden_size // 128,
-        head_dim=64,
-        intermediate_size=expert_size,
-        moe_intermediate_size=expert_size,
-        num_experts=args.num_experts,
-        num_local_experts=args.num_experts,
-        num_experts_per_tok=args.top_k,
-        max_position_embeddings=max(args.tokens, 2048),
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).to(args.device).train()
-    if light:
-        lighten(model)
-    model.router_aux_loss_coef = 0.001
-    ids = torch.randint(0, config.vocab_size, (args.batch_size, args.tokens // args.batch_size), device=args.device)
-    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+class Bench:
+    """A model that is patched for one method after the other, and its batch. `light`: with stand-ins for its body."""
+
+    def __init__(self, args: argparse.Namespace, light: bool = False) -> None:
+        torch.manual_seed(0)
+        hidden = LIGHT_HIDDEN_SIZE if light else args.hidden_size
+        expert = LIGHT_EXPERT_SIZE if light else args.expert_size
+        config = AutoConfig.for_model(
+            args.model_type,
+            vocab_size=64 if light else 1024,
+            hidden_size=hidden,
+            num_hidden_layers=args.num_layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 128,
+            head_dim=64,
+            intermediate_size=expert,
+            moe_intermediate_size=expert,
+            num_experts=args.num_experts,
+            num_local_experts=args.num_experts,
+            num_experts_per_tok=args.top_k,
+            max_position_embeddings=max(args.tokens, 2048),
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).to(args.device).train()
+        if light:
+            lighten(model)
+        model.router_aux_loss_coef = 0.001
+        shape = (args.batch_size, args.tokens // args.batch_size)
+        ids = torch.randint(0, config.vocab_size, shape, device=args.device)
+        self.model, self.batch = model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        self.is_cuda = ids.is_cuda
+
+    @contextlib.contextmanager
+    def patched(self, name: str) -> Iterator[Callable[[], None]]:
+        """Yields a function that takes one step by a method."""
+        balancer = None
+        if METHODS[name] is not None:
+            phb.patch(self.model, phb.PhiBalanceConfig(**METHODS[name]))
+            balancer = phb.get_balancer(self.model)
+        own = {"output_router_logits": name == BUILT_IN} if balancer is None else {}
+
+        def step() -> None:
+            if balancer is not None:
+                balancer.begin_step([self.batch])
+            self.model(**self.batch, **own).loss.backward()
+            if balancer is not None:
+                balancer.step()
+            for parameter in self.model.parameters():
+                parameter.grad = None
+
+        try:
+            yield step
+        finally:
+            phb.unpatch(self.model)
+
+    def clock(self) -> float:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() if self.is_cuda else time.process_time()
+
+    def seconds(self, name: str) -> float:
+        """Time of the third step after patching: the first checks the set-up, the second what the prices reach."""
+        with self.patched(name) as step:
+            step()
+            step()
+            began = self.clock()
+            step()
+            return self.clock() - began
+
+    def rounds(self, methods: Sequence[str], count: int) -> dict[str, list[float]]:
+        """Seconds of a step by method, in rounds in which all methods take turns."""
+        times: dict[str, list[float]] = {name: [] for name in methods}
+        order = list(methods)
+        for index in range(count):
+            random.Random(index).shuffle(order)
+            for name in order:
+                times[name].append(self.seconds(name))
+        return times
+
+    def kept_bytes(self, name: str) -> int:
+        """Bytes of distinct storages, parameters aside, that autograd holds between forward and backward."""
+        held = {}
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with self.patched(name) as step, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step()
+        return sum(held.values())
+
+    def peak_bytes(self, name: str) -> int:
+        """The allocator's peak during one step; 0 on a CPU."""
+        if not self.is_cuda:
+            return 0
+        with self.patched(name) as step:
+            step()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            return torch.cuda.max_memory_allocated()
 
 
 def lighten(model: torch.nn.Module) -> None:
@@ -104,227 +177,128 @@ def lighten(model: torch.nn.Module) -> None:
             module.forward = lambda hidden, chosen, weights: hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
 
 
-def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], balancer: phb.PhiBalancer | None, own: bool) -> None:
-    """One step, balanced by `balancer` where there is one, with the built-in loss where `own`."""
-    if balancer is not None:
-        balancer.begin_step([batch])
-        model(**batch).loss.backward()
-        balancer.step()
-    else:
-        model(**batch, output_router_logits=own).loss.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def stepper(model: torch.nn.Module, batch: dict[str, torch.Tensor], name: str) -> Callable[[], None]:
-    """One step of a model that is patched for `name`; like a training loop, it looks for the balancer only once."""
-    balancer = None if METHODS[name] is None else phb.get_balancer(model)
-    return lambda: step(model, batch, balancer, own=name == BUILT_IN)
-
-
-def seconds(model: torch.nn.Module, batch: dict[str, torch.Tensor], name: str) -> float:
-    run = stepper(model, batch, name)
-    for _ in range(2):  # the first step after patching checks the set-up, the second what the prices reach, both once
-        run()
-    if batch["input_ids"].is_cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.process_time()
-    run()
-    return time.process_time() - begin
-
-
-def kept_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor], name: str) -> int:
-    """Bytes of distinct storages, parameters aside, that autograd holds between forward and backward."""
-    held = {}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        stepper(model, batch, name)()
-    return sum(held.values())
-
-
-def measure(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], methods: Sequence[str], rounds: int, title: str
-) -> dict[str, list[float]]:
-    """Seconds of a step by method, in `rounds` rounds in which all methods take turns."""
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    order = list(methods)
-    for index in track(range(rounds), description=title):
-        random.Random(index).shuffle(order)
-        for name in order:
-            with patched(model, name):
-                times[name].append(seconds(model, batch, name))
-    return times
-
-
-@contextmanager
-def patched(model: torch.nn.Module, name: str) -> Iterator[None]:
-    config = METHODS[name]
-    if config is not None:
-        phb.patch(model, config)
-    try:
-        yield
-    finally:
-        phb.unpatch(model)
-
-
 def paired(times: dict[str, list[float]], name: str, compare: Callable[[float, float], float]) -> list[float]:
     """Lower quartile, median and upper quartile of `compare(step, unpatched step of the same round)`."""
     return statistics.quantiles([compare(*pair) for pair in zip(times[name], times[UNPATCHED])], n=4)
 
 
-def compare(args: argparse.Namespace, methods: Sequence[str], console: Console) -> None:
-    """One shape: whole steps, what each method adds, memory."""
-    model, batch = build(args, args.hidden_size, args.expert_size)
-    memory, peak = {}, {}
-    for name in methods:
-        with patched(model, name):
-            memory[name] = kept_bytes(model, batch, name)
-            if batch["input_ids"].is_cuda:
-                torch.cuda.reset_peak_memory_stats()
-                stepper(model, batch, name)()
-                peak[name] = torch.cuda.max_memory_allocated()
-    whole = measure(model, batch, methods, args.rounds, "whole model")
-    del model
-    light = measure(*light_body(args), methods, args.light_rounds, "light body")
+def added(times: dict[str, list[float]], name: str) -> list[float]:
+    """Quartiles of the milliseconds that a method adds to a step."""
+    return [1e3 * value for value in paired(times, name, lambda step, base: step - base)]
 
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def one_shape(args: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Prints whole steps, what each method adds, and memory."""
+    bench = Bench(args)
+    kept = {name: bench.kept_bytes(name) for name in methods}
+    peak = {name: bench.peak_bytes(name) for name in methods}
+    whole = bench.rounds(methods, args.rounds)
+    del bench
+    light = Bench(args, light=True).rounds(methods, args.light_rounds)
     unpatched = statistics.median(whole[UNPATCHED])
-    table = Table(title=f"{args.model_type}, {args.tokens} tokens, {args.num_experts} experts, top-{args.top_k}")
-    columns = ("step [ms]", "ratio, paired", "adds [ms]", "ratio, from what it adds", "keeps [KiB/layer]")
-    table.add_column("method")
-    for column in columns:
-        table.add_column(column, justify="right")
+    rows = [["method", "step [ms]", "ratio, paired", "adds [ms]", "ratio, from what it adds", "keeps [KiB/layer]"]]
     for name in methods:
         low, ratio, high = paired(whole, name, lambda step, base: step / base)
-        less, added, more = paired(light, name, lambda step, base: step - base)
-        table.add_row(
-            name,
-            f"{1e3 * statistics.median(whole[name]):.1f}",
-            f"{ratio:.4f} ({low:.4f} to {high:.4f})",
-            f"{1e3 * added:.2f} ({1e3 * less:.2f} to {1e3 * more:.2f})",
-            f"{1 + added / unpatched:.4f}",
-            f"{(memory[name] - memory[UNPATCHED]) / 2**10 / args.num_layers:.0f}"
-            + (f" (peak {peak[name] / 2**20:.0f} MiB)" if peak else ""),
+        less, more_time, more = added(light, name)
+        memory = f"{(kept[name] - kept[UNPATCHED]) / 2**10 / args.num_layers:.0f}"
+        memory += f" (peak {peak[name] / 2**20:.0f} MiB)" * bool(peak[name])
+        rows.append(
+            [
+                name,
+                f"{1e3 * statistics.median(whole[name]):.1f}",
+                f"{ratio:.4f} ({low:.4f} to {high:.4f})",
+                f"{more_time:.2f} ({less:.2f} to {more:.2f})",
+                f"{1 + more_time / 1e3 / unpatched:.4f}",
+                memory,
+            ]
         )
-    console.print(table)
+    print(
+        f"{args.model_type}, {args.tokens} tokens, {args.num_experts} experts, top-{args.top_k}\n\n{markdown(rows)}\n"
+    )
     logits = args.tokens * args.num_experts * getattr(torch, args.dtype).itemsize / 2**10
-    console.print(f"one logits tensor: {logits:.0f} KiB; {args.rounds} and {args.light_rounds} rounds")
+    print(f"one logits tensor: {logits:.0f} KiB; {args.rounds} and {args.light_rounds} rounds")
     if args.json:
-        figures = {"seconds": whole, "light_seconds": light, "kept_bytes": memory, "peak_bytes": peak}
+        figures = {"seconds": whole, "light_seconds": light, "kept_bytes": kept, "peak_bytes": peak}
         Path(args.json).write_text(json.dumps({"arguments": vars(args), **figures}, indent=1))
 
 
-def light_body(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    return build(args, LIGHT_HIDDEN_SIZE, LIGHT_EXPERT_SIZE, light=True)
-
-
-def sweep(args: argparse.Namespace, methods: Sequence[str], console: Console) -> None:
-    """Growth of what each method adds, one factor at a time; every finished point is kept and not measured again."""
+def sweep(args: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Measures what each method adds, one factor at a time. Every finished point is kept and not measured again."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "sweep.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
-    shape = (
-        "model_type",
-        "hidden_size",
-        "num_layers",
-        "num_experts",
-        "top_k",
-        "expert_size",
-        "tokens",
-        "dtype",
-        "device",
-    )
-    points = {json.dumps(point["shape"], sort_keys=True): point for point in map(json.loads, lines)}
+    points = {key_of(point["shape"]): point for point in map(json.loads, lines)}
     for factor, values in SWEEPS.items():
         for value in values:
             at = argparse.Namespace(**(vars(args) | {factor: value}))
-            own = {name: getattr(at, name) for name in shape}
-            key = json.dumps(own, sort_keys=True)
+            key = key_of(vars(at))
             if key in points or at.top_k > at.num_experts:
                 continue
+            bench = Bench(at, light=True)
+            kept = {name: bench.kept_bytes(name) for name in methods}
+            times = bench.rounds(methods, args.light_rounds)
+            point = {"shape": json.loads(key), "light_seconds": times, "kept_bytes": kept}
             # the whole model only as the measure of a step; on a CPU, sizes that take minutes are left out
-            model, batch = light_body(at)
-            kept = {}
-            for name in methods:
-                with patched(model, name):
-                    kept[name] = kept_bytes(model, batch, name)
-            times = measure(model, batch, methods, args.light_rounds, f"{factor} {value}")
-            points[key] = {"shape": own, "light_seconds": times, "kept_bytes": kept}
             if at.device == "cuda" or at.hidden_size * at.tokens * at.num_layers <= WHOLE_LIMIT:
-                model, batch = build(at, at.hidden_size, at.expert_size)
-                points[key]["step_seconds"] = statistics.median(
-                    seconds(model, batch, UNPATCHED) for _ in range(args.whole_steps)
-                )
-            del model
+                bench = Bench(at)
+                point["step_seconds"] = statistics.median(bench.seconds(UNPATCHED) for _ in range(args.whole_steps))
+            points[key] = point
             with file.open("a") as out:
-                out.write(json.dumps(points[key]) + "\n")
-    present(args, methods, points, shape, folder, console)
+                out.write(json.dumps(point) + "\n")
+            print(f"{factor} {value}", flush=True)
+    present(args, methods, points, folder)
 
 
-def present(
-    args: argparse.Namespace,
-    methods: Sequence[str],
-    points: dict[str, dict[str, Any]],
-    shape: Sequence[str],
-    folder: Path,
-    console: Console,
-) -> None:
-    """What each method adds to a step, and keeps per layer for the backward pass, as one table (Markdown) and one picture."""
+def key_of(shape: dict[str, Any]) -> str:
+    return json.dumps({name: shape[name] for name in SHAPE}, sort_keys=True)
+
+
+def present(args: argparse.Namespace, methods: Sequence[str], points: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Writes what each method adds to a step, and keeps per layer for the backward pass, as a table and a picture."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(SWEEPS), figsize=(4 * len(SWEEPS), 4), sharey=True, layout="constrained")
-    rows = [["factor", "value", "step [ms]", *(name for name in methods if name != UNPATCHED)]]
+    others = [name for name in methods if name != UNPATCHED]
+    rows = [["factor", "value", "step [ms]", *others]]
     for axis, (factor, values) in zip(axes, SWEEPS.items()):
-        curves: dict[str, list[tuple[int, float]]] = {name: [] for name in methods if name != UNPATCHED}
-        for value in values:
-            at = vars(args) | {factor: value}
-            point = points.get(json.dumps({name: at[name] for name in shape}, sort_keys=True))
-            if point is None:
-                continue
-            row = [factor, str(value), f"{1e3 * point['step_seconds']:.0f}" if "step_seconds" in point else "-"]
-            for name, curve in curves.items():
-                added = 1e3 * paired(point["light_seconds"], name, lambda step, base: step - base)[1]
-                curve.append((value, added))
-                share = f", {added / point['step_seconds'] / 10:.2f} %" if "step_seconds" in point else ""
-                kept = (point["kept_bytes"][name] - point["kept_bytes"][UNPATCHED]) / 2**10 / at["num_layers"]
-                row.append(f"{added:.2f} ms{share}, {kept:.0f} KiB")
+        at = {value: points.get(key_of(vars(args) | {factor: value})) for value in values}
+        at = {value: point for value, point in at.items() if point is not None}
+        for name in others:
+            more = [added(point["light_seconds"], name)[1] for point in at.values()]
+            axis.plot(list(at), more, marker="o", markersize=3, label=name)
+        for value, point in at.items():
+            step = point.get("step_seconds")
+            row = [factor, str(value), f"{1e3 * step:.0f}" if step else "-"]
+            for name in others:
+                more = added(point["light_seconds"], name)[1]
+                kept = (
+                    (point["kept_bytes"][name] - point["kept_bytes"][UNPATCHED]) / 2**10 / point["shape"]["num_layers"]
+                )
+                row.append(f"{more:.2f} ms" + (f", {more / step / 10:.2f} %" if step else "") + f", {kept:.0f} KiB")
             rows.append(row)
-        for name, curve in curves.items():
-            axis.plot(*zip(*curve), marker="o", markersize=3, label=name)
         axis.set(xlabel=factor, xscale="log", yscale="log")
         axis.set_xticks(values, [str(value) for value in values])
         axis.minorticks_off()
     axes[0].set_ylabel("adds to a step [ms]")
     axes[-1].legend(fontsize=7)
     figure.savefig(folder / "sweep.png", dpi=120)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    (folder / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    console.print(f"{folder / 'sweep.md'}, {folder / 'sweep.png'}")
+    (folder / "sweep.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    print(f"{folder / 'sweep.md'}, {folder / 'sweep.png'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_type", default="qwen3_moe")
-    parser.add_argument("--hidden_size", type=int, default=1024)
-    parser.add_argument("--num_layers", type=int, default=4)
-    parser.add_argument("--num_experts", type=int, default=64)
-    parser.add_argument("--top_k", type=int, default=8)
-    parser.add_argument("--expert_size", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--batch_size", type=int, default=4)
+    shape = {"hidden_size": 1024, "num_layers": 4, "num_experts": 64, "top_k": 8, "expert_size": 256, "tokens": 1024}
+    for name, default in (shape | {"batch_size": 4}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--light_rounds", type=int, default=200, help="rounds of the model with a light body")
     parser.add_argument("--whole_steps", type=int, default=3, help="--sweep: unpatched steps of the whole model")
@@ -338,18 +312,11 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.rounds, args.light_rounds) < 2:
         parser.error(f"--rounds and --light_rounds must be at least 2, got {args.rounds} and {args.light_rounds}.")
-
-    console = Console(width=140)
     methods = list(METHODS) if args.all_methods else list(dict.fromkeys([UNPATCHED, *args.methods]))
-    (sweep if args.sweep else compare)(args, methods, console)
-    device = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
-    console.print(
-        f"medians (middle half); {device}; torch {torch.__version__}; transformers {transformers.__version__}"
-    )
+    (sweep if args.sweep else one_shape)(args, methods)
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu
+    print(f"medians (middle half); {machine}; torch {torch.__version__}; transformers {transformers.__version__}")
 
 
 if __name__ == "__main__":

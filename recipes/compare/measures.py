@@ -1,4 +1,5 @@
-"""What the comparison measures, from counts and choices: pure functions, and the recorder that reads choices off a model.
+"""
+What the comparisons measure, from expert choices and counts.
 
 Shapes: L layers, E experts, k experts per token, D domains, W windows of S tokens, T tokens.
 """
@@ -6,7 +7,8 @@ Shapes: L layers, E experts, k experts per token, D domains, W windows of S toke
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +19,11 @@ from hf_phibalance.maths import dead_experts, gini, max_vio, mutual_information
 from hf_phibalance.routers import reading
 
 
+CURVE_POINTS = 50
+
+
 class _Choices:
-    """A `RouterReader` that notes what every router chooses."""
+    """A `RouterReader` that keeps what every router chooses."""
 
     is_idle = False
 
@@ -40,14 +45,19 @@ class _Choices:
 
 @contextmanager
 def recorded_choices(balancer: PhiBalancer) -> Iterator[list[Tensor]]:
-    """While open, every call of a router appends the experts `(T, k)` it chose, bias included, to the list."""
+    """Context manager: every router call appends the experts `(T, k)` it chose, bias included, to the yielded list."""
     choices = _Choices(balancer)
     with reading(choices):
         yield choices.chosen
 
 
+def mean_max_vio(loads: Sequence[Tensor] | Tensor) -> float:
+    """MaxVio of each layer's loads `(E,)`, averaged over layers."""
+    return float(max_vio(torch.stack(list(loads)).float()).mean())
+
+
 def count_by_window(choices: Sequence[Tensor], windows: int, num_experts: int) -> Tensor:
-    """Assignments per window, layer and expert, `(W, L, E)`, from the choices `(W * S, k)` of every layer in turn."""
+    """Counts assignments per window, layer and expert, `(W, L, E)`, from each layer's choices `(W * S, k)`."""
     counts = []
     for chosen in choices:
         rows = chosen.reshape(windows, -1).cpu()
@@ -56,7 +66,7 @@ def count_by_window(choices: Sequence[Tensor], windows: int, num_experts: int) -
 
 
 def changed_share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Share of the (token, layer) top-k assignments in `before` that are not in `after`; the order within k is no matter."""
+    """Share of the (token, layer) top-k assignments in `before` that are not in `after`. The order within k is ignored."""
     kept = total = 0
     for old, new in zip(before, after):
         kept += int((old.unsqueeze(-1) == new.unsqueeze(-2)).any(-1).sum())
@@ -66,30 +76,17 @@ def changed_share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 def domain_information(counts_DLE: Tensor) -> Tensor:
     """
-    Mutual information of domain and expert in bits, `(L,)`, all domains weighing the same: 0 if every domain uses the
-    experts alike, log2 D if no two domains share an expert.
+    Mutual information of domain and expert in bits, `(L,)`, with equal weight for each domain: 0 if all domains use the experts
+    alike, log2 D if no two domains share an expert.
     """
     shares_DLE = counts_DLE.double() / counts_DLE.sum(-1, keepdim=True)
     return mutual_information(shares_DLE.transpose(0, 1))
 
 
-def batch_max_vio(counts_WLE: Tensor, groups: Sequence[Sequence[int]]) -> float:
-    """MaxVio of batches that hold the windows of each of `groups`: mean over layers, then over batches."""
-    loads = torch.stack([counts_WLE[list(group)].sum(0) for group in groups])
-    return float(max_vio(loads).mean())
-
-
 def balance_figures(counts_DWLE: Tensor, rows: int) -> dict[str, float]:
     """
-    Balance on held-out text, from the assignments of every window.
-
-    Args:
-        counts_DWLE (`torch.Tensor` of shape `(D, W, L, E)`): Assignments by domain and window.
-        rows (`int`): Windows of a batch, for the figures per batch.
-
-    Returns:
-        `dict`: `max_vio_global` (mean over layers), `max_vio_worst_layer`, `gini`, `dead_experts` (over all layers),
-        `max_vio_mixed_batch` and `max_vio_domain_batch` (batches of all domains, and of one), `domain_information`.
+    Balance on held-out text, from the assignments of each window. Figures are means over layers; dead experts are summed. A batch has
+    `rows` windows, of all domains (`max_vio_mixed_batch`) or of one (`max_vio_domain_batch`).
     """
     domains, windows, _, _ = counts_DWLE.shape
     load_LE = counts_DWLE.sum((0, 1))
@@ -104,32 +101,54 @@ def balance_figures(counts_DWLE: Tensor, rows: int) -> dict[str, float]:
         for d in range(domains)
         for i in range(0, windows - rows + 1, rows)
     ]
+
+    def of_batches(groups: list[list[int]]) -> float:
+        return float(max_vio(torch.stack([flat[group].sum(0) for group in groups])).mean())
+
     return {
         "max_vio_global": float(max_vio(load_LE).mean()),
         "max_vio_worst_layer": float(max_vio(load_LE).max()),
         "gini": float(gini(load_LE).mean()),
         "dead_experts": float(dead_experts(load_LE).sum()),
-        "max_vio_mixed_batch": batch_max_vio(flat, mixed),
-        "max_vio_domain_batch": batch_max_vio(flat, single),
+        "max_vio_mixed_batch": of_batches(mixed),
+        "max_vio_domain_batch": of_batches(single),
         "domain_information": float(domain_information(counts_DWLE.sum(1)).mean()),
     }
 
 
+@torch.no_grad()
+def examine_text(
+    model: nn.Module, balancer: PhiBalancer, validation: Mapping[str, Tensor], rows: int, batch: int = 16
+) -> tuple[dict[str, float], list]:
+    """
+    Measures loss and balance on held-out windows `(W, S)` of each domain. Returns the figures, and the experts' shares of the assignments
+    as lists `(L, D, E)`.
+    """
+    model.eval()
+    losses, counts = {}, []
+    num_experts = balancer.sites[0].num_experts
+    for domain, windows in validation.items():
+        sums, by_window = [], []
+        for ids in windows.to(model.device).split(batch):
+            with recorded_choices(balancer) as chosen:
+                loss = model(input_ids=ids, labels=ids).loss
+            sums.append(float(loss) * len(ids))
+            by_window.append(count_by_window(chosen, len(ids), num_experts))
+        losses[domain] = math.fsum(sums) / len(windows)
+        counts.append(torch.cat(by_window))
+    model.train()
+    counts_DWLE = torch.stack(counts)
+    figures = {"loss": statistics.fmean(losses.values()), **{f"loss_{name}": loss for name, loss in losses.items()}}
+    figures |= balance_figures(counts_DWLE, rows)
+    by_domain_DLE = counts_DWLE.sum(1)
+    shares_LDE = (by_domain_DLE / by_domain_DLE.sum(-1, keepdim=True)).transpose(0, 1)
+    return figures, [[rounded(shares) for shares in layer] for layer in shares_LDE.tolist()]
+
+
 def steps_to_recover(values: Sequence[float], switch: int, within: float = 1.25, smooth: int = 10) -> int:
     """
-    Steps after `switch` until a figure is back within `within` times its mean before the switch.
-
-    The figure is smoothed by the mean of the last `smooth` steps, all after the switch (fewer right after it), the mean
-    before is that of the second half of the steps before.
-
-    Args:
-        values (`Sequence[float]`): The figure of every step.
-        switch (`int`): First step of the new mixture.
-        within (`float`, *optional*, defaults to `1.25`): Factor that counts as recovered.
-        smooth (`int`, *optional*, defaults to `10`): Steps to smooth over.
-
-    Returns:
-        `int`: 0 if it never rose that high; all steps after the switch if it does not come back.
+    Counts the steps after `switch` until the mean of `smooth` steps is within `within` times the mean over the second half of the steps
+    before. 0 if it never rose that high; all steps after `switch` if it does not come back.
     """
     before = values[switch // 2 : switch]
     limit = within * math.fsum(before) / len(before)
@@ -140,16 +159,15 @@ def steps_to_recover(values: Sequence[float], switch: int, within: float = 1.25,
     return len(after)
 
 
-def thin(values: Sequence[float], points: int, multiple: int = 1) -> list[float]:
+def thin(values: Sequence[float], multiple: int = 1, points: int = CURVE_POINTS) -> list[float]:
     """
-    At most `points` means of consecutive stretches of `values`, equally long (but for the last, which may be shorter).
-
-    Args:
-        values (`Sequence[float]`): A figure of every step.
-        points (`int`): Most values to return.
-        multiple (`int`, *optional*, defaults to `1`): Of which the length of a stretch is one; the domains of a blocked
-            stream take turns, so stretches of whole turns hold equally much of each.
+    Averages `values` over consecutive stretches of equal length, at most `points` of them, rounded to 5 digits. The length is a multiple of
+    `multiple`, the number of domains, so that stretches of a blocked stream hold equally much of each.
     """
     stretch = math.ceil(len(values) / points / multiple) * multiple
     pieces = [values[start : start + stretch] for start in range(0, len(values), max(1, stretch))]
-    return [math.fsum(piece) / len(piece) for piece in pieces]
+    return rounded([math.fsum(piece) / len(piece) for piece in pieces])
+
+
+def rounded(values: Sequence[float], digits: int = 5) -> list[float]:
+    return [round(value, digits) for value in values]

@@ -43,7 +43,7 @@ LONGER = (  # left out by --quick
 
 
 def examine_families(names: list[str]) -> dict[str, list[str]]:
-    """Families by outcome: `"ok"`, `"failed"`, `"absent"` (this version cannot build or train them), `"refused"`."""
+    """Returns the families by outcome: `"ok"`, `"failed"`, `"absent"` (this version cannot build or train them), `"refused"`."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
     import version_table
 
@@ -57,22 +57,11 @@ def examine_families(names: list[str]) -> dict[str, list[str]]:
 
 
 def run_tests(files: Sequence[str]) -> dict[str, int]:
-    """How many of the core's tests passed, failed and were skipped."""
+    """Returns how many of the core's tests passed, failed and were skipped."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-n",
-            "auto",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-            *files,
-        ]
-        subprocess.run(command, cwd=ROOT, check=False)
+        options = ["-q", "-n", "auto", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        subprocess.run([sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, check=False)
         suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]

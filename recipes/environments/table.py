@@ -52,7 +52,7 @@ def tools_table() -> str:
 
 
 def noted_rows(report: Path) -> Iterator[dict[str, str]]:
-    """What the tests of a report of pytest have noted, those that passed."""
+    """Yields the figures that the passed tests of a report of pytest have noted."""
     for test in ElementTree.parse(report).getroot().iter("testcase"):
         noted = {str(entry.get("name")): str(entry.get("value")) for entry in test.iter("property")}
         if noted and test.find("failure") is None and test.find("error") is None:

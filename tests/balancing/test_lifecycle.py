@@ -1,8 +1,10 @@
 """
 Anything in any order: patching, adapters, copies, files, failures, other models, while the duals follow the reference.
 
-The same for as many more examples as one likes: `python recipes/reliability/lifecycle.py --examples 500`.
+More and longer examples, shrunk where one fails: `PHB_EXAMPLES=500 python -m pytest tests/balancing/test_lifecycle.py`.
 """
+
+import os
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -12,14 +14,14 @@ from life import Life
 
 pytestmark = pytest.mark.slow
 
-
+LONGER = "PHB_EXAMPLES" in os.environ
 SETTINGS = settings(
     derandomize=True,
-    max_examples=7,
-    stateful_step_count=10,
+    max_examples=int(os.environ.get("PHB_EXAMPLES", 7)),
+    stateful_step_count=20 if LONGER else 10,
     deadline=None,
     database=None,
-    phases=(Phase.generate,),  # what fails is shown as it is; the script shrinks it
+    phases=(Phase.generate, Phase.shrink) if LONGER else (Phase.generate,),
     suppress_health_check=list(HealthCheck),
 )
 

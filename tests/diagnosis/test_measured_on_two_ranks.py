@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from invariance import in_ranks, save_models
+from invariance import in_ranks
+from layouts import save_models
 from tiny import tiny_batch, tiny_model
 from transformers import Trainer, TrainingArguments
 
@@ -57,7 +58,7 @@ def with_sums(folder):
 
 
 def spread(folder):
-    from invariance.layouts import LAYOUTS, load_spread
+    from layouts import LAYOUTS, load_spread
 
     reports = {}
     for layout in LAYOUTS:

@@ -1,13 +1,27 @@
-"""A run of the comparison of methods that takes a second."""
+"""The modules of recipes/compare, and a run of a second."""
+
+# ruff: noqa: F401
+
+import importlib.util
+import sys
+
+from paths import ROOT
 
 
-def small_run(house, **fields):
-    fields = {"model": "mixtral", "stream": "mixed", "seed": 0, "method": {"method": "none"}, "steps": 8} | fields
-    sizes = {
-        "hidden_size": 32,
-        "head_dim": 16,
-        "num_hidden_layers": 2,
-        "intermediate_size": 16,
-        "num_local_experts": 8,
-    }
-    return house["run"].Run(**{"rows": 6, "window": 16, "model_fields": sizes, "corpus": "x"} | fields)
+sys.path.append(str(ROOT / "recipes"))  # last, since some scripts there have the names of libraries
+
+from compare import exercises, finetune, harness, measures, models, scratch, tables, text, training
+
+
+def load_command():
+    """Returns the module of recipes/compare.py, whose name the package beside it has."""
+    spec = importlib.util.spec_from_file_location("compare_command", ROOT / "recipes" / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small_run(**fields):
+    sizes = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 2, "intermediate_size": 16}
+    shape = {"rows": 6, "window": 16, "model_fields": {**sizes, "num_local_experts": 8}, "corpus": "x", "steps": 8}
+    return scratch.Run(**{"model": "mixtral", "stream": "mixed", "method": {"method": "none"}, **shape, **fields})

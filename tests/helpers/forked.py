@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from invariance.ranks import IMPORTED
+from invariance import IMPORTED
 
 
 def run_script(script, *arguments, cwd=None, env=None, timeout=300):

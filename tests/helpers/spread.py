@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from invariance import Layout, load_spread, measure_layouts
+from layouts import Layout, load_spread, measure_layouts
 from references import naive_training
 from tiny import set_prices, tiny_batch, tiny_model
 from torch.distributed import pipelining

@@ -4,9 +4,7 @@ import re
 
 import pytest
 import torch
-from invariance.definition import reference
-from invariance.inputs import COEF, LONGEST, build_model, build_rows, collate, deal
-from invariance.steps import Recorder
+from invariance import COEF, LONGEST, Recorder, build_model, build_rows, collate, deal, reference
 from paths import ROOT
 from torch.utils.data import DataLoader
 

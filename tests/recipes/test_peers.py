@@ -5,8 +5,11 @@ import re
 import subprocess
 import sys
 
+import pytest
 from paths import ROOT
 
+
+pytestmark = pytest.mark.slow
 
 TESTS = """
 import os

@@ -14,6 +14,8 @@ from paths import ROOT
 from hf_phibalance.tasks import make_splits
 
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "recipes" / "evaluate.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 

@@ -14,6 +14,8 @@ from hf_phibalance.hub import Run
 from hf_phibalance.tasks import make_splits
 
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     *("--max_steps", "6", "--logging_steps", "1", "--eval_steps", "3", "--per_device_train_batch_size", "4"),
     *("--validation_problems", "4", "--test_problems", "4", "--max_new_tokens", "8", "--learning_rate", "1e-3"),
@@ -112,14 +114,7 @@ def test_one_file_is_split(recipe, tmp_path):
 
 
 def test_a_rehearsal_writes_beside_the_results(recipe):
-    config = [
-        "--config",
-        str(ROOT / "recipes" / "olmoe-1b-7b" / "gsm8k" / "none.yaml"),
-        "--use_cpu",
-        "true",
-        "--bf16",
-        "false",
-    ]
+    config = ["--config", str(ROOT / "recipes/olmoe-1b-7b/gsm8k/none.yaml"), "--use_cpu", "true", "--bf16", "false"]
     real = "results/olmoe-1b-7b/gsm8k/none"
     for options, folder in (([], real), (["--tiny"], f"{real}-rehearsal"), (["--tiny", "--output_dir=x"], "x")):
         assert recipe.parse([*config, *options])[2].output_dir == folder

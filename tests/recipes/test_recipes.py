@@ -24,6 +24,8 @@ from hf_phibalance.routers import find_routers
 from hf_phibalance.tasks import make_splits
 
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ROOT / "recipes"
 README = RECIPES / "README.md"
 YAMLS = sorted(path.relative_to(RECIPES) for path in RECIPES.glob("*/*/*.yaml"))
@@ -100,13 +102,8 @@ def test_settings_are_those_of_the_paper(model):
     for task in ("gsm8k", "humaneval"):
         recipes = {name: yaml.safe_load((RECIPES / model / task / f"{name}.yaml").read_text()) for name in VARIANTS}
         for name, recipe in recipes.items():
-            paper = {
-                "lora_r": 8,
-                "lora_alpha": 32,
-                "learning_rate": 5e-5,
-                "global_batch_size": 18,
-                "num_train_epochs": 3,
-            }
+            paper = {"lora_r": 8, "lora_alpha": 32, "learning_rate": 5e-5, "num_train_epochs": 3}
+            paper |= {"global_batch_size": 18}
             assert {key: recipe[key] for key in paper} == paper
             assert recipe["use_peft"] is True and recipe["architecture"] == f"{model}/config.json"
             assert recipe["task"] == {"gsm8k": "gsm8k", "humaneval": "mbpp"}[task]
@@ -172,16 +169,8 @@ def test_full_fine_tuning_with_frozen_routers(rehearse):
 def test_other_adapters(policy, targets, rehearse):
     # a YAML value cannot be unset, so this one has none
     recipe = yaml.safe_load((RECIPES / "mixtral-8x7b/gsm8k/phibalance.yaml").read_text())
-    options = [
-        "--architecture",
-        recipe["architecture"],
-        "--model_name_or_path",
-        "x",
-        "--use_peft",
-        "--learning_rate",
-        "1e-2",
-    ]
-    options += ["--router_policy", policy] + (["--lora_targets", targets] if targets else [])
+    options = ["--architecture", recipe["architecture"], "--model_name_or_path", "x", "--learning_rate", "1e-2"]
+    options += ["--use_peft", "--router_policy", policy] + (["--lora_targets", targets] if targets else [])
     trainer, before, _ = rehearse(*options)
     changed = moved(trainer, before)
     routers, others = of_routers(trainer, changed), changed - of_routers(trainer, changed)
@@ -221,13 +210,8 @@ def test_chat_template_is_used_for_training_and_examination(monkeypatch, rehears
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_launcher_is_understood(path):
-    kind = {
-        "ddp": "MULTI_GPU",
-        "fsdp2": "FSDP",
-        "zero3": "DEEPSPEED",
-        "single_gpu": "NO",
-        "cpu_2_processes": "MULTI_GPU",
-    }
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED", "single_gpu": "NO"}
+    kind |= {"cpu_2_processes": "MULTI_GPU"}
     declared = load_config_from_file(str(path))
     assert declared.distributed_type.value == kind[path.stem]
     known = launch_command_parser()
@@ -325,21 +309,13 @@ def test_command_of_the_readme(command, rehearse, tmp_path):
         words[words.index("path/to/gsm8k")] = str(tmp_path)
     if "cpu_2_processes" in command:  # really started; what the other launchers do is in test_launch.py
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        started = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.accelerate_cli",
-            *words[1:],
-            "--output_dir",
-            str(tmp_path / "two"),
-        ]
-        started[3:4] = ["launch", "--main_process_port", "0"]
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+        started = [*launch, *words[2:], "--output_dir", str(tmp_path / "two")]
         done = subprocess.run(started, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("Training with φ-balanced routers") == 1
-        assert (tmp_path / "two" / "metrics.json").is_file() and "rng_state_1.pth" in {
-            path.name for path in (tmp_path / "two").glob("checkpoint-*/*")
-        }
+        assert (tmp_path / "two" / "metrics.json").is_file()
+        assert list((tmp_path / "two").glob("checkpoint-*/rng_state_1.pth"))
         return
     if words[:2] == ["accelerate", "launch"]:
         args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words[2:]))

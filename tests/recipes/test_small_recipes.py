@@ -13,6 +13,8 @@ from paths import ROOT
 from hf_phibalance.tasks import make_splits
 
 
+pytestmark = pytest.mark.slow
+
 FUNCTION = {
     "task_id": "HumanEval/0",
     "prompt": 'def one():\n    """ Return 1 """\n',
@@ -58,17 +60,8 @@ def test_commands_of_the_readme(data):
     for words in readme:
         short = []
         if words[1] == "recipes/sft.py":
-            short = [
-                "--max_steps",
-                "2",
-                "--train_problems",
-                "16",
-                "--test_problems",
-                "4",
-                "--validation_problems",
-                "4",
-            ]
-            short += ["--max_new_tokens", "4"]
+            short = ["--max_steps", "2", "--train_problems", "16", "--test_problems", "4", "--max_new_tokens", "4"]
+            short += ["--validation_problems", "4"]
         given = [ROOT / word if word.endswith(".yaml") else word for word in [*words[2:], *short]]
         done = run_script(ROOT / words[1], *given, cwd=data, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Ten kills of the reliability script: the runs end as the untouched one, bit for bit."""
+"""Ten kills by tests/helpers/crash.py: the runs end as the untouched one, bit for bit."""
 
 import json
 import os
@@ -13,7 +13,7 @@ def test_killed_runs_end_as_the_untouched_one(tmp_path):
     moments = ["backward", "update", "checkpoint", "state", "disk"]
     script = [
         sys.executable,
-        ROOT / "recipes/reliability/crash.py",
+        ROOT / "tests/helpers/crash.py",
         "--kills",
         "1",
         "--json",

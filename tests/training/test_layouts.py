@@ -3,12 +3,14 @@ Layouts of real processes: models spread over them by transformers, batches that
 for themselves. The coefficient is exact in all of them; pipelines are noticed.
 """
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from invariance import in_ranks, measure_layouts, save_models
+from invariance import in_ranks
+from layouts import LAYOUTS, measure_layouts, save_models
 from spread import LOCAL_STEPS, RUNS, TRAINERS, WITH_IDLE_EXPERTS, batches_of_ranks, on_two_ranks, whole_rows
 from steps import assert_gradient
 from tiny import tiny_model
@@ -17,8 +19,12 @@ from training import make_trainer, pad
 import hf_phibalance as phb
 
 
-TWO_RANKS = ("TP, EP by all-reduce", "FSDP2, EP")
-FOUR_RANKS = ("FSDP2 × TP, EP over all",)
+# With PHB_EXAMPLES all of them. Models with a norm per head (Qwen3-MoE) are not exact under tensor parallelism: transformers 5.24
+# leaves those norms a part of their gradient, patched or not.
+LONGER = "PHB_EXAMPLES" in os.environ
+SHORT = ("TP, EP by all-reduce", "FSDP2, EP", "FSDP2 × TP, EP over all")
+WANTED = [layout for layout in LAYOUTS if LONGER or layout.name in SHORT]
+TWO_RANKS, FOUR_RANKS = ([layout.name for layout in WANTED if layout.ranks == ranks] for ranks in (2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +54,10 @@ def test_spread_over_two_ranks(two_ranks):
 
 
 def test_spread_over_four_ranks(folder):
-    """In a loop only: a `Trainer` takes long to import four times. `recipes/reliability/layouts.py` has it too."""
-    for results in in_ranks(measure_layouts, 4, FOUR_RANKS, TRAINERS[:1], str(folder), "mixtral"):
-        assert_exact(results, FOUR_RANKS, TRAINERS[:1])
+    """In a loop only: a `Trainer` takes long to import four times."""
+    trainers = TRAINERS if LONGER else TRAINERS[:1]
+    for results in in_ranks(measure_layouts, 4, FOUR_RANKS, trainers, str(folder), "mixtral"):
+        assert_exact(results, FOUR_RANKS, trainers)
 
 
 # ---------------------------------------------------------------------- batches that are not even

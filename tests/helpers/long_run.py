@@ -1,10 +1,13 @@
 """
 Trains a tiny patched model for very long: memory and step time must not grow, nor the duals drift.
 
-A Mixtral of one layer (8 experts, top-2) is trained with both levers on padded random tokens, as a raw loop does it: gradient
-accumulation of two, figures read every 100 steps, an evaluation and a copy of the state every 1,000. Beside it runs the
-definition in float64, on what the router returned: means, prices and biases of every step. The first quarter of the steps is
-compared with the last one.
+    python tests/helpers/long_run.py
+    python tests/helpers/long_run.py --steps 1000000 --ema_rate 0.01
+
+A Mixtral of one layer (8 experts, top-2) is trained with both levers on padded random tokens, in a raw loop: gradient
+accumulation of two, figures read every 100 steps, an evaluation and a copy of the state every 1,000. The definition in float64
+runs beside it, on what the router returned: means, prices and biases of every step. The first quarter of the steps is compared
+with the last one.
 
 | figure | must not exceed |
 |---|---|
@@ -14,11 +17,6 @@ compared with the last one.
 | a mean, off the exact one | 2^-25 / η + 2^-21 |
 | a price, off the exact one | 1e-4 |
 | a bias, off the exact one | steps · 2^-24 · (largest bias + bias_coef · largest price): a rounding each step |
-
-Usage:
-
-    python recipes/reliability/long_run.py
-    python recipes/reliability/long_run.py --steps 1000000 --ema_rate 0.01
 
 CPU, no network; 20,000 steps take about six minutes on one core. Exit status 1 if a bound does not hold.
 """
@@ -34,10 +32,7 @@ import time
 import tracemalloc
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from typing import NamedTuple
 
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -61,6 +56,14 @@ SHAPE = {
 ROWS, WIDTH, MICRO_BATCHES = 2, 8, 2
 
 
+class Row(NamedTuple):
+    figure: str
+    first: float | None  # of the first quarter
+    last: float | None
+    found: float
+    bound: float
+
+
 class Exact:
     """The definition of the duals (negative entropy) in float64, fed with what the router of `model` returns."""
 
@@ -69,12 +72,11 @@ class Exact:
         self.means = {kind: torch.full((experts,), 1 / experts, dtype=torch.float64) for kind in ("probs", "load")}
         self.price = torch.zeros(experts, dtype=torch.float64)
         self.bias = torch.zeros(experts, dtype=torch.float64)
-        self.mask: torch.Tensor | None = None  # (T,) of the forward under way
-        self._clear()
-        model.model.layers[0].mlp.gate.register_forward_hook(self._look)
-
-    def _clear(self) -> None:
+        self.mask: torch.Tensor | None = None  # (T,) of the current forward
         self.sums = {kind: torch.zeros_like(mean) for kind, mean in self.means.items()}
+        self.errors = {"mean": 0.0, "price": 0.0, "bias": 0.0}  # largest so far
+        self.rounding = 0.0  # of a bias, in one step, at most
+        model.model.layers[0].mlp.gate.register_forward_hook(self._look)
 
     @torch.no_grad()
     def _look(self, module, args, output) -> None:
@@ -83,50 +85,40 @@ class Exact:
             self.sums["probs"] += logits[self.mask].double().softmax(-1).sum(0)
             self.sums["load"] += torch.bincount(chosen[self.mask].flatten(), minlength=len(self.bias))
 
-    def _price_of(self, mean: torch.Tensor) -> torch.Tensor:
-        price = (len(mean) * mean).log()
-        return price - price.mean()
-
     def step(self) -> None:
         rate = self.config.ema_rate
         for kind, total in self.sums.items():
             self.means[kind] = (1 - rate) * self.means[kind] + rate * total / total.sum()
-        self.price = self._price_of(self.means["probs"])
-        self.bias = self.bias - self.config.bias_coef * self._price_of(self.means["load"])
-        self._clear()
+        self.price = price_of(self.means["probs"])
+        self.bias = self.bias - self.config.bias_coef * price_of(self.means["load"])
+        self.sums = {kind: torch.zeros_like(mean) for kind, mean in self.means.items()}
 
-
-@dataclass
-class Findings:
-    """What a run showed, in order; room for all of it is taken before the run begins."""
-
-    steps: int
-    ema_rate: float
-    seconds: array = field(init=False)  # CPU time of each step
-    resident: array = field(init=False)  # bytes, at every reading
-    traced: array = field(init=False)
-    objects: array = field(init=False)
-    mean_error: float = 0.0
-    price_error: float = 0.0
-    bias_error: float = 0.0
-    bias_bound: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.every = max(5, self.steps // 200)  # steps between two readings of the memory
-        self.seconds = array("d", bytes(8 * self.steps))
-        self.resident, self.traced, self.objects = (
-            array("d", bytes(8 * (self.steps // self.every))) for _ in range(3)
-        )
-
-    def note_duals(self, balancer: phb.PhiBalancer, exact: Exact) -> None:
+    def compare(self, balancer: phb.PhiBalancer) -> None:
         (name,) = balancer.layer_names
         price, bias = balancer.prices()[name], balancer.biases()[name]
-        for kind, mean in exact.means.items():
-            self.mean_error = max(self.mean_error, _gap(balancer.means(kind)[name], mean))
-        self.price_error = max(self.price_error, _gap(price, exact.price))
-        self.bias_error = max(self.bias_error, _gap(bias, exact.bias))
+        for kind, mean in self.means.items():
+            self._note("mean", balancer.means(kind)[name], mean)
+        self._note("price", price, self.price)
+        self._note("bias", bias, self.bias)
         rounding = 2**-24 * float(bias.abs().max() + balancer.config.bias_coef * price.abs().max())
-        self.bias_bound = max(self.bias_bound, self.steps * rounding)
+        self.rounding = max(self.rounding, rounding)
+
+    def _note(self, kind: str, found: torch.Tensor, exact: torch.Tensor) -> None:
+        self.errors[kind] = max(self.errors[kind], float((found.double() - exact).abs().max()))
+
+
+def price_of(mean: torch.Tensor) -> torch.Tensor:
+    price = (len(mean) * mean).log()
+    return price - price.mean()
+
+
+class Readings:
+    """Time and memory of a run. Room for all of it is taken before the run begins."""
+
+    def __init__(self, steps: int) -> None:
+        self.every = max(5, steps // 200)  # steps between two readings of the memory
+        self.seconds = array("d", bytes(8 * steps))
+        self.resident, self.traced, self.objects = (array("d", bytes(8 * (steps // self.every))) for _ in range(3))
 
     def note_memory(self, step: int) -> None:
         if step % self.every:
@@ -134,54 +126,46 @@ class Findings:
         gc.collect()
         reading = step // self.every - 1
         with open("/proc/self/statm") as file:
-            self.resident[reading] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        self.traced[reading] = tracemalloc.get_traced_memory()[0]
+            self.resident[reading] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024
+        self.traced[reading] = tracemalloc.get_traced_memory()[0] / 1024
         self.objects[reading] = len(gc.get_objects())
 
-    def rows(self) -> list[tuple[str, str, str, float, float]]:
-        """Figure, first quarter, last quarter, value, and what the value must not exceed."""
-        table = []
-        for label, values, unit, bound in (
-            ("resident memory, KiB", self.resident, 1024, 4096),
-            ("Python objects' memory, KiB", self.traced, 1024, 64),
-            ("Python objects", self.objects, 1, 20),
-        ):
-            first, last = (quarter / unit for quarter in _quarters(values))
-            table.append((label, f"{first:,.0f}", f"{last:,.0f}", last - first, bound))
-        first, last = _quarters(self.seconds)
-        table.append(("CPU time of a step, ms", f"{1e3 * first:.2f}", f"{1e3 * last:.2f}", last / first, 1.1))
-        table.append(("mean, off float64", "", "", self.mean_error, 2**-25 / self.ema_rate + 2**-21))
-        table.append(("price, off float64", "", "", self.price_error, 1e-4))
-        table.append(("bias, off float64", "", "", self.bias_error, self.bias_bound))
-        return table
+    def rows(self) -> list[Row]:
+        grown = {
+            "resident memory, KiB": (self.resident, 4096),
+            "Python objects' memory, KiB": (self.traced, 64),
+            "Python objects": (self.objects, 20),
+        }
+        rows = []
+        for figure, (values, bound) in grown.items():
+            first, last = quarters(values)
+            rows.append(Row(figure, first, last, last - first, bound))
+        first, last = quarters(self.seconds)
+        return [*rows, Row("CPU time of a step, ms", 1e3 * first, 1e3 * last, last / first, 1.1)]
 
 
-def _gap(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).abs().max())
-
-
-def _quarters(values: Sequence[float]) -> tuple[float, float]:
+def quarters(values: Sequence[float]) -> tuple[float, float]:
     """Medians of the first and of the last quarter, without the first twentieth, in which caches fill."""
     values = values[len(values) // 20 :]
     count = max(len(values) // 4, 1)
     return statistics.median(values[:count]), statistics.median(values[-count:])
 
 
-def run(steps: int, ema_rate: float = 0.3, seed: int = 0) -> Findings:
+def run(steps: int, ema_rate: float = 0.3, seed: int = 0) -> list[Row]:
     """Trains for so many steps."""
     torch.manual_seed(seed)
     config = phb.PhiBalanceConfig(coef=0.01, bias_coef=0.001, ema_rate=ema_rate)
     model = phb.patch(MixtralForCausalLM(MixtralConfig(**SHAPE)), config).train()
     balancer, exact = phb.get_balancer(model), Exact(model, config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    findings = Findings(steps, ema_rate)
+    readings = Readings(steps)
     gc.collect()
     gc.freeze()  # what was there before is not looked through again and again
     tracemalloc.start()
     try:
         for step in range(1, steps + 1):
             began = time.process_time()
-            batches = [_draw() for _ in range(MICRO_BATCHES)]
+            batches = [draw() for _ in range(MICRO_BATCHES)]
             balancer.begin_step(batches)
             for batch in batches:
                 exact.mask = batch["attention_mask"].flatten().bool()
@@ -190,49 +174,54 @@ def run(steps: int, ema_rate: float = 0.3, seed: int = 0) -> Findings:
             optimizer.step()
             optimizer.zero_grad()
             balancer.step()
-            findings.seconds[step - 1] = time.process_time() - began
+            readings.seconds[step - 1] = time.process_time() - began
             exact.step()
-            findings.note_duals(balancer, exact)
+            exact.compare(balancer)
             if step % 100 == 0:
                 balancer.check_finite()
                 balancer.metrics()
             if step % 1000 == 0:
                 balancer.load_state_dict(balancer.state_dict())
                 with balancer.evaluation(), torch.no_grad():
-                    model.eval()(**_draw())
+                    model.eval()(**draw())
                     balancer.eval_metrics()
                 model.train()
-            findings.note_memory(step)
+            readings.note_memory(step)
     finally:
         tracemalloc.stop()
         gc.unfreeze()
-    return findings
+    bounds = {"mean": 2**-25 / ema_rate + 2**-21, "price": 1e-4, "bias": steps * exact.rounding}
+    off = [Row(f"{kind}, off float64", None, None, exact.errors[kind], bound) for kind, bound in bounds.items()]
+    return [*readings.rows(), *off]
 
 
-def _draw() -> dict[str, torch.Tensor]:
+def draw() -> dict[str, torch.Tensor]:
     """Random rows of unequal length."""
     ids = torch.randint(1, SHAPE["vocab_size"], (ROWS, WIDTH))
     mask = (torch.arange(WIDTH) < torch.randint(2, WIDTH + 1, (ROWS, 1))).long()
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def main(args: argparse.Namespace) -> int:
-    logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    findings = run(args.steps, args.ema_rate, args.seed)
-    print(f"{args.steps:,} steps, η = {args.ema_rate}, seed {args.seed}, {time.perf_counter() - began:.0f} s\n")
-    print("| figure | first quarter | last quarter | found | at most | |\n|---|--:|--:|--:|--:|---|")
-    for label, first, last, value, bound in findings.rows():
-        print(f"| {label} | {first} | {last} | {value:.3g} | {bound:.3g} | {'ok' if value <= bound else 'EXCEEDED'} |")
-    print("\n" + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    return int(any(value > bound for *_, value, bound in findings.rows()))
-
-
-if __name__ == "__main__":
-    replace_unprintable()
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--ema_rate", type=float, default=0.3, help="η, the weight of the new step in the means")
     parser.add_argument("--seed", type=int, default=0)
-    sys.exit(main(parser.parse_args()))
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    rows = run(args.steps, args.ema_rate, args.seed)
+    print(f"{args.steps:,} steps, η = {args.ema_rate}, seed {args.seed}, {time.perf_counter() - began:.0f} s\n")
+    print("| figure | first quarter | last quarter | found | at most | |\n|---|--:|--:|--:|--:|---|")
+    for row in rows:
+        first, last = ("" if value is None else f"{value:,.2f}" for value in (row.first, row.last))
+        verdict = "ok" if row.found <= row.bound else "EXCEEDED"
+        print(f"| {row.figure} | {first} | {last} | {row.found:.3g} | {row.bound:.3g} | {verdict} |")
+    print("\n" + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    return int(any(row.found > row.bound for row in rows))
+
+
+if __name__ == "__main__":
+    replace_unprintable()
+    sys.exit(main())

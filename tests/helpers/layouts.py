@@ -1,4 +1,7 @@
-"""Models that transformers spreads over the ranks: the coefficient that their optimizer gets, and what they count."""
+"""
+Layouts: models that transformers spreads over processes (FSDP2, HSDP, tensor and expert parallelism). Measures the coefficient that
+their optimizer gets, and the tokens that they count.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from invariance import (
+    COEF,
+    FIELDS,
+    Cell,
+    Recorder,
+    build_model,
+    build_rows,
+    collate,
+    compare,
+    deal,
+    reference,
+    trainer_run,
+)
 from torch import Tensor, nn
 
 import hf_phibalance as phb
-
-from .cells import Cell
-from .definition import reference
-from .inputs import COEF, build_model, build_rows, collate, deal
-from .steps import Recorder, trainer_run
 
 
 @dataclass(frozen=True)
 class Layout:
     """
-    A way to spread a model. The ranks that share a batch (`tp_size` of them) come one after another.
-
-    Args:
-        sizes (`dict`): as in `transformers.distributed.DistributedConfig`.
+    A way to spread a model, as in `transformers.distributed.DistributedConfig`. The `tp_size` ranks that share a batch come one
+    after another.
     """
 
     name: str
@@ -73,54 +82,57 @@ class LayoutResult:
 
 
 def save_models(folder: Path, model_types: Iterable[str]) -> None:
-    """Transformers spreads what it loads: writes the models that [`measure_layout`] loads."""
+    """Writes the models that [`load_spread`] loads."""
     for model_type in model_types:
         build_model(model_type).save_pretrained(folder / model_type)
 
 
 def measure_layouts(names: Iterable[str], trainers: Iterable[str], folder: str, model_type: str) -> list[LayoutResult]:
-    """[`measure_layout`] of the layouts `names`, by each of `trainers`."""
+    """Measures the layouts `names` by each of `trainers`, in the present process group."""
     wanted = [layout for layout in LAYOUTS if layout.name in names]
     return [measure_layout(layout, trainer, Path(folder), model_type) for layout in wanted for trainer in trainers]
 
 
 def measure_layout(layout: Layout, trainer: str, folder: Path, model_type: str, accumulation: int = 2) -> LayoutResult:
-    """Projection and residual of `layout`, in the present process group of `layout.ranks`."""
-    plain, _ = layout_gradient(layout, trainer, folder / model_type, accumulation, duals=None)
     expected = reference(model_type)
+    plain, _ = layout_gradient(layout, trainer, folder / model_type, accumulation, duals=None)
     balanced, loads = layout_gradient(layout, trainer, folder / model_type, accumulation, expected.duals)
-    added, declared = balanced - plain, COEF * expected.phi
-    ratio = float(added @ declared / (declared @ declared))
-    tokens = sum(len(row["input_ids"]) for row in build_rows())
-    top_k = 2
-    counted = {float(load.sum()) / (top_k * tokens) for load in loads.values()}
-    worst = max(counted, key=lambda share: abs(share - 1))
-    return LayoutResult(
-        layout.name, trainer, model_type, ratio, float((added - declared).norm() / declared.norm()), worst
-    )
+    assignments = FIELDS["num_experts_per_tok"] * sum(len(row["input_ids"]) for row in build_rows())
+    counted = max((float(load.sum()) / assignments for load in loads.values()), key=lambda share: abs(share - 1))
+    return LayoutResult(layout.name, trainer, model_type, *compare(balanced, plain, COEF * expected.phi), counted)
 
 
 def layout_gradient(
     layout: Layout, trainer: str, checkpoint: Path, accumulation: int, duals: dict[str, Tensor] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The gradient that the optimizer receives, and the loads; balanced if there are `duals`."""
+    """Returns the gradient that the optimizer receives, and the loads; balanced if there are `duals`."""
     model = load_spread(layout, checkpoint)
+    balancer = None
     if duals is not None:
-        phb.patch(model, {"coef": COEF})
-        phb.get_balancer(model).load_state_dict(duals)
+        balancer = phb.get_balancer(phb.patch(model, {"coef": COEF}))
+        balancer.load_state_dict(duals)
     optimizer = Recorder(model)
     if trainer == "Trainer":
         balancing = "none" if duals is None else "phi"
-        cell = Cell("Trainer", "none", "fp32", accumulation, layout.batches, balancing)
         with _pretended_accelerator():
+            cell = Cell("Trainer", "none", "fp32", accumulation, layout.batches, balancing)
             trainer_run(cell, model, optimizer, use_cpu=False)
     else:
-        _loop(layout, accumulation, model, optimizer)
-    return optimizer.gradient, {} if duals is None else phb.get_balancer(model).loads()
+        rows = build_rows()
+        parts = deal(accumulation * layout.batches)[dist.get_rank() // layout.tp_size :: layout.batches]
+        batches = [collate([rows[i] for i in part]) for part in parts]
+        if balancer is not None:
+            balancer.begin_step(batches)
+        for batch in batches:
+            (model(**batch).loss / len(batches)).backward()
+        optimizer.step()
+        if balancer is not None:
+            balancer.step()
+    return optimizer.gradient, {} if balancer is None else balancer.loads()
 
 
 def load_spread(layout: Layout, checkpoint: Path) -> nn.Module:
-    """The model of `checkpoint`, spread over the present process group."""
+    """Loads the model of `checkpoint`, spread over the present process group."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -128,23 +140,9 @@ def load_spread(layout: Layout, checkpoint: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, distributed_config=sizes).train()
 
 
-def _loop(layout: Layout, accumulation: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    rows = build_rows()
-    parts = deal(accumulation * layout.batches)[dist.get_rank() // layout.tp_size :: layout.batches]
-    batches = [collate([rows[i] for i in part]) for part in parts]
-    balancer = phb.get_balancer(model) if hasattr(model.config, "phi_balance") else None
-    if balancer is not None:
-        balancer.begin_step(batches)
-    for batch in batches:
-        (model(**batch).loss / len(batches)).backward()
-    optimizer.step()
-    if balancer is not None:
-        balancer.step()
-
-
 @contextlib.contextmanager
 def _pretended_accelerator() -> Iterator[None]:
-    """accelerate spreads tensors over accelerators only: it is told that this process has one, whose device is the CPU."""
+    """Tells accelerate, which spreads tensors over accelerators only, that the CPU is this process's accelerator."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
