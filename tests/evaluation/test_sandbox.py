@@ -1,8 +1,12 @@
 """Generated code: hostile programs fail, in time, and leave no process and no file; right ones pass."""
 
+import collections
+import decimal
+import fractions
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -16,6 +20,7 @@ import psutil
 import pytest
 
 from hf_phibalance.evaluation import CodeExecutionError, require_sandbox, run_program, sandbox
+from hf_phibalance.evaluation.runner import Crossing
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="generated code is only run on Linux")
@@ -23,7 +28,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="generated code 
 CHECKS = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(41) == 42\ncheck(add)"
 HONEST = "def add(x):\n    return x + 1\n"
 CTYPES = "import ctypes, os, threading, time\nc = ctypes.CDLL(None)\n"
-CTYPES += "EXIT, KEYCTL = (60, 250) if os.uname().machine == 'x86_64' else (93, 219)\n"
+CTYPES += "EXIT, KEYCTL, TRACE = (60, 250, 101) if os.uname().machine == 'x86_64' else (93, 219, 117)\n"
 
 # Each does its harm and then, if it still can, answers rightly. The places of the harm: {folder}, {caller}.
 HOSTILE = {
@@ -68,16 +73,13 @@ HOSTILE = {
     "def add(x):\n    return Same(0)\n",
     "redefines __class__": "class Same:\n    __class__ = int\n    def __eq__(self, other): return True\n"
     "def add(x):\n    return Same()\n",
-    "patches the runner": "import sys\n"
-    "for runner in [module for name, module in sys.modules.items() if name.split('.')[0] == 'runner']:\n"
-    "    runner.judge = runner.be_judge = lambda *a: {{'status': 'passed', 'reason': ''}}\n"
-    "    runner.encode = lambda value: {{'tuple': []}}\ndef add(x):\n    return 0\n",
-    "writes to every descriptor": 'import os\nword = b\'{{"status": "passed", "reason": "", "seconds": 0, "missing": []}}\'\n'
-    "for fd in range(64):\n    for text in (word, len(word).to_bytes(4, 'big') + word):\n"
-    "        try: os.write(fd, text)\n        except OSError: pass\nos._exit(0)\n",
+    "patches the runner": "import sys\nrunner = sys.modules['__main__']\nrunner.judge = lambda *a: ''\n"
+    "runner.Crossing.encode = runner._take = lambda *a: {{'tuple': []}}\ndef add(x):\n    return 0\n",
+    "writes to every descriptor": "import os\nfor fd in range(64):\n    try: os.write(fd, b'\"\"')\n"
+    "    except OSError: pass\nos._exit(0)\n",
     "forges the frames of its caller": "import sys, gc\ndef add(x):\n    frame = sys._getframe()\n    while frame:\n"
-    "        frame.f_locals.update(passed=True, status='passed', result=2)\n        frame = frame.f_back\n"
-    "    for o in gc.get_objects():\n        if type(o) is dict and 'status' in o: o['status'] = 'passed'\n    return 0\n",
+    "        frame.f_locals.update(passed=True, reason='', result=2)\n        frame = frame.f_back\n"
+    "    for o in gc.get_objects():\n        if type(o) is dict and 'reason' in o: o['reason'] = ''\n    return 0\n",
     "signals the parent": "import os, signal\ntry:\n    os.kill(os.getppid(), signal.SIGKILL)\nexcept OSError: pass\n"
     + HONEST,
     "signals the caller": "import os, signal\ntry:\n    os.kill({caller}, signal.SIGKILL)\nexcept OSError: pass\n"
@@ -116,6 +118,14 @@ HOSTILE = {
     "memfd": "import os\nos.truncate(os.memfd_create('x'), 190 << 20)\n" + HONEST,
     "session keyring": CTYPES + "assert c.syscall(KEYCTL, 0, -3, 0) >= 0\n" + HONEST,
     "a socket that no namespace holds": "import socket\nsocket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)\n" + HONEST,
+    "reads the judge's memory": CTYPES + "name = b'/proc/%d/' % os.getppid()\n"
+    "assert max(c.open(name + end, mode) for end in (b'mem', b'maps', b'environ') for mode in (0, 2)) >= 0\n" + HONEST,
+    "writes to the judge's descriptors": CTYPES + "name = b'/proc/%d/fd/%d'\n"
+    "assert max(c.open(name % (os.getppid(), fd), 1) for fd in range(64)) >= 0\n" + HONEST,
+    "traces the judge": CTYPES + "assert c.syscall(TRACE, 16, os.getppid(), 0, 0) == 0\n" + HONEST,
+    "kills the judge": CTYPES + "c.kill(os.getppid(), 9)\ntime.sleep(3600)\n",
+    "interrupts the judge": CTYPES + "c.kill(os.getppid(), 2)\n" + HONEST,
+    "stops the judge": CTYPES + "c.kill(os.getppid(), 19)\n" + HONEST,
     "new user namespace": CTYPES + "assert c.unshare(0x10000000) == 0\n" + HONEST,
     "memory of its first process": CTYPES + "assert c.open(b'/proc/1/mem', 2) >= 0\n" + HONEST,
     "writes beside its folders": CTYPES + "assert max(c.open(path, 0o101, 0o600) for path in "
@@ -136,17 +146,9 @@ HOSTILE = {
 }
 # Those that may go on until the time is up.
 SLOW = (
-    "endless",
-    "sleep",
-    "fork bomb that",
-    "thread bomb",
-    "stops itself",
-    "ignores signals",
-    "recursion without",
-    "main thread ends by",
-    "child stops",
-    "half an answer",
-)
+    "endless", "sleep", "fork bomb that", "thread bomb", "stops", "ignores signals", "recursion without",
+    "main thread ends by", "child stops", "half an answer",
+)  # fmt: skip
 
 
 def others():
@@ -287,16 +289,7 @@ def test_an_ordinary_user_gets_the_same():
         pytest.skip(f"no ordinary user can run this here: {trial.stderr.decode()[-300:]}")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        options = [
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            f"--basetemp={folder}/own",
-            "-k",
-            "hostile or honest",
-        ]
+        options = ["-qp", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder}/own", "-k", "hostile or honest"]
         done = subprocess.run([*command, "-m", "pytest", *options, __file__], capture_output=True, text=True)
     assert done.returncode == 0 and f"{len(HOSTILE) + len(HONEST_PROGRAMS)} passed" in done.stdout, done.stdout
 
@@ -310,12 +303,8 @@ def test_an_ordinary_user_gets_the_same():
         ("", CHECKS, "NameError: the program defines no function 'add'"),
         ("def add(x):\n    return object()\n", CHECKS, "type object, which is not plain data"),
         ("def add(x):\n    raise ValueError('no')\n", CHECKS, "ValueError: no at `assert candidate(1) == 2`"),
-        (HONEST, "assert (", "the checks cannot be compiled"),
-        (
-            "import os\nos._exit(3)",
-            "try:\n    add(1)\nexcept:\n    pass",
-            "before the checks were done (exit status 3)",
-        ),
+        (HONEST, "assert (", "SyntaxError: '(' was never closed (<checks>, line 1)"),
+        ("import os\nos._exit(3)", "try:\n    add(1)\nexcept:\n    pass", "checks were done (exit status 3)"),
     ],
 )
 def test_a_failure_says_why(program, checks, reason):
@@ -367,10 +356,8 @@ def test_nothing_can_be_read_but_the_interpreter(tmp_path):
     private.write_text("secret")
     private.chmod(0o600)
     places = [str(private), str(tmp_path), __file__, sandbox.__file__, str(Path.home() / ".bashrc"), "/etc/passwd"]
-    program = (
-        "import os\ndef f(path):\n    return os.path.exists(path)\ndef top():\n    return sorted(os.listdir('/'))\n"
-    )
-    verdict = run(program, f"seen = [path for path in {places} if f(path)]\nassert seen == [], seen\nprint(top())")
+    program = "import os\ndef f(path):\n    return os.path.exists(path)\n"
+    verdict = run(program, f"seen = [path for path in {places} if f(path)]\nassert seen == [], seen")
     assert verdict.passed, verdict
 
 
@@ -477,9 +464,9 @@ def test_nothing_outlives_the_caller(victim):
     assert caller.stdout.readline() == b"tried\n"
     try:
         deadline = time.monotonic() + 60
-        while len(below := caller.children(recursive=True)) < 7 and time.monotonic() < deadline:
+        while len(below := caller.children(recursive=True)) < 5 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(below) == 7  # twice two of bwrap and an interpreter, and the program's child
+        assert len(below) == 5  # two of bwrap, the judge, the program and its child
     finally:
         caller.kill()
         caller.wait()
@@ -498,3 +485,43 @@ def test_a_name_of_the_context_is_the_programs_only_where_asked():
     checks = "assert helper(3) == 6\nassert add(1) == 2"
     assert run(program, checks, context=context, entry_points=["add"]).passed
     assert "assert helper(3) == 6" in run(program, "assert helper(3) == 6", context="def unfinished(").reason
+
+
+# ---------------------------------------------------------------------- values on their way to the checks
+
+
+def cross(value):
+    return Crossing().decode(json.loads(json.dumps(Crossing().encode(value))))
+
+
+def test_values_cross_unchanged():
+    values = [
+        None, True, 0, -(1 << 63), 1 << 200, -0.0, 1e-308, math.inf, "ü\ud800\0", b"\0\xff", bytearray(b"x"), 1 + 2j,
+        [], [1, [2.5, "x"]], (), (1, (2,)), {1, 2}, frozenset("ab"), {(1, 2): {"x": [None]}, 3: 4}, range(1, 9, 3),
+        collections.deque([1, 2]), decimal.Decimal("1.10"), fractions.Fraction(1, 3),
+    ]  # fmt: skip
+    for value in values:
+        again = cross(value)
+        assert again == value and type(again) is type(value)
+        # -0.0 == 0.0 and True == 1, so what is printed must agree too; a set prints its members in any order.
+        assert isinstance(value, (set, frozenset)) or repr(again) == repr(value)
+    assert math.isnan(cross(math.nan))
+    for lazy in (iter([1, 2]), (x for x in [1, 2]), map(int, "12"), {1: 0, 2: 0}.keys(), {0: 1, 1: 2}.values()):
+        assert list(cross(lazy)) == [1, 2]
+    assert type(cross(collections.Counter("aab"))) is dict
+    with pytest.raises(TypeError, match="type object"):
+        cross([object()])
+    with pytest.raises(TypeError, match="more than"):
+        cross(iter(int, 1))
+    shared = [1]
+    shared.append(shared)
+    first, second = cross((shared, {"x": shared}))
+    assert second["x"] is first and first[1] is first
+
+
+@pytest.mark.parametrize(
+    "forged", [{"same": 0}, {"eval": ["1"]}, {"list": 1}, {"set": [{"list": []}]}, {}, {"a": 1, "b": 2}]
+)
+def test_what_nobody_encoded_is_refused(forged):
+    with pytest.raises((LookupError, TypeError, ValueError)):
+        Crossing().decode(forged)
