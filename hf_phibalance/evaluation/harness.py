@@ -29,8 +29,8 @@ from ..balancing import find_balancer, patch
 from ..config import PhiBalanceConfig
 from ..models import find_adapter, load_any, register_deepseek_moe
 from ..tasks import TASKS, make_splits
-from .gsm8k_accuracy import GSM8KAccuracy
-from .humaneval_pass_at_k import HumanEvalPassAtK
+from . import scoring
+from .humaneval_pass_at_k import score_humaneval
 
 
 TASK_FILES = Path(__file__).with_name("tasks")  # for the harness's `include_path`
@@ -71,15 +71,15 @@ def load_task(name: str, dataset_path: str | None = None, **fields: Any) -> dict
 
 def score_gsm8k(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Returns `strict_match` and `flexible_extract` of an answer to a GSM8K problem, each 0 or 1."""
-    return GSM8KAccuracy().compute(predictions=results, references=[doc["answer"]])
+    found = scoring.score_gsm8k(results[0], doc["answer"])
+    return {name: float(found[name]) for name in ("strict_match", "flexible_extract")}
 
 
 def score_humaneval_samples(
     doc: dict[str, Any], results: Sequence[list[str]], k: Sequence[int] = (1,), **options: Any
 ) -> dict[str, float]:
     """Returns `pass@k` of the samples of a HumanEval problem. It runs them: the harness has asked for permission."""
-    metric = HumanEvalPassAtK()
-    found = metric.compute(predictions=results, references=[doc], k=list(k), allow_code_execution=True, **options)
+    found = score_humaneval(results, [doc], k=k, allow_code_execution=True, **options)
     return {name: value for name, value in found.items() if name.startswith("pass@")}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import builtins
 import ctypes
-import itertools
 import json
 import math
 import os
@@ -30,7 +29,6 @@ from typing import Any, BinaryIO
 
 
 MAX_MESSAGE = 64 << 20  # bytes
-MAX_ITEMS = 1_000_000  # of an iterator that the program returns
 LINGER = 25  # hundredths of a second, for threads and processes that are about to end
 PR_SET_DUMPABLE = 4
 
@@ -48,15 +46,8 @@ PLAIN: dict[str, tuple[Any, Callable, Callable]] = {
     "keys": (type({}.keys()), iter, lambda parts: dict.fromkeys(parts).keys()),
     "values": (type({}.values()), iter, lambda parts: dict(enumerate(parts)).values()),
     "items": (type({}.items()), iter, lambda parts: dict(parts).items()),
-    "iterator": (Iterator, lambda value: _take(value), iter),
+    "iterator": (Iterator, iter, iter),
 }
-
-
-def _take(iterator: Iterator) -> list:
-    items = [*itertools.islice(iterator, MAX_ITEMS + 1)]
-    if len(items) > MAX_ITEMS:
-        raise TypeError(f"an iterator of more than {MAX_ITEMS} items")
-    return items
 
 
 class Crossing:
@@ -373,11 +364,11 @@ def limit(settings: dict) -> None:
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)
     os.chdir(settings["folder"])
-    user, processes = settings["user"], settings["max_processes"] + 1  # the judge
+    user = settings["user"]
     limits = {"CPU": math.ceil(settings["timeout"]) + 1, "AS": settings["memory_limit"]}
     limits |= {"FSIZE": settings["file_limit"], "NOFILE": 256, "CORE": 0}
-    if settings["walls"]:  # an ordinary user's `bwrap` counts as well
-        limits |= {"NPROC": processes + (user is None), "MEMLOCK": 0, "MSGQUEUE": 0}
+    if settings["walls"]:  # the judge counts as well, and the inner `bwrap` of an ordinary user
+        limits |= {"NPROC": settings["max_processes"] + (2 if user is None else 1), "MEMLOCK": 0, "MSGQUEUE": 0}
     for name, value in limits.items():
         with suppress(ValueError, OSError):  # a lower one holds already, or macOS has none
             spare = name == "CPU"  # a second between SIGXCPU and SIGKILL
@@ -405,9 +396,9 @@ def main() -> None:
         os._exit(0)
     for end in (asked, reply):
         os.close(end)
-    if settings["walls"]:
-        # The program has the same user id. From now on the kernel lets it neither read nor trace this process.
-        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0)
+    # The program has the same user id. From now on the kernel lets it neither read nor trace this process.
+    if settings["walls"] and ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0):
+        raise OSError("prctl(PR_SET_DUMPABLE) failed")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the program shall not raise exceptions in here
     with open(0, "rb") as file, open(ask, "wb") as requests, open(answers, "rb") as replies:
         job = json.load(file)

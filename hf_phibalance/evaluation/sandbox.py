@@ -3,19 +3,17 @@ Runs a generated program once inside the walls of bubblewrap (`bwrap`) and retur
 
 It is off until the user opts in: `HF_ALLOW_CODE_EVAL=1`, or `allow_code_execution=True`.
 
-- **Two processes.** The judge holds the checks. It calls the program's functions in another process over pipes, and only
-  plain data comes back (numbers, text, lists, dictionaries and the like). The program can change everything in its own
-  interpreter, but nothing in the judge's. The kernel keeps it from reading or tracing the judge.
+- **Two processes.** The judge holds the checks and calls the program's functions in another process. Only plain data comes
+  back (numbers, text, lists, dictionaries and the like). The program can change everything in its own interpreter, but
+  the kernel keeps it from reading or tracing the judge.
 - **Walls.** Both have their own namespaces (processes, network, IPC, mounts), no capabilities, no environment of the
-  caller and a seccomp filter (`FORBIDDEN`). They can read what `_walls` lists (interpreter, installed packages, the
-  system's programs and libraries), `/proc` and `/dev`, and no other file. They can write to `/tmp`, where their working
-  directory is, and to `/dev/shm`. Both folders are limited in size and vanish afterwards. If the caller is root, they
-  run with an unused user id.
+  caller and a seccomp filter (`FORBIDDEN`). They can read `/proc`, `/dev` and what `_walls` lists (interpreter, installed
+  packages, the system's programs and libraries). They can write to `/tmp` and `/dev/shm`, which are limited in size and
+  vanish afterwards. If the caller is root, they run with an unused user id.
 - **Limits.** At the deadline the caller kills everything behind the walls. CPU time, address space and file size are
   limited per process. Processes and threads are limited in number.
-- **Verdict.** A program that answers right still fails if it leaves threads or processes running, if it prints
-  `file_limit` bytes, or if its Python code openly tries to signal others, to use the network or to change files
-  elsewhere.
+- **Verdict.** A program that answers right still fails if it leaves threads or processes running, prints `file_limit`
+  bytes, or openly tries to signal others, to use the network or to change files elsewhere.
 
 Not covered:
 
@@ -104,7 +102,7 @@ class CodeExecutionError(RuntimeError):
 @dataclass(frozen=True)
 class Verdict:
     """
-    How a program fared.
+    Whether a program passed its checks.
 
     Args:
         status (`str`): `"passed"`, `"failed"` or `"timed out"`.
@@ -118,7 +116,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether every check was made and held."""
+        """`True` if every check was made and held."""
         return self.status == "passed"
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,7 +255,7 @@ def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
         seconds = round(time.monotonic() - start, 3)
     if data is None:
         return Verdict("timed out", f"no verdict within {limits['timeout']:g} s", seconds)
-    reason = json.loads(data) if data else "the checks ended without a verdict (out of memory or CPU time?)"
+    reason = json.loads(data) if data else "the checks ended without a verdict (killed, or out of memory or CPU time?)"
     # one printable line
     reason = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(reason.split()))[:200]
     return Verdict("failed" if reason else "passed", reason, seconds)

@@ -69,6 +69,14 @@ def gold_answer(reference: object) -> str:
     return str(int(reference)) if isinstance(reference, float) and reference.is_integer() else str(reference)
 
 
+def score_gsm8k(prediction: str, reference: str) -> dict[str, str | bool]:
+    """Returns the numbers that are read from an answer, and whether each is right."""
+    gold = normalise_answer(reference)
+    strict, flexible = normalise_answer(extract_strict(prediction)), normalise_answer(extract_flexible(prediction))
+    read: dict[str, str | bool] = {"strict": strict, "flexible": flexible, "gold": gold}
+    return read | {"strict_match": strict == gold, "flexible_extract": flexible == gold}
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """
     Estimates without bias the probability that at least one of `k` samples is right.

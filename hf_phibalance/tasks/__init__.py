@@ -12,10 +12,9 @@ A row is a dictionary as the dataset has it. `TASKS` says how a model gets it. T
 router, no score. `datasets` is imported when a dataset is read from the Hub or made.
 """
 
-from .contamination import drop_contaminated
 from .loading import load_rows, to_sft_dataset
 from .made import make_splits
 from .table import TASKS
 
 
-__all__ = ["TASKS", "drop_contaminated", "load_rows", "make_splits", "to_sft_dataset"]
+__all__ = ["TASKS", "load_rows", "make_splits", "to_sft_dataset"]

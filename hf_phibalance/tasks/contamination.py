@@ -76,19 +76,6 @@ def fingerprints_of(task: str, rows: Iterable[Row]) -> set[tuple[int, int, int]]
     return {(len(words), _hash_first(words), _hash_all(words)) for words in texts if len(words) >= MIN_WORDS}
 
 
-def write_fingerprints(problems: Mapping[str, Sequence[Row]], path: Path = FINGERPRINTS) -> None:
-    """Writes the file of fingerprints. `problems` are the rows of the test split of each benchmark."""
-    content = {
-        name: {
-            "dataset": get_task(name).hub_name,
-            "problems": len(rows),
-            "entries": sorted(fingerprints_of(name, rows)),
-        }
-        for name, rows in problems.items()
-    }
-    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
-
-
 @functools.cache
 def shipped_fingerprints() -> Fingerprints:
     """Returns the fingerprints that come with the package."""
@@ -111,22 +98,3 @@ def _fields(row: Mapping) -> Iterator[str]:
             for item in value:
                 if isinstance(item, Mapping):
                     yield from _fields(item)
-
-
-def drop_contaminated(rows: Iterable[Row], task: str) -> tuple[list[Row], list[Row]]:
-    """
-    Separates rows from those that contain a test problem of GSM8K or HumanEval. `load_rows` does the same.
-
-    Args:
-        rows (`Iterable[dict]`): Rows of any form. All their texts are searched.
-        task (`str`): The task to train on, one of `TASKS`. Of a task for evaluation only, nothing is kept.
-
-    Returns:
-        `tuple[list[dict], list[dict]]`: Rows kept and rows dropped.
-    """
-    trains, guard = get_task(task).trains, shipped_fingerprints()
-    kept: list[Row] = []
-    dropped: list[Row] = []
-    for row in rows:
-        (kept if trains and guard.find(row) is None else dropped).append(row)
-    return kept, dropped

@@ -28,34 +28,19 @@ class FormError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """
-    A dataset, and how a model gets its rows.
+    """A dataset, and how a model gets its rows."""
 
-    Args:
-        name (`str`): Key in `TASKS`.
-        hub_name (`str`): Dataset on the Hub.
-        columns (`dict[str, type]`): Required fields of a row and their types. Strings and lists must not be empty.
-        splits (`tuple[str, ...]`): Splits that can be asked for.
-        check (`Callable[[dict], Any]`): Raises [`FormError`] if a row whose columns are right is malformed.
-        prompt (`Callable[[dict], str]`): The text that the model gets.
-        completion (`Callable[[dict], str]`): The text that it shall write right behind the prompt.
-        texts (`Callable[[dict], list[str]]`): Texts by which a test problem is recognised.
-        hub_config (`str`, *optional*): Configuration on the Hub.
-        files (`tuple[str, ...]`, *optional*): Usual names of a local file with all splits, or with the only one.
-        trains (`bool`, *optional*, defaults to `True`): `False` for a task for evaluation only.
-    """
-
-    name: str
+    name: str  # key in `TASKS`
     hub_name: str
-    columns: Mapping[str, type]
+    columns: Mapping[str, type]  # required fields of a row; strings and lists must not be empty
     splits: tuple[str, ...]
-    check: Callable[[Row], Any]
+    check: Callable[[Row], Any]  # raises `FormError` if a row whose columns are right is malformed
     prompt: Callable[[Row], str]
-    completion: Callable[[Row], str]
-    texts: Callable[[Row], list[str]]
+    completion: Callable[[Row], str]  # comes right behind the prompt
+    texts: Callable[[Row], list[str]]  # by which a test problem is recognised
     hub_config: str | None = None
-    files: tuple[str, ...] = ()
-    trains: bool = True
+    files: tuple[str, ...] = ()  # usual names of a local file with all splits, or with the only one
+    trains: bool = True  # False for a task for evaluation only
 
     def find_problem(self, row: Row) -> str | None:
         """Returns what is wrong with a row, or `None`."""

@@ -74,7 +74,7 @@ HOSTILE = {
     "redefines __class__": "class Same:\n    __class__ = int\n    def __eq__(self, other): return True\n"
     "def add(x):\n    return Same()\n",
     "patches the runner": "import sys\nrunner = sys.modules['__main__']\nrunner.judge = lambda *a: ''\n"
-    "runner.Crossing.encode = runner._take = lambda *a: {{'tuple': []}}\ndef add(x):\n    return 0\n",
+    "runner.Crossing.encode = lambda *a: {{'tuple': []}}\ndef add(x):\n    return 0\n",
     "writes to every descriptor": "import os\nfor fd in range(64):\n    try: os.write(fd, b'\"\"')\n"
     "    except OSError: pass\nos._exit(0)\n",
     "forges the frames of its caller": "import sys, gc\ndef add(x):\n    frame = sys._getframe()\n    while frame:\n"
@@ -511,8 +511,6 @@ def test_values_cross_unchanged():
     assert type(cross(collections.Counter("aab"))) is dict
     with pytest.raises(TypeError, match="type object"):
         cross([object()])
-    with pytest.raises(TypeError, match="more than"):
-        cross(iter(int, 1))
     shared = [1]
     shared.append(shared)
     first, second = cross((shared, {"x": shared}))

@@ -11,7 +11,7 @@ import pytest
 from paths import DATA
 from task_rows import HUMANEVAL, MBPP, needs_data, write
 
-from hf_phibalance.tasks import contamination, drop_contaminated, load_rows, make_splits
+from hf_phibalance.tasks import TASKS, contamination, load_rows, make_splits
 from hf_phibalance.tasks.table import MBPP_SPLITS
 
 
@@ -19,6 +19,24 @@ PROBLEM = (
     "In a faraway village seven bakers each bake twelve loaves, sell nine of them before noon, and give the remaining "
     "ones to the school. How many loaves does the school receive?"
 )
+
+
+def write_fingerprints(problems, path):
+    """Writes the file of fingerprints from the rows of the test split of each benchmark."""
+    content = {
+        name: {
+            "dataset": TASKS[name].hub_name,
+            "problems": len(rows),
+            "entries": sorted(contamination.fingerprints_of(name, rows)),
+        }
+        for name, rows in problems.items()
+    }
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def found_in(rows):
+    """The rows that hold a test problem."""
+    return [row for row in rows if contamination.shipped_fingerprints().find(row) is not None]
 
 
 @pytest.fixture
@@ -32,7 +50,7 @@ def fingerprints(tmp_path, monkeypatch):
         "            total += number ** 2\n    return total\n",
     }
     gsm8k = {"question": PROBLEM, "answer": "7*3=<<7*3=21>>21\n#### 21"}
-    contamination.write_fingerprints({"gsm8k": [gsm8k], "humaneval": [humaneval]}, tmp_path / "made.json")
+    write_fingerprints({"gsm8k": [gsm8k], "humaneval": [humaneval]}, tmp_path / "made.json")
     assert "bakers" not in (tmp_path / "made.json").read_text()
     monkeypatch.setattr(contamination, "FINGERPRINTS", tmp_path / "made.json")
     contamination.shipped_fingerprints.cache_clear()
@@ -57,7 +75,7 @@ def test_test_problems_never_enter_training(tmp_path, fingerprints, warned):
     assert "left out 2 of 4 rows" in line and "line 2 (gsm8k)" in line and "line 3 (gsm8k)" in line
     assert len(load_rows("gsm8k", source, "test")) == 4  # to be examined on
     chat = {"messages": [{"role": "user", "content": wrapped}, {"role": "assistant", "content": "21"}]}
-    assert drop_contaminated([chat, *rows, {"text": PROBLEM[:90]}], "gsm8k")[1] == [chat]
+    assert found_in([chat, *rows, {"text": PROBLEM[:90]}]) == [chat]
 
 
 def test_humaneval_never_enters_training(fingerprints):
@@ -69,8 +87,7 @@ def test_humaneval_never_enters_training(fingerprints):
         {"prompt": fingerprints["prompt"]},
         {"anything": [fingerprints["prompt"], fingerprints["canonical_solution"]]},
     ]
-    assert drop_contaminated([*rows, MBPP], "mbpp") == ([MBPP], rows)
-    assert drop_contaminated([MBPP], "humaneval") == ([], [MBPP])
+    assert found_in([*rows, MBPP]) == rows
 
 
 def test_test_problems_beside_the_training_rows(tmp_path, fingerprints, warned):
@@ -86,11 +103,11 @@ def test_test_problems_beside_the_training_rows(tmp_path, fingerprints, warned):
 def test_shipped_fingerprints_are_those_of_the_real_test_problems(tmp_path):
     problems = {name: load_rows(name, str(DATA / name), "test") for name in ("gsm8k", "humaneval")}
     assert [len(rows) for rows in problems.values()] == [1000, 164]
-    contamination.write_fingerprints(problems, tmp_path / "again.json")
+    write_fingerprints(problems, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == contamination.FINGERPRINTS.read_text()
     for name, column in (("gsm8k", "question"), ("humaneval", "prompt")):
         wrapped = [{"text": f"Solve this problem. {row[column]} Be brief."} for row in problems[name]]
-        assert drop_contaminated(wrapped, "gsm8k") == ([], wrapped)
+        assert found_in(wrapped) == wrapped
 
 
 @needs_data
@@ -99,4 +116,4 @@ def test_real_training_rows_are_kept():
     sizes = [len(load_rows("mbpp", str(DATA / "mbpp"), split)) for split in MBPP_SPLITS]
     assert sizes == [10, 500, 90, 374, 974]
     texts = [Path(module.__file__).read_text() for module in (ast, gzip, json, random, subprocess)]
-    assert drop_contaminated([{"text": text} for text in texts], "mbpp")[1] == []
+    assert found_in([{"text": text} for text in texts]) == []

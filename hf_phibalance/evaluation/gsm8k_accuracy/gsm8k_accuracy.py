@@ -20,8 +20,7 @@ import evaluate
 from hf_phibalance.evaluation import scoring
 
 
-_DESCRIPTION = """Share of GSM8K problems whose final number is right, exactly as lm-evaluation-harness counts it."""
-
+_DESCRIPTION = "Share of GSM8K problems whose final number is right, exactly as lm-evaluation-harness counts it."
 _INPUTS = """
 Args:
     predictions (`list[str]`):
@@ -42,20 +41,13 @@ Raises:
     `TypeError`: If a reference is neither text nor a number.
 """
 
-_CITATION = """@article{cobbe2021gsm8k,
-  title={Training Verifiers to Solve Math Word Problems},
-  author={Cobbe, Karl and Kosaraju, Vineet and Bavarian, Mohammad and Chen, Mark and others},
-  journal={arXiv preprint arXiv:2110.14168},
-  year={2021}
-}"""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class GSM8KAccuracy(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation="Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv:2110.14168, 2021",
             inputs_description=_INPUTS,
             features=datasets.Features(
                 {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
@@ -75,15 +67,7 @@ class GSM8KAccuracy(evaluate.Metric):
     def _compute(self, predictions, references, details=False):
         if not len(predictions):
             raise ValueError("predictions: there are none to score. Give at least one generated answer.")
-        results = []
-        for prediction, reference in zip(predictions, references):
-            gold = scoring.normalise_answer(reference)
-            strict = scoring.normalise_answer(scoring.extract_strict(prediction))
-            flexible = scoring.normalise_answer(scoring.extract_flexible(prediction))
-            result = {"strict": strict, "flexible": flexible, "gold": gold}
-            results.append(result | {"strict_match": strict == gold, "flexible_extract": flexible == gold})
-        scores = {
-            name: sum(result[name] for result in results) / len(results)
-            for name in ("strict_match", "flexible_extract")
-        }
+        results = [scoring.score_gsm8k(*pair) for pair in zip(predictions, references)]
+        names = ("strict_match", "flexible_extract")
+        scores = {name: sum(result[name] for result in results) / len(results) for name in names}
         return {**scores, "results": results} if details else scores

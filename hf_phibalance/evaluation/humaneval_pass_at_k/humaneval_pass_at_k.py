@@ -59,20 +59,13 @@ Raises:
     `ValueError`: If there are no predictions, not as many as references, or `k` or a limit is not positive.
 """
 
-_CITATION = """@article{chen2021humaneval,
-  title={Evaluating Large Language Models Trained on Code},
-  author={Mark Chen and Jerry Tworek and Heewoo Jun and Qiming Yuan and others},
-  journal={arXiv preprint arXiv:2107.03374},
-  year={2021}
-}"""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class HumanEvalPassAtK(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation="Chen et al., Evaluating Large Language Models Trained on Code, arXiv:2107.03374, 2021",
             inputs_description=_INPUTS,
             features=datasets.Features(
                 {
