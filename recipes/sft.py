@@ -33,7 +33,10 @@ from pathlib import Path
 
 import rehearsal
 
+import hf_phibalance as phb
 from hf_phibalance.files import replace_unprintable
+from hf_phibalance.routers import find_routers
+from hf_phibalance.tasks import load_rows, make_splits, to_sft_dataset
 
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that nothing here needs
@@ -112,7 +115,6 @@ def main(args, balance, training_args, model_args):
     import datasets
     import torch
 
-    import hf_phibalance as phb
     from hf_phibalance.hub import Run, print_summary, write_report
     from hf_phibalance.models import register_deepseek_moe
 
@@ -182,9 +184,7 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
     from transformers import ProgressCallback, set_seed
     from trl import SFTTrainer
 
-    import hf_phibalance as phb
     from hf_phibalance.hub import Run
-    from hf_phibalance.tasks import to_sft_dataset
 
     training_args = copy.deepcopy(training_args)
     training_args.output_dir, training_args.router_aux_loss_coef = str(folder), 0.0
@@ -235,8 +235,6 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
 
 def what_is_trained(model, args, options, problems):
     """Returns the model and its data in two lines."""
-    import hf_phibalance as phb
-
     sites = phb.get_balancer(model).sites
     sizes = sorted({(site.num_experts, site.top_k) for site in sites})
     experts = " or ".join(f"{experts} experts, top-{top_k}" for experts, top_k in sizes)
@@ -253,8 +251,6 @@ def what_is_trained(model, args, options, problems):
 
 def load_problems(args):
     """Returns the splits `train`, `validation` and `test` of rows."""
-    from hf_phibalance.tasks import load_rows, make_splits
-
     if args.dataset_path == "toy":
         sizes = args.train_problems or 32_000, args.validation_problems, args.test_problems or 256
         return make_splits(*sizes, args.problem_seed) if args.task == "gsm8k" else rehearsal.toy_functions(*sizes)
@@ -281,9 +277,7 @@ def load_model(args, balance, training_args, model_args, rows):
     """Returns the patched model, new or from a checkpoint, and its tokenizer, which pads on the left for generation."""
     from transformers import AutoTokenizer
 
-    import hf_phibalance as phb
     from hf_phibalance.models import build_model, train_tokenizer
-    from hf_phibalance.tasks import to_sft_dataset
 
     if args.model_type is not None or args.tiny:
         texts = (f"{row['prompt']}{row['completion']}" for row in to_sft_dataset(args.task, rows[:4000]))
@@ -312,9 +306,6 @@ def load_model(args, balance, training_args, model_args, rows):
 
 def choose_parameters(model, args, model_args):
     """Returns the configuration of the adapters. Without adapters, freezes the routers if `router_policy` says so."""
-    import hf_phibalance as phb
-    from hf_phibalance.routers import find_routers
-
     if not model_args.use_peft:
         if args.router_policy == "frozen":
             for site in find_routers(model):
@@ -349,8 +340,6 @@ def progress_callback():
 def parse(argv=None):
     """Returns the options of the command line `argv`, then of `--config`, then the defaults."""
     from trl import ModelConfig, SFTConfig, TrlParser
-
-    import hf_phibalance as phb
 
     @dataclass(frozen=True)
     class BalanceArguments(phb.PhiBalanceConfig):

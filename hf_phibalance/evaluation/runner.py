@@ -110,7 +110,11 @@ class Crossing:
 
 
 def send(file: BinaryIO, message: Any) -> None:
-    file.write(json.dumps(message).encode() + b"\n")
+    """Writes a message. Raises `ValueError` if it is too long."""
+    line = json.dumps(message).encode() + b"\n"
+    if len(line) > MAX_MESSAGE:
+        raise ValueError(f"a value of {len(line)} bytes is more than the {MAX_MESSAGE} that can cross")
+    file.write(line)
     file.flush()
 
 
@@ -287,7 +291,7 @@ def serve(requests: BinaryIO, replies: BinaryIO, settings: dict) -> None:
         send(replies, {"end": describe(error)})
     with suppress(EOFError):
         while True:
-            send(replies, answer(module, receive(requests)))
+            send(replies, answer(module, receive(requests)))  # if it cannot be sent, the program has failed
 
 
 def answer(module: types.ModuleType, call: dict) -> dict:

@@ -247,11 +247,11 @@ def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
             start_new_session=True,
         )
         stack.callback(_kill, process)
-        if not _read(process, START_LIMIT):
+        if not _read(process, 1, START_LIMIT):
             output.seek(max(0, os.fstat(output.fileno()).st_size - 1000))
             raise CodeExecutionError(f"The interpreter does not start: {output.read().decode(errors='replace')}")
         start = time.monotonic()
-        data = _read(process, limits["timeout"])
+        data = _read(process, 1 << 16, limits["timeout"])
         seconds = round(time.monotonic() - start, 3)
     if data is None:
         return Verdict("timed out", f"no verdict within {limits['timeout']:g} s", seconds)
@@ -261,11 +261,11 @@ def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
     return Verdict("failed" if reason else "passed", reason, seconds)
 
 
-def _read(process: subprocess.Popen, seconds: float) -> bytes | None:
-    """Returns what the judge writes next, nothing if it has ended, or `None` if it writes nothing in time."""
+def _read(process: subprocess.Popen, size: int, seconds: float) -> bytes | None:
+    """Returns up to `size` bytes that the judge writes, none if it has ended, or `None` if none come in time."""
     poll = select.poll()
     poll.register(process.stdout, select.POLLIN)
-    return os.read(process.stdout.fileno(), 1 << 16) if poll.poll(math.ceil(seconds * 1000)) else None
+    return os.read(process.stdout.fileno(), size) if poll.poll(math.ceil(seconds * 1000)) else None
 
 
 def _kill(process: subprocess.Popen) -> None:
