@@ -48,7 +48,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 logger = logging.getLogger(__name__)
@@ -247,11 +247,13 @@ def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
             start_new_session=True,
         )
         stack.callback(_kill, process)
-        if not _read(process, 1, START_LIMIT):
+        report: Any = process.stdout
+        stack.callback(report.close)
+        if not _read(report, 1, START_LIMIT):
             output.seek(max(0, os.fstat(output.fileno()).st_size - 1000))
             raise CodeExecutionError(f"The interpreter does not start: {output.read().decode(errors='replace')}")
         start = time.monotonic()
-        data = _read(process, 1 << 16, limits["timeout"])
+        data = _read(report, 1 << 16, limits["timeout"])
         seconds = round(time.monotonic() - start, 3)
     if data is None:
         return Verdict("timed out", f"no verdict within {limits['timeout']:g} s", seconds)
@@ -261,11 +263,11 @@ def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
     return Verdict("failed" if reason else "passed", reason, seconds)
 
 
-def _read(process: subprocess.Popen, size: int, seconds: float) -> bytes | None:
-    """Returns up to `size` bytes that the judge writes, none if it has ended, or `None` if none come in time."""
+def _read(pipe: BinaryIO, size: int, seconds: float) -> bytes | None:
+    """Returns up to `size` bytes of a pipe, none at its end, or `None` if none come in time."""
     poll = select.poll()
-    poll.register(process.stdout, select.POLLIN)
-    return os.read(process.stdout.fileno(), size) if poll.poll(math.ceil(seconds * 1000)) else None
+    poll.register(pipe, select.POLLIN)
+    return os.read(pipe.fileno(), size) if poll.poll(math.ceil(seconds * 1000)) else None
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -273,7 +275,6 @@ def _kill(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    process.stdout.close()
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from math import prod
+from typing import Any
 
 
 GSM8K_STOPS: tuple[str, ...] = ("Question:", "</s>", "<|im_end|>")
@@ -69,12 +70,12 @@ def gold_answer(reference: object) -> str:
     return str(int(reference)) if isinstance(reference, float) and reference.is_integer() else str(reference)
 
 
-def score_gsm8k(prediction: str, reference: str) -> dict[str, str | bool]:
+def score_gsm8k(prediction: str, reference: str) -> dict[str, Any]:
     """Returns the numbers that are read from an answer, and whether each is right."""
     gold = normalise_answer(reference)
     strict, flexible = normalise_answer(extract_strict(prediction)), normalise_answer(extract_flexible(prediction))
-    read: dict[str, str | bool] = {"strict": strict, "flexible": flexible, "gold": gold}
-    return read | {"strict_match": strict == gold, "flexible_extract": flexible == gold}
+    read = {"strict": strict, "flexible": flexible, "gold": gold}
+    return {**read, "strict_match": strict == gold, "flexible_extract": flexible == gold}
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

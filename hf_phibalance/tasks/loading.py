@@ -76,7 +76,9 @@ def load_rows(
     seen = 0
     for place, row in _read_hub(kind, source, split) if is_hub else _read_lines(_find_file(kind, source, split)):
         seen += 1
-        if (problem := row if isinstance(row, str) else kind.find_problem(row)) is not None:
+        if isinstance(row, str):
+            bad.append(f"{place}: {row}")
+        elif (problem := kind.find_problem(row)) is not None:
             bad.append(f"{place}: {problem}")
         elif ids is not None and row["task_id"] not in ids:
             continue
@@ -162,8 +164,8 @@ def _read_hub(task: Task, source: str, split: str) -> Iterator[tuple[str, Row | 
     """Yields the number and the row of all rows."""
     from datasets import load_dataset
 
-    name, _, config = source.partition(":")
-    config = config or (task.hub_config if name == task.hub_name else None)
+    name, _, own_config = source.partition(":")
+    config = own_config or (task.hub_config if name == task.hub_name else None)
     parts = "prompt+test+validation+train" if split == "all" else split
     try:
         table = load_dataset(name, config, split=parts)
@@ -232,7 +234,7 @@ def to_sft_dataset(task: str, rows: Iterable[Row], tokenizer: Any = None) -> Dat
         if all(_survives(tokenizer, chat) for chat in chats[:8]):
             return Dataset.from_list(chats)
         logger.warning(f"The chat template changes the completions of {task}: plain text is trained on instead.")
-    texts = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
+    texts: list[dict[str, Any]] = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
     if tokenizer is not None and any(_merges(tokenizer, *pair) for pair in pairs[:8]):
         texts = [{**row, **_tokens(tokenizer, *pair)} for row, pair in zip(texts, pairs)]
     return Dataset.from_list(texts)

@@ -133,7 +133,7 @@ def score_humaneval(
 
     work = [(number, completion) for number, completions in enumerate(predictions) for completion in completions]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    results = [[] for _ in problems]
+    results: list = [[] for _ in problems]
     with ThreadPoolExecutor(num_workers or cores) as pool:
         for (number, _), verdict in zip(work, pool.map(run, *zip(*work))):
             results[number].append(verdict)
