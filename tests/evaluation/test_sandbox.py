@@ -30,34 +30,33 @@ HONEST = "def add(x):\n    return x + 1\n"
 CTYPES = "import ctypes, os, threading, time\nc = ctypes.CDLL(None)\n"
 CTYPES += "EXIT, KEYCTL, TRACE = (60, 250, 101) if os.uname().machine == 'x86_64' else (93, 219, 117)\n"
 
-# Each does its harm and then, if it still can, answers rightly. The places of the harm: {folder}, {caller}.
+# Each does harm to {victim}, {folder} or {caller}. Those that do not define `add` then answer rightly, if they still can.
 HOSTILE = {
-    "endless loop": "while True:\n    pass\n" + HONEST,
+    "endless loop": "while True:\n    pass\n",
     "endless loop in the call": "def add(x):\n    while True:\n        pass\n",
-    "endless loop that catches all": "def add(x):\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass\n",
-    "sleep": "import time\ntime.sleep(3600)\n" + HONEST,
-    "input": "input()\n" + HONEST,
-    "fork bomb": "import os\nwhile True:\n    os.fork()\n" + HONEST,
+    "endless loop that catches all": "def add(x):\n    while True:\n        try:\n            while True: pass\n"
+    "        except BaseException: pass\n",
+    "sleep": "import time\ntime.sleep(3600)\n",
+    "input": "input()\n",
+    "fork bomb": "import os\nwhile True:\n    os.fork()\n",
     "fork bomb that catches": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError: pass\n",
-    "fork bomb that leaves its session": "import os\nfor _ in range(100):\n    try:\n        if os.fork() == 0:\n            os.setsid()\n    except OSError: pass\n"
-    "import time\ntime.sleep(60)\n",
+    "fork bomb that leaves its session": "import os\nfor _ in range(100):\n    try:\n        if os.fork() == 0:\n            os.setsid()\n"
+    "    except OSError: pass\nimport time\ntime.sleep(60)\n",
     "thread bomb": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()\n",
-    "memory bomb": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))\n" + HONEST,
-    "large file": "import os\nwith open('x', 'wb') as file:\n    for _ in range(1024):\n        file.write(bytes(1 << 20))\n"
-    + HONEST,
-    "many files": "for i in range(1 << 20):\n    with open(str(i), 'wb') as file:\n        file.write(bytes(1 << 20))\n"
-    + HONEST,
-    "1 GB of output": "for _ in range(1024):\n    print('x' * (1 << 20))\n" + HONEST,
-    "1 GB of output that catches": "import os\nfor _ in range(1024):\n    try:\n        os.write(1, b'x' * (1 << 20))\n    except OSError: pass\n"
-    + HONEST,
-    "1 GB of errors": "import sys\nfor _ in range(1024):\n    sys.stderr.write('x' * (1 << 20))\n" + HONEST,
+    "memory bomb": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))\n",
+    "large file": "import os\nwith open('x', 'wb') as file:\n    for _ in range(1024):\n        file.write(bytes(1 << 20))\n",
+    "many files": "for i in range(1 << 20):\n    with open(str(i), 'wb') as file:\n        file.write(bytes(1 << 20))\n",
+    "1 GB of output": "for _ in range(1024):\n    print('x' * (1 << 20))\n",
+    "1 GB of output that catches": "import os\nfor _ in range(1024):\n    try:\n        os.write(1, b'x' * (1 << 20))\n"
+    "    except OSError: pass\n",
+    "1 GB of errors": "import sys\nfor _ in range(1024):\n    sys.stderr.write('x' * (1 << 20))\n",
     "1 GB of answer": "def add(x):\n    return 'x' * (1 << 30)\n",
-    "deletes a file": "import os\ntry:\n    os.remove({victim!r})\nexcept OSError: pass\n" + HONEST,
-    "deletes a folder": "import shutil\nshutil.rmtree({folder!r}, ignore_errors=True)\n" + HONEST,
-    "deletes with a shell": "import os\nif os.system('rm -rf ' + {folder!r}):\n    raise OSError\n" + HONEST,
-    "overwrites a file": "try:\n    open({victim!r}, 'w').close()\nexcept OSError: pass\n" + HONEST,
-    "overwrites by the system call": "import ctypes\nc = ctypes.CDLL(None)\nfd = c.open({victim!r}.encode(), 1)\n"
-    "assert fd >= 0\nc.ftruncate(fd, 0)\n" + HONEST,
+    "deletes a file": "import os\ntry:\n    os.remove({victim!r})\nexcept OSError: pass\n",
+    "deletes a folder": "import shutil\nshutil.rmtree({folder!r}, ignore_errors=True)\n",
+    "deletes with a shell": "import os\nif os.system('rm -rf ' + {folder!r}):\n    raise OSError\n",
+    "overwrites a file": "try:\n    open({victim!r}, 'w').close()\nexcept OSError: pass\n",
+    "overwrites by the system call": "import ctypes\nc = ctypes.CDLL(None)\nfd = c.open({victim!r}.encode(), 1)\nassert fd >= 0\n"
+    "c.ftruncate(fd, 0)\n",
     "os._exit": "import os\nos._exit(0)\n",
     "os._exit in the call": "import os\ndef add(x):\n    os._exit(0)\n",
     "sys.exit": "import sys\nsys.exit(0)\n",
@@ -67,80 +66,71 @@ HOSTILE = {
     "redefines check": "def add(x):\n    return 0\ndef check(candidate):\n    pass\n",
     "redefines assert's error": "import builtins\nclass Quiet(Exception): pass\nbuiltins.AssertionError = Quiet\n"
     "builtins.exec = builtins.compile = lambda *a, **k: None\ndef add(x):\n    return 0\n",
-    "redefines __eq__": "class Same:\n    def __eq__(self, other): return True\n    __hash__ = None\n"
-    "def add(x):\n    return Same()\n",
-    "redefines __eq__ of an int": "class Same(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
-    "def add(x):\n    return Same(0)\n",
-    "redefines __class__": "class Same:\n    __class__ = int\n    def __eq__(self, other): return True\n"
-    "def add(x):\n    return Same()\n",
+    "redefines __eq__": "class Same:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef add(x):\n    return Same()\n",
+    "redefines __eq__ of an int": "class Same(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef add(x):\n"
+    "    return Same(0)\n",
+    "redefines __class__": "class Same:\n    __class__ = int\n    def __eq__(self, other): return True\ndef add(x):\n    return Same()\n",
     "patches the runner": "import sys\nrunner = sys.modules['__main__']\nrunner.judge = lambda *a: ''\n"
     "runner.Crossing.encode = lambda *a: {{'tuple': []}}\ndef add(x):\n    return 0\n",
-    "writes to every descriptor": "import os\nfor fd in range(64):\n    try: os.write(fd, b'\"\"')\n"
-    "    except OSError: pass\nos._exit(0)\n",
+    "writes to every descriptor": "import os\nfor fd in range(64):\n    try: os.write(fd, b'\"\"')\n    except OSError: pass\nos._exit(0)\n",
     "forges the frames of its caller": "import sys, gc\ndef add(x):\n    frame = sys._getframe()\n    while frame:\n"
     "        frame.f_locals.update(passed=True, reason='', result=2)\n        frame = frame.f_back\n"
-    "    for o in gc.get_objects():\n        if type(o) is dict and 'reason' in o: o['reason'] = ''\n    return 0\n",
-    "signals the parent": "import os, signal\ntry:\n    os.kill(os.getppid(), signal.SIGKILL)\nexcept OSError: pass\n"
-    + HONEST,
-    "signals the caller": "import os, signal\ntry:\n    os.kill({caller}, signal.SIGKILL)\nexcept OSError: pass\n"
-    + HONEST,
-    "signals by the system call": "import ctypes\nc = ctypes.CDLL(None)\nassert c.kill({caller}, 9) == 0\n" + HONEST,
-    "stops itself": "import ctypes, os\nctypes.CDLL(None).kill(os.getpid(), 19)\n" + HONEST,
-    "kills itself": "import ctypes, os\nctypes.CDLL(None).kill(os.getpid(), 9)\n" + HONEST,
-    "daemon thread": "import threading\ndef spin():\n    while True: pass\n"
-    "threading.Thread(target=spin, daemon=True).start()\n" + HONEST,
+    "    for o in gc.get_objects():\n        if type(o) is dict and 'reason' in o: o['reason'] = ''\n"
+    "    return 0\n",
+    "signals the parent": "import os, signal\ntry:\n    os.kill(os.getppid(), signal.SIGKILL)\nexcept OSError: pass\n",
+    "signals the caller": "import os, signal\ntry:\n    os.kill({caller}, signal.SIGKILL)\nexcept OSError: pass\n",
+    "signals by the system call": "import ctypes\nc = ctypes.CDLL(None)\nassert c.kill({caller}, 9) == 0\n",
+    "stops itself": "import ctypes, os\nctypes.CDLL(None).kill(os.getpid(), 19)\n",
+    "kills itself": "import ctypes, os\nctypes.CDLL(None).kill(os.getpid(), 9)\n",
+    "daemon thread": "import threading\ndef spin():\n    while True: pass\nthreading.Thread(target=spin, daemon=True).start()\n",
     "daemon process": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(3600)\n"
-    "    os._exit(0)\n" + HONEST,
-    "background command": "import subprocess\n"
-    "subprocess.Popen(['sleep', '3600'], start_new_session=True, env={{}})\n" + HONEST,
+    "    os._exit(0)\n",
+    "background command": "import subprocess\nsubprocess.Popen(['sleep', '3600'], start_new_session=True, env={{}})\n",
     "recursion": "def add(x):\n    return add(x)\n",
     "recursion without a limit": "import sys\nsys.setrecursionlimit(10**9)\ndef add(x):\n    return add(x)\n",
-    "crash": "import ctypes\nctypes.string_at(0)\n" + HONEST,
+    "crash": "import ctypes\nctypes.string_at(0)\n",
     "ignores signals": "import signal\nfor number in range(1, 65):\n    try: signal.signal(number, signal.SIG_IGN)\n"
     "    except (OSError, ValueError): pass\nwhile True:\n    pass\n",
-    "network": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\n" + HONEST,
-    "network, caught": "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError: pass\n"
-    + HONEST,
-    "network by name, caught": "import socket\ntry: socket.create_connection(('example.com', 80), 1)\nexcept OSError: pass\n"
-    + HONEST,
+    "network": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\n",
+    "network, caught": "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError: pass\n",
+    "network by name, caught": "import socket\ntry: socket.create_connection(('example.com', 80), 1)\nexcept OSError: pass\n",
     "main thread ends by its system call": CTYPES
-    + "threading.Thread(target=time.sleep, args=(3600,)).start()\nc.syscall(EXIT, 0)\n"
-    + HONEST,
+    + "threading.Thread(target=time.sleep, args=(3600,)).start()\nc.syscall(EXIT, 0)\n",
     "main thread ends, another answers": CTYPES + "def answer():\n    time.sleep(0.2)\n    for fd in range(3, 300):\n"
     "        try: os.write(fd, b'{{}}\\n' + b''.join(b'{{\"value\": %d, \"changed\": []}}\\n' % n for n in (2, 42)))\n"
-    "        except OSError: pass\n    time.sleep(3600)\n"
-    "threading.Thread(target=answer).start()\nc.syscall(EXIT, 0)\n",
-    "child traces the program": CTYPES + "pid = os.getpid()\nif os.fork() == 0:\n    c.ptrace(16, pid, 0, 0)\n"
-    "    time.sleep(3600)\ntime.sleep(0.2)\n" + HONEST,
-    "child stops the program": CTYPES + "pid = os.getpid()\nif os.fork() == 0:\n    c.kill(pid, 19)\n    os._exit(0)\n"
-    "time.sleep(0.2)\n" + HONEST,
-    "System V shared memory": CTYPES + "assert c.shmget(0, 384 << 20, 0o1600) >= 0\n" + HONEST,
-    "memfd": "import os\nos.truncate(os.memfd_create('x'), 190 << 20)\n" + HONEST,
-    "session keyring": CTYPES + "assert c.syscall(KEYCTL, 0, -3, 0) >= 0\n" + HONEST,
-    "a socket that no namespace holds": "import socket\nsocket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)\n" + HONEST,
+    "        except OSError: pass\n    time.sleep(3600)\nthreading.Thread(target=answer).start()\n"
+    "c.syscall(EXIT, 0)\n",
+    "child traces the program": CTYPES
+    + "pid = os.getpid()\nif os.fork() == 0:\n    c.ptrace(16, pid, 0, 0)\n    time.sleep(3600)\ntime.sleep(0.2)\n",
+    "child stops the program": CTYPES
+    + "pid = os.getpid()\nif os.fork() == 0:\n    c.kill(pid, 19)\n    os._exit(0)\ntime.sleep(0.2)\n",
+    "System V shared memory": CTYPES + "assert c.shmget(0, 384 << 20, 0o1600) >= 0\n",
+    "memfd": "import os\nos.truncate(os.memfd_create('x'), 190 << 20)\n",
+    "session keyring": CTYPES + "assert c.syscall(KEYCTL, 0, -3, 0) >= 0\n",
+    "a socket that no namespace holds": "import socket\nsocket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)\n",
     "reads the judge's memory": CTYPES + "name = b'/proc/%d/' % os.getppid()\n"
-    "assert max(c.open(name + end, mode) for end in (b'mem', b'maps', b'environ') for mode in (0, 2)) >= 0\n" + HONEST,
-    "writes to the judge's descriptors": CTYPES + "name = b'/proc/%d/fd/%d'\n"
-    "assert max(c.open(name % (os.getppid(), fd), 1) for fd in range(64)) >= 0\n" + HONEST,
-    "traces the judge": CTYPES + "assert c.syscall(TRACE, 16, os.getppid(), 0, 0) == 0\n" + HONEST,
+    "assert max(c.open(name + end, mode) for end in (b'mem', b'maps', b'environ') for mode in (0, 2)) >= 0\n",
+    "writes to the judge's descriptors": CTYPES
+    + "name = b'/proc/%d/fd/%d'\nassert max(c.open(name % (os.getppid(), fd), 1) for fd in range(64)) >= 0\n",
+    "traces the judge": CTYPES + "assert c.syscall(TRACE, 16, os.getppid(), 0, 0) == 0\n",
     "kills the judge": CTYPES + "c.kill(os.getppid(), 9)\ntime.sleep(3600)\n",
-    "interrupts the judge": CTYPES + "c.kill(os.getppid(), 2)\n" + HONEST,
-    "stops the judge": CTYPES + "c.kill(os.getppid(), 19)\n" + HONEST,
-    "new user namespace": CTYPES + "assert c.unshare(0x10000000) == 0\n" + HONEST,
-    "memory of its first process": CTYPES + "assert c.open(b'/proc/1/mem', 2) >= 0\n" + HONEST,
-    "writes beside its folders": CTYPES + "assert max(c.open(path, 0o101, 0o600) for path in "
-    "(b'/x', b'/dev/x', b'/usr/x', b'/runner/x', b'/root/x')) >= 0\n" + HONEST,
-    "reads a file of the caller": "assert open({victim!r}).read()\n" + HONEST,
-    "becomes root": "import os\nos.setuid(0)\n" + HONEST,
-    "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n" + HONEST,
+    "interrupts the judge": CTYPES + "c.kill(os.getppid(), 2)\n",
+    "stops the judge": CTYPES + "c.kill(os.getppid(), 19)\n",
+    "new user namespace": CTYPES + "assert c.unshare(0x10000000) == 0\n",
+    "memory of its first process": CTYPES + "assert c.open(b'/proc/1/mem', 2) >= 0\n",
+    "writes beside its folders": CTYPES
+    + "assert max(c.open(path, 0o101, 0o600) for path in (b'/x', b'/dev/x', b'/usr/x', b'/runner/x', b'/root/x')) >= 0\n",
+    "reads a file of the caller": "assert open({victim!r}).read()\n",
+    "becomes root": "import os\nos.setuid(0)\n",
+    "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n",
     "70 MB of answer": "def add(x):\n    return 'x' * (70 << 20)\n",
     "half an answer": "import os, time\nfor fd in range(3, 300):\n    try: os.write(fd, b'{{')\n    except OSError: pass\n"
     "time.sleep(3600)\n",
-    "no JSON": "import os\nfor fd in range(3, 300):\n    try: os.write(fd, b'[' * 50000 + b'\\n')\n    except OSError: pass\n"
-    + HONEST,
+    "no JSON": "import os\nfor fd in range(3, 300):\n    try: os.write(fd, b'[' * 50000 + b'\\n')\n"
+    "    except OSError: pass\n",
     "a deep answer": "def add(x):\n    for _ in range(1 << 20): x = [x]\n    return x\n",
     "a surrogate": "raise ValueError(chr(0xd800))\n",
-    "a surrogate in the source": "x = '\ud800'\n" + HONEST,
+    "a surrogate in the source": "x = '\ud800'\n",
     "escapes and newlines": "raise ValueError('\\x1b[31m\\n\\r\\u2028' + 'x' * (1 << 20))\n",
     "an exception without words": "class E(Exception):\n    def __str__(self): raise SystemExit\nraise E\n",
 }
@@ -192,6 +182,7 @@ def test_hostile_programs_fail_and_leave_nothing(name, victim):
         server.settimeout(0)
         values = {"victim": str(victim), "folder": str(victim.parent), "caller": os.getpid()}
         program = HOSTILE[name]
+        program += "" if "def add(" in program else HONEST
         if "{" in program:
             program = program.format(**values, port=server.getsockname()[1])
         timeout = 0.5 if name.startswith(SLOW) else 5.0
