@@ -73,7 +73,7 @@ class Arguments:
     device: str | None = option(None, "Default: cuda if there is one, else cpu.")
     attn_implementation: str | None = option(None, "As in from_pretrained.")
     revision: str = option("main", "Of the model on the Hub.")
-    trust_remote_code: bool = option(False, "Run the code of a model on the Hub.")
+    trust_remote_code: bool = option(default=False, help="Run the code of a model on the Hub.")
     num_threads: int | None = option(None, "CPU threads of torch.")
 
     def __post_init__(self):
@@ -133,8 +133,12 @@ def model_arguments(args):
     """Returns the arguments of the harness's model, for transformers or vLLM."""
     from lm_eval.utils import simple_parse_args_string
 
-    own = {"pretrained": args.model_name_or_path, "dtype": args.dtype, "revision": args.revision}
-    own["trust_remote_code"] = args.trust_remote_code
+    own = {
+        "pretrained": args.model_name_or_path,
+        "dtype": args.dtype,
+        "revision": args.revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
     if args.template_args:
         own["chat_template_args"] = args.template_args
     if args.backend == "hf":

@@ -73,7 +73,9 @@ class Arguments:
         "Rehearse the recipe offline in seconds: random weights in a miniature of the architecture, generated data, and "
         + " ".join(rehearsal.OPTIONS),
     )
-    tokenizer_trust_remote_code: bool = option(False, "Run the code of the tokenizer, but not that of the model.")
+    tokenizer_trust_remote_code: bool = option(
+        default=False, help="Run the code of the tokenizer, but not that of the model."
+    )
     task: str = option("gsm8k", "Task to learn.", ["gsm8k", "mbpp"])
     dataset_path: str = option(
         "toy", "'toy' for generated problems; else a folder, a .jsonl file or a name on the Hub, as in load_rows."
