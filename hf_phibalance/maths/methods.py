@@ -1,14 +1,15 @@
 """
-The balancing methods: φ-balancing, and those it is compared with.
+The balancing methods: φ-balancing, and the methods it is compared with. To add a method, add a row to [`METHODS`].
 
-A method sets some fields of [`PhiBalanceConfig`], leaves others to the user, and moves the selection bias by a rule. Most
-baselines need no code of their own. For example, the Switch loss E Σ_e f_e P_e of one micro-batch is ⟨q, p⟩ with q = E f, and
+Most baselines need no code of their own. For example, the Switch loss E Σ_e f_e P_e of one micro-batch is ⟨q, p⟩ with q = E f, and
 q = ∇φ(E f) + 1 for the potential l2. So it is φ-balancing with potential l2, load as statistic, no memory, and the price of the
 current micro-batch.
 
 The bias can be used together with the price gradient. The price gradient of the current batch is proportional control: it acts
 at once but leaves an offset, which is smaller for a larger `coef`. The bias sums up the remaining price: this integral control
 removes the offset.
+
+Shapes: L routers, E experts, H bins of a histogram.
 """
 
 from __future__ import annotations
@@ -21,11 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .bias import quantile_bias
 from .potentials import Potential, centred_price
-from .quantile import quantile_bias
 
-
-BiasRule = Literal["dual", "sign", "quantile"]
 
 PHI_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -48,21 +47,17 @@ class Method:
 
     Args:
         source (`str`): Where it is published.
-        values (`Mapping[str, Any]`): Its values of the fields of [`PhiBalanceConfig`] that differ from those of φ.
-        free (`frozenset[str]`): The fields that a user may set.
-        bias_rule (`str`, *optional*, defaults to `"dual"`):
-            How a step moves the selection bias b of the experts: `"dual"`, b -= bias_coef · q with φ prices; `"sign"`,
-            b += bias_coef · sign(mean load - load); `"quantile"`, b moves by the fraction bias_coef to the bias that gives
-            every expert its fair share of the step.
-        pooled (`bool`, *optional*, defaults to `False`):
-            Whether all layers share the price of their pooled tokens, as in the loss of transformers.
+        values (`Mapping[str, Any]`, *optional*): Its defaults for fields of [`PhiBalanceConfig`], where they differ from `PHI_DEFAULTS`.
+        free (`tuple[str, ...]`, *optional*): The fields of `PHI_DEFAULTS` that a user may set.
+        bias_rule (`str`, *optional*, defaults to `"dual"`): How a step moves the selection bias; see [`bias_step`].
+        pooled (`bool`, *optional*, defaults to `False`): Whether all layers share the price of their pooled tokens; see [`price_now`].
         freezes (`bool`, *optional*, defaults to `False`): Whether the parameters of the routers are frozen.
     """
 
     source: str
     values: Mapping[str, Any] = field(default_factory=dict)
-    free: frozenset[str] = frozenset()
-    bias_rule: BiasRule = "dual"
+    free: tuple[str, ...] = ()
+    bias_rule: Literal["dual", "sign", "quantile"] = "dual"
     pooled: bool = False
     freezes: bool = False
 
@@ -76,23 +71,19 @@ _SWITCH = {"potential": "l2", "ema_rate": 1.0, "track": "load", "price_from": "c
 _OFF = {"coef": 0.0}
 
 METHODS: dict[str, Method] = {
-    "phi": Method("arXiv 2605.15403, Algorithm 1", free=frozenset(PHI_DEFAULTS)),
+    "phi": Method("arXiv 2605.15403, Algorithm 1", free=tuple(PHI_DEFAULTS)),
     # α E Σ_e f_e P_e per layer, f the share of the assignments (arXiv 2101.03961, Eq. 4; 2202.08906 for top-k)
-    "switch": Method("arXiv 2101.03961, Eq. 4", _SWITCH, frozenset({"coef", "bias_coef"})),
-    # the same with f pooled over layers and not divided by k, and a mean over layers instead of a sum
-    "pooled": Method(
-        "transformers, load_balancing_loss_func", _SWITCH | {"coef": 0.001}, frozenset({"coef"}), pooled=True
-    ),
-    # the same as switch with f of the global batch so far
-    "global_batch": Method("arXiv 2501.11873", _SWITCH | {"price_from": "global"}, frozenset({"coef", "bias_coef"})),
-    "loss_free": Method(
-        "arXiv 2408.15664, Algorithm 1", _OFF | {"bias_coef": 0.001}, frozenset({"bias_coef"}), bias_rule="sign"
-    ),
+    "switch": Method("arXiv 2101.03961, Eq. 4", _SWITCH, ("coef", "bias_coef")),
+    # switch with f pooled over layers and not divided by k, and a mean over layers instead of a sum
+    "pooled": Method("transformers, load_balancing_loss_func", _SWITCH | {"coef": 0.001}, ("coef",), pooled=True),
+    # switch with f of the global batch so far
+    "global_batch": Method("arXiv 2501.11873", _SWITCH | {"price_from": "global"}, ("coef", "bias_coef")),
+    "loss_free": Method("arXiv 2408.15664, Algorithm 1", _OFF | {"bias_coef": 0.001}, ("bias_coef",), "sign"),
     "quantile": Method(
         "Quantile Balancing (Su, 2026); Kimi K3 report, Eqs. 13-14",
         _OFF | {"bias_coef": 1.0},
-        frozenset({"bias_coef"}),
-        bias_rule="quantile",
+        ("bias_coef",),
+        "quantile",
     ),
     "frozen": Method("routers keep their initial or pretrained weights", _OFF, freezes=True),
     "none": Method("no balancing, counting only", _OFF),
@@ -113,19 +104,19 @@ def price_now(
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """
-    Returns the prices of a micro-batch, `(L, E)`, once its forward has ended.
+    Returns the prices of a micro-batch, `(L, E)`, at the end of its forward.
 
     Args:
         potential (`Potential`): φ.
         mean_LE (`torch.Tensor` of shape `(L, E)`): EMA of the previous steps.
-        own_LE, step_LE (`torch.Tensor` of shape `(L, E)`): statistic summed over the micro-batch, and over the step so far.
+        own_LE, step_LE (`torch.Tensor` of shape `(L, E)`): Statistic summed over the micro-batch, and over the step so far.
         price_from (`str`): `"current"` mixes the micro-batch into the mean (arXiv 2605.15403, Algorithm 1). `"global"` mixes in
             the step so far, over all ranks.
-        pooled (`bool`): whether all layers share the price of their pooled tokens, as in transformers'
+        pooled (`bool`): Whether all layers share the price of their pooled tokens, as in transformers'
             `load_balancing_loss_func`. Its f sums to k instead of 1, and it is a mean over layers instead of a sum.
         ema_rate (`float`): η.
-        top_k (`int`): experts per token.
-        sum_over_ranks (`Callable`): sums a tensor over the ranks, in place.
+        top_k (`int`): Experts per token.
+        sum_over_ranks (`Callable`): Sums a tensor over the ranks, in place.
     """
     if pooled:
         pooled_E = own_LE.sum(dim=0)
@@ -152,12 +143,12 @@ def bias_step(
 
     Args:
         rule (`str`):
-            `"dual"`: -coef · q (arXiv 2605.15403); `"sign"`: coef · sign(mean load - load) (arXiv 2408.15664, Algorithm 1);
+            `"dual"`: -coef · q (arXiv 2605.15403). `"sign"`: coef · sign(mean load - load) (arXiv 2408.15664, Algorithm 1).
             `"quantile"`: the fraction `coef` of the way to the bias that gives every expert its fair share (Quantile Balancing).
-        coef (`float`): step size.
-        bias_LE, price_LE, load_LE (`torch.Tensor` of shape `(L, E)`): biases in force, prices, load of the step.
-        margins_LEH (`torch.Tensor` of shape `(L, E, H)`): histograms of margins, for `"quantile"`.
-        top_k_L1, width_L1 (`torch.Tensor` of shape `(L, 1)`): experts per token, span of the scores.
+        coef (`float`): Step size.
+        bias_LE, price_LE, load_LE (`torch.Tensor` of shape `(L, E)`): Current biases, prices, load of the step.
+        margins_LEH (`torch.Tensor` of shape `(L, E, H)`): Histograms of margins, for `"quantile"`.
+        top_k_L1, width_L1 (`torch.Tensor` of shape `(L, 1)`): Experts per token, span of the scores.
     """
     if rule == "dual":
         return -coef * price_LE

@@ -11,7 +11,7 @@ from torch import nn
 
 import hf_phibalance as phb
 from hf_phibalance.routers import find_routers
-from hf_phibalance.routers.sources import returned_values
+from hf_phibalance.routers.families import returned_values
 
 
 E, K, H, I = 8, 2, 32, 16  # experts, top-k, hidden size, size of an expert  # noqa: E741

@@ -9,7 +9,7 @@ from charging import COEF, gradients
 from tiny import set_prices, tiny_batch, tiny_model
 
 import hf_phibalance as phb
-from hf_phibalance.routers.inside import BiasedTopK
+from hf_phibalance.routers.selection import BiasedTopK
 
 
 def probs_are_weights(self, hidden):

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_phibalance.routers.inside import rank_scores
+from hf_phibalance.routers.selection import rank_scores
 
 
 BIAS = torch.tensor([0.0, 0.9, -0.9, 0.5])

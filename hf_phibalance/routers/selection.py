@@ -23,12 +23,12 @@ class BiasedTopK(TorchFunctionMode):
 
     Args:
         num_experts (`int`): E.
-        bias (`torch.Tensor` of shape `(E,)`): added to the scores, in fp32.
-        zero_is_masked (`bool`): whether a score of 0 marks an expert outside the selected groups, even among logits.
+        bias (`torch.Tensor` of shape `(E,)`): Added to the scores, in fp32.
+        zero_is_masked (`bool`): Whether a score of 0 marks an expert outside the selected groups, even among logits.
 
     Attributes:
-        scores (`torch.Tensor` of shape `(..., E)`): the scores ranked last, without the bias.
-        are_probs (`bool`): whether a softmax or a sigmoid over the experts came before the top-k.
+        scores (`torch.Tensor` of shape `(..., E)`): The scores ranked last, without the bias.
+        are_probs (`bool`): Whether a softmax or a sigmoid over the experts came before the top-k.
     """
 
     def __init__(self, num_experts: int, bias: Tensor, zero_is_masked: bool = False) -> None:
@@ -39,13 +39,13 @@ class BiasedTopK(TorchFunctionMode):
 
     @staticmethod
     def innermost() -> BiasedTopK | None:
-        """The mode entered last, if it is one of ours."""
+        """Returns the mode entered last, if it is a `BiasedTopK`."""
         modes = torch.overrides._get_current_function_mode_stack()
         return modes[-1] if modes and isinstance(modes[-1], BiasedTopK) else None
 
     @staticmethod
     def leave_interrupted() -> None:
-        """Leaves the modes that are still active after Ctrl-C in a forward, which runs no hook of a module."""
+        """Leaves modes that are still active after Ctrl-C in a forward, which runs no hooks."""
         modes = torch.overrides._get_current_function_mode_stack()
         if any(isinstance(mode, BiasedTopK) for mode in modes):
             for _ in modes:
@@ -79,10 +79,10 @@ def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_
     no part in the output, and renormalising over such experts only would give 0/0.
 
     Args:
-        scores (`torch.Tensor` of shape `(..., E)`): probabilities, affinities or logits.
-        bias (`torch.Tensor` of shape `(E,)`): is added to them.
-        zero_is_masked (`bool`, *optional*, defaults to `False`): whether 0 marks an expert outside the selected groups.
-        are_probs (`bool`, *optional*, defaults to `False`): whether the scores are known to lie in [0, 1].
+        scores (`torch.Tensor` of shape `(..., E)`): Probabilities, affinities or logits.
+        bias (`torch.Tensor` of shape `(E,)`): Added to them.
+        zero_is_masked (`bool`, *optional*, defaults to `False`): Whether 0 marks an expert outside the selected groups.
+        are_probs (`bool`, *optional*, defaults to `False`): Whether the scores are known to lie in [0, 1].
     """
     scores, bias = scores.float(), bias.to(scores.device)
     if are_probs:
