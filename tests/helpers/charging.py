@@ -23,6 +23,7 @@ def collect(model):
 def gradients(model, batch):
     """Gradient of each trainable parameter of one forward and backward, by the name in `model`."""
     model.zero_grad()
+    torch.manual_seed(0)  # some routers sample
     model(**batch).loss.backward()
     return collect(model)
 
@@ -34,11 +35,12 @@ def by_definition(model, batch):
     for site in balancer.sites:
         for module in site.modules:
 
-            def note(module, args, output, name=site.name):
-                logits[name] = output[0]
+            def note(module, args, output, name=site.name, index=site.kind.index):
+                logits[name] = output[index] if isinstance(output, tuple) else output
 
             handles.append(module.register_forward_hook(note))
     model.zero_grad()
+    torch.manual_seed(0)
     model(**batch)
     for handle in handles:
         handle.remove()
