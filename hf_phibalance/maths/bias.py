@@ -20,17 +20,8 @@ def margin_histogram(scores: Tensor, bias: Tensor, top_k: int, mask: Tensor, wid
 
     Expert e is among the top-k of a token if s_e + b_e exceeds the token's cutoff, its (k+1)-th largest biased score. The margin
     cutoff - s_e is therefore the bias that the expert needs there. A histogram is a sum over tokens, so the result does not depend
-    on how a step is split.
-
-    Args:
-        scores (`torch.Tensor` of shape `(T, E)`): What the router ranks, without the bias.
-        bias (`torch.Tensor` of shape `(E,)`): The current bias.
-        top_k (`int`): Experts per token, fewer than E.
-        mask (`torch.Tensor` of shape `(T,)`): Weight of each token, 0 for padding.
-        width (`float`): Span of the scores, 1 for probabilities. Margins outside the range fall into the first or last bin.
-
-    Returns:
-        `torch.Tensor` of shape `(E, H)`: Weights summed by bin.
+    on how a step is split. Takes `scores (T, E)` without the bias, the current `bias (E,)`, the weight of each token `mask (T,)`
+    and the span of the scores `width` (1 for probabilities). Returns weights summed by bin, `(E, H)`.
     """
     experts = scores.shape[-1]
     low, high = (bound.squeeze() for bound in _margin_range(bias.unsqueeze(0), bias.new_full((1, 1), width)))
@@ -50,11 +41,8 @@ def quantile_bias(histogram_LEH: Tensor, top_k_L1: Tensor, bias_LE: Tensor, widt
     Returns the bias `(L, E)` with which every expert would have been chosen its fair share of times: the k/E quantile of its
     margins, interpolated within its bin and centred (Su 2026, "Quantile Balancing"; Kimi K3 report, Eqs. 13-14).
 
-    Args:
-        histogram_LEH (`torch.Tensor` of shape `(L, E, H)`): Margins of all tokens of a step. Without tokens the bias stays.
-        top_k_L1 (`torch.Tensor` of shape `(L, 1)`): Experts per token.
-        bias_LE (`torch.Tensor` of shape `(L, E)`): The bias during the step.
-        width_L1 (`torch.Tensor` of shape `(L, 1)`): Span of the scores, as in [`margin_histogram`].
+    Takes the margins of all tokens of a step, the experts per token, the bias during the step and the span of the scores. Without
+    tokens the bias stays.
     """
     low_L1, high_L1 = _margin_range(bias_LE, width_L1)
     below_LEH = histogram_LEH.cumsum(-1)
@@ -82,12 +70,8 @@ def step_within(bias_LE: Tensor, step_LE: Tensor, reach_LE: Tensor) -> Tensor:
     few tokens), the sum would grow without limit and take as long to come back.
 
     The mean of a router is that of `bias + step`: experts with room take what others must not. An expert that a checkpoint brought
-    beyond its reach may come back, but goes no farther. If nothing is out of reach, the result is `bias + step` bit for bit.
-
-    Args:
-        bias_LE (`torch.Tensor` of shape `(L, E)`): The current biases.
-        step_LE (`torch.Tensor` of shape `(L, E)`): The change. One longer than twice the reach gives only the direction.
-        reach_LE (`torch.Tensor` of shape `(L, E)`): Greatest distance of a bias from the mean of its router.
+    beyond its reach may come back, but goes no farther. If nothing is out of reach, the result is `bias + step` bit for bit. A step
+    longer than twice the reach gives only the direction.
     """
     off_LE = _off_mean(bias_LE).abs()
     limit_LE = torch.where(off_LE > reach_LE * (1 + ROUNDING), off_LE, reach_LE)

@@ -42,12 +42,8 @@ def selection_threshold(biased_TE: Tensor, top_k: int) -> Tensor:
 
 def logit_shift(bias_E: Tensor, threshold_T1: Tensor, ranked: str) -> Tensor:
     """
-    Returns β `(T, E)`, minus its mean over the experts. The logits `z + β` select the same experts as the biased scores.
-
-    Args:
-        bias_E (`torch.Tensor` of shape `(E,)`): b.
-        threshold_T1 (`torch.Tensor` of shape `(T, 1)`): τ of each token.
-        ranked (`str`): What the router ranks: `"logits"`, `"probs"` or `"sigmoid"`.
+    Returns β `(T, E)`, minus its mean over the experts. The logits `z + β` select the same experts as the biased scores. `ranked`
+    is what the router ranks: `"logits"`, `"probs"` or `"sigmoid"`.
     """
     if ranked == "logits":
         shift_TE = bias_E.expand(len(threshold_T1), -1)
@@ -71,16 +67,9 @@ def score_slope(threshold_T1: Tensor, ranked: str) -> Tensor:
 
 @dataclass
 class ShiftMoments:
-    """
-    Sums over tokens for the regression of β on x. They add up over batches and ranks.
+    """Sums over tokens for the regression of β on x. They add up over batches and ranks."""
 
-    Args:
-        flat (`torch.Tensor`): All sums in one vector, so that ranks need one all-reduce.
-        inputs (`int`): H.
-        experts (`int`): E.
-    """
-
-    flat: Tensor
+    flat: Tensor  # all sums in one vector, so that ranks need one all-reduce
     inputs: int
     experts: int
 
@@ -110,35 +99,19 @@ class ShiftMoments:
 
 @dataclass(frozen=True)
 class FoldedShift:
-    """
-    The change of a router that replaces its selection bias.
+    """The change of a router that replaces its selection bias."""
 
-    Args:
-        weight (`torch.Tensor` of shape `(E, H)`): W' − W.
-        bias (`torch.Tensor` of shape `(E,)`, *optional*): Change of the router's own bias, if it has one.
-        constant (`torch.Tensor` of shape `(H,)`): v, with v·x near 1.
-        r2 (`float`): Share of the constant 1 that the inputs explain. 1 if the router has a bias of its own.
-        explained (`float`): Share of β that W' − W and the bias explain.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    constant: Tensor
-    r2: float
-    explained: float
+    weight: Tensor  # W' − W, (E, H)
+    bias: Tensor | None  # change of the router's own bias (E,), if it has one
+    constant: Tensor  # v (H,), with v·x near 1
+    r2: float  # share of the constant 1 that the inputs explain; 1 if the router has a bias of its own
+    explained: float  # share of β that W' − W and the bias explain
 
 
 def fold_shift(moments: ShiftMoments, own_bias: bool, ridge: float = RIDGE) -> FoldedShift:
     """
-    Regresses β on the inputs of a router.
-
-    Args:
-        moments (`ShiftMoments`): Sums over its tokens.
-        own_bias (`bool`): Whether the router adds a bias of its own, which takes the mean.
-        ridge (`float`, *optional*, defaults to `1e-4`): λ as a share of the mean square of an input.
-
-    Raises:
-        ValueError: If there is no token.
+    Regresses β on the inputs of a router. With `own_bias`, the router adds a bias of its own, which takes the mean. `ridge` is λ as a
+    share of the mean square of an input. Raises `ValueError` if there is no token.
     """
     xx, xb, x, b, bb, n = moments.parts()
     if not n:

@@ -42,24 +42,14 @@ PHI_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Method:
-    """
-    One balancing method.
+    """One balancing method."""
 
-    Args:
-        source (`str`): Where it is published.
-        values (`Mapping[str, Any]`, *optional*): Its defaults for fields of [`PhiBalanceConfig`], where they differ from `PHI_DEFAULTS`.
-        free (`tuple[str, ...]`, *optional*): The fields of `PHI_DEFAULTS` that a user may set.
-        bias_rule (`str`, *optional*, defaults to `"dual"`): How a step moves the selection bias; see [`bias_step`].
-        pooled (`bool`, *optional*, defaults to `False`): Whether all layers share the price of their pooled tokens; see [`price_now`].
-        freezes (`bool`, *optional*, defaults to `False`): Whether the parameters of the routers are frozen.
-    """
-
-    source: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    free: tuple[str, ...] = ()
-    bias_rule: Literal["dual", "sign", "quantile"] = "dual"
-    pooled: bool = False
-    freezes: bool = False
+    source: str  # where it is published
+    values: Mapping[str, Any] = field(default_factory=dict)  # defaults of fields, where they differ from PHI_DEFAULTS
+    free: tuple[str, ...] = ()  # fields of PHI_DEFAULTS that a user may set
+    bias_rule: Literal["dual", "sign", "quantile"] = "dual"  # how a step moves the selection bias; see `bias_step`
+    pooled: bool = False  # whether all layers share the price of their pooled tokens; see `price_now`
+    freezes: bool = False  # whether the parameters of the routers are frozen
 
     def default(self, name: str) -> Any:
         """Returns its default of the field `name`."""
@@ -106,17 +96,10 @@ def price_now(
     """
     Returns the prices of a micro-batch, `(L, E)`, at the end of its forward.
 
-    Args:
-        potential (`Potential`): φ.
-        mean_LE (`torch.Tensor` of shape `(L, E)`): EMA of the previous steps.
-        own_LE, step_LE (`torch.Tensor` of shape `(L, E)`): Statistic summed over the micro-batch, and over the step so far.
-        price_from (`str`): `"current"` mixes the micro-batch into the mean (arXiv 2605.15403, Algorithm 1). `"global"` mixes in
-            the step so far, over all ranks.
-        pooled (`bool`): Whether all layers share the price of their pooled tokens, as in transformers'
-            `load_balancing_loss_func`. Its f sums to k instead of 1, and it is a mean over layers instead of a sum.
-        ema_rate (`float`): η.
-        top_k (`int`): Experts per token.
-        sum_over_ranks (`Callable`): Sums a tensor over the ranks, in place.
+    `mean_LE` is the EMA of the previous steps, `own_LE` the statistic summed over the micro-batch, `step_LE` summed over the step so
+    far. `price_from="current"` mixes the micro-batch into the mean (arXiv 2605.15403, Algorithm 1), `"global"` the step so far
+    over all ranks. With `pooled`, all layers share the price of their pooled tokens, as in transformers'
+    `load_balancing_loss_func`, whose f sums to k instead of 1 and which is a mean over layers instead of a sum.
     """
     if pooled:
         pooled_E = own_LE.sum(dim=0)
@@ -141,14 +124,8 @@ def bias_step(
     """
     Returns the change of the biases in a step, `(L, E)`.
 
-    Args:
-        rule (`str`):
-            `"dual"`: -coef · q (arXiv 2605.15403). `"sign"`: coef · sign(mean load - load) (arXiv 2408.15664, Algorithm 1).
-            `"quantile"`: the fraction `coef` of the way to the bias that gives every expert its fair share (Quantile Balancing).
-        coef (`float`): Step size.
-        bias_LE, price_LE, load_LE (`torch.Tensor` of shape `(L, E)`): Current biases, prices, load of the step.
-        margins_LEH (`torch.Tensor` of shape `(L, E, H)`): Histograms of margins, for `"quantile"`.
-        top_k_L1, width_L1 (`torch.Tensor` of shape `(L, 1)`): Experts per token, span of the scores.
+    `"dual"`: -coef · q (arXiv 2605.15403). `"sign"`: coef · sign(mean load - load) (arXiv 2408.15664, Algorithm 1). `"quantile"`:
+    the fraction `coef` of the way to the bias that gives every expert its fair share; see [`quantile_bias`].
     """
     if rule == "dual":
         return -coef * price_LE

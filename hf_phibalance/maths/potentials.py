@@ -36,18 +36,10 @@ MAX_DISCOUNT = 100.0
 
 @dataclass(frozen=True)
 class Potential(ABC):
-    """
-    A separable, strictly convex, symmetric, differentiable φ(r) = Σ_e f(r_e) of relative loads r in [0, E].
+    """A strictly convex φ(r) = Σ_e f(r_e) of relative loads r in [0, E]. Results are in fp32, or in fp64 if the input is."""
 
-    Results are in fp32, or in fp64 if the input is.
-
-    Args:
-        name (`str`): Its key in [`POTENTIALS`].
-        value (`float`): Its parameter.
-    """
-
-    name: str
-    value: float
+    name: str  # its key in POTENTIALS
+    value: float  # its parameter
 
     @property
     def floor(self) -> float:
@@ -119,22 +111,13 @@ def softplus(name: str, delta: float) -> LogCosh:
 
 @dataclass(frozen=True)
 class Variant:
-    """
-    A row of [`POTENTIALS`]. Call it to build the potential.
+    """A row of [`POTENTIALS`]. Call it to build the potential."""
 
-    Args:
-        family (`str`): `"entropy"`, `"norm"` or `"robust"`, the families of the paper's ablation.
-        kind (`Callable`): Builds the potential from name and value.
-        default (`float`): The value, or the default of the parameter.
-        parameter (`str`, *optional*): What users call the value. Without a name, the value is fixed.
-        low, high (`float`, *optional*): The range of the parameter, ends included.
-    """
-
-    family: str
-    kind: Callable[[str, float], Potential]
+    family: str  # "entropy", "norm" or "robust", as in the paper's ablation
+    kind: Callable[[str, float], Potential]  # builds the potential from name and value
     default: float
-    parameter: str | None = None
-    low: float = -math.inf
+    parameter: str | None = None  # what users call the value; without a name it is fixed
+    low: float = -math.inf  # range of the parameter, ends included
     high: float = math.inf
 
     def __call__(self, name: str, /, **kwargs: float) -> Potential:

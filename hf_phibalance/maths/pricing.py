@@ -78,14 +78,8 @@ def price_gradient(logits: Tensor, price: Tensor, rate: Tensor, scoring: str, z_
 def sequence_price(logits: Tensor, scoring: str, top_k: int, mask_T: Tensor, sequence_T: Tensor) -> Tensor:
     """
     Returns the relative load of each expert in the sequence of each token, `(T, E)`. It is the price of DeepSeek-V3's complementary
-    sequence-wise loss (arXiv 2412.19437, Eqs. 17-20), with the load that the unbiased scores would choose.
-
-    Args:
-        logits (`torch.Tensor` of shape `(T, E)`): What the router returned.
-        scoring (`str`): A key of [`SCORINGS`].
-        top_k (`int`): Experts per token.
-        mask_T (`torch.Tensor` of shape `(T,)`): 1 for tokens, 0 for padding.
-        sequence_T (`torch.Tensor` of shape `(T,)`): Number of the token's sequence, below T.
+    sequence-wise loss (arXiv 2412.19437, Eqs. 17-20), with the load that the unbiased scores would choose. `mask_T` is 0 for padding,
+    `sequence_T` is the number of the token's sequence, below T.
     """
     scores = routing_probs(logits, scoring)
     chosen_Tk = torch.ops.aten.topk(scores, top_k)[1]  # the operator, which no selection bias reaches

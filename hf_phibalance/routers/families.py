@@ -31,32 +31,17 @@ NATIVE_BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases
 
 @dataclass(frozen=True)
 class RouterTraits:
-    """
-    How a router class differs from the others.
+    """How a router class differs from the others."""
 
-    Args:
-        scoring (`str` or `Callable[[nn.Module], str]`, *optional*): Key of `SCORINGS`. By default it is read from the source.
-        returns_choice (`bool`, *optional*, defaults to `True`):
-            Whether the indices that it returns are the selected experts. Otherwise the top-k of the scores is taken.
-        ranks (`str`, *optional*, defaults to `"logits"`):
-            What a router that does not return its selection ranks: `"logits"` or `"probs"`.
-        biases (`str`, *optional*, defaults to `"scores"`):
-            What the family's own selection bias is added to: `"scores"` or `"logits"`.
-        experts (`str`, *optional*): Attribute with the number of experts, if it has an unusual name.
-        parted_by (`str`, *optional*):
-            For layers with one router for images and one for other tokens: the argument of the model that is not 0 for image tokens.
-        no_bias (`str`, *optional*): Why a selection bias cannot work.
-        refused (`str`, *optional*): Why the family cannot be balanced.
-    """
-
-    scoring: str | Callable[[nn.Module], str] | None = None
-    returns_choice: bool = True
-    ranks: str = "logits"
-    biases: str = "scores"
-    experts: str | None = None
+    scoring: str | Callable[[nn.Module], str] | None = None  # key of SCORINGS; by default it is read from the source
+    returns_choice: bool = True  # whether it returns the selected experts; otherwise the top-k of the scores is taken
+    ranks: str = "logits"  # what a router that does not return its selection ranks: "logits" or "probs"
+    biases: str = "scores"  # what the family's own selection bias is added to: "scores" or "logits"
+    experts: str | None = None  # attribute with the number of experts, if it has an unusual name
+    # with one router for images and one for other tokens: the argument of the model that is not 0 for image tokens
     parted_by: str | None = None
-    no_bias: str | None = None
-    refused: str | None = None
+    no_bias: str | None = None  # why a selection bias cannot work
+    refused: str | None = None  # why the family cannot be balanced
 
 
 # These readers of a config are functions with names, so that models can be pickled.

@@ -126,17 +126,11 @@ def _shape(parameter: Tensor) -> torch.Size:
 
 @dataclass(frozen=True)
 class RouterLinear:
-    """
-    The linear layer `z = weight x + bias` of a router.
+    """The linear layer `z = weight x + bias` of a router."""
 
-    Args:
-        owner (`torch.nn.Module`): The module that is called with x: the router, or a layer inside it.
-        weight (`torch.nn.Parameter` of shape `(E, H)`), bias (`torch.nn.Parameter` of shape `(E,)`, *optional*)
-    """
-
-    owner: nn.Module
-    weight: Tensor
-    bias: Tensor | None
+    owner: nn.Module  # the module that is called with x: the router, or a layer inside it
+    weight: Tensor  # (E, H)
+    bias: Tensor | None  # (E,)
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """Returns z `(T, E)` in fp32."""

@@ -19,23 +19,15 @@ class BiasedTopK(TorchFunctionMode):
 
     Routers differ in what they do around their top-k: softmax before or after, renormalisation, scaling, grouping. Biasing only
     the top-k keeps all of that, so no family needs a forward of its own. Some routers first select groups of experts and mask
-    the others with 0 or -inf. Their groups are selected without the bias, and the mask holds.
-
-    Args:
-        num_experts (`int`): E.
-        bias (`torch.Tensor` of shape `(E,)`): Added to the scores, in fp32.
-        zero_is_masked (`bool`): Whether a score of 0 marks an expert outside the selected groups, even among logits.
-
-    Attributes:
-        scores (`torch.Tensor` of shape `(..., E)`): The scores ranked last, without the bias.
-        are_probs (`bool`): Whether a softmax or a sigmoid over the experts came before the top-k.
+    the others with 0 or -inf. Their groups are selected without the bias, and the mask holds. With `zero_is_masked`, a score of 0
+    marks an expert outside the selected groups, even among logits.
     """
 
     def __init__(self, num_experts: int, bias: Tensor, zero_is_masked: bool = False) -> None:
         super().__init__()
         self.num_experts, self.bias, self.zero_is_masked = num_experts, bias, zero_is_masked
-        self.scores: Tensor | None = None
-        self.are_probs = False
+        self.scores: Tensor | None = None  # the scores ranked last (..., E), without the bias
+        self.are_probs = False  # whether a softmax or a sigmoid over the experts came before the top-k
 
     @staticmethod
     def innermost() -> BiasedTopK | None:

@@ -38,27 +38,6 @@ class ChoosingExperts(Experts):
         return super().forward(hidden, chosen, weights.softmax(-1))
 
 
-class Block(nn.Module):
-    """A block whose router returns its selection. Subclasses change the order."""
-
-    order = ("logits", "weights", "chosen")
-    sigmoid = False
-
-    def __init__(self):
-        super().__init__()
-        self.gate = self.make_gate()
-        self.experts = Experts()
-        self.top_k = K
-
-    def make_gate(self):
-        return Gate(type(self).order)
-
-    def forward(self, hidden):
-        flat = hidden.reshape(-1, H)
-        parts = dict(zip(self.order, self.gate(flat)))
-        return self.experts(flat, parts["chosen"], parts["weights"]).view_as(hidden)
-
-
 class Gate(nn.Module):
     def __init__(self, order):
         super().__init__()
@@ -70,6 +49,23 @@ class Gate(nn.Module):
         weights, chosen = torch.topk(logits.softmax(-1), K)
         parts = {"logits": logits, "weights": weights, "chosen": chosen}
         return tuple(parts[name] for name in self.order)
+
+
+class Block(nn.Module):
+    """A block whose router returns its selection. Subclasses change the router, or the order of its outputs."""
+
+    order, make_gate, sigmoid = ("logits", "weights", "chosen"), Gate, False
+
+    def __init__(self):
+        super().__init__()
+        self.gate = self.make_gate(self.order)
+        self.experts = Experts()
+        self.top_k = K
+
+    def forward(self, hidden):
+        flat = hidden.reshape(-1, H)
+        parts = dict(zip(self.order, self.gate(flat)))
+        return self.experts(flat, parts["chosen"], parts["weights"]).view_as(hidden)
 
 
 class IndicesFirst(Block):
@@ -85,8 +81,6 @@ class NoLogits(Block):
 
 
 class ProbsGate(Gate):
-    """As Mixtral before 5.6: it returns probabilities instead of logits."""
-
     def forward(self, hidden):
         router_logits = F.linear(hidden, self.weight)
         router_logits = torch.nn.functional.softmax(router_logits, dim=-1)
@@ -95,8 +89,9 @@ class ProbsGate(Gate):
 
 
 class Probs(Block):
-    def make_gate(self):
-        return ProbsGate(self.order)
+    """As Mixtral before 5.6: it returns probabilities instead of logits."""
+
+    make_gate = ProbsGate
 
 
 class ScatteredGate(Gate):
@@ -111,10 +106,7 @@ class ScatteredGate(Gate):
 
 
 class Scattered(Block):
-    sigmoid = True
-
-    def make_gate(self):
-        return ScatteredGate(self.order)
+    make_gate, sigmoid = ScatteredGate, True
 
     def forward(self, hidden):
         flat = hidden.reshape(-1, H)
@@ -125,7 +117,8 @@ class Scattered(Block):
 class LinearGate(Block):
     """As Jamba: the router is a linear layer, and the block does the top-k."""
 
-    def make_gate(self):
+    @staticmethod
+    def make_gate(order):
         gate = nn.Linear(H, E, bias=False)
         nn.init.normal_(gate.weight, std=0.5)
         return gate
@@ -325,10 +318,9 @@ def test_declared_blocks_are_looked_into(monkeypatch):
     declaring = [c for c in type(model).__mro__ if "_can_record_outputs" in vars(c)]
     for cls in {*declaring, *(c for c in type(model.model).__mro__ if "_can_record_outputs" in vars(c))}:
         monkeypatch.setattr(cls, "_can_record_outputs", {"router_logits": block})
-    assert [site.name for site in find_routers(model)] == ["model.layers.1.mlp.gate", "model.layers.2.mlp.gate"]
-    assert {type(module).__name__ for site in find_routers(model) for module in site.modules} == {
-        "DeepseekV3TopkRouter"
-    }
+    sites = find_routers(model)
+    assert [site.name for site in sites] == ["model.layers.1.mlp.gate", "model.layers.2.mlp.gate"]
+    assert {type(module).__name__ for site in sites for module in site.modules} == {"DeepseekV3TopkRouter"}
 
 
 def test_what_is_no_router_is_refused():
