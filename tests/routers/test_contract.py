@@ -6,13 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from charging import COEF, collect, gradients
+from charging import COEF, by_weights, gradients
 from tiny import set_prices, tiny_batch, tiny_model
 from torch import nn
 
 import hf_phibalance as phb
 from hf_phibalance.routers import find_routers
-from hf_phibalance.routers.families import returned_values
 
 
 E, K, H, I = 8, 2, 32, 16  # experts, top-k, hidden size, size of an expert  # noqa: E741
@@ -189,26 +188,6 @@ def model_with(block):
     return model
 
 
-def by_definition(model, batch, block, prices):
-    """Autograd's gradient of COEF · Σ_layers mean over counted tokens of ⟨q, p⟩, from the inputs of the blocks."""
-    mask, terms, handles = batch["attention_mask"].reshape(-1).float(), [], []
-    for layer, price in zip(model.model.layers, prices):
-
-        def note(module, args, price=price):
-            logits = F.linear(args[0].reshape(-1, H), module.gate.weight)
-            scores = logits.sigmoid() if block.sigmoid else logits.softmax(-1)
-            probs = scores / scores.sum(-1, keepdim=True)
-            terms.append(((probs @ price) * mask).sum() / mask.sum())
-
-        handles.append(layer.mlp.register_forward_pre_hook(note))
-    model.zero_grad()
-    model(**batch)
-    for handle in handles:
-        handle.remove()
-    (COEF * sum(terms)).backward()
-    return collect(model)
-
-
 @ALL
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non_reentrant", "reentrant"])
 def test_is_found_charged_and_counted(block, checkpointing):
@@ -236,7 +215,8 @@ def test_is_found_charged_and_counted(block, checkpointing):
         assert torch.equal(load, torch.bincount(chosen[mask].flatten(), minlength=E).float())
     phb.unpatch(model)
     model.gradient_checkpointing_disable()
-    expected = by_definition(model, batch, block, prices)
+    gates = [(layer.mlp, layer.mlp.gate.weight, price) for layer, price in zip(model.model.layers, prices)]
+    expected = by_weights(model, batch, gates, "sigmoid" if block.sigmoid else "softmax")
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
     for name, gradient in charged.items():
         added = expected.get(name, torch.zeros_like(gradient))
@@ -338,9 +318,3 @@ def test_two_tensors_as_wide_as_the_experts_are_refused():
     phb.patch(model)
     with pytest.raises(ValueError, match="2 tensors as wide as its 8 experts"):
         model(**tiny_batch(model))
-
-
-def test_source_tells_probabilities_and_scattered_weights():
-    assert returned_values(ProbsGate)[0] == "softmax"
-    assert returned_values(ScatteredGate) == ["scatter", ""]
-    assert returned_values(nn.Linear) == [""]

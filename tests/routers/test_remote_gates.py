@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from charging import COEF, collect, gradients
+from charging import COEF, by_weights, gradients
 from checks import assert_same
 from remote import REMOTE, remote_model
 from tiny import set_prices, tiny_batch
 
 import hf_phibalance as phb
-from hf_phibalance.maths import routing_probs
 
 
 def without_auxiliary_loss(model, alpha=1e-300):
@@ -21,7 +19,7 @@ def without_auxiliary_loss(model, alpha=1e-300):
 @pytest.mark.parametrize("kind", REMOTE)
 def test_remote_gate_gradient_is_that_of_the_definition(kind):
     model = remote_model(kind)
-    scoring, batch = "sigmoid" if kind == "moonlight" else "softmax", tiny_batch(model)
+    batch = tiny_batch(model)
     phb.patch(model, {"coef": COEF})
     balancer = set_prices(model)
     assert balancer.layer_names == ["model.layers.0.gate", "model.layers.1.gate"]
@@ -29,18 +27,8 @@ def test_remote_gate_gradient_is_that_of_the_definition(kind):
     charged = gradients(model, batch)
     phb.unpatch(model)
     task = gradients(without_auxiliary_loss(model, 0.0 if kind == "moonlight" else 1e-300), batch)
-    mask, terms = batch["attention_mask"].reshape(-1).float(), []
-    for layer, price in zip(model.model.layers, prices):
-
-        def note(module, args, price=price):
-            logits = F.linear(args[0].view(-1, args[0].shape[-1]), module.weight)
-            terms.append(((routing_probs(logits, scoring) @ price) * mask).sum() / mask.sum())
-
-        layer.gate.register_forward_pre_hook(note)
-    model.zero_grad()
-    model(**batch)
-    (COEF * sum(terms)).backward()
-    expected = collect(model)
+    gates = [(layer.gate, layer.gate.weight, price) for layer, price in zip(model.model.layers, prices)]
+    expected = by_weights(model, batch, gates, "sigmoid" if kind == "moonlight" else "softmax")
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
     for name, gradient in charged.items():
         added = gradient - task.get(name, torch.zeros_like(gradient))
