@@ -211,6 +211,11 @@ class PhiBalanceConfig:
         """Whether routers receive a gradient."""
         return self.coef > 0 or self.z_loss_coef > 0 or self.sequence_coef > 0
 
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The statistics whose means are kept, in a fixed order."""
+        return tuple(name for name in STATISTICS if name in (self.track, self.bias_track))
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields as JSON values, and the version of this package as `"version"`."""
         return {**dataclasses.asdict(self), "version": package_version()}
