@@ -4,17 +4,25 @@ The maths: pure functions of tensors, without models, steps or trainers.
 | module | contents |
 |---|---|
 | `potentials` | the convex potentials φ and their prices ∇φ |
-| `methods` | the balancing methods: their config fields, prices and bias steps |
+| `methods` | the balancing methods: their config fields, prices and steps of the selection bias |
 | `pricing` | routing probabilities of logits, the gradient of ⟨q, p⟩ |
-| `bias` | the target of quantile balancing, and the limit of a bias step |
 | `folding` | a selection bias as a part of the router's weight |
 | `metrics` | MaxVio, Gini and the other metrics of expert load |
 """
 # ruff: noqa: F401
 
-from .bias import BINS, margin_histogram, quantile_bias, step_within
 from .folding import FoldedShift, ShiftMoments, fold_shift, logit_shift, score_slope, selection_threshold
-from .methods import METHODS, PHI_DEFAULTS, Method, bias_step, price_now
+from .methods import (
+    BINS,
+    METHODS,
+    PHI_DEFAULTS,
+    Method,
+    bias_step,
+    margin_histogram,
+    price_now,
+    quantile_bias,
+    step_within,
+)
 from .metrics import (
     DEAD_THRESHOLD,
     dead_experts,
