@@ -84,7 +84,7 @@ def read_json(path: str | os.PathLike, remedy: str, limit: int = SMALL) -> dict[
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"{path} has more than {limit:,} bytes, too many for what it should hold. {remedy}")
+        raise ValueError(f"{path} has more than {limit:,} bytes, too many for such a file. {remedy}")
     try:
         values = parse_json(content)
     except ValueError as error:

@@ -59,7 +59,7 @@ class RouterSite:
     scoring: str
     score_width: float | None = None  # span of the scores that it ranks, once known
     not_logits: tuple[int, ...] = ()  # positions of other outputs as wide as the logits
-    noted: Tensor | None = None  # the logits, until the experts are called
+    stored_logits: Tensor | None = None  # until the block calls its experts
     has_native_bias: bool = False  # whether the family has a selection bias of its own
     modality: str = field(init=False)  # "vision" or "audio" if it routes nothing else, otherwise "text"
     _modules: list[weakref.ref[nn.Module]] = field(default_factory=list, repr=False)
@@ -153,7 +153,13 @@ class RouterSite:
         return None if bias is None or bias.is_meta else bias
 
     def __getstate__(self) -> dict[str, Any]:
-        references: dict[str, Any] = {"noted": None, "_modules": [], "_parent": None, "_experts": None, "_native": []}
+        references: dict[str, Any] = {
+            "stored_logits": None,
+            "_modules": [],
+            "_parent": None,
+            "_experts": None,
+            "_native": [],
+        }
         return {**vars(self), **references}  # a copy searches for its own modules
 
 

@@ -42,7 +42,7 @@ class RouterReader(Protocol):
         """Whether hooks have nothing to do in the current forward."""
 
     def choice_bias(self, index: int) -> Tensor | None:
-        """Returns the bias `(E,)` in force in the selection of router `index`, for routers that do not return their selection."""
+        """Returns the bias `(E,)` that router `index` has added to its scores, for routers that do not return their selection."""
 
     def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         """
@@ -88,7 +88,7 @@ class RouterHook(_Hook):
         at = site.read(parts)
         logits = _linear_logits(args[0], module) if at.logits is None else parts[at.logits]
         if site.kind.block is not None:
-            site.noted = logits
+            site.stored_logits = logits
             return None
         parts = self._observe(module, args[0] if args else None, logits, parts, at)
         return parts if isinstance(output, tuple) else parts[0]
@@ -124,7 +124,7 @@ class ExpertsHook(RouterHook):
             return None
         site = self.reader.sites[self.index]
         hidden, *parts = (*args, *kwargs.values())
-        logits, site.noted = site.noted, None
+        logits, site.stored_logits = site.stored_logits, None
         if logits is None:  # the block uses the weight of its router instead of calling it
             logits = _linear_logits(hidden, site.router)
         parts = [hidden, *self._observe(site.router, hidden, logits, parts, site.read(parts))]
@@ -132,7 +132,7 @@ class ExpertsHook(RouterHook):
 
 
 class BiasHook(_Hook):
-    """Hook before and after the forward that selects. The selection bias is in force in between."""
+    """Hook before and after the forward that does the top-k. The selection bias acts in between."""
 
     reader: RouterBalancer
 
