@@ -46,16 +46,8 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
             progress.start_task(bars[stream.domain.name])
             progress.update(bars[stream.domain.name], completed=stream.tokens)
 
-        inspection = inspect_model(
-            model,
-            tokenizer,
-            domains,
-            seq_len=args.seq_len,
-            batch_size=args.batch_size,
-            max_tokens=total,
-            packing=args.packing,
-            on_batch=on_batch,
-        )
+        settings = {name: getattr(args, name) for name in ("seq_len", "batch_size", "packing")}
+        inspection = inspect_model(model, tokenizer, domains, max_tokens=total, on_batch=on_batch, **settings)
     inspection.model["name"] = printable(args.model)
     if args.ignore_phi_balance:
         inspection.notes.append(f"{STATE_NAME} was ignored (--ignore_phi_balance).")
@@ -121,29 +113,14 @@ def run_export(args: argparse.Namespace, command: list[str]) -> int:
     from ..exporting import export, print_export
 
     console = Console(stderr=args.json == "-")
+    names = ("bias", "max_loss_increase", "force", "field", "max_tokens", "seq_len", "batch_size", "tokenizer")
+    options = {name: getattr(args, name) for name in names} | _loading_options(args)
+    options |= {"check": not args.no_check, "on_report": lambda report: print_export(report, console)}
     with Console(stderr=True).status(f"Exporting {escape(printable(args.model))}"):
-        report = export(
-            args.model,
-            args.destination,
-            args.texts,
-            bias=args.bias,
-            max_loss_increase=args.max_loss_increase,
-            force=args.force,
-            field=args.field,
-            max_tokens=args.max_tokens,
-            seq_len=args.seq_len,
-            batch_size=args.batch_size,
-            tokenizer=args.tokenizer,
-            check=not args.no_check,
-            on_report=lambda report: print_export(report, console),
-            **_loading_options(args),
-        )
+        report = export(args.model, args.destination, args.texts, **options)
     _write_json(report.to_dict(), args.json)
     console.print(f"An ordinary checkpoint in {escape(printable(args.destination))}", highlight=False)
     return 0
-
-
-# ---------------------------------------------------------------------- checking arguments, writing reports
 
 
 def _check_numbers(args: argparse.Namespace, **least: int) -> None:
@@ -197,9 +174,6 @@ def _write_json(figures: dict[str, Any], path: str | None) -> None:
 def _write(text: str, path: str) -> None:
     """Writes UTF-8, with escapes for what is no Unicode."""
     Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-# ---------------------------------------------------------------------- loading
 
 
 def _loading_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def inspect_model(
     counter = RouterCounter(model, len(domains))
     seq_len = _checked_length(counter, seq_len)
     streams = [TextStream(domain, tokenizer, seq_len, max_tokens, packing) for domain in domains]
-    with counter.attached(), evaluating(counter.root):
+    with reading(counter), evaluating(counter.root):
         for index, stream in enumerate(streams):
             _count(counter, index, stream, batch_size, on_batch)
     notes = [note for stream in streams for note in _notes(stream)]
@@ -97,16 +97,9 @@ def inspect_model(
 
 class RouterCounter:
     """
-    A [`RouterReader`] that counts which experts each router chooses and how confident it is. It uses the hooks of balancing, so
-    in every family it reads what balancing would read. The counts stay on the device, and their size does not depend on the
-    length of the text.
-
-    Args:
-        model (`torch.nn.Module`): A MoE model of transformers, possibly wrapped or patched.
-        domains (`int`): Number of domains.
-
-    Raises:
-        ValueError: if the model has no router that can be read.
+    A [`RouterReader`] that counts which experts the routers of `model` choose in each of `domains` domains, and how confident
+    they are. It uses the hooks of balancing, so in every family it reads what balancing would read. The counts stay on the
+    device, and do not grow with the text.
     """
 
     is_idle = True  # whether the hooks ignore the current forward
@@ -123,12 +116,6 @@ class RouterCounter:
         self.layers: list[Layer | None] = [None] * len(self.sites)
         self._domains, self._domain = domains, 0
         self._mask = self._half = torch.zeros(0)  # (T,) each, of the current forward
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Context manager: inside it the hooks are in the model."""
-        with reading(self):
-            yield
 
     @contextmanager
     def counting(self, domain: int, mask_BS: Tensor, half_B: Tensor) -> Iterator[None]:

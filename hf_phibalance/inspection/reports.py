@@ -12,9 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from ..files import layer_labels, versions, without_paths
-from ..maths import DEAD_THRESHOLD, relative_load
+from ..maths import DEAD_THRESHOLD
 from .results import Inspection, lift, specialisation_figures
 
 
@@ -55,17 +56,17 @@ def print_inspection(inspection: Inspection, console: Console, top: int = 5) -> 
     table = _table(console, "Layers, all texts" if several else "Layers", "layer", *headings, "noise", *information)
     for label, layer in zip(labels, inspection.layers):
         figures = inspection.layer_figures(layer)["overall"]
-        cells = [_dimmed(_marked(figures, name)) for name in IN_TERMINAL]
-        cells.append(Text(f"{figures['chance_in_text']['max_vio']:.3f}"))
+        row = [_dimmed(_marked(figures, name)) for name in IN_TERMINAL]
+        row.append(Text(f"{figures['chance_in_text']['max_vio']:.3f}"))
         if several:
-            cells.append(_dimmed(_marked_bits(specialisation_figures(layer.halves, layer.top_k))))
-        table.add_row(Text(label), *cells)
+            row.append(_dimmed(_marked_bits(specialisation_figures(layer.halves, layer.top_k))))
+        table.add_row(Text(label), *row)
     console.print(table)
 
     console.print(Text("Load of each expert: ▄ is the fair share, × less than a twentieth of it", style="italic"))
     width = max(map(len, labels))
     for label, layer in zip(labels, inspection.layers):
-        strip = _load_strip(relative_load(inspection.counts(layer, "overall").double()).tolist())
+        strip = _load_strip(inspection.loads(layer, "overall"))
         room = max(console.width - width - 1, 8)
         for start in range(0, len(strip), room):
             console.print(Text(f"{'' if start else label:<{width}} ") + strip[start : start + room])
@@ -115,7 +116,7 @@ def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | 
         scopes={scope: scope if several else next(iter(inspection.domains)) for scope in inspection.scopes()},
         summaries={scope: inspection.summary(scope) for scope in inspection.scopes()},
         figures=[inspection.layer_figures(layer) for layer in layers],
-        loads={scope: [_loads(inspection, layer, scope) for layer in layers] for scope in inspection.scopes()},
+        loads={scope: [inspection.loads(layer, scope) for layer in layers] for scope in inspection.scopes()},
         headings=HEADINGS,
         dead=DEAD_THRESHOLD,
         information=information,
@@ -126,9 +127,6 @@ def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | 
         command=command and without_paths([_without_folder(word) for word in command]),
         versions={name: versions()[name] for name in ("hf_phibalance", "torch", "transformers") if name in versions()},
     )
-
-
-# ---------------------------------------------------------------------- words and figures
 
 
 def _title(inspection: Inspection) -> str:
@@ -174,9 +172,6 @@ def _without_folder(word: str) -> str:
     return f"{name}={Path(path).name}" if equals and Path(path).is_absolute() else word
 
 
-# ---------------------------------------------------------------------- terminal
-
-
 def _table(console: Console, heading: str, *columns: str) -> Table:
     table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for number, column in enumerate(columns):
@@ -201,19 +196,12 @@ def _load_strip(relative: Sequence[float]) -> Text:
     return strip
 
 
-# ---------------------------------------------------------------------- page
-
-
 def _shade(value: float, reach: float) -> int:
     """Returns the colour of a value on a log scale, in per cent: 0 at 1, -100 at `2**-reach` and below, 100 at `2**reach` and above."""
     return -100 if value <= 0 else round(100 * max(-1.0, min(1.0, math.log2(value) / reach)))
 
 
-def _loads(inspection: Inspection, layer: Any, scope: str) -> list[float]:
-    return relative_load(inspection.counts(layer, scope).double()).tolist()
-
-
-def _lifts(counts_DE: Any) -> list[list[float | None]]:
-    """Returns the lift of each expert in each domain, `None` where too few assignments were to be expected."""
+def _lifts(counts_DE: Tensor) -> list[list[float]]:
+    """Returns the lift of each expert in each domain, NaN where too few assignments were to be expected."""
     expected_DE = counts_DE.double().sum(1, keepdim=True) * counts_DE.sum(0) / counts_DE.sum()
     return lift(counts_DE).where(expected_DE >= FEWEST, math.nan).tolist()

@@ -86,6 +86,10 @@ class Inspection:
         """Returns the counts of a layer in one of `scopes`, `(E,)`."""
         return self.halves(layer, scope).sum(0)
 
+    def loads(self, layer: Layer, scope: str) -> list[float]:
+        """Returns the load of each expert of a layer divided by the fair share."""
+        return relative_load(self.counts(layer, scope).double()).tolist()
+
     def layer_figures(self, layer: Layer) -> dict[str, dict[str, Any]]:
         """Returns the figures of a layer by scope: those of [`balance_figures`] and `CONFIDENCE`."""
         return {scope: self._figures(layer, scope) for scope in self.scopes()}

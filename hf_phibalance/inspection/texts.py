@@ -204,9 +204,6 @@ def _pieces(strings: Iterable[str]) -> Iterator[str]:
     yield held
 
 
-# ---------------------------------------------------------------------- rows
-
-
 def _suffix(path: Path) -> str:
     """Returns the suffix of a file's name without that of its compression."""
     return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix.lower()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import hf_phibalance as phb
 from hf_phibalance.inspection import inspect_model
 from hf_phibalance.inspection.counting import RouterCounter
+from hf_phibalance.routers import reading
 
 
 def inspected(model, texts, tokenizer=None, **options):
@@ -158,7 +159,7 @@ def test_counts_do_not_grow_with_the_text():
 
     def kept(repeats):
         counter, ids = RouterCounter(model, domains=2), torch.randint(3, 128, (4, 8))
-        with counter.attached(), torch.no_grad():
+        with reading(counter), torch.no_grad():
             for _ in range(repeats):
                 with counter.counting(0, torch.ones(4, 8, dtype=torch.bool), torch.tensor([0, 1, 0, 1])):
                     counter.backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
