@@ -1,17 +1,11 @@
-"""The command `phibalance`. Only what it needs to explain itself is imported before it has work to do.
+"""
+The command `phibalance`.
 
 ```bash
 phibalance inspect Qwen/Qwen1.5-MoE-A2.7B --texts math=gsm8k/test.jsonl code=src/ prose=wiki/*.txt --html report.html --json report.json
 phibalance doctor Qwen/Qwen1.5-MoE-A2.7B --coef 0.01 --lora router=lora
 phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl
 ```
-
-| module | what it holds |
-|---|---|
-| `parser` | the words of the command line |
-| `inspecting`, `checking`, `exporting` | the commands |
-| `loading` | models and tokenizers as the options say |
-| `output` | figures as JSON |
 """
 
 from __future__ import annotations
@@ -29,16 +23,16 @@ __all__ = ["main", "make_parser"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Runs `phibalance` with `arguments`, those of the process unless given.
+    Runs `phibalance` with `arguments`, or with those of the process.
 
     Returns:
-        `int`: the exit status: 0, 1 after an error that has been explained, 130 after Ctrl-C. Of `phibalance doctor`: 0, 1
-        after a warning with `--strict`, 2 after a problem, and after an error as well.
+        `int`: the exit status: 0, 1 after an error (2 with `doctor`), 130 after Ctrl-C. `doctor` also returns 1 after a warning with
+        `--strict`, and 2 after a problem.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     replace_unprintable()
     args = make_parser().parse_args(words)
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs what it raises
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # datasets logs the errors it raises
     try:
         return args.run(args, ["phibalance", *words])
     except (ValueError, OSError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Cuts the texts of named domains into sequences of token ids. Files are streamed."""
+"""Reads the texts of named domains as sequences of token ids. Files are streamed by `datasets`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import glob
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..files import printable, quoted
-from .rows import COMPRESSED, TABLES, fields_of, read_rows, suffix_of, text_of
 
 
-IN_FOLDERS = (".txt", ".md", ".py", ".jsonl", ".parquet")  # other .json and .csv lie beside code
-PIECE = 1 << 16  # characters that are tokenised at once
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # of datasets, for tables
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+IN_FOLDERS = (".txt", ".md", ".py", ".jsonl", ".parquet")  # .json and .csv in a folder are rarely texts
+LINES = {"keep_linebreaks": True, "encoding": "utf-8-sig", "encoding_errors": "replace"}
+USUAL_FIELDS = (("text",), ("messages",), ("prompt", "completion"), ("question", "answer"))
+PIECE = 1 << 16  # characters to tokenize at once
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Files under one name; `fields` are the text of their rows, the usual ones if none are given."""
+    """Files under one name. `fields` name the text in their rows; if empty, the usual fields are tried."""
 
     name: str
     files: tuple[Path, ...]
@@ -31,16 +36,16 @@ class Domain:
 
 def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Domain]:
     """
-    Returns the domains that words such as `math=gsm8k/*.jsonl` name, in the order of their first mention.
+    Returns the domains of arguments such as `math=gsm8k/*.jsonl`, in the order of their first mention.
 
     Args:
         texts (`Sequence[str]`):
-            `name=path`, or `path`, whose stem is then the name. A path is a file, a glob (`**` descends), or a folder, of which the
-            files in `IN_FOLDERS` are taken. Several files are mixed, always in the same way. A name may come several times.
-        fields (`Sequence[str]`, *optional*): `field` for every domain, or `name=field` for one of them.
+            `name=path`, or `path`, whose stem is then the name. A path is a file, a glob (`**` descends), or a folder: its files that
+            end in one of `IN_FOLDERS` are read. A name may come several times. The files of a domain are shuffled with a fixed seed.
+        fields (`Sequence[str]`, *optional*): `field` for all domains, or `name=field` for one.
 
     Raises:
-        ValueError: if a path leads to no file or to a binary one, or a field belongs to no domain.
+        ValueError: if a path has no file or a binary one, or if a field is for no domain.
     """
     found: dict[str, list[Path]] = {}
     for text in texts:
@@ -48,7 +53,9 @@ def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Doma
         if not equals or os.path.exists(text):
             name, pattern = Path(text).name.partition(".")[0] or text, text
         if not name or not pattern or name == "overall":
-            raise ValueError(f"`--texts` {quoted(text)}: write name=path, but not 'overall', which is all domains.")
+            raise ValueError(
+                f"`--texts` {quoted(text)}: write name=path, with a name other than 'overall' (all domains)."
+            )
         found.setdefault(printable(name), []).extend(_files(pattern, text))
     own: dict[str, list[str]] = {name: [] for name in found}
     for entry in fields:
@@ -61,10 +68,10 @@ def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Doma
 
 
 def _files(pattern: str, text: str) -> list[Path]:
-    """Returns the files of a path, mixed, so that the first of many are a fair sample."""
+    """Returns the files of a path, shuffled, so that the first of many files are a fair sample."""
     path = Path(pattern)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and suffix_of(file) in IN_FOLDERS]
+        files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in IN_FOLDERS]
         reason = f"no file in that folder ends in {', '.join(IN_FOLDERS)} (or .gz)"
     else:
         files = [file for file in {path, *map(Path, glob.glob(pattern, recursive=True))} if file.is_file()]
@@ -72,25 +79,25 @@ def _files(pattern: str, text: str) -> list[Path]:
     if not files:
         raise ValueError(f"`--texts` {quoted(text)}: {reason}.")
     for file in files:
-        if file.suffix not in (*TABLES, *COMPRESSED) and b"\0" in file.open("rb").read(1024):
+        if file.suffix not in (*LOADERS, *COMPRESSED) and b"\0" in file.open("rb").read(1024):
             raise ValueError(f"{quoted(str(file))} is no text, it holds zero bytes: leave it out of `--texts`.")
     return random.Random(0).sample(sorted(files), len(files))
 
 
 class TextStream:
     """
-    The sequences of token ids of one domain, and how far they have been read.
+    Iterates over the sequences of token ids of one domain, and counts what it has read.
 
-    A text is a row of a table (.jsonl, .json, .csv, .parquet) or a whole file of another kind. It is cut into sequences, none of
-    which holds two texts. With `packing`, the texts of the domain are joined by line ends and cut as one. A sequence begins with
-    the special tokens that the tokenizer puts before a text. The model sees them, but they do not count.
+    A text is a row of a table (.jsonl, .json, .csv, .parquet), or a whole file of any other kind. Each text is cut into its own
+    sequences. With `packing`, the texts of the domain are joined by line ends first. A sequence begins with the special tokens
+    that the tokenizer puts before a text. They are not counted.
 
     Args:
-        domain (`Domain`): the files.
-        tokenizer: a tokenizer of transformers.
-        seq_len (`int`): greatest length of a sequence, with its special tokens.
-        max_tokens (`int`, *optional*): stop after so many tokens of text.
-        packing (`bool`, *optional*, defaults to `False`): whether texts share sequences.
+        domain (`Domain`): The files.
+        tokenizer: A tokenizer of transformers.
+        seq_len (`int`): Longest sequence in tokens, special tokens included.
+        max_tokens (`int`, *optional*): Tokens of text to stop after.
+        packing (`bool`, *optional*, defaults to `False`): Whether texts share sequences.
     """
 
     def __init__(
@@ -123,55 +130,71 @@ class TextStream:
                 return
 
     def _texts(self) -> Iterator[Iterable[str]]:
-        """Yields each text: that of a row, or the lines of a file. Skips rows without text, but refuses the very first."""
+        """Yields each text as its parts: a row, or the lines of a file. Skips rows without text, but refuses a bad first row."""
         for path in self.domain.files:
             self.files += 1
-            if suffix_of(path) not in TABLES:
+            if _suffix(path) not in LOADERS:
                 yield self._lines(path)
                 continue
             fields = self.domain.fields
-            for number, row in enumerate(read_rows(path)):
+            for number, row in enumerate(_rows(path)):
                 try:
-                    fields = fields or fields_of(row)
-                    text = text_of(row, fields, self.tokenizer)
+                    fields = fields or _usual_fields(row)
+                    text = _text(row, fields, self.tokenizer)
                 except ValueError as error:
                     if number == 0 and not self.tokens:
                         raise ValueError(f"{quoted(str(path))}, first row: {error}") from error
                     self.skipped += 1
                     continue
-                if self.prefix:  # which a chat template may have written
+                if self.prefix:  # a chat template may have written it already
                     text = text.removeprefix(self.tokenizer.decode(self.prefix))
                 yield [text, "\n"] if self.packing else [text]
 
     def _lines(self, path: Path) -> Iterator[str]:
-        for row in read_rows(path):
+        for row in _rows(path):
             if "\ufffd" in row["text"]:
                 self.undecodable.add(path.name)
             yield row["text"]
 
     def batches(self, batch_size: int, window: int = 16) -> Iterator[list[list[int]]]:
-        """Yields batches of sequences. Within `window` batches they are sorted by length, so that little is padded."""
+        """Yields batches of sequences, sorted by length within `window` batches to save padding."""
         sequences = iter(self)
         while held := sorted(islice(sequences, window * batch_size), key=len, reverse=True):
             yield from (held[start : start + batch_size] for start in range(0, len(held), batch_size))
 
 
 def check_texts(domains: Sequence[Domain], tokenizer: Any) -> None:
-    """Raises what reading the first text of each domain raises, so that no model is loaded in vain."""
+    """Reads the first text of each domain and raises its errors, before a model is loaded."""
     for domain in domains:
         if not any(TextStream(domain, tokenizer, seq_len=PIECE)):
             raise ValueError(f"there is no text in domain {domain.name}.")
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """Returns the special tokens that `tokenizer` puts before a text, e.g. `[bos]`, without those that it puts after it."""
+    """Returns the special tokens that `tokenizer` puts before a text, e.g. `[bos]`."""
     alone = tokenizer("", verbose=False)["input_ids"]
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, tokenizer.cls_token_id, None}
     return list(takewhile(lambda token: token not in ends, alone))
 
 
+def padded_batches(sequences: Sequence[Sequence[int]], batch_size: int, pad: int) -> list[dict[str, Any]]:
+    """Returns right-padded batches of `batch_size` sequences, with attention mask and labels."""
+    batches = []
+    for start in range(0, len(sequences), batch_size):
+        part = [torch.tensor(row) for row in sequences[start : start + batch_size]]
+        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=pad)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in part])[:, None]
+        batches.append({"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)})
+    return batches
+
+
+def padding_of(tokenizer: Any) -> int:
+    """Returns a token id to pad with. The attention mask hides it."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
 def _pieces(strings: Iterable[str]) -> Iterator[str]:
-    """Yields `strings` joined to pieces of at least `PIECE` characters."""
+    """Joins `strings` to pieces of at least `PIECE` characters."""
     held = ""
     for string in strings:
         held += string
@@ -179,3 +202,64 @@ def _pieces(strings: Iterable[str]) -> Iterator[str]:
             yield held
             held = ""
     yield held
+
+
+def _suffix(path: Path) -> str:
+    """Returns the suffix of a file's name without that of its compression."""
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix.lower()
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a table, or the lines of any other file as rows with `text`."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError('reading texts needs datasets: pip install "hf_phibalance[texts]"') from error
+    loader = LOADERS.get(_suffix(path), "text")
+    options = LINES if loader == "text" else {}
+    if not path.stat().st_size:
+        return
+    try:
+        yield from load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
+    except Exception as error:  # each loader and codec has its own
+        reason = f"{quoted(str(path))} cannot be read as {loader}: {quoted(str(error))}"
+        raise ValueError(f"{reason}. Repair it, or leave it out of `--texts`.") from error
+
+
+def _filled(row: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the fields with text or messages."""
+
+    def is_chat(value: Any) -> bool:
+        return isinstance(value, list) and value != [] and all(isinstance(m, Mapping) and "role" in m for m in value)
+
+    return [name for name, value in row.items() if isinstance(value, str) or is_chat(value)]
+
+
+def _usual_fields(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the first of `USUAL_FIELDS` that the row has, or else its only field with text."""
+    filled = _filled(row)
+    usual = [names for names in USUAL_FIELDS if set(names) <= set(filled)]
+    if not usual and len(filled) != 1:
+        raise ValueError(f"say by `--field` which field is the text; there is some in {quoted(filled)}.")
+    return usual[0] if usual else (filled[0],)
+
+
+def _text(row: Mapping[str, Any], fields: tuple[str, ...], tokenizer: Any) -> str:
+    """Returns the `fields` of a row joined by line ends, or its messages through the chat template of `tokenizer`."""
+    filled = _filled(row)
+    for name in fields:
+        if name not in filled:
+            raise ValueError(f"there is no text in field {quoted(name)}, but in {quoted(filled)}.")
+    values = [row[name] for name in fields]
+    if all(isinstance(value, str) for value in values):
+        return ("" if fields == ("prompt", "completion") else "\n").join(values)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"field {quoted(fields[0])} holds messages, but the tokenizer {quoted(tokenizer.name_or_path)} has no chat "
+            "template: name a tokenizer with one (`--tokenizer`), or a field of plain text (`--field`)."
+        )
+    try:  # a table has every key in each of its messages, with null where there was none
+        messages = [{k: v for k, v in message.items() if v is not None} for value in values for message in value]
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates raise what they like
+        raise ValueError(f"the tokenizer's chat template does not take the messages: {quoted(str(error))}.") from error

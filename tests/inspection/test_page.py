@@ -1,24 +1,98 @@
-"""The HTML page and its pictures."""
+"""The HTML page, also in a real browser: headless Chromium."""
 
-from made_texts import SEQ_LEN, domains_of, make_tokenizer
-from tiny import tiny_model
+import html
+import json
+import re
+import shutil
+import subprocess
+import urllib.parse
 
-from hf_phibalance.inspection import Domain, html_report, inspect_model
-from hf_phibalance.inspection.pictures import colour_step, nice_ticks
+import pytest
+import torch
+
+from hf_phibalance.inspection import Inspection, html_report
+from hf_phibalance.inspection.results import Layer
 
 
-def test_page_escapes_what_it_is_given(texts):
-    domains = [Domain("<b>&", d.files, d.fields) if d.name == "low" else d for d in domains_of(texts)]
-    found = inspect_model(tiny_model("mixtral"), make_tokenizer(), domains, seq_len=SEQ_LEN)
-    found.model["name"] = "</title><script>"
-    page = html_report(found)
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+OPTIONS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --window-size=1400,1000 "
+    "--virtual-time-budget=5000 --dump-dom"
+)
+# Measures each frame with all its parts unfolded and the pointer over a cell of the first picture, then over a layer of a plot.
+MEASURE = """
+function measure(frame) {
+  const view = frame.contentWindow, body = view.document.body, all = selector => [...body.querySelectorAll(selector)];
+  all("details").forEach(part => part.open = true);
+  const tips = [".heat td", ".plot > i"].map(spot => {
+    all(spot)[0].dispatchEvent(new view.PointerEvent("pointermove", {bubbles: true, clientX: 9, clientY: 9}));
+    return all("#tip")[0].textContent;
+  });
+  const place = part => part.getBoundingClientRect(), style = part => view.getComputedStyle(part);
+  const parts = all("*").filter(part => part.getClientRects().length);
+  const outside = parts.filter(part => place(part).right > view.innerWidth + 0.5 || place(part).left < -0.5);
+  const hidden = parts.filter(part => part.scrollWidth > part.clientWidth + 1 && style(part).overflowX != "visible");
+  const cut = hidden.filter(part => !part.closest(".heat") && style(part).textOverflow != "ellipsis");
+  return {
+    tips, page: view.document.documentElement.scrollWidth, loaded: view.performance.getEntriesByType("resource").length,
+    bad: [...outside, ...cut].map(part => part.outerHTML.slice(0, 200)), ink: style(body).color, paper: style(body).backgroundColor,
+  };
+}
+addEventListener("load", () => {
+  const measured = [...document.querySelectorAll("iframe")].map(measure);
+  document.body.textContent = "MEASURED" + encodeURIComponent(JSON.stringify(measured)) + "DONE";
+});
+"""
+
+
+def inspected(layers=12, experts=64, domains=("math", "code", "prose"), name="org/model"):
+    """An inspection with random counts, and a dead expert in every fifth layer."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for number in range(layers):
+        halves = torch.randint(1, 4000, (2, len(domains), experts), generator=generator)
+        halves[:, :, 0] *= number % 5 > 0
+        confidence = torch.rand(len(domains), 3, generator=generator).double() * halves.sum((0, 2))[:, None]
+        found.append(Layer(f"model.layers.{number}.mlp.gate", 2, "softmax", halves, confidence))
+    model = {"name": name, "model_type": "mixtral", "parameters": 10**9, "dtype": "bfloat16", "routers": layers}
+    model |= {"experts": [experts], "top_k": [2], "selection_bias": "none"}
+    read = {"tokens": 10**5, "sequences": 200, "documents": 50, "files": 3, "files_read": 2}
+    settings = {"seq_len": 512, "batch_size": 8, "max_tokens": None, "packing": False}
+    return Inspection(model, settings, {domain: dict(read) for domain in domains}, found, ["a note"])
+
+
+def test_the_page_escapes_its_input_and_needs_no_other_file():
+    page = html_report(inspected(layers=2, domains=("<b>&", "code"), name="</title><script>"))
     assert "<b>&" not in page and "</title><script>" not in page and "&lt;b&gt;&amp;" in page
+    assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", page)
 
 
-def test_colours_and_ticks():
-    assert [colour_step(value) for value in (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 64.0)] == [-8, -8, -8, -4, 0, 4, 8, 8]
-    assert nice_ticks(0.93) == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert nice_ticks(7.0) == [0.0, 2.0, 4.0, 6.0, 8.0] and nice_ticks(0.0) == [0.0, 1.0]
-    for highest in (1e-6, 0.013, 3.0, 4.7, 120.0):
-        ticks = nice_ticks(highest)
-        assert ticks[-1] >= highest > ticks[-2] and 2 <= len(ticks) <= 6
+@pytest.mark.skipif(BROWSER is None, reason="no chromium")
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_page_in_a_browser(tmp_path, theme):
+    """Wide and narrow: no message in the console, nothing cut off, nothing to scroll sideways; the pointer shows values."""
+    made = [inspected(), inspected(layers=1, experts=8, domains=("x" * 300,))]
+    pages, widths = [html_report(found) for found in made], [1280, 390]
+    assert len(pages[0]) < 200_000  # so that 61 layers of 384 experts stay below 5 MB
+    frames = [
+        f'<iframe style="width:{width}px; height:900px; border:0" srcdoc="{html.escape(page)}"></iframe>'
+        for page in pages
+        for width in widths
+    ]
+    outer = f'<meta charset="utf-8"><style>:root {{ color-scheme: light dark }}</style>{"".join(frames)}'
+    (tmp_path / "all.html").write_text(f"{outer}<script>{MEASURE}</script>", encoding="utf-8")
+    command = [BROWSER, *OPTIONS.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--blink-settings=preferredColorScheme={['dark', 'light'].index(theme)}", str(tmp_path / "all.html")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = re.search("MEASURED(.*)DONE</body>", done.stdout)
+    assert found and "CONSOLE" not in done.stderr, done.stderr
+    measured = json.loads(urllib.parse.unquote(found[1]))
+    assert [frame["page"] for frame in measured] == widths * 2
+    for frame, inspection in zip(measured, [made[0], made[0], made[1], made[1]]):
+        assert not frame["bad"] and not frame["loaded"]
+        layer = inspection.layers[0]
+        load = layer.counts.sum(0).double()
+        assert frame["tips"][0] == f"layer 0, expert 0: {load[0] / load.mean():.2f}× the fair share"
+        assert f": {inspection.layer_figures(layer)['overall']['max_vio']:.4f}" in frame["tips"][1]
+        ink, paper = (sum(map(int, re.findall(r"\d+", frame[name])[:3])) for name in ("ink", "paper"))
+        assert ink - paper > 400 if theme == "dark" else paper - ink > 400

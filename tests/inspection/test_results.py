@@ -7,7 +7,7 @@ from made_texts import make_tokenizer, words
 from tiny import tiny_model
 
 from hf_phibalance.inspection import inspect_model, parse_domains
-from hf_phibalance.inspection.figures import (
+from hf_phibalance.inspection.results import (
     balance_figures,
     chance_figures,
     design_effect,
@@ -19,21 +19,16 @@ from hf_phibalance.maths import summarise
 
 def test_chance_figures_are_what_uniform_choices_show():
     generator = torch.Generator().manual_seed(0)
-    experts, top_k, tokens = 16, 4, 500
-    drawn = torch.stack([draw(torch.zeros(experts).double(), top_k, tokens, generator) for _ in range(300)])
-    expected, shown = chance_figures(experts, top_k, tokens), summarise(drawn.double())
+    drawn = torch.stack([draw(torch.zeros(16).double(), 4, 500, generator) for _ in range(300)])
+    expected, shown = chance_figures(16, 4, 500), summarise(drawn.double())
     assert float(shown["cv"].square().mean().sqrt()) == pytest.approx(expected["cv"], rel=0.05)
     assert float(shown["gini"].mean()) == pytest.approx(expected["gini"], rel=0.05)
     lacking = 1 - shown["normalised_entropy"].mean()
     assert float(lacking) == pytest.approx(1 - expected["normalised_entropy"], rel=0.05)
 
 
-def test_lift_is_the_share_in_a_domain_over_that_in_all():
-    torch.testing.assert_close(lift(torch.tensor([[3, 1], [1, 3]])), torch.tensor([[1.5, 0.5], [0.5, 1.5]]).double())
-
-
 def test_dependence_within_sequences_is_measured():
-    """Sequences of 20 equal tokens are worth 20 times less, and domains that do not differ stay within the noise."""
+    """Sequences of 20 equal tokens carry 20 times less information, and equal domains stay within the noise."""
     generator, zeros = torch.Generator().manual_seed(0), torch.zeros(8).double()
     effects, information, noise = [], [], 0
     for _ in range(60):
@@ -46,18 +41,13 @@ def test_dependence_within_sequences_is_measured():
     assert sum(effects) / 60 == pytest.approx(20, rel=0.2)
     assert abs(sum(information)) / 60 < 0.1 * figures["bias"] + 2e-3
     assert noise >= 50
-    independent = torch.stack([draw(zeros, 2, 4000, generator) for _ in range(2)])
-    assert design_effect(independent, 2) < 3
+    assert design_effect(torch.stack([draw(zeros, 2, 4000, generator) for _ in range(2)]), 2) < 3
 
 
 def test_noise_and_dead_experts_are_marked():
-    even = torch.tensor([[503, 497, 500, 500], [499, 501, 498, 502]])
-    figures = balance_figures(even, top_k=1)
-    assert figures["noise"] == {
-        "max_vio": True, "gini": True, "cv": True, "normalised_entropy": True, "dead_experts": False
-    }  # fmt: skip
-    uneven = torch.tensor([[900, 60, 39, 1], [900, 60, 39, 1]])
-    figures = balance_figures(uneven, top_k=1)
+    even = balance_figures(torch.tensor([[503, 497, 500, 500], [499, 501, 498, 502]]), top_k=1)["noise"]
+    assert not even.pop("dead_experts") and all(even.values()) and len(even) == 4
+    figures = balance_figures(torch.tensor([[900, 60, 39, 1], [900, 60, 39, 1]]), top_k=1)
     assert not any(figures["noise"].values())
     assert figures["dead"] == [3] and figures["dead_experts"] == 1
     assert figures["max_vio"] == pytest.approx(2.6) and figures["chance"]["max_vio"] < 0.1
@@ -66,23 +56,17 @@ def test_noise_and_dead_experts_are_marked():
 
 
 def test_specialists_are_the_experts_that_a_domain_prefers(tmp_path):
-    """Two domains of a few words each."""
-    model = tiny_model("mixtral", num_hidden_layers=1)
+    torch.testing.assert_close(lift(torch.tensor([[3, 1], [1, 3]])), torch.tensor([[1.5, 0.5], [0.5, 1.5]]).double())
     (tmp_path / "a.txt").write_text(words(600, last=8))
     (tmp_path / "b.txt").write_text(words(600, first=123))
-    found = inspect_model(
-        model,
-        make_tokenizer(),
-        parse_domains([f"a={tmp_path}/a.txt", f"b={tmp_path}/b.txt"]),
-        seq_len=20,
-    )
+    domains = parse_domains([f"a={tmp_path}/a.txt", f"b={tmp_path}/b.txt"])
+    found = inspect_model(tiny_model("mixtral", num_hidden_layers=1), make_tokenizer(), domains, seq_len=20)
     counts = found.layers[0].counts
     for index, name in enumerate("ab"):
         best = found.specialists(name, top=3)
         assert best and best == sorted(best, key=lambda entry: -entry["bits"])
         for entry in best:
-            share = counts[index, entry["expert"]] / 600
-            assert entry["share"] == pytest.approx(float(share))
+            assert entry["share"] == pytest.approx(float(counts[index, entry["expert"]] / 600))
             assert entry["share_elsewhere"] == pytest.approx(float(counts[1 - index, entry["expert"]] / 600))
             assert entry["share"] > entry["share_elsewhere"]
     figures = specialisation_figures(found.layers[0].halves, 2)

@@ -1,0 +1,256 @@
+"""The commands `inspect`, `doctor` and `export`. Each imports what it needs only when it runs, so that `--help` is fast."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ..files import STATE_NAME, find_file, printable, quoted, versions
+
+
+def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
+    from ..inspection import check_texts, parse_domains
+
+    # refuse what can be refused before the model is loaded
+    domains = parse_domains(args.texts, args.field)
+    _check_numbers(args, seq_len=1, batch_size=1, max_tokens=0, top=0)
+    for name in ("json", "html"):
+        _check_file(name, getattr(args, name))
+    _check_model(args)
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from ..inspection import html_report, inspect_model, print_inspection
+
+    console, errors = Console(stderr=args.json == "-"), Console(stderr=True)
+    with errors.status(f"Loading {escape(printable(args.model))}"):
+        tokenizer = _load_tokenizer(args)
+        check_texts(domains, tokenizer)
+        model = _load_model(args, False if args.ignore_phi_balance else None)
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())
+    with Progress(
+        TextColumn("{task.description}", markup=False), *columns, console=errors, transient=True
+    ) as progress:
+        total = args.max_tokens or None
+        bars = {domain.name: progress.add_task(domain.name, total=total, start=False) for domain in domains}
+
+        def on_batch(stream: Any) -> None:
+            progress.start_task(bars[stream.domain.name])
+            progress.update(bars[stream.domain.name], completed=stream.tokens)
+
+        settings = {name: getattr(args, name) for name in ("seq_len", "batch_size", "packing")}
+        inspection = inspect_model(model, tokenizer, domains, max_tokens=total, on_batch=on_batch, **settings)
+    inspection.model["name"] = printable(args.model)
+    if args.ignore_phi_balance:
+        inspection.notes.append(f"{STATE_NAME} was ignored (--ignore_phi_balance).")
+    words = list(map(printable, command))
+    with ExitStack() as reports:  # runs each of them, the last first, even if another one fails
+        reports.callback(print_inspection, inspection, console, args.top)
+        if args.html:
+            reports.callback(lambda: _write(html_report(inspection, args.top, words), args.html))
+        reports.callback(lambda: _write_json({**inspection.to_dict(args.top), "versions": versions()}, args.json))
+    for name, path in (("JSON", args.json), ("HTML", args.html)):
+        if path and path != "-":
+            console.print(f"{name} report in {escape(printable(path))}", highlight=False)
+    return 0
+
+
+def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
+    _check_numbers(args, seq_len=1, batch_size=1, accumulation=1)
+    _check_file("json", args.json)
+    lora = _lora_options(args.lora) if args.lora is not None else None
+
+    from ..inspection import check_texts, parse_domains
+
+    domains = parse_domains([f"texts={path}" for path in args.texts], args.field) if args.texts else []
+    _check_model(args)
+    if domains:
+        check_texts(domains, _load_tokenizer(args))  # before the model is loaded
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from ..diagnosis import print_report
+    from ..routers import predicts_tokens
+    from ..training import doctor, lora_config
+
+    console = Console(stderr=args.json == "-")
+    with Console(stderr=True).status(f"Loading {escape(printable(args.model))}") as status:
+        model = _load_to_train(args)
+        if lora is not None:
+            from peft import get_peft_model
+
+            from ..balancing import patch
+
+            model = patch(get_peft_model(model, lora_config(model, **lora)))
+        status.update("Trying one optimizer step")
+        batches = _micro_batches(args, domains)
+        if batches is not None and not predicts_tokens(model):
+            batches = [{name: part for name, part in batch.items() if name != "labels"} for batch in batches]
+        report = doctor(model, batches)
+    report.model["name"] = printable(args.model)
+    _write_json(report.to_dict(), args.json)
+    print_report(report, console)
+    return report.exit_status(args.strict)
+
+
+def run_export(args: argparse.Namespace, command: list[str]) -> int:
+    _check_numbers(args, max_tokens=0, seq_len=1, batch_size=1)
+    _check_file("json", args.json)
+    _check_model(args)
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from ..exporting import export, print_export
+
+    console = Console(stderr=args.json == "-")
+    names = ("bias", "max_loss_increase", "force", "field", "max_tokens", "seq_len", "batch_size", "tokenizer")
+    options = {name: getattr(args, name) for name in names} | _loading_options(args)
+    options |= {"check": not args.no_check, "on_report": lambda report: print_export(report, console)}
+    with Console(stderr=True).status(f"Exporting {escape(printable(args.model))}"):
+        report = export(args.model, args.destination, args.texts, **options)
+    _write_json(report.to_dict(), args.json)
+    console.print(f"An ordinary checkpoint in {escape(printable(args.destination))}", highlight=False)
+    return 0
+
+
+def _check_numbers(args: argparse.Namespace, **least: int) -> None:
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"`--{name}` is {value}: choose at least {smallest}.")
+
+
+def _check_file(option: str, path: str | None) -> None:
+    """Refuses a file that cannot be written, and makes its folder."""
+    if not path or path == "-":
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"`--{option}` {quoted(path)} is a folder: name a file.")
+    is_new = not Path(path).exists()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).open("ab").close()
+    if is_new:
+        Path(path).unlink()
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    """Refuses a model that is neither a folder nor on the Hub."""
+    if Path(args.model).exists():
+        return
+    try:
+        names = ("config.json", "adapter_config.json")
+        if any(find_file(args.model, name, _loading_options(args)) for name in names):
+            return
+        reason = ""
+    except (OSError, ValueError) as error:  # of the Hub: the name, the revision or the access
+        reason = f" ({str(error).strip().splitlines()[0]})"
+    raise ValueError(
+        f"there is no folder {quoted(args.model)}, and the Hub has no such model or cannot be reached{reason}. Check the name. "
+        "Unset HF_HUB_OFFLINE to download a model; run `hf auth login` for a private or gated one."
+    )
+
+
+def _write_json(figures: dict[str, Any], path: str | None) -> None:
+    """Writes `figures` to the file `path`, to the standard output if it is `-`, or nowhere if there is none."""
+    if not path:
+        return
+    text = json.dumps(figures, indent=1, allow_nan=False, ensure_ascii=path == "-") + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        _write(text, path)
+
+
+def _write(text: str, path: str) -> None:
+    """Writes UTF-8, with escapes for what is no Unicode."""
+    Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns arguments of `from_pretrained`."""
+    import torch
+
+    return {
+        "dtype": args.dtype,
+        "device_map": args.device_map or ("auto" if torch.accelerator.is_available() else None),
+        "revision": args.revision or "main",
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
+def _load_tokenizer(args: argparse.Namespace) -> Any:
+    from ..models import load_tokenizer
+
+    return load_tokenizer(args.model, args.tokenizer, _loading_options(args))
+
+
+def _load_model(args: argparse.Namespace, phi_balance: bool | None, is_trainable: bool = False) -> Any:
+    """Loads the model, balanced as it was saved if `phi_balance` is `None`. The adapter, if any, may be trainable."""
+    from ..models import load_any, register_deepseek_moe
+
+    register_deepseek_moe()
+    return load_any(args.model, phi_balance=phi_balance, is_trainable=is_trainable, **_loading_options(args))
+
+
+def _load_to_train(args: argparse.Namespace) -> Any:
+    """
+    Loads the model as for training, with a trainable adapter. Its balancing is the saved one, changed by the options. A damaged
+    or foreign state is left out.
+    """
+    from ..balancing import get_balancer, patch
+    from ..config import PhiBalanceConfig
+
+    given = {name: getattr(args, name) for name in ("coef", "bias_coef", "method", "token_mask")}
+    given = {name: value for name, value in given.items() if value is not None}
+    PhiBalanceConfig(**given)  # bad values fail before the weights are loaded
+    try:
+        model = _load_model(args, phi_balance=True, is_trainable=True)
+    except ValueError:  # of the state: the report names it. Other faults come up again in `patch`
+        saved = PhiBalanceConfig.of_checkpoint(args.model) or PhiBalanceConfig()
+        model = patch(_load_model(args, phi_balance=False, is_trainable=True), saved)
+    if given:
+        own = {} if "method" in given else dataclasses.asdict(get_balancer(model).config)
+        patch(model, PhiBalanceConfig(**(own | given)))
+    return model
+
+
+def _lora_options(words: Sequence[str]) -> dict[str, Any]:
+    """Returns `router=lora r=4` as arguments of `lora_config`."""
+    known = {"router": str, "targets": str, "r": int, "lora_alpha": int}
+    options: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known or not value:
+            raise ValueError(f"`--lora` {word!r}: write OPTION=VALUE with one of {', '.join(known)}.")
+        options[name] = known[name](value)
+    return options
+
+
+def _micro_batches(args: argparse.Namespace, domains: Sequence[Any]) -> list[dict[str, Any]] | None:
+    """Returns micro-batches of texts, or `None` (random tokens) if the model has no tokenizer and no texts were given."""
+    from ..inspection import TextStream, padded_batches, padding_of
+    from ..tasks import make_splits
+
+    try:
+        tokenizer = _load_tokenizer(args)
+    except ValueError:
+        if domains or args.tokenizer:
+            raise
+        return None
+    count = args.batch_size * args.accumulation
+    if domains:
+        rows = [row for row, _ in zip(TextStream(domains[0], tokenizer, args.seq_len), range(count))]
+    else:
+        problems = [f"{row['question']} {row['answer']}" for row in make_splits(count)["train"]]
+        rows = [tokenizer(text)["input_ids"][: args.seq_len] for text in problems]
+    return padded_batches(rows, args.batch_size, padding_of(tokenizer))

@@ -1,0 +1,207 @@
+"""An [`Inspection`] as tables in the terminal, by rich, and as one HTML page, by Jinja."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from ..files import layer_labels, versions, without_paths
+from ..maths import DEAD_THRESHOLD
+from .results import Inspection, lift, specialisation_figures
+
+
+HEADINGS = {
+    "max_vio": "MaxVio",
+    "gini": "Gini",
+    "cv": "CV",
+    "normalised_entropy": "entropy",
+    "dead_experts": "dead",
+    "top1_probability": "top-1",
+    "chosen_probability": "chosen",
+    "entropy_bits": "H(p)",
+}
+IN_TERMINAL = [name for name in HEADINGS if name != "chosen_probability"]  # 80 columns hold no more
+FIGURES_WIDTH = 70  # characters of the figures in a row of the terminal's tables
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+FEWEST = 5.0  # a lift is shown only if so many assignments were to be expected
+OPEN_LAYERS = 8  # layers whose domains are shown unfolded
+
+
+def print_inspection(inspection: Inspection, console: Console, top: int = 5) -> None:
+    """Prints tables of an inspection to a rich console, with at most `top` specialists of each domain."""
+    labels = layer_labels([layer.name for layer in inspection.layers])
+    several = len(inspection.scopes()) > 1
+    console.print(Text(_title(inspection), style="bold"))
+    console.print(Text(_description(inspection)), highlight=False)
+    headings = [HEADINGS[name] for name in IN_TERMINAL]
+
+    table = _table(console, "Means over layers", "texts", "tokens", *headings, "noise")
+    for scope in inspection.scopes():
+        figures = inspection.summary(scope)
+        name = scope if several else next(iter(inspection.domains))
+        cells = [_marked(figures, name) for name in IN_TERMINAL]
+        table.add_row(Text(name), f"{figures['tokens']:,}", *cells, f"{figures['noise_floor_in_text']:.3f}")
+    console.print(table)
+
+    information = ["I"] if several else []
+    table = _table(console, "Layers, all texts" if several else "Layers", "layer", *headings, "noise", *information)
+    for label, layer in zip(labels, inspection.layers):
+        figures = inspection.layer_figures(layer)["overall"]
+        row = [_dimmed(_marked(figures, name)) for name in IN_TERMINAL]
+        row.append(Text(f"{figures['chance_in_text']['max_vio']:.3f}"))
+        if several:
+            row.append(_dimmed(_marked_bits(specialisation_figures(layer.halves, layer.top_k))))
+        table.add_row(Text(label), *row)
+    console.print(table)
+
+    console.print(Text("Load of each expert: ▄ is the fair share, × less than a twentieth of it", style="italic"))
+    width = max(map(len, labels))
+    for label, layer in zip(labels, inspection.layers):
+        strip = _load_strip(inspection.loads(layer, "overall"))
+        room = max(console.width - width - 1, 8)
+        for start in range(0, len(strip), room):
+            console.print(Text(f"{'' if start else label:<{width}} ") + strip[start : start + room])
+
+    if several:
+        columns = ("domain", "layer", "expert", "tokens choosing it", "in other domains", "lift")
+        table = _table(console, "Experts that a domain uses more than the others do", *columns)
+        by_name = dict(zip([layer.name for layer in inspection.layers], labels))
+        for domain in inspection.domains:
+            entries = inspection.specialists(domain, top)
+            for entry in entries:
+                shares = (f"{entry['share']:.1%}", f"{entry['share_elsewhere']:.1%}", f"{entry['lift']:.2f}×")
+                table.add_row(Text(domain), Text(by_name[entry["layer"]]), str(entry["expert"]), *shares)
+            if not entries:
+                table.add_row(Text(domain), "none", "", "", "", "", style="dim")
+        console.print(table)
+    key = "≈ chance explains it; noise: MaxVio from chance alone"
+    key += "; I: mutual information of domain and expert, bits" if several else ""
+    console.print(key, style="dim", highlight=False)
+    console.print(_cutting(inspection), style="dim", highlight=False)
+    for note in inspection.notes:
+        console.print(Text(f"Note: {note}"), style="yellow")
+
+
+def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | None = None) -> str:
+    """
+    Returns an inspection as one HTML page that loads nothing else. It follows the reader's light or dark theme.
+
+    Args:
+        inspection (`Inspection`): The result of [`inspect_model`].
+        top (`int`, *optional*, defaults to `10`): Longest list of specialists of a domain.
+        command (`Sequence[str]`, *optional*): The command line to show. Folders are left out.
+    """
+    layers, several = inspection.layers, len(inspection.domains) > 1
+    information = [specialisation_figures(layer.halves, layer.top_k) for layer in layers] if several else []
+    by_bits = sorted(range(len(information)), key=lambda index: -information[index]["mutual_information"])
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(zip=zip, marked=_marked, marked_bits=_marked_bits, shade=_shade)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=_title(inspection),
+        description=_description(inspection),
+        cutting=_cutting(inspection),
+        inspection=inspection,
+        layers=layers,
+        labels=layer_labels([layer.name for layer in layers]),
+        several=several,
+        scopes={scope: scope if several else next(iter(inspection.domains)) for scope in inspection.scopes()},
+        summaries={scope: inspection.summary(scope) for scope in inspection.scopes()},
+        figures=[inspection.layer_figures(layer) for layer in layers],
+        loads={scope: [inspection.loads(layer, scope) for layer in layers] for scope in inspection.scopes()},
+        headings=HEADINGS,
+        dead=DEAD_THRESHOLD,
+        information=information,
+        lifts=[_lifts(layer.counts) for layer in layers],
+        unfolded=sorted(by_bits[:OPEN_LAYERS]),
+        folded=sorted(by_bits[OPEN_LAYERS:]),
+        specialists={name: inspection.specialists(name, top) for name in inspection.domains} if several else {},
+        command=command and without_paths([_without_folder(word) for word in command]),
+        versions={name: versions()[name] for name in ("hf_phibalance", "torch", "transformers") if name in versions()},
+    )
+
+
+def _title(inspection: Inspection) -> str:
+    """Returns the name of the model, without its folder."""
+    name = str(inspection.model["name"])
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _description(inspection: Inspection) -> str:
+    """Returns the model in one line."""
+    model, count = inspection.model, inspection.model["parameters"]
+    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+    experts, top_k = (" or ".join(map(str, model[name])) for name in ("experts", "top_k"))
+    return (
+        f"{model['model_type']}, {size} parameters in {model['dtype']}, {model['routers']} routers of {experts} experts, "
+        f"top-{top_k}; selection bias: {model['selection_bias']}"
+    )
+
+
+def _cutting(inspection: Inspection) -> str:
+    """Returns how texts were cut into sequences."""
+    seq_len = inspection.settings["seq_len"]
+    if inspection.settings["packing"]:
+        return f"The texts of a domain are joined by line ends and cut into sequences of {seq_len} tokens."
+    return f"Each row and each plain text file is cut into sequences of at most {seq_len} tokens. No sequence holds two texts."
+
+
+def _marked(figures: Mapping[str, Any], name: str) -> str:
+    """Returns a figure as text, with `≈` in front if chance explains it."""
+    value = figures[name]
+    noise = value != 0 and figures.get("noise", {}).get(name, False)
+    return f"{'≈' if noise else ''}{value if isinstance(value, int) else f'{value:.3f}'}"
+
+
+def _marked_bits(information: Mapping[str, Any]) -> str:
+    """Returns a mutual information as text, with `≈` in front if chance explains it."""
+    return f"{'≈' if information['noise'] else ''}{information['mutual_information']:.4f}"
+
+
+def _without_folder(word: str) -> str:
+    """Returns `name=/a/b` as `name=b`, because folders of one machine help nobody else."""
+    name, equals, path = word.partition("=")
+    return f"{name}={Path(path).name}" if equals and Path(path).is_absolute() else word
+
+
+def _table(console: Console, heading: str, *columns: str) -> Table:
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for number, column in enumerate(columns):
+        room = None if number else max(console.width - FIGURES_WIDTH, 8)  # a long name must not push out the figures
+        table.add_column(column, justify="right" if number else "left", no_wrap=True, max_width=room)
+    return table
+
+
+def _dimmed(text: str) -> Text:
+    return Text(text, style="dim" if text.startswith("≈") else "")
+
+
+def _load_strip(relative: Sequence[float]) -> Text:
+    """Returns one character for the relative load of each expert."""
+    strip = Text()
+    for value in relative:
+        if value < DEAD_THRESHOLD:
+            strip.append("×", style="magenta")
+        else:
+            level = min(max(int(value * 4), 1), 8)  # eighths of twice the fair share
+            strip.append(" ▁▂▃▄▅▆▇█"[level], style="red" if value >= 2 else "blue" if value <= 0.5 else "")
+    return strip
+
+
+def _shade(value: float, reach: float) -> int:
+    """Returns the colour of a value on a log scale, in per cent: 0 at 1, -100 at `2**-reach` and below, 100 at `2**reach` and above."""
+    return -100 if value <= 0 else round(100 * max(-1.0, min(1.0, math.log2(value) / reach)))
+
+
+def _lifts(counts_DE: Tensor) -> list[list[float]]:
+    """Returns the lift of each expert in each domain, NaN where too few assignments were to be expected."""
+    expected_DE = counts_DE.double().sum(1, keepdim=True) * counts_DE.sum(0) / counts_DE.sum()
+    return lift(counts_DE).where(expected_DE >= FEWEST, math.nan).tolist()
