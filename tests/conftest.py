@@ -19,7 +19,7 @@ pytest.register_assert_rewrite("adapters", "charging", "checks", "measuring", "s
 TOGETHER = (
     "tests/balancing/test_invariance.py",
     "tests/balancing/test_numbers_on_ranks.py",
-    "tests/publishing/test_card.py",
+    "tests/hub/test_card.py",
     "tests/recipes/test_recipe_sft.py",
     "tests/training/test_launch.py",
     "tests/training/test_layouts.py",
