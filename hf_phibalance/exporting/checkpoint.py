@@ -107,8 +107,8 @@ def export(
     report.max_loss_increase, report.forced = max_loss_increase, force
     if report.bias == "ours" and not domains:
         raise ValueError(
-            f"{source} has a selection bias beside its weights that other engines do not know; what it costs to do "
-            "without is measured on texts: give some, as the model will see them (`--texts name=path ...`)."
+            f"{source} has a selection bias beside its weights that other engines do not know. The cost of losing it is measured "
+            "on texts: give some that are like what the model will see (`--texts name=path ...`)."
         )
     text_config = model.config.get_text_config()
     if domains:

@@ -226,7 +226,7 @@ def _foldable(model: nn.Module, balancer: PhiBalancer) -> list[RouterLinear]:
     if not balancer.has_bias:
         raise ValueError(
             f"there is nothing to fold: {kind} has no selection bias ({balancer.config.method!r} with "
-            f"bias_coef={balancer.config.bias_coef}). A plain load routes as it does."
+            f"bias_coef={balancer.config.bias_coef}). A plain load routes the same way."
         )
     if has_adapter(model):
         raise ValueError(

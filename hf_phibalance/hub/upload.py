@@ -207,7 +207,7 @@ def _refuse_private(folder: Path) -> None:
                 line = content.count(b"\n", 0, found.start()) + 1
                 raise ValueError(
                     f"{path.relative_to(folder)}, line {line}, holds what looks like {what} ({found[0][:7].decode()}...). "
-                    "Nothing was uploaded. Remove it from the file that this one was made of."
+                    "Nothing was uploaded. Remove it from its source file."
                 )
 
 

@@ -260,7 +260,7 @@ def test_too_much_loss_is_refused_unless_forced(saved, text, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "what it costs to do without is measured on texts"),
+        ({}, "The cost of losing it is measured on texts"),
         ({"texts": "math=nowhere.jsonl"}, "`--texts` 'math=nowhere.jsonl': there is no such file"),
         ({"bias": "keep"}, "`bias` must be one of 'fold', 'drop', 'rebalance', got 'keep'"),
         ({"max_loss_increase": -1.0}, "`max_loss_increase` must be a loss per token of 0 or more"),

@@ -42,6 +42,7 @@ def test_card_of_a_run(run_folder, trained, stub, tmp_path):
         "| exact match, trained | 25.0% | 25.0% |",
         "| `phb_gsm8k` | `exact_match,strict-match` | 0.1250 | 0.0234 | 5 | 200 of 1319 |",
         "| `phb_gsm8k` | `expert_load,max_vio` | 0.7500 | – | 5 | 200 of 1319 |",
+        "| `humaneval` | `pass@1,create_test` | 0.5000 | 0.0100 | 0 | 164 |",
         "Generated code ran in isolation: `bubblewrap`.",
         "](loads.png)", "](curves.png)", "`coef=5.0`", "`learning_rate=0.02`", "Versions: `hf_phibalance ",
     ):  # fmt: skip
@@ -74,7 +75,7 @@ HOSTILE = (
 
 
 def shapes(text):
-    """The elements of a Markdown text as a renderer sees them, without their texts."""
+    """Returns the elements of a Markdown text as a renderer sees them, without their texts."""
     tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
     return [token.type for token in tokens for token in (token, *(token.children or ())) if token.type != "text"]
 
