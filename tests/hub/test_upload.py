@@ -1,13 +1,10 @@
-"""Uploads to a stub of the Hub: what it receives from us and from `Trainer`, and what is said when it fails."""
+"""Uploads to a stub of the Hub: what it receives, and what is said when it fails."""
 
 import pytest
-import torch
 from checks import assert_same_duals
 from hub_stub import DROP, REPO, contents
 from huggingface_hub import HfApi, ModelCard
-from training import make_trainer, patched, tokenizer
-from transformers import Trainer
-from trl import SFTTrainer
+from training import tokenizer
 
 import hf_phibalance as phb
 from hf_phibalance.hub import push_to_hub
@@ -77,47 +74,3 @@ def test_saves_of_transformers_and_peft_upload_the_state(trained, adapter, stub,
     assert "tokenizer.json" in stub.commits[-1][2] and "phi_balance.state" not in stub.commits[-1][2]
     adapter.push_to_hub("me/adapter")
     assert {"adapter_model.safetensors", "phi_balance.state"} <= stub.files["me/adapter"].keys()
-
-
-@pytest.mark.parametrize("cls", [Trainer, SFTTrainer])
-@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
-def test_trainer_uploads_duals_and_says_how_it_balanced(cls, strategy, stub, tmp_path):
-    trainer = make_trainer(
-        patched(), tmp_path / "out", cls, push_to_hub=True, hub_model_id=REPO, hub_strategy=strategy,
-        save_strategy="steps", save_steps=1, max_steps=2,
-    )  # fmt: skip
-    history = phb.attach(trainer).history
-    trainer.train()
-    trainer.push_to_hub()
-    in_progress = [changed for _, message, changed in stub.commits if message.startswith("Training in progress")]
-    assert "phi_balance.state" in in_progress[0] and in_progress[0].keys() & {"model.safetensors"}
-    state = trainer.model.state_dict()
-    files = stub.files[REPO]
-    local = contents(tmp_path / "out")
-    assert files["phi_balance.state"] == local["phi_balance.state"]
-    assert ("last-checkpoint/phi_balance.state" in files) == (strategy == "checkpoint")
-    card = ModelCard(files["README.md"].decode())
-    card.validate()
-    assert {"mixture-of-experts", "phi-balancing"} <= set(card.data.tags)
-    assert "generated" in card.content.lower() or "trl" in card.content.lower()  # the trainer's own draft
-    assert "## Expert balance" in card.text and "`coef=5.0`" in card.text
-    name = phb.get_balancer(trainer.model).layer_names[0]
-    assert f"{max(history[-1]['load'][name]) - 1:.3f} |" in card.text
-    saved = tmp_path / "received"
-    for path, content in files.items():
-        (saved / path).parent.mkdir(parents=True, exist_ok=True)
-        (saved / path).write_bytes(content)
-    loaded = phb.AutoModelForCausalLM.from_pretrained(saved, phi_balance=True)
-    assert phb.get_balancer(loaded).steps == 2
-    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
-
-
-def test_trainer_keeps_a_report(stub, trained_run, tmp_path):
-    trainer = make_trainer(patched(), tmp_path / "out", hub_model_id=REPO)
-    phb.attach(trainer)
-    written = (trained_run / "README.md").read_text()
-    (tmp_path / "out").mkdir(exist_ok=True)
-    (tmp_path / "out" / "README.md").write_text(written)
-    trainer.push_to_hub()
-    assert stub.files[REPO]["README.md"].decode() == written
-    assert "phi_balance.state" in stub.files[REPO]
