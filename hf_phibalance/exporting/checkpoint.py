@@ -132,16 +132,8 @@ def split_texts(
     domains: Sequence[Domain], tokenizer: Any, seq_len: int, max_tokens: int | None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """
-    Returns sequences of token ids to fit on and to measure on, the same share of every domain and never the same text.
-
-    Args:
-        domains (`Sequence[Domain]`): as [`parse_domains`] makes them.
-        tokenizer: of the model.
-        seq_len (`int`): longest sequence, in tokens.
-        max_tokens (`int`, *optional*): tokens to read of each domain.
-
-    Raises:
-        ValueError: if there is too little text to be split.
+    Returns sequences of token ids to fit on and to measure on: the same share of every domain, and never the same text. Raises
+    `ValueError` if there is too little text to be split.
     """
     fitted: list[list[int]] = []
     measured: list[list[int]] = []

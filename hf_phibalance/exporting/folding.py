@@ -129,8 +129,8 @@ def fold(
 
 class Folding:
     """
-    Ways for a patched model to do without its bias, fitted on `batches`. The model changes only inside the contexts of `variants`, until
-    one is kept. Arguments and errors are those of [`fold`].
+    Fits ways for a patched model to do without its bias. The model changes only inside the contexts of `variants`, until one is kept.
+    Arguments and errors are those of [`fold`].
 
     Attributes:
         variants (`dict[str, Callable]`):
@@ -322,20 +322,8 @@ def compare(
     model: nn.Module, batches: Iterable[Batch], variants: Mapping[str, Variant], with_loss: bool = False
 ) -> dict[str, Measurement]:
     """
-    Measures variants of `model` on the same batches: expert load, how many top-k choices differ from the first variant's, and loss.
-
-    Args:
-        model (`torch.nn.Module`): a patched model.
-        batches (`Iterable[Mapping]`): arguments of the model.
-        variants (`Mapping[str, Callable]`): each makes a context in which the model is that variant.
-        with_loss (`bool`, *optional*, defaults to `False`):
-            Whether to measure the loss of the labels in the batches. A classifier has no labels, see [`Measurement`].
-
-    Returns:
-        `dict[str, Measurement]`: by the names of the variants.
-
-    Raises:
-        ValueError: if no token counts.
+    Measures variants of a patched model on the same batches: expert load, how many top-k choices differ from the first variant's, and
+    `with_loss` the loss of the labels in the batches (of a classifier see [`Measurement`]). Raises `ValueError` if no token counts.
     """
     counts = {name: _Counts() for name in variants}
     with looking(model) as look:

@@ -127,15 +127,13 @@ class ExportReport:
         rows = []
         for name, figures in self.variants.items():
             mark = "**" if name == self.kept else ""
-            changes = ["", ""]
+            row = [f"{mark}{MEANINGS[name][0]}{mark}", f"{figures.loss:.4f}", "", f"{figures.max_vio_global:.3f}", ""]
             if name != "biased":
-                changes = [f"{self.loss_increase(name):+.4f}", f"{figures.changed_share:.1%}"]
-            more, changed = changes
-            loads = f"{figures.max_vio_global:.3f}"
-            rows.append([f"{mark}{MEANINGS[name][0]}{mark}", f"{figures.loss:.4f}", more, loads, changed])
+                row[2], row[4] = f"{self.loss_increase(name):+.4f}", f"{figures.changed_share:.1%}"
+            rows.append(row)
         tokens = next(iter(self.variants.values())).tokens
         fitted = " that the fold was not fitted on" if self.kept else ""
-        head = ["variant", "loss", "more", "MaxVio", "assignments changed"]
+        head = ["variant", "loss", "increase", "MaxVio", "assignments changed"]
         return f"{self.summary}\n\nMeasured on {tokens:,} tokens{fitted}:\n\n{markdown_table(head, rows)}"
 
     def card_section(self) -> str:
@@ -185,16 +183,9 @@ def write_plain(
     check: bool,
 ) -> None:
     """
-    Writes the unpatched `model` to `destination`, all of it or nothing.
-
-    Args:
-        example (`Mapping[str, torch.Tensor]`): a batch. Its logits must be the same where the result is loaded.
-        not_loaded (`Sequence[str]`): tensors of the source that transformers did not expect and left out of the model.
-        loading (`Mapping`): arguments that the weights were loaded with.
-        check (`bool`): whether to load the result in a process without this package.
-
-    Raises:
-        ValueError: if the result does not load there, or is another model.
+    Writes the unpatched `model` to `destination`, all of it or nothing. `not_loaded` names the tensors of the source that transformers
+    left out of the model, `loading` holds the arguments that its weights were loaded with. With `check`, a process without this package
+    loads the result. `ValueError` if its logits of the batch `example` differ there.
     """
     partial = destination.with_name(f"{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -130,13 +130,8 @@ def tags(run: Run) -> list[str]:
 
 def write_report(folder: str | os.PathLike, run: Run, baseline: Run | None, dpi: int = 130) -> None:
     """
-    Writes figures, pictures and the model card of a run into its results folder.
-
-    Args:
-        folder (`str` or `os.PathLike`): the results folder.
-        run (`Run`): the run.
-        baseline (`Run`, *optional*): a run to show beside it. The folder keeps it, so that the card can be made again.
-        dpi (`int`, *optional*, defaults to `130`): resolution of the pictures.
+    Writes figures, pictures and the model card of a run into its results folder. The folder also keeps `baseline`, a run to show beside
+    it, so that the card can be made again.
     """
     folder = Path(folder)
     run.save(folder)

@@ -226,14 +226,8 @@ class _UploadCallback(TrainerCallback):
 def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = None) -> Callable[[], None]:
     """
     Makes `Trainer(push_to_hub=True)` and `trainer.push_to_hub()` upload the state too, and adds a section about expert balance to
-    their card. A card that [`push_to_hub`] or a recipe wrote is kept. [`attach`] calls this function; a second call does nothing.
-
-    Args:
-        trainer (`transformers.Trainer`): the trainer.
-        history (`list[dict]`, *optional*): the `history` of the [`PhiBalanceCallback`].
-
-    Returns:
-        `Callable`: undoes the call.
+    their card, with loads from the `history` of the [`PhiBalanceCallback`]. A card that [`push_to_hub`] or a recipe wrote is kept.
+    Returns a function that undoes the call. [`attach`] calls this function; a second call does nothing.
     """
     if any(isinstance(callback, _UploadCallback) for callback in trainer.callback_handler.callbacks):
         return lambda: None

@@ -15,6 +15,7 @@ first, so that nothing else pulls in a CUDA build.
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import nox
@@ -92,12 +93,11 @@ def oldest_torch(session: nox.Session) -> None:
 @nox.session
 def wheel(session: nox.Session) -> None:
     """Builds the wheel and uses it without the checkout; `tests/test_package.py` does so with borrowed dependencies."""
-    folder = session.create_tmp()
     session.install("build", TORCH)
-    session.run("python", "-m", "build", "--outdir", folder, str(ROOT))
-    session.install(*map(str, Path(folder).glob("*.whl")))
-    session.chdir(folder)
-    session.run("python", str(ROOT / "tests" / "helpers" / "installed.py"), folder, env=OFFLINE)
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        session.run("python", "-m", "build", "--outdir", folder, str(ROOT))
+        session.install(*map(str, Path(folder).glob("*.whl")))
+        session.run("python", str(ROOT / "tests" / "helpers" / "installed.py"), folder, env=OFFLINE)
 
 
 @nox.session
