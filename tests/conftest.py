@@ -27,6 +27,13 @@ TOGETHER = (
 )
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With `-m "not slow"`, a file that is slow as a whole is not even imported."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return "\npytestmark = pytest.mark.slow" in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """With `-n`: those first, all else test by test."""

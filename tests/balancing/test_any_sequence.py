@@ -10,6 +10,9 @@ from hf_phibalance import POTENTIALS
 from hf_phibalance.balancing.duals import LOGIT_WIDTH
 
 
+pytestmark = pytest.mark.slow
+
+
 SIZES = [[8, 8, 8], [2, 64, 64, 3], [512], [5, 1]]
 STEPS = [
     "even",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from charging import COEF
-from references import forward
+from references import forward, price_loss
 from steps import CHECKPOINTING, added_gradient, assert_gradient, build, loss_gradient, micro_batches, step_gradient
 from tiny import set_prices
 
@@ -22,12 +22,8 @@ def test_padding_neither_pays_nor_counts(token_mask):
         batch["labels"][:, :2] = -100
     config = {"coef": COEF, "token_mask": token_mask}
     added = added_gradient(model, config, batches, lambda patched: prices.update(set_prices(patched).prices()))
-
-    def price_term(so_far):
-        return sum((router.probs[router.mask.flatten()] @ prices[name]).mean() for name, router in so_far[-1].items())
-
     column = {"attention": "attention_mask", "labels": "labels"}[token_mask]
-    assert_gradient(added, loss_gradient(plain, batches, [(COEF, price_term)], token_mask=column))
+    assert_gradient(added, loss_gradient(plain, batches, [(COEF, price_loss(prices))], token_mask=column))
     with torch.no_grad():
         routed = [forward(plain, batch, column)[1] for batch in batches]
     balancer = phb.get_balancer(model)

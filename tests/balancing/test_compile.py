@@ -11,6 +11,9 @@ from torch._dynamo.utils import counters
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 # one small model per scoring rule: softmax, sigmoid with a native bias, top-k before softmax
 FAMILIES = ["mixtral", "deepseek_v3", "gpt_oss"]
 SPARSE = {"first_k_dense_replace": 0, "mlp_layer_types": ["sparse", "sparse"]}

@@ -11,6 +11,9 @@ from training import make_trainer, pad, patched, rows
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 # ---------------------------------------------------------------------- one process
 
 

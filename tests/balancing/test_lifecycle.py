@@ -10,6 +10,9 @@ from hypothesis.stateful import run_state_machine_as_test
 from life import Life
 
 
+pytestmark = pytest.mark.slow
+
+
 SETTINGS = settings(
     derandomize=True,
     max_examples=7,

@@ -4,10 +4,9 @@ import pytest
 import torch
 from charging import COEF, collect
 from checks import assert_same
-from references import EXTRAS, LOSSES, forward, pooled_loss, sequence_loss, z_loss
+from references import LOSSES, forward, pooled_loss, sequence_loss, z_loss
 from steps import (
     CHECKPOINTING,
-    EXTRA_COEF,
     FAMILIES,
     added_gradient,
     assert_gradient,
@@ -108,23 +107,6 @@ def test_the_logged_loss_is_the_value_of_the_formula(method, checkpointing):
     at_balance = 2 if method == "pooled" else len(routed[0])
     expected = COEF * (sum(n * value for n, value in zip(tokens, values)) / sum(tokens) - at_balance)
     assert phb.get_balancer(model).metrics()["balance_loss"] == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("method", LOSSES)
-def test_all_losses_together_through_a_gradient_scaler(method, checkpointing):
-    model, scale = build("deepseek_v3", checkpointing), 1024.0
-    batches = micro_batches(model)
-    plain = step_gradient(model, batches)
-    phb.patch(model, {"method": method, "coef": COEF, **EXTRA_COEF})
-    model.zero_grad()
-    phb.get_balancer(model).begin_step(batches, loss_scale=scale)
-    for batch in batches:
-        (scale * model(**batch).loss / len(batches)).backward()
-    phb.get_balancer(model).step()
-    added = difference({name: grad / scale for name, grad in collect(model).items()}, plain)
-    losses = [(COEF, LOSSES[method]), *((EXTRA_COEF[extra], EXTRAS[extra]) for extra in EXTRAS)]
-    assert_gradient(added, loss_gradient(build("deepseek_v3"), batches, losses))
 
 
 @pytest.mark.parametrize("announced", [True, False])

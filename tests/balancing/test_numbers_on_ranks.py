@@ -18,6 +18,9 @@ from transformers import TrainerCallback
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 BIASED = {"coef": COEF, "bias_coef": 0.1}
 TROUBLES = {
     "nan": (torch.nan, BIASED),

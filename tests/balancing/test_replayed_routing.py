@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from references import probabilities, routed, routers
+from references import price_loss, routed, routers
 from replay import replayed
-from steps import assert_gradient, build, difference, micro_batches, step_gradient
+from steps import assert_gradient, build, difference, loss_gradient, micro_batches, step_gradient
 from tiny import set_prices
 
 import hf_phibalance as phb
@@ -26,18 +26,6 @@ def drawn_choices(model, batch, seed=0):
         name: torch.rand(tokens, 8, generator=generator).topk(router.top_k).indices
         for name, router in routers(model).items()
     }
-
-
-def definition(model, batch, prices):
-    """coef · Σ_layers mean_tokens ⟨q, p⟩ on an unpatched model, whose routers replay."""
-    model.gradient_checkpointing_disable()
-    model.zero_grad()
-    with routed(model) as seen:
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    counted = batch["attention_mask"].flatten().bool()
-    term = sum((probabilities(model, logits)[counted] @ prices[name]).mean() for name, ((logits, _),) in seen.items())
-    (COEF * term).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def counts(chosen, batch):
@@ -64,7 +52,8 @@ def test_gradient_and_loads(model_type, checkpointing):
         with balancer.replaying():
             added = difference(step_gradient(model, [batch]), plain)
         phb.unpatch(model)
-        expected = definition(model, batch, prices)
+        model.gradient_checkpointing_disable()
+        expected = loss_gradient(model, [batch], [(COEF, price_loss(prices))])
     assert_gradient(added, expected)
     for name, load in balancer.loads().items():
         used = counts(choices[name], batch)

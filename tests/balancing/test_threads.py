@@ -14,6 +14,9 @@ from tiny import tiny_batch
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 PROMPT = torch.arange(5, 11).view(1, -1)
 PLACES = {  # where in the forward of one thread the other one comes in
     "before the backbone": lambda model: model.model,

@@ -1,5 +1,6 @@
 """Every method in two real ranks: gradients averaged over them, and biases, are those of the formula over both."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from charging import COEF, collect
@@ -9,6 +10,9 @@ from steps import SHAPES, assert_gradient, build, difference, micro_batches, ste
 from tiny import set_prices
 
 import hf_phibalance as phb
+
+
+pytestmark = pytest.mark.slow
 
 
 ON_RANKS = {

@@ -162,6 +162,11 @@ def phi_loss(means, price_from, potential="neg_entropy", rate=0.3, track="probs"
     return loss
 
 
+def price_loss(prices):
+    """Σ over routers of the mean over tokens of ⟨q, p⟩ in a micro-batch, for given prices q by router name."""
+    return lambda so_far: sum((r.probs[r.mask.flatten()] @ prices[name]).mean() for name, r in so_far[-1].items())
+
+
 LOSSES = {"switch": switch_loss, "pooled": pooled_loss, "global_batch": global_batch_loss}
 EXTRAS = {"z_loss_coef": z_loss, "sequence_coef": sequence_loss}
 

@@ -328,7 +328,7 @@ def test_forwards_of_one_backward_share_the_coefficient(loop):
     assert_declared(*found, lambda: ordinary(**fields), counts=mask_of_embeddings)
 
 
-def test_a_backward_with_create_graph_alone_adds_nothing_but_counts():
+def test_a_backward_with_create_graph_alone_adds_nothing_but_counts(warned):
     def loop(model, watch, _):
         model.set_attn_implementation("eager")
         optimizer = sgd(model)
@@ -340,7 +340,7 @@ def test_a_backward_with_create_graph_alone_adds_nothing_but_counts():
 
     balanced, plain = both(loop)
     ((ratio, rest),) = coefficients(balanced, plain)
-    assert abs(ratio) < TOLERANCE and rest < TOLERANCE
+    assert abs(ratio) < TOLERANCE and rest < TOLERANCE and len(warned.about("create_graph=True alone")) == 1
     assert balanced.moves == 1 and balanced.steps[0].logged == int(tokens_of(DATA[0]).sum())
 
 

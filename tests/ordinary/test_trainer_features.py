@@ -50,6 +50,9 @@ from trl import (
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 QUIET = {
     "learning_rate": 0.0,
     "lr_scheduler_type": "constant",

@@ -16,6 +16,9 @@ import hf_phibalance as phb
 from hf_phibalance import cli
 
 
+pytestmark = pytest.mark.slow
+
+
 SCRIPTS = [path for path in ROOT.glob("recipes/**/*.py") if '"__main__"' in path.read_text(encoding="utf-8")]
 
 
