@@ -65,6 +65,7 @@ def naive_loss(model, ids):
     return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", LOSING)
 def test_every_family_folds_and_loads_plainly(model_type, tmp_path, warned):
     """Only routers change. A plain load of the result has every key, no warning, and the logits of the folded model."""
@@ -148,6 +149,7 @@ def test_weights_and_state_of_different_moments_are_refused(saved, tmp_path):
 # ---------------------------------------------------------------------- adapters, heads, and what transformers does not load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type, options",
     [
@@ -176,6 +178,7 @@ def test_an_adapter_is_merged(model_type, options, text, tmp_path):
     assert "The adapter was merged into `base`." in (tmp_path / "plain/README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "labels, name", [(1, "SequenceClassification"), (3, "SequenceClassification"), (4, "TokenClassification")]
 )
@@ -209,6 +212,7 @@ MTP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MTP)
 @pytest.mark.parametrize("as_adapter", [False, True])
 def test_layers_that_transformers_does_not_load_are_carried_over(model_type, as_adapter, tmp_path, warned):

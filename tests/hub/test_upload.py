@@ -10,6 +10,9 @@ import hf_phibalance as phb
 from hf_phibalance.hub import push_to_hub
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """Returns the folders that failed uploads have kept."""
