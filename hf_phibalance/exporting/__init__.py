@@ -1,5 +1,5 @@
 """
-Checkpoints for engines that know nothing of this package: vLLM, SGLang, llama.cpp, plain transformers.
+Checkpoints for engines that do not know this package: vLLM, SGLang, llama.cpp, plain transformers.
 
 ```python
 report = phb.export("results/mine", "results/mine-plain", texts=["math=gsm8k/train.jsonl", "code=src"])
@@ -7,16 +7,15 @@ report = phb.export("results/mine", "results/mine-plain", texts=["math=gsm8k/tra
 
 | module | what it holds |
 |---|---|
-| `checkpoint` | what a selection bias becomes: measured on texts, refused if it costs too much |
-| `texts` | the texts, in a part to fit on and a part to measure on |
-| `report` | the figures, as table, JSON and a section of the model card |
-| `writing` | the folder |
-| `alone` | loading it as anybody would, in a process of its own |
+| `checkpoint` | the export: measures on texts what it costs to do without the bias, and refuses if that is too much |
+| `folding` | puts a selection bias into the weights of the routers; compares variants of a model |
+| `writing` | the report and the folder |
+| `alone` | a script that loads the folder without this package |
 """
 
 from .checkpoint import export
 from .folding import FoldReport, fold
-from .report import ExportReport, print_export
+from .writing import ExportReport, print_export
 
 
 __all__ = ["ExportReport", "FoldReport", "export", "fold", "print_export"]

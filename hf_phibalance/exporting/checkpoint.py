@@ -1,4 +1,4 @@
-"""From a checkpoint that was saved while φ-balanced to one that any engine loads, at a cost that is measured."""
+"""Exports a checkpoint that was saved while φ-balanced as one that any engine loads, and measures what that costs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from torch import Tensor, nn
 
 from ..balancing import PhiBalancer, get_balancer, patch, read_state, unpatch
 from ..files import STATE_NAME, find_state
-from ..inspection import padded_batches, padding_of, parse_domains
+from ..inspection import Domain, TextStream, padded_batches, padding_of, parse_domains
 from ..models import auto_class_name, base_of, find_adapter, load_any, load_tokenizer, register_deepseek_moe
-from .comparison import compare
-from .folding import Folding
-from .report import VARIANTS, ExportReport
-from .texts import split_texts
-from .writing import check_destination, write_plain
+from .folding import Folding, compare
+from .writing import ExportReport, check_destination, write_plain
 
 
+VARIANTS = {
+    "fold": "folded",
+    "drop": "dropped",
+    "rebalance": "rebalanced",
+}  # values of `bias`, and names in the report
 REBALANCE = 3  # passes
+MEASURED = 3  # every third document is measured on, the others are fitted
+FEW = 6  # with fewer documents, the last third of the sequences is measured on
 EXAMPLE = 32  # tokens whose logits are compared
 WITHOUT_LOGITS = ("AutoModelForQuestionAnswering", "AutoModel")
 
@@ -30,12 +34,12 @@ WITHOUT_LOGITS = ("AutoModelForQuestionAnswering", "AutoModel")
 def export(
     source: str | os.PathLike,
     destination: str | os.PathLike,
-    texts: Sequence[str] = (),
+    texts: str | Sequence[str] = (),
     *,
     bias: str = "fold",
     max_loss_increase: float = 0.01,
     force: bool = False,
-    field: Sequence[str] = (),
+    field: str | Sequence[str] = (),
     max_tokens: int = 1 << 16,
     seq_len: int = 512,
     batch_size: int = 8,
@@ -45,43 +49,44 @@ def export(
     **loading: Any,
 ) -> ExportReport:
     """
-    Writes a checkpoint that was saved while φ-balanced as one that engines load which know nothing of that: vLLM, SGLang,
+    Writes a checkpoint that was saved while φ-balanced as an ordinary one, for engines that do not know this package: vLLM, SGLang,
     llama.cpp, plain transformers.
 
-    Nothing changes for families with a selection bias of their own, and where there is no bias. Elsewhere the bias of
-    `phi_balance.state` would be lost; so three ways of doing without are measured on a part of `texts`, having been fitted
-    on the other, and the one that was asked for is written, if it does not cost too much. For a classifier or reward model
-    the loss is the cross-entropy of its predictions against those with the bias, or the squared distance of its scores.
+    A selection bias of the family's own stays in the weights. The bias in `phi_balance.state` would be lost, so three ways of doing
+    without it are fitted on one part of `texts` and measured on the other. The chosen one is written if it does not cost too much. The
+    cost is the increase of the loss; for a classifier or reward model, the cross-entropy of its predictions against those with the
+    bias, or the squared distance of its scores.
 
-    Tensors that transformers does not load, for instance layers that predict several tokens ahead, are copied as they are.
+    Tensors that transformers does not load, for example layers that predict several tokens ahead, are copied as they are.
 
     Args:
-        source (`str` or `os.PathLike`): folder or Hub name. An adapter is merged into its base model.
-        destination (`str` or `os.PathLike`): a new or empty folder. It gets an ordinary checkpoint, `export.json`, a model card.
-        texts (`Sequence[str]`, *optional*): as for [`parse_domains`], `name=path` or `path`; needed where a bias would be lost.
+        source (`str` or `os.PathLike`): folder or name on the Hub. An adapter is merged into its base model.
+        destination (`str` or `os.PathLike`): a new or empty folder. It gets the checkpoint, `export.json` and a model card.
+        texts (`str` or `Sequence[str]`, *optional*):
+            `name=path` or `path`, one or several, as for [`parse_domains`]. Needed if a bias would be lost.
         bias (`str`, *optional*, defaults to `"fold"`):
-            What becomes of the bias: `"fold"` (into the routers' weights, see [`fold`]), `"rebalance"` (the same, and loads nearer
-            to those with the bias) or `"drop"`.
+            What to do with the bias: `"fold"` (into the weights of the routers, see [`fold`]), `"rebalance"` (fold, then move the
+            loads nearer to those with the bias) or `"drop"`.
         max_loss_increase (`float`, *optional*, defaults to `0.01`):
-            refuse to write what has so much more loss per predicted token or label.
-        force (`bool`, *optional*, defaults to `False`): write it all the same.
-        field (`Sequence[str]`, *optional*): fields of rows that are the text, as for [`parse_domains`].
-        max_tokens (`int`, *optional*, defaults to `65536`): tokens of each domain, `0` for all.
-        seq_len (`int`, *optional*, defaults to `512`): longest sequence.
+            Refuses to write a checkpoint whose loss per predicted token or label rises by more.
+        force (`bool`, *optional*, defaults to `False`): writes it all the same.
+        field (`str` or `Sequence[str]`, *optional*): fields of rows that hold the text, as for [`parse_domains`].
+        max_tokens (`int`, *optional*, defaults to `65536`): tokens to read of each domain, `0` for all.
+        seq_len (`int`, *optional*, defaults to `512`): longest sequence, in tokens.
         batch_size (`int`, *optional*, defaults to `8`): sequences of a forward.
-        tokenizer (`str` or `os.PathLike`, *optional*): of another folder or name than the model's.
+        tokenizer (`str` or `os.PathLike`, *optional*): another folder or name to take the tokenizer from.
         check (`bool`, *optional*, defaults to `True`):
-            Whether the result is loaded in a process without this package and its logits are compared, which needs the memory of
-            the model once more.
+            Whether to load the result in a process without this package and compare its logits. Needs the memory of the model once
+            more.
         on_report (`Callable[[ExportReport], None]`, *optional*): called with the figures before anything is refused or written.
-        loading: handed to `from_pretrained`, e.g. `dtype`, `device_map`, `revision`, `trust_remote_code`.
+        loading: passed to `from_pretrained`, for example `dtype`, `device_map`, `revision`, `trust_remote_code`.
 
     Returns:
         `ExportReport`: what was done, and what it costs.
 
     Raises:
-        ValueError: if it costs too much, the source was not saved while φ-balanced or is an adapter that cannot be merged, its
-            routers cannot be written to, texts are missing, or the result is not the same model where it is loaded.
+        ValueError: if it costs too much; if the source was not saved while φ-balanced, is an adapter that cannot be merged, or has
+            routers that cannot be written to; if texts are missing; or if the result is another model where it is loaded.
     """
     if bias not in VARIANTS:
         raise ValueError(f"`bias` must be one of {', '.join(map(repr, VARIANTS))}, got {bias!r}.")
@@ -94,6 +99,7 @@ def export(
         )
     source, destination = str(source), Path(destination)
     check_destination(destination)
+    texts, field = ([one] if isinstance(one, str) else one for one in (texts, field))
     domains = parse_domains(texts, field) if texts else []  # before the weights are loaded
     register_deepseek_moe()
     model, report, not_loaded, of_weights = _load(source, loading)
@@ -101,26 +107,58 @@ def export(
     report.max_loss_increase, report.forced = max_loss_increase, force
     if report.bias == "ours" and not domains:
         raise ValueError(
-            f"{source} has a selection bias beside its weights that other engines do not know; what it costs to do "
-            "without is measured on texts: give some, as the model will see them (`--texts name=path ...`)."
+            f"{source} has a selection bias beside its weights that other engines do not know. The cost of losing it is measured "
+            "on texts: give some that are like what the model will see (`--texts name=path ...`)."
         )
-    example = _made_example(model)
+    text_config = model.config.get_text_config()
     if domains:
-        fitted, measured = split_texts(domains, tokens, _checked_length(model, seq_len), max_tokens or None)
-        batches = [padded_batches(part, batch_size, padding_of(tokens)) for part in (fitted, measured)]
-        example = {name: part[:2, :EXAMPLE] for name, part in batches[1][0].items()}
-        _measure(model, report, bias, *batches)
+        longest = min(seq_len, getattr(text_config, "max_position_embeddings", None) or seq_len)
+        parts = split_texts(domains, tokens, longest, max_tokens or None)
+        fitted, measured = (padded_batches(part, batch_size, padding_of(tokens)) for part in parts)
+        example = {name: part[:2, :EXAMPLE] for name, part in measured[0].items()}
+        _measure(model, report, bias, fitted, measured)
+    else:
+        size = text_config.vocab_size
+        ids = torch.arange(EXAMPLE)[None] % (size - size // 2) + size // 4
+        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if on_report is not None:
         on_report(report)
-    _refuse_costly(report)
+    _refuse_costly(report, bias)
     write_plain(unpatch(model), tokens, report, destination, example, not_loaded, of_weights, check)
     return report
 
 
+def split_texts(
+    domains: Sequence[Domain], tokenizer: Any, seq_len: int, max_tokens: int | None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """
+    Returns sequences of token ids to fit on and to measure on: the same share of every domain, and never the same text. Raises
+    `ValueError` if there is too little text to be split.
+    """
+    fitted: list[list[int]] = []
+    measured: list[list[int]] = []
+    for domain in domains:
+        stream = TextStream(domain, tokenizer, seq_len, max_tokens)
+        numbered = [(stream.documents, ids) for ids in stream]
+        if stream.documents >= FEW:
+            fitted += [ids for number, ids in numbered if number % MEASURED]
+            measured += [ids for number, ids in numbered if not number % MEASURED]
+        else:
+            cut = len(numbered) - len(numbered) // MEASURED
+            fitted += [ids for _, ids in numbered[:cut]]
+            measured += [ids for _, ids in numbered[cut:]]
+    if not fitted or not measured:
+        raise ValueError(
+            f"`--texts` hold {len(fitted) + len(measured)} sequence(s), too few to fit on some and measure on others: give more "
+            "text, or shorter sequences (`--seq_len`)."
+        )
+    return fitted, measured
+
+
 def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport, list[str], dict[str, Any]]:
     """
-    Returns the patched model, a report that says what kind of bias it has, names of tensors that were not loaded, and the
-    arguments that the weights were loaded with: those of the base model, if `source` is an adapter.
+    Returns the patched model, a report with the kind of its bias, names of tensors that were not loaded, and the arguments that
+    the weights were loaded with (those of the base model, if `source` is an adapter).
     """
     state = find_state(source, loading)
     if state is None:
@@ -148,11 +186,11 @@ def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport, list
         if native:
             _check_native(balancer, state, biases)
         balancer.load(state)
-    ours = not native and any(bool(bias.any()) for bias in biases.values())
+    kind = "native" if native else "ours" if any(bool(bias.any()) for bias in biases.values()) else "none"
     base, of_weights = (None, loading) if adapter is None else base_of(adapter, source, loading)
-    report = ExportReport(source, "native" if native else "ours" if ours else "none", base)
-    is_own_class = name in (model.config.architectures or ())  # else the head of another is not missed
-    return model, report, sorted(info["unexpected_keys"]) if is_own_class else [], of_weights
+    is_own_class = name in (model.config.architectures or ())  # otherwise the head of another class is not missed
+    not_loaded = sorted(info["unexpected_keys"]) if is_own_class else []
+    return model, ExportReport(source, kind, base), not_loaded, of_weights
 
 
 def _merged(model: Any, source: str) -> Any:
@@ -168,7 +206,7 @@ def _merged(model: Any, source: str) -> Any:
 
 
 def _check_native(balancer: PhiBalancer, state: str, biases: dict[str, Tensor]) -> None:
-    """Refuses weights whose own selection bias is not the one that training left."""
+    """Raises `ValueError` if the selection bias in the weights is not the one that training left in `state`."""
     for site in balancer.sites:
         there, wanted = site.read_native_bias(), biases.get(site.name.removeprefix(balancer.prefix))
         if there is None or wanted is None:
@@ -183,6 +221,7 @@ def _check_native(balancer: PhiBalancer, state: str, biases: dict[str, Tensor]) 
 
 
 def _tokenizer(source: str, named: str | os.PathLike | None, loading: dict[str, Any], needed: bool) -> Any:
+    """Returns the tokenizer; `None` if there is none and none is needed."""
     try:
         return load_tokenizer(source, named, loading)
     except ValueError:
@@ -191,20 +230,8 @@ def _tokenizer(source: str, named: str | os.PathLike | None, loading: dict[str, 
         return None
 
 
-def _checked_length(model: Any, seq_len: int) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or seq_len
-    return min(seq_len, limit)
-
-
-def _made_example(model: Any) -> dict[str, Tensor]:
-    """Some tokens, where there is no text."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.tensor([[i % (vocabulary - vocabulary // 2) + vocabulary // 4 for i in range(EXAMPLE)]])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
 def _measure(model: Any, report: ExportReport, bias: str, fitted: list[Any], measured: list[Any]) -> None:
-    """Puts figures into `report`, and leaves the model as the variant that was asked for."""
+    """Measures the variants into `report`, and leaves the model as the one that `bias` asks for."""
     if report.bias != "ours":
         report.variants = compare(model, measured, {"biased": nullcontext}, with_loss=True)
         return
@@ -215,17 +242,13 @@ def _measure(model: Any, report: ExportReport, bias: str, fitted: list[Any], mea
     folding.keep(report.kept)
 
 
-def _refuse_costly(report: ExportReport) -> None:
+def _refuse_costly(report: ExportReport, bias: str) -> None:
     increase = report.loss_increase()
-    if not increase <= report.max_loss_increase and not report.forced:
-        word = next(word for word, variant in VARIANTS.items() if variant == report.kept)
-        others = [
-            f"--bias {other} {report.loss_increase(variant):+.4f}"
-            for other, variant in VARIANTS.items()
-            if variant != report.kept
-        ]
-        raise ValueError(
-            f"--bias {word} raises the loss by {increase:.4f}, more than the {report.max_loss_increase:g} that is allowed "
-            f"(--max_loss_increase): nothing was written. {', '.join(others)}; or fit on more texts that are "
-            "like what the model will see, or --force."
-        )
+    if increase <= report.max_loss_increase or report.forced:
+        return
+    others = [f"--bias {name} {report.loss_increase(VARIANTS[name]):+.4f}" for name in VARIANTS if name != bias]
+    raise ValueError(
+        f"--bias {bias} raises the loss by {increase:.4f}, more than the {report.max_loss_increase:g} that is allowed "
+        f"(--max_loss_increase): nothing was written. {', '.join(others)}; or fit on more texts that are "
+        "like what the model will see, or --force."
+    )

@@ -1,13 +1,17 @@
-"""A selection bias folded into the routers' weights, so that a plain load routes nearly as training did.
+"""
+Folds a selection bias into the weights of the routers, so that a plain load routes nearly as training did; and compares variants of a
+model on the same batches.
 
-Families without a bias slot lose the bias of [`PhiBalancer`] wherever the model is served without this package. How it
-becomes a part of the weight, and why that is possible at all, is told in `maths/folding.py`.
+Families without a slot for a bias lose it wherever the model is served without this package. `maths/folding.py` explains how the bias
+becomes a part of the weight.
+
+Shapes: B sequences, S long; T tokens, N of them count; H inputs of a router; E experts, k of them chosen; V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,25 +22,28 @@ from torch import Tensor, nn
 from ..balancing import Ascent, Batch, Look, Measurement, PhiBalancer, get_balancer, looking, repeatable
 from ..files import layer_labels
 from ..maths import FoldedShift, ShiftMoments, fold_shift, logit_shift, selection_threshold
-from ..routers import RouterLinear, find_linear, has_adapter, ranked_of
-from .comparison import Variant, compare
+from ..routers import RouterLinear, find_linear, has_adapter, predicts_tokens, ranked_of
 
 
-LINEAR = 0.1  # greatest distance between what a router ranks and what its matrix makes, beyond all rounding
+Variant = Callable[[], AbstractContextManager]  # makes a context in which the model is that variant
+Values = list[tuple[Tensor, Tensor | None]]  # weight and bias of each router
+LINEAR = 0.1  # greatest distance between what a router ranks and what its matrix makes; rounding stays far below
 
 
 @dataclass(frozen=True)
 class FoldReport:
     """
-    What [`fold`] did.
+    What [`fold`] did, by layer name where it is a dictionary.
 
     Attributes:
-        r2 (`dict[str, float]`): by layer name, how constant the inputs of its router can be made by one direction, which
-            is what a bias in the weight lives on; 1 where the router has a bias of its own.
-        explained (`dict[str, float]`): share of the shifts, which depend on the token, that the new weight explains.
-        biased (`Measurement`), dropped (`Measurement`), folded (`Measurement`):
-            with the bias; without it, as a plain load was before; and as the model is now.
-        held_out (`bool`): whether these were measured on other batches than those that were fitted.
+        r2 (`dict[str, float]`):
+            How constant one direction can make the inputs of a router, 1 at best. A bias in the weight rests on that direction. 1
+            where the router has a bias of its own.
+        explained (`dict[str, float]`): share of the shifts of the logits that the new weight explains.
+        biased (`Measurement`): the model with its bias.
+        dropped (`Measurement`): the model without it, as a plain load was before.
+        folded (`Measurement`): the model as it is now.
+        held_out (`bool`): whether these three were measured on other batches than the fitted ones.
     """
 
     r2: dict[str, float]
@@ -47,29 +54,25 @@ class FoldReport:
     held_out: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        layers = {
-            name: {
-                "r2": self.r2[name],
-                "explained": self.explained[name],
-                "changed": self.folded.changed[name],
-                **{
-                    f"max_vio_{variant}": getattr(self, variant).max_vio[name]
-                    for variant in ("biased", "dropped", "folded")
-                },
-            }
-            for name in self.r2
+        """Returns everything as plain JSON values."""
+        variants = {"biased": self.biased, "dropped": self.dropped, "folded": self.folded}
+        layers: dict[str, dict[str, float]] = {}
+        for name in self.r2:
+            figures = {"r2": self.r2[name], "explained": self.explained[name], "changed": self.folded.changed[name]}
+            layers[name] = figures | {f"max_vio_{key}": one.max_vio[name] for key, one in variants.items()}
+        return {
+            **{key: one.to_dict() for key, one in variants.items()},
+            "held_out": self.held_out,
+            "layers": layers,
         }
-        figures = {variant: getattr(self, variant).to_dict() for variant in ("biased", "dropped", "folded")}
-        return {**figures, "held_out": self.held_out, "layers": layers}
 
     def __str__(self) -> str:
         where = "other batches" if self.held_out else "the same batches"
         lines = [
             f"The selection bias of {len(self.r2)} routers is in their weights. MaxVio on {where} "
             f"({self.folded.tokens:,} tokens): {self.biased.max_vio_global:.3f} with the bias, "
-            f"{self.dropped.max_vio_global:.3f} without, {self.folded.max_vio_global:.3f} folded; "
-            f"{self.folded.changed_share:.1%} of the assignments are others than with the bias "
+            f"{self.dropped.max_vio_global:.3f} without, {self.folded.max_vio_global:.3f} folded. "
+            f"{self.folded.changed_share:.1%} of the assignments differ from those with the bias "
             f"({self.dropped.changed_share:.1%} without it)."
         ]
         for name, label in zip(self.r2, layer_labels(list(self.r2))):
@@ -85,11 +88,11 @@ def fold(
     model: nn.Module, batches: Iterable[Batch], rebalance: int = 0, *, held_out: Iterable[Batch] | None = None
 ) -> FoldReport:
     """
-    Folds the selection bias of a patched model into the weights of its routers, in place, by forwards alone: the bias is
-    zero afterwards, and a plain load routes as the model does now. The choice is not quite that of the bias, see
-    `FoldReport`. For families without a bias of their own (`phb.supported_families()`: "re-selected").
+    Folds the selection bias of a patched model into the weights of its routers, in place. Only forwards are run. Afterwards the bias is
+    zero, and a plain load routes as the model does now. The choices are nearly those with the bias; the report says how nearly.
 
-    Nothing else changes: training may go on, also with the same optimizer.
+    For families without a bias of their own (`phb.supported_families()`: "re-selected"). Nothing else changes: training may go on,
+    with the same optimizer.
 
     ```python
     report = phb.fold(model, [{"input_ids": ids} for ids in some_texts])
@@ -99,20 +102,20 @@ def fold(
     Args:
         model (`torch.nn.Module`): the patched model, whole in this process.
         batches (`Iterable[Mapping]`):
-            What the model takes (`input_ids`, and `attention_mask` where there is padding), of texts as it will see them;
-            some ten thousand tokens. With several ranks each gives its own; all get the same weights, and figures of their own
-            batches.
+            Arguments of the model (`input_ids`, and `attention_mask` if there is padding) from texts as it will see them, some ten
+            thousand tokens. With several ranks each passes its own. All ranks get the same weights, and each gets the figures of its
+            own batches.
         rebalance (`int`, *optional*, defaults to `0`):
-            Passes over `batches` that bring the loads of the folded routers nearer to those with the bias, which takes their
-            choices a little farther away from it; 3 are enough, more cost loss where r² is low.
-        held_out (`Iterable[Mapping]`, *optional*): batches to measure on; `batches` unless given, which flatters.
+            Passes over `batches` that move the loads of the folded routers nearer to those with the bias. The choices then differ a
+            little more. 3 are enough; more cost loss where r² is low.
+        held_out (`Iterable[Mapping]`, *optional*): batches to measure on. On `batches`, the default, the figures flatter.
 
     Returns:
-        `FoldReport`: how good it is.
+        `FoldReport`: how good the fold is.
 
     Raises:
-        ValueError: if there is no bias to fold, the family keeps it in the weights already, or the routers' weights cannot be
-            written to (quantised, sharded, offloaded, under an adapter); the model is then untouched.
+        ValueError: if there is no bias to fold, the family keeps it in the weights already, or the weights of the routers cannot be
+            written to (quantised, sharded, offloaded, under an adapter). The model is then untouched.
         RuntimeError: in the middle of an optimizer step.
     """
     batches = repeatable(batches)
@@ -126,42 +129,93 @@ def fold(
 
 class Folding:
     """
-    Ways for a patched model to do without its bias, fitted on `batches`. The model stays as it is, but inside the contexts of
-    `variants`, until one is kept. Arguments and errors are those of [`fold`].
+    Fits ways for a patched model to do without its bias. The model changes only inside the contexts of `variants`, until one is kept.
+    Arguments and errors are those of [`fold`].
 
     Attributes:
         variants (`dict[str, Callable]`):
-            What makes a context in which the model is that variant: `"biased"`, as it is; `"dropped"`; `"folded"`; and
-            `"rebalanced"`, if that was asked for.
+            Makes a context in which the model is that variant: `"biased"` (as it is), `"dropped"`, `"folded"`, and with `rebalance`
+            also `"rebalanced"`.
         r2 (`dict[str, float]`), explained (`dict[str, float]`): as in a [`FoldReport`].
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, batches: Iterable[Batch], rebalance: int = 0) -> None:
         self._balancer = balancer = get_balancer(model)
-        self._weights = weights = _Weights(_foldable(model, balancer))
+        self._linears = _foldable(model, balancer)
+        self._original: Values = [
+            (linear.weight.clone(), None if linear.bias is None else linear.bias.clone()) for linear in self._linears
+        ]
         batches = repeatable(batches)
-        shifts = _regress(model, balancer, weights.linears, batches)
+        shifts = _regress(model, self._linears, batches)
         self.r2 = {name: shift.r2 for name, shift in zip(balancer.layer_names, shifts)}
         self.explained = {name: shift.explained for name, shift in zip(balancer.layer_names, shifts)}
-        self._values = {"dropped": weights.original, "folded": weights.shifted(shifts)}
+        self._values = {"dropped": self._original, "folded": self._shifted(shifts)}
         if rebalance:
-            self._values["rebalanced"] = _even_out(model, balancer, weights, shifts, batches, rebalance)
+            self._values["rebalanced"] = self._even_out(model, shifts, batches, rebalance)
         self.variants: dict[str, Variant] = {"biased": nullcontext}
         for name, values in self._values.items():
-            self.variants[name] = partial(weights.without_bias, balancer, values)
+            self.variants[name] = partial(self._without_bias, values)
 
     @torch.no_grad()
     def keep(self, variant: str) -> None:
-        """Leaves the model as `variant`, with a bias of zero, unless that is `"biased"`."""
-        if variant != "biased":
-            self._weights.write(self._values[variant])
-            biases = self._balancer.biases()
-            self._balancer.set_biases({name: torch.zeros_like(bias) for name, bias in biases.items()})
+        """Leaves the model as `variant`, with a bias of zero."""
+        self._write(self._values[variant])
+        biases = self._balancer.biases()
+        self._balancer.set_biases({name: torch.zeros_like(bias) for name, bias in biases.items()})
+
+    def _shifted(self, shifts: list[FoldedShift], constants: Sequence[Tensor] | None = None) -> Values:
+        """Returns the original weights plus `shifts`, and plus `constants (E,)` along each router's constant direction."""
+        values: Values = []
+        for index, ((weight, bias), shift) in enumerate(zip(self._original, shifts)):
+            exact, added = weight.to(shift.weight) + shift.weight, shift.bias
+            if constants is not None:
+                constant_E = constants[index].to(exact)
+                exact = exact + torch.outer(constant_E, shift.constant)
+                added = None if added is None else added + constant_E
+            own = None if bias is None or added is None else (bias.to(added) + added).to(bias)
+            values.append((exact.to(weight), own))
+        return values
+
+    def _write(self, values: Values) -> None:
+        for linear, (weight, bias) in zip(self._linears, values):
+            linear.weight.copy_(weight)
+            if bias is not None and linear.bias is not None:
+                linear.bias.copy_(bias)
+
+    @contextmanager
+    def _without_bias(self, values: Values) -> Iterator[None]:
+        """Context manager: inside it the routers have the weights `values`, and no selection bias is added."""
+        with torch.no_grad():
+            self._write(values)
+        try:
+            with self._balancer.without_bias():
+                yield
+        finally:
+            with torch.no_grad():
+                self._write(self._original)
+
+    def _even_out(
+        self, model: nn.Module, shifts: list[FoldedShift], batches: Iterable[Batch], iterations: int
+    ) -> Values:
+        """Returns folded routers, moved along their constant directions until the loads of `batches` are those with the bias."""
+        sizes = [site.num_experts for site in self._balancer.sites]
+
+        def loads_of(variant: Variant) -> Sequence[Tensor]:
+            loads = compare(model, batches, {"it": variant})["it"].loads
+            summed = torch.cat(list(loads.values())).to(self._linears[0].weight.device, torch.float32)
+            return self._balancer.sum_over_ranks(summed).split(sizes)
+
+        ascent = Ascent(sizes, wanted=loads_of(nullcontext))
+        values = self._shifted(shifts)
+        for _ in range(iterations):
+            ascent.tell(loads_of(partial(self._without_bias, values)))
+            values = self._shifted(shifts, ascent.ask())
+        return self._shifted(shifts, ascent.best)
 
 
 def _foldable(model: nn.Module, balancer: PhiBalancer) -> list[RouterLinear]:
-    """The linear layers of all routers, if there is something to fold and it can be."""
+    """Returns the linear layer of each router. Raises `ValueError` if there is nothing to fold or no place for it."""
     kind = type(balancer.root).__name__
     native = [site.name for site in balancer.sites if site.native_bias]
     if native:
@@ -172,7 +226,7 @@ def _foldable(model: nn.Module, balancer: PhiBalancer) -> list[RouterLinear]:
     if not balancer.has_bias:
         raise ValueError(
             f"there is nothing to fold: {kind} has no selection bias ({balancer.config.method!r} with "
-            f"bias_coef={balancer.config.bias_coef}). A plain load routes as it does."
+            f"bias_coef={balancer.config.bias_coef}). A plain load routes the same way."
         )
     if has_adapter(model):
         raise ValueError(
@@ -186,54 +240,49 @@ def _foldable(model: nn.Module, balancer: PhiBalancer) -> list[RouterLinear]:
 
 
 class _Regression:
-    """Gathers what each router receives and by how much its logits have to be shifted."""
+    """Gathers the inputs of each router, and the shifts of its logits that stand for the bias."""
 
     def __init__(self, look: Look, linears: list[RouterLinear]) -> None:
         self.look, self.linears = look, linears
         self.biases = [bias.float() for bias in look.balancer.biases().values()]
         self.moments: list[ShiftMoments | None] = [None] * len(linears)
-        self.ranked: list[str | None] = [None] * len(linears)
+        self._ranked: list[str | None] = [None] * len(linears)
         self._received: dict[int, Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While open, forwards add to the moments."""
+        """Context manager: forwards inside it add to the moments."""
         with ExitStack() as stack:
             for index, linear in enumerate(self.linears):
-                hook = linear.owner.register_forward_pre_hook(self._receive(index))
+                hook = linear.owner.register_forward_pre_hook(partial(self._receive, index))
                 stack.callback(hook.remove)
             stack.enter_context(self.look.balancer.forwards.showing_scores(self._rank))
             yield
 
-    def _receive(self, index: int) -> Any:
-        def note(module: nn.Module, args: tuple) -> None:
-            self._received[index] = args[0]
-
-        return note
+    def _receive(self, index: int, module: nn.Module, args: tuple) -> None:
+        self._received[index] = args[0]
 
     def _rank(self, index: int, scores: Tensor) -> None:
-        """Router `index` ranks `scores`, its bias added: the last that is seen of it in a forward."""
+        """Adds a call of router `index`, which ranks `scores` plus its bias."""
         site = self.look.sites[index]
         # in transformers before 5.14 some blocks read the weight of their router instead of calling it
         received = self._received.pop(index) if index in self._received else self.look.hidden[index]
-        device = scores.device
         scores_TE = scores.reshape(-1, scores.shape[-1])
-        mask_T = self.look.mask_of(index, len(scores_TE)).to(device)
-        x_NH = received.reshape(-1, received.shape[-1]).to(device)[mask_T].float()
+        mask_T = self.look.mask_of(index, len(scores_TE)).to(scores.device)
+        x_NH = received.reshape(-1, received.shape[-1]).to(scores.device)[mask_T].float()
         scores_NE = scores_TE[mask_T].float()
         if not len(x_NH):
             return
-        ranked = self.ranked[index] or self._checked(index, x_NH, scores_NE)
-        bias_E = self.biases[index].to(device)
+        ranked = self._ranked[index] = self._ranked[index] or self._checked(index, x_NH, scores_NE)
+        bias_E = self.biases[index].to(scores.device)
         biased_NE = (scores_NE + bias_E).masked_fill(scores_NE == float("-inf"), float("-inf"))
-        threshold_N1 = selection_threshold(biased_NE, site.top_k)
         moments = self.moments[index]
         if moments is None:
             moments = self.moments[index] = ShiftMoments.zeros(x_NH.shape[-1], len(bias_E), x_NH)
-        moments.add(x_NH, logit_shift(bias_E, threshold_N1, ranked))
+        moments.add(x_NH, logit_shift(bias_E, selection_threshold(biased_NE, site.top_k), ranked))
 
     def _checked(self, index: int, x_NH: Tensor, scores_NE: Tensor) -> str:
-        """What router `index` ranks."""
+        """Returns what router `index` ranks. Raises `ValueError` if that is no function of its matrix's logits."""
         site = self.look.sites[index]
         ranked, distance = ranked_of(self.linears[index], x_NH, scores_NE)
         if distance > LINEAR:
@@ -242,98 +291,98 @@ class _Regression:
                 f"softmax or sigmoid ({ranked!r} miss by {distance:.0%} of their spread), so a shift of the logits cannot "
                 "stand for the bias. Serve it with this package, or drop the bias."
             )
-        self.ranked[index] = ranked
         return ranked
 
 
-def _regress(
-    model: nn.Module, balancer: PhiBalancer, linears: list[RouterLinear], batches: Iterable[Batch]
-) -> list[FoldedShift]:
-    """The shift of each router that stands best for its bias on the tokens of `batches`."""
+def _regress(model: nn.Module, linears: list[RouterLinear], batches: Iterable[Batch]) -> list[FoldedShift]:
+    """Returns for each router the shift that stands best for its bias on the tokens of `batches`."""
     with looking(model) as look:
         regression = _Regression(look, linears)
         with regression.watching():
             for batch in batches:
                 look.forward(batch)
     shifts = []
-    for site, linear, moments in zip(balancer.sites, linears, regression.moments):
+    for site, linear, moments in zip(look.sites, linears, regression.moments):
         if moments is None:
             moments = ShiftMoments.zeros(linear.weight.shape[1], site.num_experts, linear.weight)
-        balancer.sum_over_ranks(moments.flat)
+        look.balancer.sum_over_ranks(moments.flat)
         if not moments.parts()[-1]:
             raise ValueError(
                 f"router {site.name!r} ranked nothing: `batches` hold no token that counts, or something bypasses the router."
             )
         shifts.append(fold_shift(moments, linear.bias is not None))
-        moments.flat = moments.flat.new_zeros(0)  # a matrix of H² numbers
+        moments.flat = moments.flat.new_zeros(0)  # frees a matrix of H² numbers
     return shifts
 
 
-Values = list[tuple[Tensor, Tensor | None]]  # weight and bias of each router
+# ---------------------------------------------------------------------- comparison
 
 
-class _Weights:
-    """The routers' weights, which may be others for a while."""
-
-    def __init__(self, linears: list[RouterLinear]) -> None:
-        self.linears = linears
-        self.original: Values = [
-            (linear.weight.clone(), None if linear.bias is None else linear.bias.clone()) for linear in linears
-        ]
-
-    def shifted(self, shifts: list[FoldedShift], constants: Sequence[Tensor] | None = None) -> Values:
-        """The original ones with `shifts`, and with `constants (E,)` along the directions in which those are constant."""
-        values: Values = []
-        for index, ((weight, bias), shift) in enumerate(zip(self.original, shifts)):
-            exact, added = weight.to(shift.weight) + shift.weight, shift.bias
-            if constants is not None:
-                constant_E = constants[index].to(exact)
-                exact = exact + torch.outer(constant_E, shift.constant)
-                added = None if added is None else added + constant_E
-            values.append(
-                (exact.to(weight), None if bias is None or added is None else (bias.to(added) + added).to(bias))
-            )
-        return values
-
-    def write(self, values: Values) -> None:
-        """Puts `values` into the model."""
-        for linear, (weight, bias) in zip(self.linears, values):
-            linear.weight.copy_(weight)
-            if bias is not None and linear.bias is not None:
-                linear.bias.copy_(bias)
-
-    @contextmanager
-    def without_bias(self, balancer: PhiBalancer, values: Values) -> Iterator[None]:
-        """While open, the model has these weights, and no selection bias of ours."""
-        with torch.no_grad():
-            self.write(values)
-        try:
-            with balancer.without_bias():
-                yield
-        finally:
-            with torch.no_grad():
-                self.write(self.original)
+def compare(
+    model: nn.Module, batches: Iterable[Batch], variants: Mapping[str, Variant], with_loss: bool = False
+) -> dict[str, Measurement]:
+    """
+    Measures variants of a patched model on the same batches: expert load, how many top-k choices differ from the first variant's, and
+    `with_loss` the loss of the labels in the batches (of a classifier see [`Measurement`]). Raises `ValueError` if no token counts.
+    """
+    counts = {name: _Counts() for name in variants}
+    with looking(model) as look:
+        for batch in batches:
+            first: dict[int, Tensor] = {}
+            expected: Tensor | None = None
+            # one batch after the other, so that only the choices of one batch are kept
+            for name, variant in variants.items():
+                counted = counts[name]
+                look.on_choice = partial(counted.add, look, first)
+                with variant():
+                    output = look.forward(batch, with_head=with_loss)
+                counted.tokens += int(look.mask.sum())
+                if with_loss and predicts_tokens(model):
+                    counted.add_loss(output.logits, batch["labels"])
+                elif with_loss:
+                    expected = output.logits if expected is None else expected
+                    counted.add_distance(output.logits, expected, look.mask)
+    if not any(counted.tokens for counted in counts.values()):
+        raise ValueError("there is nothing to measure on: `batches` hold no token that counts.")
+    return {name: counted.figures(look) for name, counted in counts.items()}
 
 
-def _even_out(
-    model: nn.Module,
-    balancer: PhiBalancer,
-    weights: _Weights,
-    shifts: list[FoldedShift],
-    batches: Iterable[Batch],
-    iterations: int,
-) -> Values:
-    """The folded routers, moved along their constant directions to where `batches` are loaded as with the bias."""
-    sizes = [site.num_experts for site in balancer.sites]
+class _Counts:
+    """Sums of one variant."""
 
-    def loads_of(variant: Variant) -> Sequence[Tensor]:
-        loads = compare(model, batches, {"it": variant})["it"].loads
-        summed = torch.cat(list(loads.values())).to(weights.linears[0].weight.device, torch.float32)
-        return balancer.sum_over_ranks(summed).split(sizes)
+    def __init__(self) -> None:
+        self.loads: dict[int, Tensor] = {}  # (E,) by number of the router
+        self.kept: dict[int, Tensor] = {}  # assignments that the first variant makes too
+        self.loss, self.predicted, self.tokens = 0.0, 0, 0
 
-    ascent = Ascent(sizes, wanted=loads_of(nullcontext))
-    values = weights.shifted(shifts)
-    for _ in range(iterations):
-        ascent.tell(loads_of(partial(weights.without_bias, balancer, values)))
-        values = weights.shifted(shifts, ascent.ask())
-    return weights.shifted(shifts, ascent.best)
+    def add(self, look: Look, first: dict[int, Tensor], index: int, logits_TE: Tensor, chosen_Tk: Tensor) -> None:
+        """Adds the choices of router `index`. The first variant leaves its choices in `first`."""
+        mask_T = look.mask_of(index, len(logits_TE)).to(chosen_Tk.device)
+        chosen_Nk, first_Nk = chosen_Tk[mask_T], first.setdefault(index, chosen_Tk)[mask_T]
+        load_E = torch.bincount(chosen_Nk.reshape(-1), minlength=logits_TE.shape[-1])
+        kept = (chosen_Nk.unsqueeze(-1) == first_Nk.unsqueeze(-2)).any(-1).sum()
+        self.loads[index] = self.loads.get(index, 0) + load_E
+        self.kept[index] = self.kept.get(index, 0) + kept
+
+    def add_loss(self, logits_BSV: Tensor, labels_BS: Tensor) -> None:
+        wanted = labels_BS[:, 1:].to(logits_BSV.device).reshape(-1)
+        logits = logits_BSV[:, :-1].reshape(len(wanted), -1).float()
+        self.loss += float(nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum"))
+        self.predicted += int((wanted != -100).sum())
+
+    def add_distance(self, logits: Tensor, expected: Tensor, mask_T: Tensor) -> None:
+        """Adds how far predictions of a classifier are from `expected`; both `(B, labels)` or `(B, S, labels)`."""
+        if logits.ndim == 3:
+            logits, expected = (part.flatten(0, 1)[mask_T.to(part.device)] for part in (logits, expected))
+        logits, expected = logits.float(), expected.float()
+        if logits.shape[-1] == 1:
+            self.loss += float((logits - expected).square().sum())
+        else:
+            self.loss += float(nn.functional.cross_entropy(logits, expected.softmax(-1), reduction="sum"))
+        self.predicted += len(logits)
+
+    def figures(self, look: Look) -> Measurement:
+        names = {index: look.sites[index].name for index in sorted(self.loads)}
+        loads = {name: self.loads[index].double().cpu() for index, name in names.items()}
+        changed = {name: 1 - float(self.kept[i]) / max(float(loads[name].sum()), 1.0) for i, name in names.items()}
+        return Measurement(loads, changed, self.loss / self.predicted if self.predicted else None, self.tokens)

@@ -1,4 +1,4 @@
-"""The folder of an export: an ordinary checkpoint, looked at by a process that does not have this package."""
+"""What an export leaves: its report, and the folder with an ordinary checkpoint, checked by a process without this package."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,153 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ..balancing import evaluating
-from ..files import LARGE, find_file, read_json
+from ..balancing import Measurement, evaluating
+from ..files import LARGE, find_file, layer_labels, public_name, read_json, versions
+from ..hub import CARD_NAME, as_code, markdown_table
 from ..models import auto_class_name
-from .report import ExportReport
 
 
 logger = logging.get_logger(__name__)
 REPORT_NAME = "export.json"
-CARD_NAME = "README.md"
-# Of a processor, beside what its tokenizer writes.
-BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+MEANINGS = {  # what a variant is, and what was done to the bias
+    "biased": ("as trained, with the bias", ""),
+    "dropped": ("bias dropped", "was dropped"),
+    "folded": (
+        "bias folded into the routers",
+        "was folded into the weights of the routers (a ridge regression of the shifts that it stands for on their inputs)",
+    ),
+    "rebalanced": (
+        "folded, loads rebalanced",
+        "was folded into the weights of the routers, whose loads were then moved nearer to those with the bias",
+    ),
+}
+OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+COPIED = (*OF_PROCESSORS, "chat_template.json")
 ALLOWED = {
     torch.float32: 1e-4,
     torch.float64: 1e-4,
-}  # of the largest logit, between two processes; else in half precision
+}  # difference between two processes, as a share of the largest logit
 ALLOWED_IN_HALF = 2e-2
-# Fields of a config that promise layers which predict several tokens ahead.
-PROMISES = re.compile(r"(num_)?(mtp|nextn)\w*_layers")
+PROMISES = re.compile(r"(num_)?(mtp|nextn)\w*_layers")  # fields of a config: layers that predict several tokens ahead
+
+
+@dataclass
+class ExportReport:
+    """
+    What [`export`] did.
+
+    Attributes:
+        source (`str`): the exported checkpoint.
+        bias (`str`): the bias it had: `"native"` (the family's own), `"ours"` (in `phi_balance.state`) or `"none"`.
+        base (`str`, *optional*): the base model that the adapter `source` was merged into.
+        kept (`str`, *optional*): the variant that was written, if there was a choice.
+        variants (`dict[str, Measurement]`): the figures of each variant on texts, if any were given.
+        r2 (`dict[str, float]`): by layer name, see [`FoldReport`].
+        fitted_tokens (`int`): number of tokens that the fold was fitted on. The variants are measured on others.
+        max_loss_increase (`float`): the allowed increase of the loss.
+        forced (`bool`): whether a greater one was allowed too.
+        loaded_alone (`dict`, *optional*): what a process without this package found in the result.
+    """
+
+    source: str
+    bias: str
+    base: str | None = None
+    kept: str | None = None
+    variants: dict[str, Measurement] = field(default_factory=dict)
+    r2: dict[str, float] = field(default_factory=dict)
+    fitted_tokens: int = 0
+    max_loss_increase: float = 0.0
+    forced: bool = False
+    loaded_alone: dict[str, Any] | None = None
+
+    def loss_increase(self, variant: str | None = None) -> float:
+        """Returns the loss of a variant (default: the kept one) minus the loss with the bias."""
+        variant = variant or self.kept
+        if variant is None or "biased" not in self.variants:
+            return 0.0
+        return float(self.variants[variant].loss or 0.0) - float(self.variants["biased"].loss or 0.0)
+
+    @property
+    def summary(self) -> str:
+        """What was done to the adapter and to the bias."""
+        merged = f"The adapter was merged into {as_code(public_name(self.base))}. " if self.base else ""
+        if self.bias == "native":
+            return f"{merged}The selection bias is the family's own: it is in the weights, and every engine knows it."
+        if self.kept is None:
+            return f"{merged}There is no selection bias that could be lost."
+        return f"{merged}The selection bias, which no engine but hf_phibalance knows, {MEANINGS[self.kept][1]}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain JSON values."""
+        layers = {
+            name: {"r2": r2}
+            | {f"max_vio_{variant}": figures.max_vio[name] for variant, figures in self.variants.items()}
+            | {f"changed_{variant}": figures.changed[name] for variant, figures in self.variants.items()}
+            for name, r2 in self.r2.items()
+        }
+        return {
+            "source": public_name(self.source),
+            "base": self.base and public_name(self.base),
+            "bias": self.bias,
+            "kept": self.kept,
+            "loss_increase": self.loss_increase(),
+            "max_loss_increase": self.max_loss_increase,
+            "forced": self.forced,
+            "variants": {name: figures.to_dict() for name, figures in self.variants.items()},
+            "fitted_tokens": self.fitted_tokens,
+            "layers": layers,
+            "loaded_alone": self.loaded_alone,
+            "versions": versions(),
+        }
+
+    def to_markdown(self) -> str:
+        """Returns the summary and the table of the variants."""
+        if not self.variants:
+            return self.summary
+        rows = []
+        for name, figures in self.variants.items():
+            mark = "**" if name == self.kept else ""
+            row = [f"{mark}{MEANINGS[name][0]}{mark}", f"{figures.loss:.4f}", "", f"{figures.max_vio_global:.3f}", ""]
+            if name != "biased":
+                row[2], row[4] = f"{self.loss_increase(name):+.4f}", f"{figures.changed_share:.1%}"
+            rows.append(row)
+        tokens = next(iter(self.variants.values())).tokens
+        fitted = " that the fold was not fitted on" if self.kept else ""
+        head = ["variant", "loss", "increase", "MaxVio", "assignments changed"]
+        return f"{self.summary}\n\nMeasured on {tokens:,} tokens{fitted}:\n\n{markdown_table(head, rows)}"
+
+    def card_section(self) -> str:
+        """Returns the section of the model card."""
+        return (
+            f"## Exported for any engine\n\nExported by `phibalance export`. {self.to_markdown()}\n\n"
+            "It loads without `hf_phibalance`. Where this card mentions `phi_balance.state`, it describes the model that this one was "
+            "exported from.\n"
+        )
+
+
+def print_export(report: ExportReport, console: Any) -> None:
+    """Prints `report` to the [`rich.console.Console`] `console`: the variants, and the layers of the kept one."""
+    from rich.markdown import Markdown
+
+    text = f"**{as_code(report.source)}**\n\n{report.to_markdown()}"
+    if report.kept:
+        biased, kept, rows = report.variants["biased"], report.variants[report.kept], []
+        for (name, r2), label in zip(report.r2.items(), layer_labels(list(report.r2))):
+            figures = [f"{r2:.3f}", f"{biased.max_vio[name]:.3f}", f"{kept.max_vio[name]:.3f}"]
+            rows.append([as_code(label), *figures, f"{kept.changed[name]:.1%}"])
+        table = markdown_table(["layer", "r²", "MaxVio, biased", f"MaxVio, {report.kept}", "changed"], rows)
+        text += (
+            f"\n\n{table}\n\nr² says how constant the inputs of a router can be made: a bias in its weight rests on that. Changed are "
+            "the assignments that differ from those with the bias."
+        )
+    console.print(Markdown(text))
+
+
+# ---------------------------------------------------------------------- the folder
 
 
 def check_destination(destination: Path) -> None:
-    """
-    Raises:
-        ValueError: if something is there already.
-    """
+    """Raises `ValueError` if something is there already."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} must be a new or an empty folder: an export would mix with what is there.")
 
@@ -60,28 +183,25 @@ def write_plain(
     check: bool,
 ) -> None:
     """
-    Writes the unpatched `model` to `destination`, all of it or nothing.
-
-    Args:
-        example (`Mapping[str, torch.Tensor]`): a batch, whose logits have to be the same where the result is loaded.
-        not_loaded (`Sequence[str]`): tensors of the source that transformers did not expect, and left out of the model.
-        loading (`Mapping`): arguments that the weights were loaded with.
-        check (`bool`): whether to load the result in a process without this package.
-
-    Raises:
-        ValueError: if the result does not load, or is another model there.
+    Writes the unpatched `model` to `destination`, all of it or nothing. `not_loaded` names the tensors of the source that transformers
+    left out of the model, `loading` holds the arguments that its weights were loaded with. With `check`, a process without this package
+    loads the result. `ValueError` if its logits of the batch `example` differ there.
     """
     partial = destination.with_name(f"{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    weights_of = report.base or report.source
     try:
         saved: Any = model
-        carried = _ignored_tensors(saved, report.base or report.source, loading)
+        carried = _ignored_tensors(saved, weights_of, loading)
         saved.save_pretrained(partial, **({"state_dict": saved.state_dict() | carried} if carried else {}))
-        _name_left_out(saved, report, {*carried, *not_loaded}, _weight_files(partial, {}).keys())
+        _warn_of_missing(saved, report, {*carried, *not_loaded}, _weight_files(partial, {}).keys())
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        _copy_beside(report, partial, loading)
+        for name in COPIED:
+            path = find_file(weights_of, name, loading)
+            if path is not None and not (partial / name).exists():
+                shutil.copyfile(path, partial / name)
         if check:
             report.loaded_alone = _load_alone(saved, partial, example, loading)
         (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
@@ -109,7 +229,7 @@ def _weight_files(source: str | os.PathLike, loading: Mapping[str, Any]) -> dict
 
 
 def _ignored_tensors(model: Any, source: str, loading: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a checkpoint that its class has transformers ignore: layers that predict several tokens ahead."""
+    """Returns the tensors of a checkpoint that transformers ignores for this class: layers that predict several tokens ahead."""
     patterns = "|".join(f"(?:{pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ())
     own, found = model.state_dict().keys(), {}
     for name, path in _weight_files(source, loading).items():
@@ -119,8 +239,8 @@ def _ignored_tensors(model: Any, source: str, loading: Mapping[str, Any]) -> dic
     return found
 
 
-def _name_left_out(model: Any, report: ExportReport, wanted: set[str], written: Collection[str]) -> None:
-    """Warns of tensors that the source has and the export does not, and of layers that config.json promises and nobody has."""
+def _warn_of_missing(model: Any, report: ExportReport, wanted: set[str], written: Collection[str]) -> None:
+    """Warns of tensors of the source that the export lacks, and of layers that config.json promises and the source lacks."""
     if lost := sorted(wanted.difference(written)):
         logger.warning(
             f"{len(lost)} tensor(s) of {report.base or report.source} are not in the export, because transformers does not load "
@@ -136,34 +256,24 @@ def _name_left_out(model: Any, report: ExportReport, wanted: set[str], written: 
         )
 
 
-def _copy_beside(report: ExportReport, folder: Path, loading: Mapping[str, Any]) -> None:
-    for name in BESIDE:
-        path = find_file(report.base or report.source, name, loading)
-        if path is not None and not (folder / name).exists():
-            shutil.copyfile(path, folder / name)
-
-
 def _load_alone(
     model: Any, folder: Path, example: Mapping[str, torch.Tensor], loading: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a process without this package finds in `folder`; refuses what is not the same model."""
+    """Returns what a process without this package finds in `folder`. Raises `ValueError` if that is not the same model."""
+    inputs = {name: part.to(model.device) for name, part in example.items() if name != "labels"}
     with evaluating(model), torch.no_grad():
-        inputs = {name: part.to(model.device) for name, part in example.items() if name != "labels"}
         logits = model(**inputs).logits
+    auto_class = auto_class_name(model.config.model_type, [cls.__name__ for cls in type(model).__mro__])
     with tempfile.TemporaryDirectory() as scratch:
         path = f"{scratch}/example.safetensors"
-        tensors = {**{name: part.cpu() for name, part in inputs.items()}, "logits": logits.float().cpu()}
-        save_file({name: part.contiguous() for name, part in tensors.items()}, path)
-        config = model.config
-        auto_class = auto_class_name(config.model_type, [cls.__name__ for cls in type(model).__mro__])
-        script = Path(__file__).with_name("alone.py")
-        words = [sys.executable, "-I", str(script), str(folder), auto_class, path]
+        save_file({name: part.contiguous().cpu() for name, part in {**inputs, "logits": logits.float()}.items()}, path)
+        words = [sys.executable, "-I", str(Path(__file__).with_name("alone.py")), str(folder), auto_class, path]
         words += [loading.get("device_map") or "", str(bool(loading.get("trust_remote_code")))]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it died"])[-1]
         raise ValueError(f"the exported checkpoint does not load without hf_phibalance: {reason}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = json.loads(done.stdout.strip().splitlines()[-1]) | {"warnings": done.stderr.splitlines()}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[kind]:
             raise ValueError(
@@ -180,10 +290,11 @@ def _load_alone(
 
 
 def _write_card(report: ExportReport, folder: Path) -> None:
-    """The card of the source with a section more, or one that holds nothing else."""
+    """Writes the source's card with one more section, or a card with this section alone."""
     source = Path(report.source) / CARD_NAME
-    head = source.read_text(encoding="utf-8").rstrip() + "\n\n" if source.is_file() else ""
-    if not head:
-        name = Path(report.source).name
-        head = f"---\nlibrary_name: transformers\ntags:\n- mixture-of-experts\n---\n\n# {name}\n\n"
+    if source.is_file():
+        head = source.read_text(encoding="utf-8").rstrip() + "\n\n"
+    else:
+        title = as_code(Path(report.source).name)
+        head = f"---\nlibrary_name: transformers\ntags:\n- mixture-of-experts\n---\n\n# {title}\n\n"
     (folder / CARD_NAME).write_text(head + report.card_section(), encoding="utf-8")

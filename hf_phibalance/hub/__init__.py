@@ -1,30 +1,29 @@
 """
 Makes a finished run presentable: figures, pictures, a model card, and the upload of all that with the model. Pictures need
-matplotlib, and `print_summary` needs rich: `pip install "hf_phibalance[recipes]"`.
+matplotlib: `pip install "hf_phibalance[recipes]"`.
 
 | module | what it holds |
 |---|---|
 | `run` | what was measured: `metrics.json`, `history.json`, results of lm-evaluation-harness |
-| `card`, `model_card.md` | the model card and its template |
-| `pictures` | expert load and learning over training |
-| `report` | all of these in a results folder, and a table in the terminal |
-| `upload` | the model on the Hub, without private files |
-| `trainer` | the state and the card in uploads of a `Trainer` |
+| `card`, `model_card.md` | the model card and its template; the results folder |
+| `pictures` | expert load and learning curves over training |
+| `upload` | the model on the Hub, without private files, also from a `Trainer` |
 """
 
-from .card import model_card
+from .card import CARD_NAME, as_code, markdown_table, model_card, print_summary, write_report
 from .pictures import draw, pictures_in
-from .report import print_summary, write_report
 from .run import SUMMARY_NAME, Run
-from .trainer import complete_uploads
-from .upload import push_to_hub
+from .upload import complete_uploads, push_to_hub
 
 
 __all__ = [
+    "CARD_NAME",
     "SUMMARY_NAME",
     "Run",
+    "as_code",
     "complete_uploads",
     "draw",
+    "markdown_table",
     "model_card",
     "pictures_in",
     "print_summary",

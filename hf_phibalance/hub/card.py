@@ -1,7 +1,8 @@
-"""The model card of a run, and the section about expert balance for a card that `Trainer` wrote."""
+"""The model card of a run, the section about expert balance for a card that `Trainer` wrote, and the results folder."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..files import hub_name, public_name
 from ..maths import METHODS
 from ..models import HEADS, IMAGE_CLASS, TEXT_CLASS
-from .pictures import CURVES_NAME, LOADS_NAME
-from .run import Run, Score
+from .pictures import CURVES_NAME, LOADS_NAME, draw, pictures_in
+from .run import BASELINE_FOLDERS, PER_LAYER, SUMMARY_NAME, Run, Score
 
 
 CARD_NAME = "README.md"
-CARD_MARK = "<!-- hf_phibalance -->"  # tells the cards of our template from others
-PER_LAYER = "moe/max_vio/"
+CARD_MARK = "<!-- hf_phibalance -->"  # marks the cards of our template
 FIGURES = (
     ("MaxVio", "moe/max_vio", ".3f"),
     ("Gini", "moe/gini", ".3f"),
@@ -36,6 +36,12 @@ def as_code(text: object) -> str:
     return f"{fence} {line} {fence}" if "`" in line else f"`{line or '?'}`"
 
 
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table, or nothing if there are no rows."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
+
+
 def model_card(
     run: Run,
     baseline: Run | None = None,
@@ -47,16 +53,16 @@ def model_card(
     pictures: Sequence[str] = (LOADS_NAME, CURVES_NAME),
 ) -> ModelCard:
     """
-    Makes the model card of a run. What the run did not measure is left out.
+    Makes the model card of a run. The card says only what the run measured.
 
     Args:
-        run (`Run`): The run.
-        baseline (`Run`, *optional*): A run to show beside it.
-        title (`str`): Name of the model.
-        base_model (`str`, *optional*): What was fine-tuned, if not the run's `base_model`.
+        run (`Run`): the run.
+        baseline (`Run`, *optional*): a run to show beside it.
+        title (`str`): name of the model.
+        base_model (`str`, *optional*): the fine-tuned model, if it is not the run's `base_model`.
         library_name (`str`, *optional*, defaults to `"transformers"`): `"peft"` for an adapter.
-        repo_id (`str`, *optional*): Where the model will be on the Hub.
-        pictures (`Sequence[str]`, *optional*): The report's pictures that lie beside the card.
+        repo_id (`str`, *optional*): repository of the model on the Hub.
+        pictures (`Sequence[str]`, *optional*): pictures next to the card.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: the card.
@@ -84,7 +90,7 @@ def model_card(
         generates=run.auto_class in (TEXT_CLASS, IMAGE_CLASS),
         is_adapter=library_name == "peft",
         is_generated=run.dataset == "toy",
-        results=summary_table(run, baseline),
+        results=_results(run, baseline),
         balance=balance_section(run, baseline),
         scores=scores,
         pictures=pictures,
@@ -94,7 +100,7 @@ def model_card(
 
 
 def balance_section(run: Run, baseline: Run | None = None) -> str:
-    """Returns what a card says about expert balance, as Markdown."""
+    """Returns the section of a card about expert balance, as Markdown."""
     parts = ["## Expert balance", "The load of the experts was counted, and nothing was balanced."]
     if run.balance is not None:
         method = f"routers balanced by the method `{run.balance.method}` ({METHODS[run.balance.method].source})"
@@ -112,7 +118,7 @@ def balance_section(run: Run, baseline: Run | None = None) -> str:
         parts.append("MaxVio is (greatest load of an expert − mean load) / mean load: 0 is perfect balance.")
         if floor := run.series("moe/noise_floor"):
             parts[-1] += f" A training step has so few tokens that chance alone gives about {floor[-1][1]:.2f}."
-        parts.append(_table(["MaxVio of", *columns], rows))
+        parts.append(markdown_table(["MaxVio of", *columns], rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,7 +128,31 @@ def tags(run: Run) -> list[str]:
     return ["mixture-of-experts", *(["phi-balancing"] if is_phi else []), run.model_type]
 
 
-def summary_table(run: Run, baseline: Run | None = None) -> str:
+def write_report(folder: str | os.PathLike, run: Run, baseline: Run | None, dpi: int = 130) -> None:
+    """
+    Writes figures, pictures and the model card of a run into its results folder. The folder also keeps `baseline`, a run to show beside
+    it, so that the card can be made again.
+    """
+    folder = Path(folder)
+    run.save(folder)
+    if baseline is not None and Run.load_baseline(folder) is None:
+        baseline.save(folder / BASELINE_FOLDERS[-1])
+    draw(folder, run, baseline, dpi)
+    model_card(run, baseline, title=folder.name, pictures=pictures_in(folder)).save(folder / CARD_NAME)
+
+
+def print_summary(folder: str | os.PathLike, run: Run, baseline: Run | None, seconds: float) -> None:
+    """Prints the figures as a table, and where the results are."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    heading = f"**{run.model_type}, {run.parameters / 1e6:.2f} M parameters**"
+    console.print(Markdown(f"{heading}\n\n{_results(run, baseline)}"))
+    console.print(f"Results in {folder} after {seconds:.0f} s: model, {SUMMARY_NAME}, {LOADS_NAME}, {CURVES_NAME}")
+
+
+def _results(run: Run, baseline: Run | None) -> str:
     """Returns the figures of a run, beside those of `baseline` if there is one, as a Markdown table."""
     runs, rows = [run] if baseline is None else [baseline, run], []
 
@@ -135,7 +165,7 @@ def summary_table(run: Run, baseline: Run | None = None) -> str:
     for when in run.measured():
         for name, key, form in FIGURES if "held-out" in when else FIGURES[:1]:
             add(f"{name}, {when}", form, [one.measured()[when].get(key) for one in runs])
-    return _table(["", *(one.name for one in runs)], rows)
+    return markdown_table(["", *(one.name for one in runs)], rows)
 
 
 def _own_score(run: Run) -> list[Score]:
@@ -160,17 +190,11 @@ def _eval_result(score: Score) -> EvalResult:
     )
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table, or nothing if there are no rows."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
-
-
 def _layers(figures: Mapping[str, float]) -> dict[str, float]:
     """Returns the MaxVio of each layer."""
     return {key.removeprefix(PER_LAYER): value for key, value in figures.items() if key.startswith(PER_LAYER)}
 
 
 def _number(value: float | None, form: str) -> str:
-    """Returns a figure as text, and a dash where it was not measured."""
+    """Returns a figure as text, and a dash if it was not measured."""
     return "–" if value is None else format(value, form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import accumulate
 from pathlib import Path
 
 from ..files import short_layer
@@ -21,43 +22,40 @@ CURVES = (
 
 
 def draw(folder: str | os.PathLike, run: Run, baseline: Run | None, dpi: int = 130) -> None:
-    """Draws the pictures of a report into `folder`."""
+    """Draws the pictures of a run into `folder`."""
     runs = [run] if baseline is None else [baseline, run]
     plot_loads(runs, Path(folder, LOADS_NAME), dpi)
     plot_curves(runs, Path(folder, CURVES_NAME), dpi)
 
 
 def pictures_in(folder: str | os.PathLike) -> list[str]:
-    """Returns the names of the report's pictures that are in `folder`."""
+    """Returns the names of the pictures in `folder`."""
     return [name for name in (LOADS_NAME, CURVES_NAME) if Path(folder, name).is_file()]
 
 
 def plot_loads(runs: list[Run], path: str | os.PathLike, dpi: int = 130) -> None:
     """
-    Draws load heatmaps over training, one panel per run: x the step, y layer and expert, colour the relative load. Of more
-    than eight routers, eight are shown, evenly spaced.
+    Draws one heatmap of expert load per run: x is the step, y the layer and expert, colour the load over the mean load. Of more than
+    eight routers it shows eight, evenly spaced.
     """
     from matplotlib.figure import Figure
 
     layers = _shown_layers(runs)
     sizes = [len(runs[0].loads[0]["load"][layer]) for layer in layers]
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    height = min(max(2.0 + 0.16 * sum(sizes), 3.5), 14.0)
+    starts = list(accumulate(sizes, initial=0))
+    height = min(max(2.0 + 0.16 * starts[-1], 3.5), 14.0)
     figure = Figure(figsize=(1.5 + 5.2 * len(runs), height), layout="constrained")
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for panel, run in zip(panels, runs):
         if layers:
             steps = [entry["step"] for entry in run.loads]
-            edges = [
-                max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0,
-                *steps,
-            ]  # left of each cell, and the end
+            first = max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0
             rows = zip(*([value for layer in layers for value in entry["load"][layer]] for entry in run.loads))
-            image = panel.pcolormesh(edges, range(sum(sizes) + 1), list(rows), cmap="RdBu_r", vmin=0.0, vmax=2.0)
-        for start in starts[1:]:
+            edges = [first, *steps], range(starts[-1] + 1)
+            image = panel.pcolormesh(*edges, list(rows), cmap="RdBu_r", vmin=0.0, vmax=2.0)
+        for start in starts[1:-1]:
             panel.axhline(start, color="black", linewidth=1.2)
-        panel.set_title(run.name)
-        panel.set_xlabel("optimizer step")
+        panel.set(title=run.name, xlabel="optimizer step")
     middles = [start + size / 2 for start, size in zip(starts, sizes)]
     panels[0].set_yticks(middles, [short_layer(name) for name in layers])
     panels[0].set_ylabel("layer; one row per expert")
@@ -79,9 +77,7 @@ def plot_curves(runs: list[Run], path: str | os.PathLike, dpi: int = 130) -> Non
             if points := run.series(key):
                 style = {"color": COLOURS.get(run.name, "tab:blue"), "marker": "o" if len(points) < 30 else None}
                 panel.plot(*zip(*points), label=run.name, markersize=4, **style)
-        panel.set_title(title)
-        panel.set_xlabel("optimizer step")
-        panel.set_ylabel(label)
+        panel.set(title=title, xlabel="optimizer step", ylabel=label)
         panel.grid(alpha=0.3)
     if floor := runs[-1].series("moe/noise_floor"):
         panels[0].plot(*zip(*floor), label="noise floor", color="grey", linestyle="--", linewidth=1)

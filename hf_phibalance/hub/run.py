@@ -3,10 +3,11 @@
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -21,8 +22,9 @@ from ..routers import unwrap
 
 SUMMARY_NAME = "metrics.json"
 HISTORY_NAME = "history.json"
-HISTORY = ("log_history", "loads")  # the fields that it holds
+HISTORY = ("log_history", "loads")  # fields of a run that HISTORY_NAME holds
 BASELINE_FOLDERS = ("unbalanced", "baseline")
+PER_LAYER = "moe/max_vio/"
 AGAIN = "Run it again, or remove the file."
 
 
@@ -39,14 +41,14 @@ def own_file(path: Path) -> Path:
 @strict
 @dataclass
 class Score:
-    """One figure of an evaluation: `metric` is `"metric,filter"` as in lm-evaluation-harness."""
+    """One figure of an evaluation. `metric` is `"metric,filter"` as in lm-evaluation-harness."""
 
     task: str
     metric: str
     value: int | float
     error: int | float | None = None
     shots: int | None = None
-    problems: int | None = None  # that were answered
+    problems: int | None = None  # answered
     of: int | None = None  # problems of the task
     dataset: str | None = None
     isolation: str | None = None  # of generated code from the machine
@@ -84,21 +86,21 @@ class Run:
     What one training run measured.
 
     Args:
-        model_type (`str`): The `model_type` of the config.
-        auto_class (`str`): Name of the class of this package that loads the model.
-        parameters (`int`): Parameters of the model.
-        steps (`int`): Optimizer steps.
-        versions (`dict[str, str]`): Versions of the packages that the run used.
+        model_type (`str`): `model_type` of the config.
+        auto_class (`str`): name of the class of this package that loads the model.
+        parameters (`int`): parameters of the model.
+        steps (`int`): optimizer steps.
+        versions (`dict[str, str]`): versions of the packages that the run used.
         balance (`PhiBalanceConfig`, *optional*): `None` if nothing was balanced.
-        base_model, dataset (`str`, *optional*): Names on the Hub. Of a folder, the last part of the path is kept.
-        task, example_prompt (`str`, *optional*): What was learned, and one prompt.
-        problems (`dict[str, int]`): Problems by split.
-        exact_match (`dict[str, float]`): Share of right answers, `untrained` and `trained`.
-        before, held_out (`dict[str, float]`): Loss and balance on held-out data before and after training.
-        hyperparameters (`dict`): Those that `Trainer` writes into its own cards.
-        log_history (`list[dict]`): The log of the trainer.
-        loads (`list[dict]`): `{"step": int, "load": {layer name: relative load of each expert}}` at each logging step.
-        evaluations (`dict[str, list[Score]]`): The newest scores of each task.
+        base_model, dataset (`str`, *optional*): names on the Hub. Of a folder, the last part of the path is kept.
+        task, example_prompt (`str`, *optional*): the task, and one prompt of it.
+        problems (`dict[str, int]`): problems by split.
+        exact_match (`dict[str, float]`): share of right answers, `untrained` and `trained`.
+        before, held_out (`dict[str, float]`): loss and balance on held-out data before and after training.
+        hyperparameters (`dict`): those that `Trainer` writes into its own cards.
+        log_history (`list[dict]`): the log of the trainer.
+        loads (`list[dict]`): `{"step": int, "load": {layer name: load of each expert over the mean load}}` at each logging step.
+        evaluations (`dict[str, list[Score]]`): the newest scores of each task.
     """
 
     model_type: str
@@ -137,12 +139,11 @@ class Run:
         Collects the figures of a finished run.
 
         Args:
-            trainer ([`~transformers.Trainer`]): After training, and after an evaluation with the prefix `"test"` or `"eval"`.
-            balance (`PhiBalanceConfig`): The configuration that the run had.
-            loads (`list[dict]`): The `history` of the callback that [`attach`] returned.
-            before (`Mapping[str, float]`, *optional*):
-                What `trainer.evaluate` returned for the same held-out data before training.
-            figures: Further fields of the run.
+            trainer ([`~transformers.Trainer`]): after training, and after an evaluation with the prefix `"test"` or `"eval"`.
+            balance (`PhiBalanceConfig`): the configuration of the run.
+            loads (`list[dict]`): the `history` of the callback that [`attach`] returned.
+            before (`Mapping[str, float]`, *optional*): what `trainer.evaluate` returned for the same data before training.
+            figures: further fields of the run.
         """
         log = [dict(entry) for entry in trainer.state.log_history]
         tested = [entry for prefix in ("eval", "test") for entry in log if f"{prefix}_moe/max_vio" in entry]
@@ -171,13 +172,13 @@ class Run:
         return [(entry["step"], entry[key]) for entry in self.log_history if key in entry]
 
     def measured(self) -> dict[str, dict[str, int | float]]:
-        """Returns what was measured on held-out data and, as means over logged training steps, during training."""
+        """Returns the figures on held-out data, and means over the first and the last logged training steps."""
         steps = [entry for entry in self.log_history if "moe/max_vio" in entry]
         tenth, some = max(1, len(steps) // 10), max(1, len(self.loads) // 10)
         return {
             "held-out data, before": self.before,
-            "first tenth of training": _means(steps[:tenth]) | _layers_of(self.loads[:some]),
-            "last tenth of training": _means(steps[-tenth:]) | _layers_of(self.loads[-some:]),
+            "first tenth of training": _means(steps[:tenth], self.loads[:some]),
+            "last tenth of training": _means(steps[-tenth:], self.loads[-some:]),
             "held-out data, after": self.held_out,
         }
 
@@ -195,12 +196,12 @@ class Run:
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Run":
         """
-        Reads what [`~Run.save`] wrote, and results of lm-evaluation-harness (`results_*.json`) below `folder`. Fields that
-        [`Run`] does not have are left out.
+        Reads what [`~Run.save`] wrote, and results of lm-evaluation-harness (`results_*.json`) below `folder`. Skips fields that
+        [`Run`] does not have.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: naming the file and the field that is not as it should be.
+            ValueError: with the file and the field, if one cannot be used.
         """
         folder = Path(folder)
         if missing := [name for name in (SUMMARY_NAME, HISTORY_NAME) if not (folder / name).exists()]:
@@ -228,7 +229,7 @@ class Run:
 
 
 def described(model: Any) -> dict[str, Any]:
-    """Returns the fields of a [`Run`] that say what a model is, and with which versions."""
+    """Returns the fields of a [`Run`] that describe a model, and the versions of the packages."""
     root: Any = unwrap(model)[-1]
     model_type = str(root.config.model_type)
     auto_class = auto_class_name(model_type, [cls.__name__ for cls in type(root).__mro__])
@@ -237,7 +238,7 @@ def described(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[dict[str, Any]]:
-    """Context manager: gives the JSON object in `path`; an error about it names the file."""
+    """Context manager: gives the JSON object in `path`. An error inside it names the file."""
     values = read_json(own_file(path), AGAIN, LARGE)
     try:
         yield values
@@ -254,22 +255,15 @@ def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _without_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns loss and balance out of the metrics of `trainer.evaluate`, whose names all have the same prefix."""
+    """Returns loss and balance of what `trainer.evaluate` returned, without the prefix of their names."""
     short = {key.partition("_")[2]: value for key, value in metrics.items()}
     return {key: value for key, value in short.items() if key == "loss" or key.startswith("moe/")}
 
 
-def _means(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the mean of each figure about balance over log entries."""
-    columns: dict[str, list[float]] = {}
-    for entry in entries:
-        for key, value in entry.items():
-            if key.startswith("moe/"):
-                columns.setdefault(key, []).append(value)
-    return {key: sum(values) / len(values) for key, values in columns.items()}
-
-
-def _layers_of(loads: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the mean MaxVio of each layer over entries of the history of loads."""
-    layers = loads[0]["load"] if loads else {}
-    return {f"moe/max_vio/{name}": sum(max(one["load"][name]) - 1 for one in loads) / len(loads) for name in layers}
+def _means(entries: Sequence[Mapping[str, Any]], loads: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns means of the figures about balance over log entries, and of each layer's MaxVio over the history of loads."""
+    names = dict.fromkeys(key for entry in entries for key in entry if key.startswith("moe/"))
+    means = {name: fmean(entry[name] for entry in entries if name in entry) for name in names}
+    for layer in loads[0]["load"] if loads else ():
+        means[f"{PER_LAYER}{layer}"] = fmean(max(one["load"][layer]) - 1 for one in loads)
+    return means

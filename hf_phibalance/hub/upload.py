@@ -1,12 +1,17 @@
-"""Uploads a balanced model to the Hub: writes a folder, checks that nothing in it is private, and sends it."""
+"""
+Uploads a balanced model to the Hub: writes a folder, checks that nothing in it is private, and sends it. Completes the uploads of
+`Trainer(push_to_hub=True)` by the state and a section of the card.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +19,20 @@ import torch.distributed as dist
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
+from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..balancing import get_balancer
+from ..balancing import find_balancer, get_balancer
 from ..files import hub_name
 from ..routers import unwrap
-from .card import CARD_NAME, model_card
+from .card import CARD_MARK, CARD_NAME, balance_section, model_card, tags
 from .pictures import pictures_in
 from .run import SUMMARY_NAME, Run, described, own_file
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+    from transformers import Trainer
 
 
 logger = logging.get_logger(__name__)
@@ -57,8 +64,8 @@ def push_to_hub(
     dry_run: str | os.PathLike | None = None,
 ) -> CommitInfo | Path | None:
     """
-    Uploads a patched model, or the adapter of one: weights, config, state, tokenizer, model card, and of a run the figures and
-    pictures. `huggingface_hub` tries again what fails for a moment.
+    Uploads a patched model, or its adapter: weights, config, state, tokenizer and model card; with `run_folder` also the figures and
+    pictures of the run. `huggingface_hub` retries what fails for a moment.
 
     ```python
     phb.push_to_hub(model, "me/my-model", tokenizer=tokenizer, run_folder="results/mine", dry_run="look-at-it-first")
@@ -66,30 +73,30 @@ def push_to_hub(
     ```
 
     Args:
-        model (`torch.nn.Module`): The patched model. What wraps it (DDP, `torch.compile`) is taken off, PEFT stays.
-        repo_id (`str`): The repository, `"user/name"`. It is made if it does not exist.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Uploaded with the model.
-        run_folder (`str` or `os.PathLike`, *optional*): Results folder of `recipes/sft.py` and `recipes/evaluate.py`.
-        card ([`~huggingface_hub.ModelCard`], *optional*): A card of your own, instead of the one that is made here.
-        commit_message (`str`, *optional*): Message of the commit.
-        private (`bool`, *optional*): Whether a new repository is private.
-        token (`bool` or `str`, *optional*): Access token; the stored one unless given.
-        revision (`str`, *optional*): Branch to commit to.
-        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead of committing.
+        model (`torch.nn.Module`): the patched model. DDP and `torch.compile` are taken off, PEFT stays.
+        repo_id (`str`): the repository, `"user/name"`. It is made if it does not exist.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): uploaded with the model.
+        run_folder (`str` or `os.PathLike`, *optional*): results folder of `recipes/sft.py` and `recipes/evaluate.py`.
+        card ([`~huggingface_hub.ModelCard`], *optional*): a card of your own, instead of the one made here.
+        commit_message (`str`, *optional*): message of the commit.
+        private (`bool`, *optional*): whether a new repository is private.
+        token (`bool` or `str`, *optional*): access token; the stored one unless given.
+        revision (`str`, *optional*): branch to commit to.
+        create_pr (`bool`, *optional*, defaults to `False`): whether to open a pull request instead of committing.
         dry_run (`str` or `os.PathLike`, *optional*):
-            An empty or new folder: it receives exactly what would be uploaded, and nothing is uploaded.
+            An empty or new folder. It gets exactly what would be uploaded, and nothing is uploaded.
 
     Returns:
         [`~huggingface_hub.CommitInfo`], or in a dry run the `Path` of the folder; `None` on ranks other than the first.
 
     Raises:
-        ValueError: If the model is not patched or is sharded over ranks, if a file of the run is a link or damaged, if a file
+        ValueError: if the model is not patched or is sharded over ranks, if a file of the run is a link or damaged, if a file
             holds a token or a key, or if an argument is unusable.
-        RuntimeError: If the upload failed. It names the folder that was to be uploaded, which is kept.
+        RuntimeError: if the upload failed. The message names the folder that was to be uploaded; it is kept.
     """
     validate_repo_id(repo_id)
     get_balancer(model)
-    # parts of FSDP2 are DTensors, and DeepSpeed notes the whole shape beside its own
+    # parameters of FSDP2 are DTensors, and DeepSpeed notes the whole shape beside its own
     if any(hasattr(p, part) for p in model.parameters() for part in ("device_mesh", "ds_shape")):
         raise ValueError(
             "the model is sharded over ranks, so this process holds only a part of it. Save it with trainer.save_model(), "
@@ -120,9 +127,8 @@ def push_to_hub(
             create_pr=create_pr,
         )
     except Exception as error:
-        options = (
-            " --private" * bool(private) + " --create-pr" * create_pr + (f" --revision {revision}" if revision else "")
-        )
+        options = " --private" * bool(private) + " --create-pr" * create_pr
+        options += f" --revision {revision}" if revision else ""
         raise RuntimeError(
             f"{repo_id} was not uploaded: {error}\nEverything is kept in {folder}. To try again: hf upload {repo_id} {folder} .{options}"
         ) from error
@@ -185,7 +191,7 @@ def _run_without_folder(model: nn.Module) -> Run:
 
 
 def _picture(path: Path) -> bytes:
-    """Returns the content of a PNG file. Raises `ValueError` if it is a link, or anything else than a picture."""
+    """Returns the content of a PNG file. Raises `ValueError` if it is a link, or holds anything but a picture."""
     content = own_file(path).read_bytes()
     if not (content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")):
         raise ValueError(f"{path} is no PNG picture. Draw it again, or remove it.")
@@ -201,5 +207,58 @@ def _refuse_private(folder: Path) -> None:
                 line = content.count(b"\n", 0, found.start()) + 1
                 raise ValueError(
                     f"{path.relative_to(folder)}, line {line}, holds what looks like {what} ({found[0][:7].decode()}...). "
-                    "Nothing was uploaded. Remove it from the file that this one was made of."
+                    "Nothing was uploaded. Remove it from its source file."
                 )
+
+
+# ---------------------------------------------------------------------- uploads of a Trainer
+
+
+class _UploadCallback(TrainerCallback):
+    """Writes the state into the folder that `Trainer` uploads. From checkpoints, `Trainer` copies only files that it knows."""
+
+    def on_push_begin(self, args, state, control, model=None, **kwargs) -> None:
+        balancer = find_balancer(model)
+        if balancer is not None and state.is_world_process_zero:
+            balancer.save(str(args.output_dir))
+
+
+def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = None) -> Callable[[], None]:
+    """
+    Makes `Trainer(push_to_hub=True)` and `trainer.push_to_hub()` upload the state too, and adds a section about expert balance to
+    their card, with loads from the `history` of the [`PhiBalanceCallback`]. A card that [`push_to_hub`] or a recipe wrote is kept.
+    Returns a function that undoes the call. [`attach`] calls this function; a second call does nothing.
+    """
+    if any(isinstance(callback, _UploadCallback) for callback in trainer.callback_handler.callbacks):
+        return lambda: None
+    uploads = _UploadCallback()
+    trainer.add_callback(uploads)
+    create: Any = trainer.create_model_card
+    own = vars(trainer).get("create_model_card")
+
+    @functools.wraps(create)
+    def create_with_balance(*args, **kwargs):
+        path = Path(str(trainer.args.output_dir), CARD_NAME)
+        is_writer = trainer.is_world_process_zero()
+        before = path.read_text(encoding="utf-8", errors="replace") if is_writer and path.is_file() else ""
+        create(*args, **kwargs)
+        balancer = find_balancer(trainer.model)  # type: ignore[arg-type]
+        if not is_writer or balancer is None or not path.is_file():
+            return
+        if CARD_MARK in before:
+            path.write_text(before, encoding="utf-8")
+            return
+        run = Run.of(trainer, balancer.config, history or [])
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags(run)]))
+        card.text = f"{card.text.rstrip()}\n\n{balance_section(run)}"
+        card.save(path)
+
+    def undo() -> None:
+        trainer.remove_callback(uploads)
+        if vars(trainer).get("create_model_card") is create_with_balance:
+            vars(trainer).pop("create_model_card")
+            vars(trainer).update({} if own is None else {"create_model_card": own})
+
+    trainer.create_model_card = create_with_balance  # type: ignore[method-assign]
+    return undo

@@ -37,7 +37,7 @@ CORE = (
 LONGER = (  # left out by --quick
     "tests/balancing/test_any_sequence.py",
     "tests/balancing/test_interruptions.py",
-    "tests/publishing/test_run.py",
+    "tests/hub/test_run.py",
 )
 
 

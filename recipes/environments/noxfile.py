@@ -6,6 +6,7 @@ nox -f recipes/environments/noxfile.py -s "core(transformers-5.6)"    # one set 
 nox -f recipes/environments/noxfile.py -s "tool(axolotl)"             # one tool: its integration's tests, by its own command
 nox -f recipes/environments/noxfile.py -s oldest_torch deepspeed      # the oldest torch; ZeRO-2 and ZeRO-3
 nox -f recipes/environments/noxfile.py -s peers                       # transformers' and PEFT's own tests, on balanced models
+nox -f recipes/environments/noxfile.py -s wheel                       # the wheel with its declared dependencies and nothing else
 
 `core` leaves results/environments/NAME.json, `tool` results/environments/tools/NAME.xml (not with arguments of your own after
 `--`, for pytest); `python recipes/environments/table.py` makes the guides' tables of them. The CPU build of torch is installed
@@ -14,6 +15,7 @@ first, so that nothing else pulls in a CUDA build.
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import nox
@@ -86,6 +88,16 @@ def oldest_torch(session: nox.Session) -> None:
     # transformers' experts have no second derivative there
     tests = [*(str(ROOT / "tests" / "balancing" / name) for name in files), "-k", "not create_graph"]
     session.run("pytest", "-q", *tests, *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Builds the wheel and uses it without the checkout; `tests/test_package.py` does so with borrowed dependencies."""
+    session.install("build", TORCH)
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        session.run("python", "-m", "build", "--outdir", folder, str(ROOT))
+        session.install(*map(str, Path(folder).glob("*.whl")))
+        session.run("python", str(ROOT / "tests" / "helpers" / "installed.py"), folder, env=OFFLINE)
 
 
 @nox.session

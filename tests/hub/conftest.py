@@ -1,4 +1,4 @@
-"""What the tests of publishing share: a stub of the Hub, a blocked network, trained models, and a results folder."""
+"""Fixtures: a stub of the Hub, a blocked network, trained models, and a results folder."""
 
 import json
 import shutil
@@ -21,18 +21,20 @@ from hf_phibalance.hub import Run, write_report
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    """A stub that huggingface_hub takes for the Hub, with its token stored, and no waiting between attempts."""
+    """A stub that huggingface_hub takes for the Hub. Its token is stored, and attempts do not wait."""
     with HubStub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        url = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        settings = {
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        for name, value in {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         huggingface_hub.close_session()
         yield server
@@ -56,7 +58,7 @@ def no_network(monkeypatch):
     return tried
 
 
-@pytest.fixture(scope="module")  # another file's tests unpatch all models
+@pytest.fixture(scope="module")  # tests of other files unpatch all models
 def trained():
     """A patched model that has taken one balanced step."""
     model = patched(coef=0.5).train()

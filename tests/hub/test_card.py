@@ -1,11 +1,12 @@
 """Model cards: what they say of a run, and that no text of others acts in them."""
 
 import ast
+import importlib.util
 import re
 from dataclasses import fields
 
 import pytest
-from hub_stub import REPO
+from hub_stub import REPO, contents
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from paths import ROOT
@@ -41,6 +42,7 @@ def test_card_of_a_run(run_folder, trained, stub, tmp_path):
         "| exact match, trained | 25.0% | 25.0% |",
         "| `phb_gsm8k` | `exact_match,strict-match` | 0.1250 | 0.0234 | 5 | 200 of 1319 |",
         "| `phb_gsm8k` | `expert_load,max_vio` | 0.7500 | – | 5 | 200 of 1319 |",
+        "| `humaneval` | `pass@1,create_test` | 0.5000 | 0.0100 | 0 | 164 |",
         "Generated code ran in isolation: `bubblewrap`.",
         "](loads.png)", "](curves.png)", "`coef=5.0`", "`learning_rate=0.02`", "Versions: `hf_phibalance ",
     ):  # fmt: skip
@@ -73,7 +75,7 @@ HOSTILE = (
 
 
 def shapes(text):
-    """The elements of a Markdown text as a renderer sees them, without their texts."""
+    """Returns the elements of a Markdown text as a renderer sees them, without their texts."""
     tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
     return [token.type for token in tokens for token in (token, *(token.children or ())) if token.type != "text"]
 
@@ -115,6 +117,17 @@ def test_any_prompt_in_the_code_of_the_card(prompt, run_folder):
     (block,) = re.findall(r"^```python\n(.*?)^```$", model_card(run, title="x").text, re.MULTILINE | re.DOTALL)
     found = {node.targets[0].id: node.value for node in ast.parse(block).body if isinstance(node, ast.Assign)}
     assert ast.literal_eval(found["prompt"]) == prompt
+
+
+def test_cards_are_rendered_by_a_command(run_folder, tmp_path):
+    spec = importlib.util.spec_from_file_location("render_cards", ROOT / "recipes" / "render_cards.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    recipe.main(recipe.make_parser().parse_args([str(run_folder), "--target", str(tmp_path), "--prefix", "a-"]))
+    files = contents(tmp_path / "a-tiny")
+    assert sorted(files) == ["README.md", "curves.png", "loads.png"]
+    assert len(files["curves.png"]) < 60_000 > len(files["loads.png"])
+    assert ModelCard(files["README.md"].decode()).data.eval_results
 
 
 def test_committed_card_is_valid(stub):

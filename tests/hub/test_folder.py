@@ -93,10 +93,17 @@ def test_own_card_is_taken_as_it_is(trained, tmp_path):
     assert (folder / "README.md").read_text() == str(card)
 
 
-@pytest.mark.parametrize("name", ["loads.png", "curves.png", "metrics.json"])
+FILES = ["loads.png", "curves.png", "metrics.json", "history.json", "results_9.json", "unbalanced/metrics.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_a_link_to_a_private_file_is_refused(name, link, trained, run_folder, tmp_path):
-    private = (run_folder / name).rename(tmp_path / "private")
+    private = tmp_path / "private"
+    if (run_folder / name).exists():
+        (run_folder / name).rename(private)
+    else:
+        private.write_text("{}")
     link(private, run_folder / name)
     with pytest.raises(ValueError, match=rf"{name} is a link or no regular file.*put a copy in its place"):
         push_to_hub(trained, REPO, run_folder=run_folder, dry_run=tmp_path / "dry")

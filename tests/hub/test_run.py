@@ -1,7 +1,6 @@
-"""What a results folder says: kept, read back, and refused by file and field where it cannot be used."""
+"""A results folder: written, read back, and refused by file and field if it cannot be used."""
 
 import json
-import os
 
 import pytest
 
@@ -18,16 +17,6 @@ def test_a_saved_run_is_the_same(run_folder, tmp_path):
     again = Run.load(tmp_path / "again")
     again.evaluations = run.evaluations
     assert again == run and run.series("moe/max_vio") and run.before["moe/max_vio"] > 0 < run.held_out["moe/max_vio"]
-
-
-def test_newest_scores_of_each_task(run_folder):
-    scores = [score for found in Run.load(run_folder).evaluations.values() for score in found]
-    assert [(score.task, score.metric, score.value, score.error, score.shots, score.count) for score in scores] == [
-        ("phb_gsm8k", "exact_match,strict-match", 0.125, 0.0234, 5, "200 of 1319"),
-        ("phb_gsm8k", "exact_match,flexible-extract", 0.25, None, 5, "200 of 1319"),
-        ("phb_gsm8k", "expert_load,max_vio", 0.75, None, 5, "200 of 1319"),
-        ("humaneval", "pass@1,create_test", 0.5, 0.01, 0, "164"),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -57,30 +46,16 @@ def test_a_bad_field_is_named(run_folder, name, fields, message):
 
 
 def test_a_missing_field_and_a_torn_file_are_named(run_folder):
-    (run_folder / "metrics.json").write_text('{"steps": 1}')
-    with pytest.raises(ValueError, match=r"metrics\.json.*model_type"):
-        Run.load(run_folder)
-    (run_folder / "metrics.json").write_text("{")
-    with pytest.raises(ValueError, match=r"metrics\.json is not valid JSON"):
-        Run.load(run_folder)
-
-
-@pytest.mark.parametrize("name", ["metrics.json", "history.json", "results_9.json", "unbalanced/metrics.json"])
-@pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_links_are_not_followed(name, link, run_folder, tmp_path):
-    private = tmp_path / "private.json"
-    private.write_text("{}")
-    (run_folder / name).unlink(missing_ok=True)
-    link(private, run_folder / name)
-    with pytest.raises(ValueError, match=rf"{name} is a link or no regular file"):
-        Run.load_baseline(run_folder) if "/" in name else Run.load(run_folder)
+    for text, message in (('{"steps": 1}', r"metrics\.json.*model_type"), ("{", r"metrics\.json is not valid JSON")):
+        (run_folder / "metrics.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Run.load(run_folder)
 
 
 @pytest.mark.parametrize("path", ["/home/me/secret/gsm8k", "../secret/gsm8k/", r"C:\Users\me\gsm8k", "~/gsm8k"])
 def test_paths_are_not_kept(path, run_folder):
-    change(
-        run_folder / "metrics.json", dataset=path, base_model=path, command=f"python sft.py --hub_token x --y {path}"
-    )
+    command = f"python sft.py --hub_token x --y {path}"
+    change(run_folder / "metrics.json", dataset=path, base_model=path, command=command)
     run = Run.load(run_folder)
     assert (run.dataset, run.base_model) == ("gsm8k", "gsm8k")
     assert path not in run.summary() and "hub_token" not in run.summary()

@@ -11,6 +11,9 @@ from trl import SFTTrainer
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("cls", [Trainer, SFTTrainer])
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
 def test_trainer_uploads_duals_and_says_how_it_balanced(cls, strategy, stub, tmp_path):

@@ -10,9 +10,12 @@ import hf_phibalance as phb
 from hf_phibalance.hub import push_to_hub
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """A function that returns the folders that failed uploads have kept."""
+    """Returns the folders that failed uploads have kept."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return lambda: [path for path in tmp_path.iterdir() if path.name.startswith("tiny-")]
 
@@ -30,23 +33,16 @@ def test_the_hub_receives_the_dry_run(kind, request, run_folder, stub, kept, tmp
     assert [(name, message) for name, message, _ in stub.commits] == [(REPO, "First")]
 
 
-def test_what_was_uploaded_loads_by_its_name(trained, stub):
-    push_to_hub(trained, REPO)
-    assert_same_duals(phb.AutoModelForCausalLM.from_pretrained(REPO), trained)
-
-
-def test_an_upload_takes_nothing_away(trained, stub):
+@pytest.mark.parametrize("fault", [None, 503, DROP])
+def test_an_upload_loads_by_its_name_and_takes_nothing_away(fault, trained, stub):
+    """`huggingface_hub` tries again after a fault."""
     stub.files[REPO], stub.private[REPO] = {"notes.txt": b"mine"}, False
+    if fault is not None:
+        stub.fail("PUT", "/lfs/", fault)
+    push_to_hub(trained, REPO)
+    assert len(stub.commits) == 1 and stub.files[REPO]["notes.txt"] == b"mine"
+    assert_same_duals(phb.AutoModelForCausalLM.from_pretrained(REPO), trained)
     assert push_to_hub(trained, REPO, create_pr=True).pr_url == f"{stub.endpoint}/{REPO}/discussions/1"
-    push_to_hub(trained, REPO)
-    assert {"notes.txt", "phi_balance.state", "model.safetensors"} <= stub.files[REPO].keys()
-
-
-@pytest.mark.parametrize("fault", [503, DROP])
-def test_huggingface_hub_tries_again(fault, trained, stub):
-    stub.fail("PUT", "/lfs/", fault)
-    push_to_hub(trained, REPO)
-    assert len(stub.commits) == 1 and "model.safetensors" in stub.files[REPO]
 
 
 @pytest.mark.parametrize("fault", [("POST", "/commit/", 500), ("PUT", "/lfs/", DROP), ("POST", "repos/create", 503)])
