@@ -1,4 +1,4 @@
-# What is public. Rooms can be reached without an import of their own: `phb.inspection`.
+# The public names, and the rooms that work as `phb.inspection` without an import of their own.
 from . import evaluation as evaluation
 from . import hub as hub
 from . import inspection as inspection

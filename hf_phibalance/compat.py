@@ -1,9 +1,8 @@
-"""Shims around faults of other libraries, and around what older versions lack. Each says when it can go."""
+"""Workarounds for faults of other libraries, and for what their older versions lack. Each says when it can be removed."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ DEPENDED_ON = ("torch", "transformers", "accelerate")
 
 
 def dependencies() -> list[tuple[Requirement, str]]:
-    """What the installed package asks for of `DEPENDED_ON`, and the version that is there; empty in a bare source tree."""
+    """Returns the required and the installed version of each of `DEPENDED_ON`; empty if this package is not installed."""
     try:
         asked = [Requirement(line) for line in importlib.metadata.requires("hf_phibalance") or ()]
     except importlib.metadata.PackageNotFoundError:
@@ -33,16 +32,12 @@ def dependencies() -> list[tuple[Requirement, str]]:
 
 
 def is_supported(requirement: Requirement, present: str) -> bool:
+    """Returns whether the version `present` fulfils `requirement`."""
     return requirement.specifier.contains(present, prereleases=True)
 
 
 def refuse_unsupported_versions() -> None:
-    """
-    Says at import which version is outside the range that the installed package asks for, instead of failing inside.
-
-    Raises:
-        ImportError: naming the version, the range and the remedy.
-    """
+    """Raises `ImportError` if an installed version is outside the supported range. Otherwise it would fail later, deep inside."""
     for requirement, present in dependencies():
         if not is_supported(requirement, present):
             raise ImportError(
@@ -56,8 +51,8 @@ refuse_unsupported_versions()
 
 def unwrap_parallel(model: nn.Module) -> nn.Module:
     """
-    `model` without the parallel and compiled wrappers around it. accelerate before 1.13 fails at a
-    `DistributedDataParallel` around a compiled model; the `except` can go when that is the oldest supported.
+    Returns `model` without parallel and compiled wrappers. accelerate before 1.13 fails at a `DistributedDataParallel` around a
+    compiled model. Remove the `except` when 1.13 is the oldest supported version.
     """
     try:
         return extract_model_from_parallel(model, keep_torch_compile=False)
@@ -67,8 +62,8 @@ def unwrap_parallel(model: nn.Module) -> nn.Module:
 
 def names_rewritten_by_peft(root: nn.Module, names: set[str]) -> set[str]:
     """
-    Those of `names` of modules that PEFT turns into the fused expert parameters of the family of `root`. Before 0.19 it
-    rewrites nothing; the `except` can go when that is the oldest supported.
+    Returns those of the module `names` that PEFT maps to the fused expert parameters of `root`. PEFT before 0.19 maps none.
+    Remove the `except` when 0.19 is the oldest supported version.
     """
     from peft import LoraConfig
 
@@ -81,22 +76,17 @@ def names_rewritten_by_peft(root: nn.Module, names: set[str]) -> set[str]:
     return names - set(probe.target_modules or ())
 
 
-def has_decoder_of_deepseek_moe() -> bool:
-    """
-    Whether transformers has the decoder that [`models.deepseek_moe`] is made of, which came between 5.10 and 5.12. Can go
-    when that is the oldest supported; until then an older one says that it does not know the model type.
-    """
-    return importlib.util.find_spec("transformers.models.deepseek_ocr2") is not None
-
-
 def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
     """
-    Loads the weights that `Trainer` leaves out when it reads `checkpoint` into `root`, on resume or as the best model.
+    Loads the weights of `checkpoint` that `Trainer` misses, on resume or for the best model.
 
-    Checkpoints are written in the layout of the Hub (an expert a tensor, old names), but `Trainer` reads them without
-    converting that back: it warns about missing keys, and experts (Mixtral: routers too) keep the weights they had.
-    Can go with a transformers that has https://github.com/huggingface/transformers/pull/48822. Without effect on
-    checkpoints that need no conversion: adapters, FSDP's and DeepSpeed's own.
+    Checkpoints have the layout of the Hub (one tensor per expert, old names). `Trainer` reads them without the conversion: it
+    warns about missing keys, and experts (in Mixtral also routers) keep their old weights. Remove this when transformers has
+    https://github.com/huggingface/transformers/pull/48822. Checkpoints without conversion (adapters, FSDP, DeepSpeed) are not
+    affected.
+
+    Raises:
+        ValueError: If the index of the weights is damaged.
     """
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     written = _written_keys(checkpoint)
@@ -104,11 +94,11 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
         return
     ours = {
         key for key in root.state_dict() if "phi_balance." in key
-    }  # the selection bias, which the state file holds
+    }  # the selection bias, which is in the state file
     missing = sorted(set(root.state_dict()) - written - set(root.all_tied_weights_keys) - ours)
     if not missing:
         return
-    mixed = len({p.dtype for p in root.parameters()}) > 1  # routers in float32: "auto" would round them
+    mixed = len({p.dtype for p in root.parameters()}) > 1  # "auto" would round routers in float32
     with torch.random.fork_rng(devices=[]):
         complete: Any = type(root).from_pretrained(checkpoint, dtype=torch.float32 if mixed else "auto")
     root.load_state_dict(complete.state_dict() | {key: root.state_dict()[key] for key in ours})
@@ -116,10 +106,15 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
 
 
 def _written_keys(checkpoint: Path) -> set[str]:
-    """Returns the names of the weights in `checkpoint`; empty if it has none in safetensors."""
+    """Returns the names of the weights in `checkpoint`, and nothing if it has none in safetensors."""
     index, weights = checkpoint / SAFE_WEIGHTS_INDEX_NAME, checkpoint / SAFE_WEIGHTS_NAME
     if index.is_file():
-        return set(json.loads(index.read_text())["weight_map"])
+        try:
+            return set(dict(json.loads(index.read_text())["weight_map"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{index} is damaged ({error!r}). Write the checkpoint again, or resume from an earlier one."
+            ) from error
     if not weights.is_file():
         return set()
     with safe_open(weights, framework="pt") as file:
@@ -128,10 +123,10 @@ def _written_keys(checkpoint: Path) -> set[str]:
 
 def stop_if_done(trainer: Trainer) -> bool:
     """
-    Whether training is over before it begins, since it resumed from its last step; then it is told to stop.
+    Tells `trainer` to stop if it resumed from its last step, and returns whether it did.
 
-    `Trainer` asks only after a step, so a run that died after its last checkpoint, in an evaluation say, is trained a step
-    too far by every restart. Can go with a transformers that ends `train(resume_from_checkpoint=True)` at `max_steps`.
+    `Trainer` checks only after a step. A run that died after its last checkpoint, for example in an evaluation, would train one
+    more step at every restart. Remove this when `train(resume_from_checkpoint=True)` ends at `max_steps`.
     """
     is_done = trainer.state.global_step >= trainer.state.max_steps
     trainer.control.should_training_stop |= is_done

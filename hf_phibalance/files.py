@@ -1,4 +1,4 @@
-"""Files, names and text: what every room needs of the system, and nothing of models."""
+"""Helpers for files, names and text, without models. Any room may use them."""
 
 from __future__ import annotations
 
@@ -18,40 +18,27 @@ from pathlib import Path
 from typing import Any
 
 
-# The file with means and biases beside a model's weights. Engines take all *.safetensors (or *.bin, *.pt, *.pth, *.gguf, *.npz)
-# of a folder for weights: this name matches none of them.
+# The file with means and biases beside a model's weights. Engines read all *.safetensors (or *.bin, *.pt, *.pth, *.gguf, *.npz) of
+# a folder as weights. This name matches none of them.
 STATE_NAME = "phi_balance.state"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+PACKAGES_SHOWN = ("hf_phibalance", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 SMALL = 2**20  # bytes, more than any configuration has
 LARGE = 2**30  # bytes, more than the log of any run has
 QUOTED = 200  # characters of a foreign value in a message
-LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps: half a character, which cannot be written again
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxlong = _repr.maxother = QUOTED
-NOT_FOR_FOLDERS = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP}
-PACKAGES_SHOWN = ("hf_phibalance", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-def state_in(folder: str | os.PathLike) -> Path | None:
-    """The state beside the weights in `folder`, if there is one; nothing is read, and the Hub is not asked."""
-    path = Path(folder, STATE_NAME)
-    return path if path.is_file() else None
-
-
-def find_state(source: str | os.PathLike, kwargs: Mapping[str, Any]) -> str | None:
-    """Returns the path of the state beside the weights in `source`, a folder or a name on the Hub; see [`find_file`]."""
-    return find_file(source, STATE_NAME, kwargs)
+# ---------------------------------------------------------------------- find
 
 
 def find_file(source: str | os.PathLike, name: str, kwargs: Mapping[str, Any]) -> str | None:
     """
-    Returns the path of a file in `source`, a folder or a name on the Hub; `None` if it is not there.
+    Returns the path of the file `name` in `source`, a folder or a name on the Hub. Returns `None` if it is not there.
 
     Args:
-        source (`str` or `os.PathLike`): the folder or name.
-        name (`str`): of the file.
-        kwargs (`Mapping`): arguments of `from_pretrained`, of which those for the Hub are taken.
+        source (`str` or `os.PathLike`): Folder or Hub name.
+        name (`str`): Name of the file.
+        kwargs (`Mapping`): Arguments of `from_pretrained`. Those for the Hub are used.
     """
     from transformers.utils import cached_file
 
@@ -59,53 +46,37 @@ def find_file(source: str | os.PathLike, name: str, kwargs: Mapping[str, Any]) -
     return cached_file(source, name, **hub_arguments(kwargs), **quietly)
 
 
+def find_state(source: str | os.PathLike, kwargs: Mapping[str, Any]) -> str | None:
+    """Returns the path of the state beside the weights in `source`; see [`find_file`]."""
+    return find_file(source, STATE_NAME, kwargs)
+
+
+def state_in(folder: str | os.PathLike) -> Path | None:
+    """Returns the path of the state in `folder`, or `None`. Does not ask the Hub."""
+    path = Path(folder, STATE_NAME)
+    return path if path.is_file() else None
+
+
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those arguments of `from_pretrained` that say where on the Hub something is."""
+    """Returns the arguments of `from_pretrained` that say where a file is on the Hub."""
     return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
-def quoted(value: Any) -> str:
-    """Returns `repr(value)`, cut to 200 characters: what others wrote must not flood a message, nor end its line."""
-    text = printable(_repr.repr(value))
-    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
-
-
-def printable(text: str) -> str:
-    """Returns `text` as one line of Unicode: control characters and bytes of other encodings are written as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def parse_json(content: str | bytes) -> Any:
-    """
-    Parses JSON, NaN and Infinity included.
-
-    Raises:
-        ValueError: if it is none, whatever is wrong: no UTF-8, cut off, nested beyond measure, a key given twice (of which
-            other readers would take one, silently), a number of thousands of digits, half a character.
-    """
-    text = content.decode("utf-8") if isinstance(content, bytes) else content
-    try:
-        values = json.loads(text, object_pairs_hook=_each_key_once)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if LONE_SURROGATE.search(text):
-        json.dumps(values, ensure_ascii=False).encode()
-    return values
+# ---------------------------------------------------------------------- read
 
 
 def read_json(path: str | os.PathLike, remedy: str, limit: int = SMALL) -> dict[str, Any]:
     """
-    Reads a file that has to hold a JSON object.
+    Reads a file with a JSON object.
 
     Args:
-        path (`str` or `os.PathLike`): the file; a link to one is followed.
-        remedy (`str`): what to do if it cannot be used, as a sentence.
-        limit (`int`, *optional*): bytes, beyond which it is not read.
+        path (`str` or `os.PathLike`): The file, or a link to it.
+        remedy (`str`): What to do if it cannot be used, as a sentence.
+        limit (`int`, *optional*, defaults to `SMALL`): Largest size in bytes.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds no JSON object, is too large, or is no file but a pipe or a device, which has no end.
-        OSError: if it cannot be read.
+        ValueError: If it is not a JSON object, is too large, or is a pipe or a device, which have no end.
+        OSError: If it is missing or cannot be read.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -113,7 +84,7 @@ def read_json(path: str | os.PathLike, remedy: str, limit: int = SMALL) -> dict[
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"{path} has more than {limit:,} bytes, too many for what it should hold. {remedy}")
+        raise ValueError(f"{path} has more than {limit:,} bytes, too many for such a file. {remedy}")
     try:
         values = parse_json(content)
     except ValueError as error:
@@ -123,24 +94,44 @@ def read_json(path: str | os.PathLike, remedy: str, limit: int = SMALL) -> dict[
     return values
 
 
+def parse_json(content: str | bytes) -> Any:
+    """
+    Parses JSON, including NaN and Infinity.
+
+    Raises:
+        ValueError: If it is not valid JSON in UTF-8, is nested too deeply, has a key twice (other readers would silently take one
+            of the two), a number with thousands of digits, or half a surrogate pair, which cannot be written again.
+    """
+    text = content.decode("utf-8") if isinstance(content, bytes) else content
+    try:
+        values = json.loads(text, object_pairs_hook=_each_key_once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        json.dumps(values, ensure_ascii=False).encode()  # raises if a surrogate has no partner
+    return values
+
+
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {quoted(twice)} is given twice")
     return values
+
+
+# ---------------------------------------------------------------------- write
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """
-    Yields where to write what `path` is to hold. Whatever happens meanwhile, under that name is the whole new file or
-    the one that was there before, and after the block it is the new one, also if the power fails.
+    Context manager that replaces the file `path` as a whole. Yields the path to write to.
+
+    At every moment `path` is the complete old or the complete new file. After the block it is the new one, also if the power fails.
     """
     partial = path.with_suffix(".partial")
-    # a link to something else, in a folder from somewhere else, is not written through
-    partial.unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)  # it may be a link to another file, which must not be written to
     try:
         yield partial
         flush(partial)
@@ -152,21 +143,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, have reached the disk."""
+    """Waits until a file, or the names in a folder, are on the disk."""
     try:
-        # Windows syncs a file only if it may be written to
+        # Windows syncs only files that are open for writing
         descriptor = os.open(path, os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:  # some file systems keep folders without being told, and refuse to be told
-        if not (path.is_dir() and error.errno in NOT_FOR_FOLDERS):
+    except OSError as error:  # some file systems cannot sync folders, and do not need to
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP)):
             raise
 
 
 def flush_tree(folder: Path) -> None:
-    """Waits until everything in `folder`, and its own name, have reached the disk; others may be at work in it."""
+    """Waits until everything in `folder`, and its own name, are on the disk. Other processes may delete files in it."""
     for parent, _, files in os.walk(folder):
         for path in (*(Path(parent, name) for name in files), Path(parent)):
             with contextlib.suppress(FileNotFoundError):
@@ -175,54 +166,59 @@ def flush_tree(folder: Path) -> None:
         flush(folder.parent)
 
 
+# ---------------------------------------------------------------------- show
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxlong = _repr.maxother = QUOTED
+
+
+def quoted(value: Any) -> str:
+    """Returns `repr(value)` as one line of at most 200 characters, for a foreign value in a message."""
+    text = printable(_repr.repr(value))
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Returns `text` as one line of Unicode. Control characters and bytes of other encodings become escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def replace_unprintable() -> None:
-    """Makes stdout and stderr replace what their encoding lacks (code page 1252 of Windows has no φ) instead of raising."""
+    """Makes stdout and stderr replace characters that their encoding lacks (φ in Windows code page 1252) instead of raising."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook has streams of its own
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
             stream.reconfigure(errors="replace")
 
 
 def short_layer(layer: str) -> str:
-    """`model.layers.3.mlp.gate` as `layer 3`, and other names as they are."""
-    parts = layer.split(".")
-    numbers = [part for part in parts if part.isdigit()]
+    """Returns `layer 3` for `model.layers.3.mlp.gate`. A name without exactly one number stays as it is."""
+    numbers = [part for part in layer.split(".") if part.isdigit()]
     return f"layer {numbers[0]}" if len(numbers) == 1 else layer
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
-    """Short names of layers, `layer 3`, as far as they stay apart."""
+    """Returns the short names of layers, and the full name where a short one would not be unique."""
     short = [short_layer(name) for name in names]
     seen = Counter(short)
     return [name if seen[label] > 1 else label for name, label in zip(names, short)]
 
 
 def versions() -> dict[str, str]:
-    """Versions of the installed packages that a result depends on."""
+    """Returns the versions of the installed packages that a result depends on."""
     found = {}
     for name in PACKAGES_SHOWN:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def without_paths(command: Any) -> str | None:
-    """A command line with absolute paths cut to their last part: where files lie on one machine helps nobody else."""
-    if not command:
-        return None
-    if isinstance(command, Sequence) and not isinstance(command, str):
-        words = [str(word) for word in command]
-    else:
-        try:
-            words = shlex.split(str(command))
-        except ValueError:
-            return str(command)
-    return shlex.join(Path(word).name if is_absolute(word) else word for word in words)
+def without_paths(words: Sequence[str]) -> str:
+    """Returns the command line of `words`, with absolute paths cut to their last part. They are private."""
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
 def hub_name(name: str | None) -> str | None:
-    """Returns `name` if it can be a repository on the Hub, and `None` for a folder, here or on another machine."""
+    """Returns `name` if it can be a repository on the Hub, and `None` for a folder on this or another machine."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -234,10 +230,5 @@ def hub_name(name: str | None) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """Returns the name of a model or dataset; of a folder the last part, since the path is private."""
+    """Returns the Hub name of a model or dataset, and the last part of a folder, whose path is private."""
     return hub_name(name) or re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-
-
-def is_absolute(value: Any) -> bool:
-    """Whether `value` is an absolute path, as text."""
-    return isinstance(value, str) and Path(value).is_absolute()

@@ -22,9 +22,9 @@ python recipes/evaluate.py --model_name_or_path me/chat --apply_chat_template --
 accelerate launch recipes/evaluate.py --model_name_or_path results/x
 python recipes/evaluate.py --model_name_or_path results/x --backend vllm --model_args gpu_memory_utilization=0.9
 
-The model may be a folder or a name on the Hub, also of a PEFT adapter. What was saved φ-balanced is patched again, so
-that a selection bias routes as in training. The harness's results and samples are written to `--output_path`, which is
-the folder `eval` of a local model. After an interruption, the same command takes up greedy completions from there.
+The model may be a folder or a name on the Hub, also of a PEFT adapter. A model that was saved with φ-balancing is patched
+again, so that a selection bias routes as in training. Results and samples are written to `--output_path`, by default the
+folder `eval` of a local model. After an interruption, the same command continues with the greedy completions from there.
 """
 
 import json
@@ -39,48 +39,42 @@ from hf_phibalance.files import replace_unprintable
 OWN_TASKS = ("gsm8k", "humaneval", "made")
 
 
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class Arguments:
-    """What is evaluated on what."""
+    """The model, its task, and how it generates."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub name of a model or of a PEFT adapter."})
-    task: str = field(default="gsm8k", metadata={"help": "gsm8k, humaneval, made, or a task of the harness."})
-    output_path: str | None = field(
-        default=None, metadata={"help": "Folder for the results (default: eval in the folder of the model)."}
-    )
-    dataset_path: str | None = field(
-        default=None, metadata={"help": "Folder, file or Hub name of the problems of gsm8k or humaneval."}
-    )
-    backend: str = field(default="hf", metadata={"help": "hf (transformers) or vllm."})
-    model_args: str = field(default="", metadata={"help": "More arguments for the harness's model, as name=value,..."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
-    num_fewshot: int | None = field(
-        default=None, metadata={"help": "Shots before each problem (default: the task's)."}
-    )
-    apply_chat_template: bool = field(default=False, metadata={"help": "Put prompts as messages of a user."})
-    chat_template_args: str = field(default="{}", metadata={"help": "Arguments of the chat template, as JSON."})
-    system_instruction: str | None = field(default=None, metadata={"help": "System message before each problem."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Default: the task's."})
-    batch_size: str = field(default="16", metadata={"help": "Completions generated at a time, or auto."})
-    num_samples: int = field(default=1, metadata={"help": "Completions per problem of HumanEval."})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling."})
-    k: str = field(default="1", metadata={"help": "Which pass@k to report, such as 1,10."})
-    timeout: float = field(default=3.0, metadata={"help": "Seconds for each generated program."})
-    seed: int = field(default=1234, metadata={"help": "Seed of the sampling."})
-    confirm_run_unsafe_code: bool = field(
-        default=False, metadata={"help": "Allow generated code to be run; HF_ALLOW_CODE_EVAL=1 does so as well."}
-    )
-    unsafe: bool = field(
-        default=False, metadata={"help": "Where there is no bubblewrap: run generated code without a sandbox."}
-    )
-    use_cache: bool = field(default=True, metadata={"help": "Keep greedy completions, so that a restart finds them."})
-    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
-    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
-    revision: str = field(default="main", metadata={"help": "Of the model on the Hub."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code of a model on the Hub."})
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch."})
+    task: str = option("gsm8k", "gsm8k, humaneval, made, or a task of the harness.")
+    output_path: str | None = option(None, "Folder for the results (default: eval in the folder of the model).")
+    dataset_path: str | None = option(None, "Folder, file or Hub name of the problems of gsm8k or humaneval.")
+    backend: str = option("hf", "hf (transformers) or vllm.")
+    model_args: str = option("", "More arguments for the harness's model, as name=value,...")
+    limit: int | None = option(None, "Number of problems (default: all).")
+    num_fewshot: int | None = option(None, "Shots before each problem (default: the task's).")
+    apply_chat_template: bool = option(False, "Put prompts as messages of a user.")
+    chat_template_args: str = option("{}", "Arguments of the chat template, as JSON.")
+    system_instruction: str | None = option(None, "System message before each problem.")
+    max_new_tokens: int | None = option(None, "Default: the task's.")
+    batch_size: str = option("16", "Completions generated at a time, or auto.")
+    num_samples: int = option(1, "Completions per problem of HumanEval.")
+    temperature: float = option(0.0, "0 is greedy.")
+    top_p: float = option(1.0, "Nucleus of the sampling.")
+    k: str = option("1", "Which pass@k to report, such as 1,10.")
+    timeout: float = option(3.0, "Seconds for each generated program.")
+    seed: int = option(1234, "Seed of the sampling.")
+    confirm_run_unsafe_code: bool = option(False, "Allow generated code to run; HF_ALLOW_CODE_EVAL=1 does so as well.")
+    unsafe: bool = option(False, "Where there is no bubblewrap: run generated code without a sandbox.")
+    use_cache: bool = option(True, "Keep greedy completions, so that a restart finds them.")
+    dtype: str = option("auto", "auto (as saved), float32, bfloat16 or float16.")
+    device: str | None = option(None, "Default: cuda if there is one, else cpu.")
+    attn_implementation: str | None = option(None, "As in from_pretrained.")
+    revision: str = option("main", "Of the model on the Hub.")
+    trust_remote_code: bool = option(default=False, help="Run the code of a model on the Hub.")
+    num_threads: int | None = option(None, "CPU threads of torch.")
 
     def __post_init__(self):
         def refuse(name, remedy):
@@ -117,26 +111,26 @@ class Arguments:
             self.output_path = str(folder / "eval")
 
 
-def task_of(args):
-    """What the harness is to run: a task file of ours with the options of the command, or a name."""
-    from hf_phibalance.evaluation import harness, scores
+def choose_task(args):
+    """Returns the task for the harness: one of our task files with the options of the command, or a name."""
+    from hf_phibalance.evaluation import harness
 
     if args.task not in OWN_TASKS:
         return args.task
     fields = {} if args.num_fewshot is None else {"num_fewshot": args.num_fewshot}
     if args.task == "humaneval":
-        options = {"k": args.attempts, "timeout": args.timeout, "unsafe": args.unsafe}
-        metrics = [{"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in args.attempts]
-        fields |= {
-            "repeats": args.num_samples,
-            "metric_list": metrics,
-            "process_results": partial(scores.humaneval, **options),
-        }
+        fields["repeats"] = args.num_samples
+        fields["metric_list"] = [
+            {"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in args.attempts
+        ]
+        fields["process_results"] = partial(
+            harness.score_humaneval_samples, k=args.attempts, timeout=args.timeout, unsafe=args.unsafe
+        )
     return harness.load_task(args.task, args.dataset_path, **fields)
 
 
 def model_arguments(args):
-    """Arguments of the harness's model, for transformers or vLLM."""
+    """Returns the arguments of the harness's model, for transformers or vLLM."""
     from lm_eval.utils import simple_parse_args_string
 
     own = {
@@ -144,8 +138,9 @@ def model_arguments(args):
         "dtype": args.dtype,
         "revision": args.revision,
         "trust_remote_code": args.trust_remote_code,
-        **({"chat_template_args": args.template_args} if args.template_args else {}),
     }
+    if args.template_args:
+        own["chat_template_args"] = args.template_args
     if args.backend == "hf":
         chosen = {"attn_implementation": args.attn_implementation, "device": args.device}
         own |= {name: value for name, value in chosen.items() if value is not None}
@@ -153,18 +148,17 @@ def model_arguments(args):
 
 
 def evaluate(args, options):
-    """Runs the harness. Returns its results, and with transformers the load of the experts."""
+    """Runs the harness. Returns its results, and with transformers the expert load."""
     import lm_eval
+
+    from hf_phibalance.evaluation.harness import PhiBalanceLM
 
     if args.backend == "vllm":
         options |= {"model_args": model_arguments(args), "batch_size": args.batch_size}
         return lm_eval.simple_evaluate("vllm", **options), None
-    from hf_phibalance.evaluation.harness import PhiBalanceLM
-
     lm = PhiBalanceLM(**model_arguments(args), batch_size=args.batch_size)
     with lm.counting_load():
-        results = lm_eval.simple_evaluate(lm, **options)
-        return results, lm.expert_load()
+        return lm_eval.simple_evaluate(lm, **options), lm.expert_load()
 
 
 def main(args):
@@ -180,16 +174,15 @@ def main(args):
         evaluation.require_sandbox(args.confirm_run_unsafe_code or None, unsafe=args.unsafe)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    folder = Path(args.output_path)
-    own = folder.suffix == ".json"  # the harness adds the date to the name of a file
-    tracker = EvaluationTracker(output_path=str(folder if own else folder / "results.json"))
+    output = Path(args.output_path)
+    file = output if output.suffix == ".json" else output / "results.json"  # the harness adds the date to its name
+    tracker = EvaluationTracker(output_path=str(file))
     model = model_fingerprint(args.model_name_or_path, backend=args.backend, **model_arguments(args))
-    cache = (folder.parent if own else folder) / "cache" / model
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
-    decoding = sampling if args.temperature > 0 else {}
-    decoding |= {"max_gen_toks": args.max_new_tokens} if args.max_new_tokens is not None else {}
+    decoding = {} if args.max_new_tokens is None else {"max_gen_toks": args.max_new_tokens}
+    if args.temperature > 0:
+        decoding |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     options = {
-        "tasks": [task_of(args)],
+        "tasks": [choose_task(args)],
         "task_manager": TaskManager(include_defaults=args.task not in OWN_TASKS),
         "num_fewshot": args.num_fewshot,
         "limit": args.limit,
@@ -197,19 +190,15 @@ def main(args):
         "apply_chat_template": args.apply_chat_template,
         "system_instruction": args.system_instruction,
         "torch_random_seed": args.seed,
-        "use_cache": str(cache) if args.use_cache else None,
+        "use_cache": str(file.parent / "cache" / model) if args.use_cache else None,
         "confirm_run_unsafe_code": args.confirm_run_unsafe_code or args.task == "humaneval",
         "evaluation_tracker": tracker,
     }
     results, load = evaluate(args, options)
-    if results is None:  # of another process
+    if results is None:  # this is not the first process
         return None
     samples = results.pop("samples")
-    if load is None:
-        why = "the model has no routers, or all completions came from the cache"
-        why = "vLLM does not count it" if args.backend == "vllm" else why
-        print(f"No expert load: {why}.", file=sys.stderr)
-    else:
+    if load is not None:
         results["expert_load"] = load
     if args.task == "humaneval":
         results["isolation"] = "none" if args.unsafe else "bubblewrap"
@@ -221,18 +210,17 @@ def main(args):
         print(
             f"Expert load of {load['completions']} completions: MaxVio {load['max_vio']:.3f}, Gini {load['gini']:.3f}"
         )
-    print(f"Results and samples: {folder}")
+    else:
+        why = "the model has no routers, or all completions came from the cache"
+        print(f"No expert load: {'vLLM does not count it' if args.backend == 'vllm' else why}.", file=sys.stderr)
+    print(f"Results and samples: {output}")
     return results
-
-
-def make_parser():
-    from trl import TrlParser
-
-    return TrlParser(Arguments)
 
 
 if __name__ == "__main__":
     replace_unprintable()
     # Python looks for modules beside a script first: without this, `import evaluate` would find the script itself
     sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
-    main(*make_parser().parse_args_and_config())
+    from trl import TrlParser
+
+    main(*TrlParser(Arguments).parse_args_and_config())

@@ -1,7 +1,7 @@
-"""Writes the table of supported model families into README.md, between its markers.
+"""Writes the table of supported model families into recipes/guides/FAMILIES.md, between its markers.
 
 python recipes/families_table.py          # rewrite
-python recipes/families_table.py --check  # exit 1 if README.md is not current
+python recipes/families_table.py --check  # exit 1 if the page is not current
 """
 
 import argparse
@@ -14,7 +14,7 @@ import hf_phibalance as phb
 from hf_phibalance.files import replace_unprintable
 
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent / "guides" / "FAMILIES.md"
 MARKERS = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)
 
 
@@ -46,7 +46,7 @@ if __name__ == "__main__":
     replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    current = README.read_text(encoding="utf-8")
+    current = PAGE.read_text(encoding="utf-8")
     if parser.parse_args().check:
         sys.exit(current != updated(current))
-    README.write_text(updated(current), encoding="utf-8")
+    PAGE.write_text(updated(current), encoding="utf-8")

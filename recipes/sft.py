@@ -7,8 +7,8 @@ python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml
 # Any option of the YAML file can be given on the command line
 python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml --coef 0.05 --potential log_cosh --output_dir results/cosh
 
-# A real model on several GPUs, see recipes/README.md; with --tiny, the same on the CPU with a miniature of the
-# model, whose results go to a folder beside the real ones, "...-rehearsal"
+# A real model on several GPUs, see recipes/README.md. With --tiny: a miniature of the model on the CPU, whose results go to
+# a folder beside the real ones, "...-rehearsal"
 accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml recipes/sft.py \
     --config recipes/mixtral-8x7b/gsm8k/phibalance.yaml
 python recipes/sft.py --config recipes/mixtral-8x7b/gsm8k/phibalance.yaml --tiny
@@ -33,11 +33,13 @@ from pathlib import Path
 
 import rehearsal
 
+import hf_phibalance as phb
 from hf_phibalance.files import replace_unprintable
+from hf_phibalance.routers import find_routers
+from hf_phibalance.tasks import load_rows, make_splits, to_sft_dataset
 
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that nothing here needs
-ESTIMATED_AFTER = 10  # steps
 SHOWN_IN_LOG = {
     "loss": "loss {:.3f}",
     "learning_rate": "lr {:.1e}",
@@ -49,80 +51,57 @@ SHOWN_IN_LOG = {
 }
 
 
+def option(default, help, choices=None):
+    metadata = {"help": help} if choices is None else {"help": help, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
 @dataclass
 class Arguments:
-    """What is trained on what, and how it is examined."""
+    """The model, its data, and how it is scored."""
 
-    model_type: str | None = field(
-        default=None, metadata={"help": "Train a new model of this transformers type from scratch, e.g. mixtral."}
+    model_type: str | None = option(None, "Train a new model of this transformers type from scratch, e.g. mixtral.")
+    model_config: dict | str | None = option(None, "Config fields of the new model, as a YAML mapping or as JSON.")  # noqa: RUF009
+    vocab_size: int | None = option(None, "Tokens of the tokenizer that is trained for a new model (default: 640).")
+    architecture: str | None = option(
+        None,
+        "config.json with the published sizes of model_name_or_path, relative to the folder of this script. --tiny "
+        "shrinks it, and recipes/memory.py computes from it.",
     )
-    model_config: dict | str | None = field(
-        default=None, metadata={"help": "Config fields of the new model, as a YAML mapping or as JSON."}
+    tiny: bool = option(
+        False,
+        "Rehearse the recipe offline in seconds: random weights in a miniature of the architecture, generated data, and "
+        + " ".join(rehearsal.OPTIONS),
     )
-    vocab_size: int | None = field(
-        default=None, metadata={"help": "Tokens of the tokenizer that is trained for a new model (default: 640)."}
+    tokenizer_trust_remote_code: bool = option(
+        default=False, help="Run the code of the tokenizer, but not that of the model."
     )
-    architecture: str | None = field(
-        default=None,
-        metadata={
-            "help": "config.json with the published sizes of model_name_or_path, relative to the folder of this script: "
-            "what --tiny shrinks, and what recipes/memory.py computes from."
-        },
+    task: str = option("gsm8k", "Task to learn.", ["gsm8k", "mbpp"])
+    dataset_path: str = option(
+        "toy", "'toy' for generated problems; else a folder, a .jsonl file or a name on the Hub, as in load_rows."
     )
-    tiny: bool = field(
-        default=False,
-        metadata={
-            "help": "Rehearse the recipe offline in seconds: random weights in a miniature of the architecture, generated "
-            f"data, and {' '.join(rehearsal.OPTIONS)}"
-        },
+    bad_rows: str = option("refuse", "Malformed rows of the data.", ["refuse", "skip"])
+    train_problems: int | None = option(None, "Number of training problems (default: all).")
+    validation_problems: int = option(64, "Number of problems kept from training, for the curves.")
+    test_problems: int | None = option(256, "Number of held-out problems for the final figures.")
+    problem_seed: int = option(0, "Seed of the generated problems, and of splitting a file.")
+    max_new_tokens: int = option(256, "Longest generated answer.")
+    generation_batch_size: int = option(64, "Answers generated at a time, by each process.")
+    global_batch_size: int | None = option(
+        None,
+        "Rows of one optimizer step over all processes. Sets gradient_accumulation_steps from it and from "
+        "per_device_train_batch_size.",
     )
-    tokenizer_trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that a tokenizer ships with, but not that of the model."}
+    router_policy: str | None = option(
+        None,
+        "How routers learn (default: full, with PEFT frozen); with PEFT see phb.lora_config.",
+        ["frozen", "lora", "full", "router-only"],
     )
-    task: str = field(default="gsm8k", metadata={"help": "What is learned.", "choices": ["gsm8k", "mbpp"]})
-    dataset_path: str = field(
-        default="toy",
-        metadata={
-            "help": "'toy' for generated problems; else a folder, a .jsonl file or a name on the Hub, see "
-            "hf_phibalance.tasks.load_rows."
-        },
-    )
-    bad_rows: str = field(
-        default="refuse", metadata={"help": "Malformed rows of the data.", "choices": ["refuse", "skip"]}
-    )
-    train_problems: int | None = field(default=None, metadata={"help": "Train on the first so many (default: all)."})
-    validation_problems: int = field(default=64, metadata={"help": "Kept from training, for the curves."})
-    test_problems: int | None = field(default=256, metadata={"help": "Held-out problems for the final figures."})
-    problem_seed: int = field(default=0, metadata={"help": "Seed of the generated problems, and of splitting a file."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer."})
-    generation_batch_size: int = field(default=64, metadata={"help": "Answers generated at a time, by each process."})
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of one optimizer step over all processes; sets gradient_accumulation_steps from it and from "
-            "per_device_train_batch_size."
-        },
-    )
-    router_policy: str | None = field(
-        default=None,
-        metadata={
-            "help": "How routers learn (default: full, with PEFT frozen); with PEFT see phb.lora_config.",
-            "choices": ["frozen", "lora", "full", "router-only"],
-        },
-    )
-    lora_targets: str | None = field(
-        default=None, metadata={"help": "What else LoRA adapts.", "choices": ["all", "experts", "attention"]}
-    )
-    num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of torch; tiny models gain nothing from a second one."}
-    )
-    balance: bool = field(default=True, metadata={"help": "false: train without balancing, only count the loads."})
-    compare_unbalanced: bool = field(
-        default=False, metadata={"help": "First run the same recipe without balancing, and show both."}
-    )
-    baseline_dir: str | None = field(
-        default=None, metadata={"help": "Results folder of an earlier run to show beside this one."}
-    )
+    lora_targets: str | None = option(None, "What else LoRA adapts.", ["all", "experts", "attention"])
+    num_threads: int | None = option(None, "CPU threads of torch. Tiny models gain nothing from a second one.")
+    balance: bool = option(True, "false: train without balancing, only count the loads.")
+    compare_unbalanced: bool = option(False, "First run the same recipe without balancing, and show both.")
+    baseline_dir: str | None = option(None, "Results folder of an earlier run to show beside this one.")
 
     def __post_init__(self):
         if isinstance(self.model_config, str):
@@ -138,7 +117,6 @@ def main(args, balance, training_args, model_args):
     import datasets
     import torch
 
-    import hf_phibalance as phb
     from hf_phibalance.hub import Run, print_summary, write_report
     from hf_phibalance.models import register_deepseek_moe
 
@@ -167,22 +145,19 @@ def main(args, balance, training_args, model_args):
 
 
 def check(args, training_args, model_args):
-    """Refuses options that contradict each other or would do nothing, and settles the accumulation."""
-    if (args.model_type is None) == (model_args.model_name_or_path is None):
+    """Refuses options that contradict each other or would do nothing, and sets the accumulation."""
+    name = model_args.model_name_or_path
+    if (args.model_type is None) == (name is None):
         raise ValueError(
-            f"model_type={args.model_type!r} and model_name_or_path={model_args.model_name_or_path!r}: give one of "
-            "them, model_type for a new model or model_name_or_path for an existing one."
+            f"model_type={args.model_type!r} and model_name_or_path={name!r}: give one of them, model_type for a new "
+            "model or model_name_or_path for an existing one."
         )
     if args.vocab_size is not None and args.model_type is None:
         raise ValueError(
-            f"vocab_size={args.vocab_size} is for a new model (model_type); {model_args.model_name_or_path!r} brings "
-            "its tokenizer."
+            f"vocab_size={args.vocab_size} is for a new model (model_type); {name!r} brings its tokenizer."
         )
-    if args.tiny and model_args.model_name_or_path is not None and args.architecture is None:
-        raise ValueError(
-            f"--tiny does not load {model_args.model_name_or_path!r} and needs its architecture: the path of a "
-            "config.json."
-        )
+    if args.tiny and name is not None and args.architecture is None:
+        raise ValueError(f"--tiny does not load {name!r} and needs its architecture: the path of a config.json.")
     unused = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "load_in_4bit", "load_in_8bit")
     if given := [name for name in unused if getattr(model_args, name)]:
         raise ValueError(
@@ -195,25 +170,23 @@ def check(args, training_args, model_args):
             "themselves, router_policy to 'full' or 'frozen'."
         )
     if args.global_batch_size is not None:
-        at_once = training_args.per_device_train_batch_size * training_args.world_size
-        if args.global_batch_size % at_once:
+        rows = training_args.per_device_train_batch_size
+        if args.global_batch_size % (rows * training_args.world_size):
             raise ValueError(
-                f"global_batch_size={args.global_batch_size} is no multiple of {at_once}, the rows that "
-                f"{training_args.world_size} process(es) take at once with per_device_train_batch_size="
-                f"{training_args.per_device_train_batch_size}. Change one of the three."
+                f"global_batch_size={args.global_batch_size} is no multiple of {rows * training_args.world_size}, the "
+                f"rows that {training_args.world_size} process(es) take at once with per_device_train_batch_size={rows}. "
+                "Change one of the three."
             )
-        training_args.gradient_accumulation_steps = args.global_batch_size // at_once
+        training_args.gradient_accumulation_steps = args.global_batch_size // (rows * training_args.world_size)
 
 
 def train(args, balance, training_args, model_args, problems, folder, save_model=True):
-    """Trains one model into `folder`, and returns what was measured on the way as a `Run`."""
+    """Trains one model into `folder`. Returns a `Run` with its measurements."""
     from exact_match import Examiner
     from transformers import ProgressCallback, set_seed
     from trl import SFTTrainer
 
-    import hf_phibalance as phb
     from hf_phibalance.hub import Run
-    from hf_phibalance.tasks import to_sft_dataset
 
     training_args = copy.deepcopy(training_args)
     training_args.output_dir, training_args.router_aux_loss_coef = str(folder), 0.0
@@ -238,8 +211,8 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress_callback())
 
-    # several processes: a trainer that has evaluated before does not wrap its model for training any more, and each
-    # process would train by its own gradients
+    # With several processes, a trainer that has evaluated does not wrap its model for training any more. Each process
+    # would then train by its own gradients.
     is_alone = training_args.world_size == 1
     before = trainer.evaluate(datasets["test"], metric_key_prefix="untrained") if is_alone else None
     untrained = examiner.exact_match(datasets["test"], problems["test"])
@@ -263,9 +236,7 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
 
 
 def what_is_trained(model, args, options, problems):
-    """What is trained on what, in two lines."""
-    import hf_phibalance as phb
-
+    """Returns the model and its data in two lines."""
     sites = phb.get_balancer(model).sites
     sizes = sorted({(site.num_experts, site.top_k) for site in sites})
     experts = " or ".join(f"{experts} experts, top-{top_k}" for experts, top_k in sizes)
@@ -281,9 +252,7 @@ def what_is_trained(model, args, options, problems):
 
 
 def load_problems(args):
-    """Splits `train`, `validation` and `test` of rows as `hf_phibalance.tasks` has them."""
-    from hf_phibalance.tasks import load_rows, make_splits
-
+    """Returns the splits `train`, `validation` and `test` of rows."""
     if args.dataset_path == "toy":
         sizes = args.train_problems or 32_000, args.validation_problems, args.test_problems or 256
         return make_splits(*sizes, args.problem_seed) if args.task == "gsm8k" else rehearsal.toy_functions(*sizes)
@@ -291,7 +260,7 @@ def load_problems(args):
     if args.task == "gsm8k" and not Path(args.dataset_path).is_file():
         train = load_rows(args.task, args.dataset_path, "train", **options)
         test = load_rows(args.task, args.dataset_path, "test", limit=args.test_problems, **options)
-    else:  # one file; or MBPP, of which all may be trained on, since HumanEval is what examines
+    else:  # one file; or all of MBPP, since HumanEval is the test
         split = "all" if args.task == "mbpp" else "train"
         train = load_rows(args.task, args.dataset_path, split, **options)
         random.Random(args.problem_seed).shuffle(train)
@@ -307,12 +276,10 @@ def load_problems(args):
 
 
 def load_model(args, balance, training_args, model_args, rows):
-    """The patched model, new or from a checkpoint, and its tokenizer, which pads on the left as generation needs."""
+    """Returns the patched model, new or from a checkpoint, and its tokenizer, which pads on the left for generation."""
     from transformers import AutoTokenizer
 
-    import hf_phibalance as phb
     from hf_phibalance.models import build_model, train_tokenizer
-    from hf_phibalance.tasks import to_sft_dataset
 
     if args.model_type is not None or args.tiny:
         texts = (f"{row['prompt']}{row['completion']}" for row in to_sft_dataset(args.task, rows[:4000]))
@@ -322,39 +289,31 @@ def load_model(args, balance, training_args, model_args, rows):
         else:
             model = rehearsal.build_miniature(args.architecture, tokenizer)
         return phb.patch(model, balance), tokenizer
-    source = {"revision": model_args.model_revision}
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        padding_side="left",
-        trust_remote_code=training_args.trust_remote_code or args.tokenizer_trust_remote_code,
-        **source,
-    )
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    trusted = training_args.trust_remote_code or args.tokenizer_trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=trusted, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = phb.AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
+        name,
         phi_balance=balance,
         dtype=model_args.dtype or "auto",
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=training_args.trust_remote_code,
-        **source,
+        revision=revision,
         **(training_args.model_init_kwargs or {}),
     )
     return model, tokenizer
 
 
 def choose_parameters(model, args, model_args):
-    """What learns: the configuration of the adapters, or `None` after freezing what `router_policy` says."""
-    import hf_phibalance as phb
-    from hf_phibalance.routers import find_routers
-
+    """Returns the configuration of the adapters. Without adapters, freezes the routers if `router_policy` says so."""
     if not model_args.use_peft:
         if args.router_policy == "frozen":
             for site in find_routers(model):
                 for module in site.modules:
                     module.requires_grad_(False)
         return None
-    options = {"use_rslora": model_args.use_rslora, "use_dora": model_args.use_dora}
     return phb.lora_config(
         model,
         router=args.router_policy or "frozen",
@@ -362,29 +321,16 @@ def choose_parameters(model, args, model_args):
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        **options,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
     )
 
 
 def progress_callback():
-    """A progress bar with one short line per log."""
+    """Returns a progress bar with one short line per log."""
     from transformers import ProgressCallback
 
     class ShortProgressCallback(ProgressCallback):
-        def on_train_begin(self, training_args, state, control, **kwargs):
-            super().on_train_begin(training_args, state, control, **kwargs)
-            self.first, self.start = state.global_step, time.monotonic()
-
-        def on_step_end(self, training_args, state, control, **kwargs):
-            super().on_step_end(training_args, state, control, **kwargs)
-            if state.global_step == self.first + ESTIMATED_AFTER and self.training_bar is not None:
-                seconds = (time.monotonic() - self.start) / ESTIMATED_AFTER * (state.max_steps - state.global_step)
-                self.training_bar.write(
-                    f"about {seconds / 60:.0f} min of training to go"
-                    if seconds > 90
-                    else f"about {seconds:.0f} s of training to go"
-                )
-
         def on_log(self, training_args, state, control, logs=None, **kwargs):
             parts = [text.format(logs[key]) for key, text in SHOWN_IN_LOG.items() if key in (logs or {})]
             if parts and self.training_bar is not None:
@@ -394,10 +340,8 @@ def progress_callback():
 
 
 def parse(argv=None):
-    """The options of the command line `argv`, over those of `--config`, over the defaults."""
+    """Returns the options of the command line `argv`, then of `--config`, then the defaults."""
     from trl import ModelConfig, SFTConfig, TrlParser
-
-    import hf_phibalance as phb
 
     @dataclass(frozen=True)
     class BalanceArguments(phb.PhiBalanceConfig):

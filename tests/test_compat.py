@@ -1,4 +1,4 @@
-"""What is said of versions that are not supported, and of damaged files that are read for what others leave out."""
+"""Errors for unsupported versions and for damaged indices of weights."""
 
 import importlib.metadata
 

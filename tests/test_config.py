@@ -1,4 +1,4 @@
-"""PhiBalanceConfig: what is accepted, what is refused and how, and the way to JSON and back."""
+"""PhiBalanceConfig: accepted and refused values, and the round trip to JSON."""
 
 import copy
 import dataclasses
@@ -95,21 +95,11 @@ def test_errors_name_field_value_and_remedy(fields, mentions):
         dataclasses.replace(OTHER, **{"potential_kwargs": {}, "potential": "neg_entropy"} | fields)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        *(
-            {name: value}
-            for name in ("coef", "bias_coef", "z_loss_coef", "sequence_coef")
-            for value in (0, 1e-6, 3, 100)
-        ),
-        {"ema_rate": 1},
-        {"ema_rate": 1e-4},
-    ],
-)
-def test_limits_are_accepted(fields):
-    config = PhiBalanceConfig(**fields)
-    assert {name: getattr(config, name) for name in fields} == fields
+@pytest.mark.parametrize("value", [0, 1e-6, 3, 100])
+@pytest.mark.parametrize("name", ["coef", "bias_coef", "z_loss_coef", "sequence_coef"])
+def test_limits_are_accepted(name, value):
+    assert getattr(PhiBalanceConfig(**{name: value}), name) == value
+    assert {PhiBalanceConfig(ema_rate=rate).ema_rate for rate in (1, 1e-4)} == {1, 1e-4}
 
 
 @pytest.mark.parametrize("potential", sorted(phb.POTENTIALS))
@@ -119,22 +109,20 @@ def test_every_potential_is_accepted(potential):
     assert config.build_potential() == PhiBalanceConfig(potential=potential).build_potential()
 
 
-def test_frozen():
+def test_frozen_copied_and_compared():
     config = PhiBalanceConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.coef = 1.0
     with pytest.raises(dataclasses.FrozenInstanceError):
         del config.coef
-    with pytest.raises(TypeError):
-        PhiBalanceConfig(coeff=1.0)
+    assert PhiBalanceConfig() == config != OTHER
+    assert copy.deepcopy(OTHER) == pickle.loads(pickle.dumps(OTHER)) == copy.copy(OTHER) == OTHER
 
 
-def test_does_not_share_what_it_was_given():
-    """A dict that is changed later changes neither the configuration nor what it was read from."""
+def test_shares_no_dict_with_its_caller():
     given = {"alpha": 1.5}
     config = PhiBalanceConfig(potential="tsallis", potential_kwargs=given)
     given["alpha"] = -1.0
-    assert config.potential_kwargs == {"alpha": 1.5}
     config.to_dict()["potential_kwargs"]["alpha"] = -1.0
     assert config.potential_kwargs == {"alpha": 1.5}
     values = OTHER.to_dict()
@@ -143,11 +131,6 @@ def test_does_not_share_what_it_was_given():
     assert values == before
     values["potential_kwargs"]["alpha"] = -1.0
     assert read == OTHER
-
-
-def test_equality_and_copies():
-    assert PhiBalanceConfig() == PhiBalanceConfig() != OTHER
-    assert copy.deepcopy(OTHER) == pickle.loads(pickle.dumps(OTHER)) == copy.copy(OTHER) == OTHER
 
 
 @pytest.mark.parametrize(
@@ -223,13 +206,8 @@ def test_a_config_from_the_future(tmp_path):
             read()
         for mention in ("99.0", package_version(), "Upgrade hf_phibalance", "ema_rate"):
             assert mention in str(error.value)
-    # what a newer version wrote in fields known today is understood
+    # known fields of a newer version are read
     assert PhiBalanceConfig.from_dict({**OTHER.to_dict(), "version": "99.0"}) == OTHER
-
-
-def test_a_choice_from_the_future_says_who_wrote_it():
-    with pytest.raises(ValueError, match=r"`price_from`.*'next'"):
-        PhiBalanceConfig.from_dict({"price_from": "next", "version": "99.0"})
 
 
 def test_a_typing_error_in_a_dict():
@@ -242,32 +220,20 @@ def test_a_typing_error_in_a_dict():
     ("content", "message"),
     [
         ("", "not valid JSON"),
-        ("{", "not valid JSON"),
         ('{"coef": 0.1', "not valid JSON"),
         ("coef: 0.1", "not valid JSON"),
         ("[1, 2]", "JSON object.*list"),
-        ("3", "JSON object.*int"),
         ('{"coef": NaN}', "`coef`.*nan"),
         ('{"coef": "0.1"}', "`coef`.*'0.1'"),
         ('{"coef": true}', "`coef`.*True"),
     ],
 )
 def test_damaged_files(content, message, tmp_path):
+    with pytest.raises(OSError):
+        PhiBalanceConfig.load(tmp_path)
     (tmp_path / CONFIG_NAME).write_text(content)
     with pytest.raises(ValueError, match=message):
         PhiBalanceConfig.load(tmp_path)
-
-
-def test_a_file_that_is_no_text(tmp_path):
-    (tmp_path / CONFIG_NAME).write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(ValueError, match=r"not valid JSON.*PhiBalanceConfig\.save"):
-        PhiBalanceConfig.load(tmp_path)
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere", tmp_path / CONFIG_NAME):
-        with pytest.raises(OSError):
-            PhiBalanceConfig.load(path)
 
 
 # ---------------------------------------------------------------------- a bad configuration and a model

@@ -1,5 +1,6 @@
-"""Reading JSON from anyone: whatever is wrong is a `ValueError` that names the file; nothing endless is read."""
+"""Files: untrusted JSON gives a `ValueError` that names the file, and files are replaced whole and reach the disk."""
 
+import errno
 import json
 import os
 import tracemalloc
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_phibalance import PhiBalanceConfig
 from hf_phibalance.config import CONFIG_NAME
-from hf_phibalance.files import SMALL, parse_json, printable, quoted, read_json
+from hf_phibalance.files import SMALL, flush, flush_tree, parse_json, printable, quoted, read_json, replacing
 
 
 BAD = {
@@ -117,12 +118,9 @@ def test_any_damage_to_a_config(data, tmp_path_factory):
         assert PhiBalanceConfig.from_dict(config.to_dict()) == config
 
 
-def test_what_is_short_is_quoted_as_it_is():
+def test_values_in_messages_are_short_and_printable():
     for value in ("", "é'", "x" * 190, 3, 10**40, 1e300, None, [1, ["a"]], {"a": {"b": True}}, (float("nan"),)):
         assert quoted(value) == repr(value)
-
-
-def test_what_is_long_deep_or_no_text_is_quoted_in_part():
     deep = "x"
     for _ in range(100_000):
         deep = [deep]
@@ -130,3 +128,58 @@ def test_what_is_long_deep_or_no_text_is_quoted_in_part():
         assert 10 < len(quoted(value)) <= 200 and quoted(value).isprintable()
     assert quoted("x" * 300).startswith("'xxx") and "..." in quoted("x" * 300)
     assert printable("caf\udce9 \x1b[1m\n é φ") == r"caf\udce9 \x1b[1m\n é φ"
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    path = tmp_path / "kept.json"
+    for content in ("first", "second"):
+        with replacing(path) as partial:
+            partial.write_text(content)
+    with pytest.raises(OSError, match="disk full"), replacing(path) as partial:
+        partial.write_text("half of the thi")
+        raise OSError("disk full")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"kept.json": "second"}
+
+
+@pytest.fixture
+def flushed(monkeypatch):
+    """The files that were flushed, in order, by inode."""
+    inodes, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (inodes.append(os.fstat(descriptor).st_ino), fsync(descriptor))
+    )
+    return inodes
+
+
+def test_content_is_on_the_disk_before_its_name_is(tmp_path, flushed, monkeypatch):
+    path = tmp_path / "file"
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (flushed.append("replaced"), replace(*paths)))
+    with replacing(path) as partial:
+        partial.write_text("content")
+    assert flushed == [path.stat().st_ino, "replaced", tmp_path.stat().st_ino]
+
+
+def test_tree_is_flushed_with_its_folders(tmp_path, flushed):
+    inner = tmp_path / "checkpoint" / "shards"
+    inner.mkdir(parents=True)
+    files = [tmp_path / "checkpoint" / "model", inner / "shard"]
+    for file in files:
+        file.write_text("content")
+    flush_tree(tmp_path / "checkpoint")
+    assert set(flushed) == {path.stat().st_ino for path in [*files, inner, inner.parent, tmp_path]}
+    flush_tree(tmp_path / "of another node")
+
+
+def test_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    flush(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        flush(tmp_path / "file")

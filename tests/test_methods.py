@@ -1,4 +1,4 @@
-"""The methods of `PhiBalanceConfig`: their published strengths, and the fields that each of them reads."""
+"""The methods of `PhiBalanceConfig`: published strengths, and the fields that each method reads."""
 
 import copy
 import dataclasses
@@ -11,7 +11,7 @@ import hf_phibalance as phb
 from hf_phibalance import PhiBalanceConfig
 
 
-# Fields of φ that a method reads, and their values by default
+# the fields of φ that a method reads, and their defaults
 READS = {
     "switch": {"coef": 0.01, "bias_coef": 0.0},
     "pooled": {"coef": 0.001},
@@ -21,8 +21,6 @@ READS = {
     "frozen": {},
     "none": {},
 }
-
-
 OTHERS = {
     "coef": [0.0, 0.5],
     "bias_coef": [0.0, 0.5],
@@ -91,23 +89,3 @@ def test_every_method_makes_the_round_trip(method, tmp_path):
         assert PhiBalanceConfig.from_dict(values) == config == copy.deepcopy(config)
         assert PhiBalanceConfig.load(config.save(tmp_path)) == config
         assert dataclasses.replace(config, z_loss_coef=0.5).z_loss_coef == 0.5
-
-
-def test_a_config_without_a_method_is_phi():
-    old = {
-        "coef": 0.02,
-        "bias_coef": 0.001,
-        "potential": "tsallis",
-        "potential_kwargs": {"alpha": 1.5},
-        "ema_rate": 0.5,
-        "track": "load",
-        "bias_track": "load",
-        "price_from": "current",
-        "token_mask": "all",
-        "version": "0.1.0",
-    }
-    config = PhiBalanceConfig.from_dict(old)
-    assert config.method == "phi" and config.z_loss_coef == config.sequence_coef == 0
-    assert {name: getattr(config, name) for name in old if name != "version"} == {
-        name: value for name, value in old.items() if name != "version"
-    }

@@ -26,9 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 import hf_phibalance as phb
 from hf_phibalance.maths import SCORINGS
-from hf_phibalance.routers import find_routers
-from hf_phibalance.routers.contract import router_matrix
-from hf_phibalance.routers.traits import declared_kinds
+from hf_phibalance.routers import find_routers, router_matrix
+from hf_phibalance.routers.families import declared_kinds
 
 
 COEF = 2.0

@@ -8,18 +8,13 @@ GSM8KAccuracy().compute(predictions=["... #### 18"], references=["... #### 18"])
 HumanEvalPassAtK().compute(predictions=[[completion]], references=[problem], k=[1], allow_code_execution=True)
 ```
 
-| module | what it holds |
-|---|---|
-| `gsm8k_accuracy`, `humaneval_pass_at_k` | the metrics, in folders that `evaluate.load` takes |
-| `scoring` | the rules of scoring, as plain functions |
-| `harness`, `tasks`, `scores` | our models and tasks for lm-evaluation-harness; `recipes/evaluate.py` runs them |
-| `sandbox`, `runner` | generated code: outside and inside of the interpreter that runs it |
+The metrics are folders that `evaluate.load` takes. `scoring` holds their rules, `harness` our models and tasks for
+lm-evaluation-harness. `sandbox` starts generated code, and `runner` is the program inside.
 
 Metrics need `evaluate`, `harness` needs `lm_eval` and the sandbox needs `pyseccomp`: all come with
 `pip install "hf_phibalance[recipes]"`. The sandbox also needs bubblewrap. Importing `hf_phibalance` imports none of this.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from .sandbox import CODE_EVAL_VARIABLE, CodeExecutionError, Verdict, require_sandbox, run_program
@@ -48,15 +43,10 @@ __all__ = [
     "score_humaneval",
     "truncate",
 ]
-_METRICS = {
-    "GSM8KAccuracy": "gsm8k_accuracy",
-    "HumanEvalPassAtK": "humaneval_pass_at_k",
-    "score_humaneval": "humaneval_pass_at_k",
-}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _METRICS:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         import evaluate  # noqa: F401
@@ -65,10 +55,12 @@ def __getattr__(name: str) -> Any:
             f"hf_phibalance.evaluation.{name} is a metric of the library `evaluate`, which cannot be imported "
             f'({error}). Install it with: pip install "hf_phibalance[recipes]"'
         ) from error
-    value = getattr(importlib.import_module(f".{_METRICS[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    from .gsm8k_accuracy import GSM8KAccuracy
+    from .humaneval_pass_at_k import HumanEvalPassAtK, score_humaneval
+
+    globals().update(GSM8KAccuracy=GSM8KAccuracy, HumanEvalPassAtK=HumanEvalPassAtK, score_humaneval=score_humaneval)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_METRICS})
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,5 @@
 """
-lm-evaluation-harness with our models: they are loaded with their balance, and the experts' load is counted meanwhile.
+lm-evaluation-harness with our models and tasks. Models are loaded with their balancing, and expert load is counted.
 
 ```python
 import lm_eval
@@ -14,7 +14,7 @@ with lm.counting_load():
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from ..balancing import find_balancer, patch
 from ..config import PhiBalanceConfig
 from ..models import find_adapter, load_any, register_deepseek_moe
-from ..tasks import TASKS
+from ..tasks import TASKS, make_splits
+from . import scoring
+from .humaneval_pass_at_k import score_humaneval
 
 
 TASK_FILES = Path(__file__).with_name("tasks")  # for the harness's `include_path`
@@ -36,13 +38,13 @@ TASK_FILES = Path(__file__).with_name("tasks")  # for the harness's `include_pat
 
 def load_task(name: str, dataset_path: str | None = None, **fields: Any) -> dict[str, Any]:
     """
-    Reads one of our task files, for `lm_eval.simple_evaluate(tasks=[...])`.
+    Reads one of our task files for `lm_eval.simple_evaluate(tasks=[...])`.
 
     Args:
         name (`str`): `"gsm8k"`, `"humaneval"` or `"made"`.
         dataset_path (`str`, *optional*):
             A dataset on the Hub, a folder that `datasets.load_dataset` reads, or one file with the test problems.
-        fields: fields of the task to replace, such as `repeats`.
+        fields: Fields of the task to replace, such as `repeats`.
 
     Raises:
         `ValueError`: If shots are to be drawn from a single file of test problems.
@@ -52,26 +54,56 @@ def load_task(name: str, dataset_path: str | None = None, **fields: Any) -> dict
         return task | fields
     path = Path(dataset_path)
     file = next((path / known for known in TASKS[name].files if (path / known).is_file()), path)
-    if not file.is_file():
-        return task | {"dataset_path": dataset_path, "dataset_name": None} | fields
-    if fields.get("num_fewshot", task["num_fewshot"]):
-        raise ValueError(
-            f"dataset_path={dataset_path!r} is one file, which has no training rows to draw shots from. Give the folder "
-            "that holds train.jsonl and test.jsonl, or num_fewshot=0."
-        )
-    kind = "parquet" if file.suffix == ".parquet" else "json"
-    task |= {"dataset_path": kind, "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(file)}}}
-    task |= {"training_split": None, "fewshot_split": None}
+    task |= {"dataset_path": dataset_path, "dataset_name": None}
+    if file.is_file():
+        if fields.get("num_fewshot", task["num_fewshot"]):
+            raise ValueError(
+                f"dataset_path={dataset_path!r} is one file, which has no training rows to draw shots from. Give the "
+                "folder that holds train.jsonl and test.jsonl, or num_fewshot=0."
+            )
+        task |= {"dataset_path": "parquet" if file.suffix == ".parquet" else "json"}
+        task |= {"dataset_kwargs": {"data_files": {"test": str(file)}}, "training_split": None, "fewshot_split": None}
     return task | fields
+
+
+# ---------------------------------------------------------------------- functions that the task files name
+
+
+def score_gsm8k(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Returns `strict_match` and `flexible_extract` of an answer to a GSM8K problem, each 0 or 1."""
+    found = scoring.score_gsm8k(results[0], doc["answer"])
+    return {name: float(found[name]) for name in ("strict_match", "flexible_extract")}
+
+
+def score_humaneval_samples(
+    doc: dict[str, Any], results: Sequence[list[str]], k: Sequence[int] = (1,), **options: Any
+) -> dict[str, float]:
+    """Returns `pass@k` of the samples of a HumanEval problem. It runs them: the harness has asked for permission."""
+    found = score_humaneval(results, [doc], k=k, allow_code_execution=True, **options)
+    return {name: value for name, value in found.items() if name.startswith("pass@")}
+
+
+def all_samples(resps: Sequence[list[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Keeps all samples of each problem. The harness would keep the first."""
+    return list(resps)
+
+
+def made_problems(problems: int = 256, seed: int = 0, **_: Any) -> dict[str, Any]:
+    """Returns generated problems as the splits `train`, for shots, and `test`."""
+    from datasets import Dataset
+
+    splits = make_splits(256, 0, problems, seed)
+    return {split: Dataset.from_list(splits[split]) for split in ("train", "test")}
+
+
+# ---------------------------------------------------------------------- models
 
 
 class _EndRows(StoppingCriteria):
     """
-    Ends each row at its own stop text. The harness's criteria end all rows together, at the stop text of the last.
+    Ends each row at its own stop text. The harness ends all rows together, at the stop text of the last one.
 
-    Args:
-        criteria (`StoppingCriteriaList`): The harness's, one for each stop text.
-        model (`PreTrainedModel`): The model that generates. Tokens of a row that has ended do not count as its load.
+    `criteria` are those of the harness, one for each stop text. Tokens of ended rows do not count as load of `model`.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, model: Any) -> None:
@@ -93,9 +125,9 @@ class PhiBalanceLM(HFLM):
 
     - Models that were saved with φ-balancing are patched again, so that a selection bias routes as in training.
       `pretrained` may be the folder or the Hub name of a PEFT adapter.
-    - The first space of a completion is kept. Tokenizers of the Llama kind drop it when they decode the completion alone.
-    - Each row ends at its own stop text, so the load of what is generated does not depend on the batch size.
-    - `accelerate launch` divides the problems among processes without GPUs, too.
+    - The first space of a completion is kept. Llama's tokenizer drops it when it decodes the completion alone.
+    - Each row ends at its own stop text, so the load of generated tokens does not depend on the batch size.
+    - `accelerate launch` splits the problems among processes without GPUs, too.
     """
 
     class AUTO_MODEL_CLASS:
@@ -118,7 +150,7 @@ class PhiBalanceLM(HFLM):
         super()._get_config(self._base, **kwargs)
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
-        """Decodes a completion with its first space, which is part of the first line of a program."""
+        """Decodes a completion with its first space, which is part of a program's indentation."""
         decode, own = self.tokenizer.decode, [tokens] if isinstance(tokens, int) else list(tokens)
         whole = decode([*self._anchor, *own], skip_special_tokens=skip_special_tokens)
         return whole[len(decode(self._anchor)) :]
@@ -145,8 +177,8 @@ class PhiBalanceLM(HFLM):
     @contextmanager
     def counting_load(self) -> Iterator[None]:
         """
-        Context manager: counts the load of the experts while the model generates, for [`~PhiBalanceLM.expert_load`].
-        Tokens of prompts and new tokens count once, padding and rows that have ended never.
+        Context manager: counts expert load while the model generates, for [`~PhiBalanceLM.expert_load`]. Tokens of
+        prompts and new tokens count once. Padding and ended rows do not count.
         """
         if find_balancer(self.model) is None:
             with suppress(ValueError):  # a model without routers
@@ -157,8 +189,8 @@ class PhiBalanceLM(HFLM):
 
     def expert_load(self) -> dict[str, float] | None:
         """
-        Returns [`PhiBalancer.eval_metrics`] so far and the number of completions, over all ranks. `None` if nothing was
-        counted: the model has no routers, or all completions came from the harness's cache.
+        Returns [`PhiBalancer.eval_metrics`] and the number of completions, over all ranks. Returns `None` if the model
+        has no routers, or if all completions came from the harness's cache.
         """
         balancer = find_balancer(self.model)
         if balancer is None or not (load := balancer.eval_metrics(per_layer=0)):
@@ -167,13 +199,13 @@ class PhiBalanceLM(HFLM):
 
 
 def _base(pretrained: str, revision: str) -> str:
-    """The model that an adapter is for, or `pretrained` itself."""
+    """Returns the base model of an adapter, or `pretrained` itself."""
     adapter = find_adapter(pretrained, {"revision": revision})
     return pretrained if adapter is None else adapter["base_model_name_or_path"]
 
 
 def model_fingerprint(name_or_path: str, **settings: Any) -> str:
-    """Returns a hash of the settings that a model is loaded with, and of the names, sizes and times of its files."""
+    """Returns a hash of a model's settings, and of the names, sizes and times of its files."""
     files = sorted(path for path in Path(name_or_path).glob("*") if path.is_file())
     facts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join([name_or_path, *facts, repr(sorted(settings.items()))]).encode()).hexdigest()[:16]

@@ -1,21 +1,19 @@
 """
-Runs a generated program once, behind the walls of bubblewrap (`bwrap`), and returns whether it passes its checks.
+Runs a generated program once inside the walls of bubblewrap (`bwrap`) and returns whether it passes its checks.
 
 It is off until the user opts in: `HF_ALLOW_CODE_EVAL=1`, or `allow_code_execution=True`.
 
-- **Two processes.** The judge holds the checks and no line of the program. It calls the program's functions over pipes,
-  and only plain data comes back (numbers, text, lists, dictionaries and the like). So nothing that the program does to
-  its own interpreter is a pass.
-- **Walls.** Each process has its own namespaces (processes, network, IPC, mounts), no capabilities, no environment of
-  the caller and a seccomp filter (`FORBIDDEN`). It can read what `_readable` lists (interpreter, installed packages, the
-  system's programs and libraries), `/proc`, `/dev` and the modules of `runner`, and no other file. It can write to
-  `/tmp`, where its working directory is, and to `/dev/shm`. Both are its own, limited in size, and vanish with it. If
-  the caller is root, it runs with an unused user id.
-- **Limits.** At the deadline the caller kills both processes and all that they have started. CPU time, address space
-  and file size are limited per process. Processes and threads are limited in number.
-- **Verdict.** A program that answers right still fails if it is seen to leave threads or processes running, if it
-  prints `file_limit` bytes, or if its Python code openly tries to signal others, to use the network or to change files
-  elsewhere.
+- **Two processes.** The judge holds the checks and calls the program's functions in another process. Only plain data comes
+  back (numbers, text, lists, dictionaries and the like). The program can change everything in its own interpreter, but
+  the kernel keeps it from reading or tracing the judge.
+- **Walls.** Both have their own namespaces (processes, network, IPC, mounts), no capabilities, no environment of the
+  caller and a seccomp filter (`FORBIDDEN`). They can read `/proc`, `/dev` and what `_walls` lists (interpreter, installed
+  packages, the system's programs and libraries). They can write to `/tmp` and `/dev/shm`, which are limited in size and
+  vanish afterwards. If the caller is root, they run with an unused user id.
+- **Limits.** At the deadline the caller kills everything behind the walls. CPU time, address space and file size are
+  limited per process. Processes and threads are limited in number.
+- **Verdict.** A program that answers right still fails if it leaves threads or processes running, prints `file_limit`
+  bytes, or openly tries to signal others, to use the network or to change files elsewhere.
 
 Not covered:
 
@@ -52,16 +50,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import psutil
-
 
 logger = logging.getLogger(__name__)
 
 CODE_EVAL_VARIABLE = "HF_ALLOW_CODE_EVAL"
-START_LIMIT = 60.0  # seconds for the start of both interpreters
-LINGER = 0.25  # seconds for threads and processes that are about to end
+START_LIMIT = 60.0  # seconds for the start of the interpreter
 FOLDER = "/tmp/program"  # working directory behind the walls
-RUNNER = Path(__file__).parent / "runner"
+RUNNER = Path(__file__).with_name("runner.py")
 
 # System calls that the walls would leave open: memory without a limit, keys of the caller, tracing, new namespaces, and
 # parts of the kernel that had many errors.
@@ -107,7 +102,7 @@ class CodeExecutionError(RuntimeError):
 @dataclass(frozen=True)
 class Verdict:
     """
-    How a program fared.
+    Whether a program passed its checks.
 
     Args:
         status (`str`): `"passed"`, `"failed"` or `"timed out"`.
@@ -121,7 +116,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether every check was made and held."""
+        """`True` if every check was made and held."""
         return self.status == "passed"
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,120 +222,59 @@ def run_program(
 
 
 def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
-    """Starts both interpreters, waits for the verdict or the deadline, and kills both."""
-    with ExitStack() as stack, ExitStack() as theirs:
-        (asked, ask), (answers, answer), (report, tell) = [os.pipe() for _ in range(3)]
-        stack.callback(os.close, report)
-        for end in (asked, ask, answers, answer, tell):
-            theirs.callback(os.close, end)
-        folder = os.path.realpath(tempfile.mkdtemp(prefix="hf_phibalance_")) if unsafe else None
-        if folder:  # chmod, then rm: shutil.rmtree cannot remove a thousand levels
-            for command in (["rm", "-rf", folder], ["chmod", "-R", "u+rwx", folder]):
-                stack.callback(subprocess.run, command, stderr=subprocess.DEVNULL)
-        judge = _Interpreter("judge", tests, {"requests": ask, "replies": answers, "report": tell}, limits, folder)
-        stack.callback(judge.kill)
-        runner = _Interpreter("program", {"program": program}, {"requests": asked, "replies": answer}, limits, folder)
-        stack.callback(runner.kill)
-        theirs.close()
+    """Starts the interpreter, waits for the verdict or the deadline, and kills all."""
+    user = None if unsafe else _unused_user()
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="hf_phibalance_")) if unsafe else FOLDER
+    settings = {**limits, "folder": folder, "walls": not unsafe, "user": user, "packages": _packages()}
+    command = [os.path.realpath(sys.executable), "-SsB", "-c", RUNNER.read_text(), json.dumps(settings)]
+    with ExitStack() as stack:
+        job, rules, output = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+        job.write(json.dumps({"program": program, **tests}).encode())
+        job.seek(0)
+        if unsafe:  # shutil.rmtree cannot remove a thousand levels
+            stack.callback(subprocess.run, ["sh", "-c", 'chmod -R u+rwx "$0"; rm -rf "$0"', folder], stderr=output)
+        else:
+            rules.write(_seccomp())
+            rules.seek(0)
+            command = [*_walls(limits["file_limit"], user), "--seccomp", str(rules.fileno()), *command]
+        process = subprocess.Popen(
+            command,
+            stdin=job,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            pass_fds=[rules.fileno()],
+            env={**ENVIRONMENT, "HOME": folder, "TMPDIR": folder},
+            start_new_session=True,
+        )
+        stack.callback(_kill, process)
+        report: Any = process.stdout
+        stack.callback(report.close)
         if not _read(report, 1, START_LIMIT):
-            raise CodeExecutionError(f"The interpreters do not start: {runner.last_words()}{judge.last_words()}")
+            output.seek(max(0, os.fstat(output.fileno()).st_size - 1000))
+            raise CodeExecutionError(f"The interpreter does not start: {output.read().decode(errors='replace')}")
         start = time.monotonic()
         data = _read(report, 1 << 16, limits["timeout"])
         seconds = round(time.monotonic() - start, 3)
-        if data is None:
-            return Verdict("timed out", f"no verdict within {limits['timeout']:g} s", seconds)
-        if not data:
-            return Verdict("failed", "the checks ended without a verdict (out of memory or CPU time?)", seconds)
-        result = json.loads(data)
-        reason = _printable(result["reason"])
-        if result["passed"] and runner.leaves_something():
-            reason = "the program left threads or processes running"
-        elif result["passed"] and os.fstat(runner.output.fileno()).st_size >= limits["file_limit"]:
-            reason = f"the program printed {limits['file_limit']} bytes or more"
-        elif not result["passed"] and not reason:
-            return Verdict(*runner.how_it_ended(), seconds)
-        return Verdict("failed" if reason else "passed", reason, seconds)
+    if data is None:
+        return Verdict("timed out", f"no verdict within {limits['timeout']:g} s", seconds)
+    reason = json.loads(data) if data else "the checks ended without a verdict (killed, or out of memory or CPU time?)"
+    # one printable line
+    reason = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(reason.split()))[:200]
+    return Verdict("failed" if reason else "passed", reason, seconds)
 
 
-class _Interpreter:
-    """
-    Starts one of the two processes.
+def _read(pipe: BinaryIO, size: int, seconds: float) -> bytes | None:
+    """Returns up to `size` bytes of a pipe, none at its end, or `None` if none come in time."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return os.read(pipe.fileno(), size) if poll.poll(math.ceil(seconds * 1000)) else None
 
-    Args:
-        role (`str`): The module that it runs, `"judge"` or `"program"`.
-        job (`dict`): What that module needs.
-        ends (`dict`): Its ends of the pipes, by name.
-        limits (`dict`): The limits of [`run_program`].
-        folder (`str`, *optional*): Its working directory if it is to have no walls.
-    """
 
-    def __init__(self, role: str, job: dict, ends: dict[str, int], limits: dict, folder: str | None):
-        self.walls = folder is None
-        user = _unused_user() if self.walls else None
-        job = {**job, **ends, "limits": limits, "walls": self.walls, "user": user, "packages": _packages()}
-        job["folder"] = folder or FOLDER
-        command = [os.path.realpath(sys.executable), "-SsB", "-c", f"from runner.{role} import main; main()"]
-        self.output = _file(b"")
-        with _file(json.dumps(job).encode()) as paper, _file(_seccomp() if self.walls else b"") as rules:
-            if self.walls:
-                command = [*_walls(limits["file_limit"], user), "--seccomp", str(rules.fileno()), *command]
-            self.process = subprocess.Popen(
-                command,
-                stdin=paper,
-                stdout=self.output,
-                stderr=self.output,
-                pass_fds=[*ends.values(), rules.fileno()],
-                cwd=RUNNER.parent,
-                env={**ENVIRONMENT, "HOME": job["folder"], "TMPDIR": job["folder"]},
-                start_new_session=True,
-            )
-
-    def kill(self) -> None:
-        """Kills it and all that it has started. Without walls, only what is still below it."""
-        with suppress(psutil.NoSuchProcess):
-            for process in [] if self.walls else psutil.Process(self.process.pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-        self.process.kill()
-        self.process.wait()
-        self.output.close()
-
-    def leaves_something(self) -> bool:
-        """Returns whether more than its main thread still runs after `LINGER` seconds."""
-        own = 3 if self.walls else 1  # `bwrap` outside, `bwrap` inside, the interpreter
-        deadline = time.monotonic() + LINGER
-        clean = 0  # looks in a row that found nothing; one alone can miss a process that is about to change its parent
-        while clean < 2 and (clean or time.monotonic() < deadline):
-            few = False
-            with suppress(psutil.NoSuchProcess):  # one has just ended
-                top = psutil.Process(self.process.pid)
-                # psutil's zombie with several threads is a process whose main thread alone has ended
-                counts = [
-                    (process.num_threads(), process.status() == psutil.STATUS_ZOMBIE)
-                    for process in [top, *top.children(recursive=True)]
-                ]
-                few = sum(threads for threads, ended in counts if threads > 1 or not ended) <= own
-            clean = clean + 1 if few else 0
-            time.sleep(0.01)
-        return clean < 2
-
-    def how_it_ended(self) -> tuple[str, str]:
-        """Returns status and reason for a program that was gone before the checks were done."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(LINGER)
-        code = self.process.returncode
-        if code is None:
-            return "failed", "the program broke off the checks"
-        number = -code if code < 0 else code - 128  # with walls it is 128 + the signal's number
-        if number == signal.SIGXCPU:
-            return "timed out", "the program used up its CPU time"
-        name = f", {signal.Signals(number).name}" if number in {*signal.Signals} else ""
-        return "failed", f"the program ended before the checks were done (exit status {code}{name})"
-
-    def last_words(self) -> str:
-        """Returns the end of what it has printed."""
-        self.output.seek(max(0, os.fstat(self.output.fileno()).st_size - 1000))
-        return self.output.read().decode(errors="replace")
+def _kill(process: subprocess.Popen) -> None:
+    """Kills the process group. Behind walls everything dies with it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @lru_cache
@@ -375,23 +309,18 @@ def _walls(size: float, user: int | None) -> list[str]:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     for folder in ("/tmp", "/dev/shm"):
         command += ["--perms", "1777", "--size", str(int(size)), "--tmpfs", folder]
-    for path in _readable():
+    prefixes = ["", "/usr", "/usr/local", sys.base_prefix, str(Path(sys.executable).resolve().parents[1])]
+    readable = [
+        f"{prefix}/{name}" for prefix in prefixes for name in ("bin", "sbin", "lib", "lib32", "lib64", "libexec")
+    ]
+    readable += ["/usr/share", "/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime", *_packages()]
+    for path in dict.fromkeys(readable):
         for parent in reversed(Path(path).parents):
             command += ["--dir", str(parent)]  # open to all users, even where the real one is not
-        command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
-    command += ["--ro-bind", str(RUNNER), "/runner", "--perms", "0777", "--dir", FOLDER]
+        command += ["--ro-bind-try", path, path]
+    command += ["--perms", "0777", "--dir", FOLDER]
     command += ["--tmpfs", "/proc/1"]  # the inner `bwrap`, whose memory an ordinary user's program could write to
     return [*command, "--remount-ro", "/proc/1", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
-
-
-@lru_cache
-def _readable() -> list[str]:
-    """Returns what can be read behind the walls."""
-    prefixes = ["/", "/usr", "/usr/local", sys.base_prefix, str(Path(sys.executable).resolve().parents[1])]
-    names = ("bin", "sbin", "lib", "lib32", "lib64", "libexec")
-    paths = [os.path.join(prefix, name) for prefix in prefixes for name in names]
-    paths += ["/usr/share", "/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime", *_packages()]
-    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
 
 @lru_cache
@@ -412,7 +341,7 @@ def _seccomp() -> bytes:
         rules.add_rule(refuse, name)
     rules.add_rule(refuse, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, CLONE_NEWUSER, CLONE_NEWUSER))
     rules.add_rule(refuse, "socket", pyseccomp.Arg(0, pyseccomp.GT, AF_NETLINK))  # vsock leaves the network namespace
-    with _file(b"") as file:
+    with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
         file.seek(0)
         return file.read()
@@ -424,23 +353,3 @@ def _unused_user() -> int | None:
         return None
     first, _, count = map(int, Path("/proc/self/uid_map").read_text().splitlines()[-1].split())
     return first + count // 2 + secrets.randbelow(count // 2) if count > 1 else None
-
-
-def _read(pipe: int, size: int, seconds: float) -> bytes | None:
-    """Returns at most `size` bytes that come next from a pipe, none at its end, or `None` if none come in time."""
-    poll = select.poll()
-    poll.register(pipe, select.POLLIN)
-    return os.read(pipe, size) if poll.poll(math.ceil(seconds * 1000)) else None
-
-
-def _file(content: bytes) -> BinaryIO:
-    """Returns an open file without a name, at its beginning."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115
-    file.write(content)
-    file.seek(0)
-    return file
-
-
-def _printable(text: str) -> str:
-    """Returns text as one printable line of at most 200 characters."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))[:200]

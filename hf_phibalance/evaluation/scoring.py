@@ -1,7 +1,7 @@
 """
-The rules by which GSM8K answers and HumanEval samples are scored, as pure functions without dependencies.
+How GSM8K answers and HumanEval samples are scored, as pure functions without dependencies.
 
-They are those of lm-evaluation-harness (task `gsm8k`, version 3.0, and task `humaneval`) and of openai/human-eval, so
+The rules are those of lm-evaluation-harness (task `gsm8k`, version 3.0, and task `humaneval`) and of openai/human-eval, so
 that scores can be compared with published ones.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from math import prod
+from typing import Any
 
 
 GSM8K_STOPS: tuple[str, ...] = ("Question:", "</s>", "<|im_end|>")
@@ -20,60 +21,41 @@ INVALID = "[invalid]"
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-_REMOVED = tuple(re.compile(pattern) for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$"))
 
 
 def truncate(text: str, stops: Iterable[str]) -> str:
-    """
-    The part of `text` before the first stop string.
-
-    Args:
-        text (`str`): A generated continuation.
-        stops (`Iterable[str]`): For instance `GSM8K_STOPS`.
-
-    Returns:
-        `str`: `text` without the earliest of the stop strings and all that follows it.
-    """
+    """Returns the part of `text` before the first of the stop strings."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def extract_strict(text: str) -> str:
-    """The number after the first `#### ` of `text`, not yet normalised, or `INVALID`."""
+    """Returns the number after the first `#### ` of `text`, not yet normalised, or `INVALID`."""
     match = _STRICT.search(text)
     return match[1].strip() if match else INVALID
 
 
 def extract_flexible(text: str) -> str:
-    """The last number of `text`, wherever it stands, not yet normalised, or `INVALID`."""
+    """Returns the last number of `text`, not yet normalised, or `INVALID`."""
     matches = _FLEXIBLE.findall(text)
     return (matches[-1][0] or matches[-1][1]).strip() if matches else INVALID
 
 
 def normalise_answer(text: str) -> str:
     """
-    What is compared of an extracted number or of a gold answer.
-
-    Args:
-        text (`str`): The number, or a whole gold answer that ends in `#### <number>`.
-
-    Returns:
-        `str`: `text` without `,`, without `$`, without everything up to the last `#### `, without a final `.`, and
-        in lower case.
+    Returns a number as it is compared: in lower case, without `,`, `$`, everything up to the last `#### `, and a final
+    `.`. `text` may be a whole gold answer that ends in `#### <number>`.
     """
-    for pattern in _REMOVED:
-        text = pattern.sub("", text)
+    for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$"):
+        text = re.sub(pattern, "", text)
     return text.lower()
 
 
 def gold_answer(reference: object) -> str:
     """
-    A gold answer as text: the `answer` field of GSM8K as it is, or a bare number.
+    Returns a gold answer as text for `normalise_answer`. The number `18.0` is the same as `18`.
 
     Args:
-        reference (`str`, `int` or `float`): The answer field, or the number; `18.0` is the same as `18`.
-
-    Returns:
-        `str`: Text for `normalise_answer`.
+        reference (`str`, `int` or `float`): The `answer` field of GSM8K, or its final number.
 
     Raises:
         `TypeError`: If it is neither text nor a number.
@@ -88,13 +70,21 @@ def gold_answer(reference: object) -> str:
     return str(int(reference)) if isinstance(reference, float) and reference.is_integer() else str(reference)
 
 
+def score_gsm8k(prediction: str, reference: str) -> dict[str, Any]:
+    """Returns the numbers that are read from an answer, and whether each is right."""
+    gold = normalise_answer(reference)
+    strict, flexible = normalise_answer(extract_strict(prediction)), normalise_answer(extract_flexible(prediction))
+    read = {"strict": strict, "flexible": flexible, "gold": gold}
+    return {**read, "strict_match": strict == gold, "flexible_extract": flexible == gold}
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """
-    Probability that at least one of `k` samples is right, estimated without bias from more samples.
+    Estimates without bias the probability that at least one of `k` samples is right.
 
     Args:
-        samples (`int`): Number of samples n drawn for the problem, at least `k`.
-        correct (`int`): How many of them are right, c.
+        samples (`int`): Number n of samples of the problem, at least `k`.
+        correct (`int`): Number c of right samples.
         k (`int`): Number of attempts.
 
     Returns:

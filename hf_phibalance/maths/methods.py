@@ -1,14 +1,16 @@
 """
-The balancing methods: φ-balancing, and those it is compared with.
+The balancing methods: φ-balancing, and the methods it is compared with, with their prices and steps of the selection bias. To add
+a method, add a row to [`METHODS`].
 
-A method sets some fields of [`PhiBalanceConfig`], leaves others to the user, and moves the selection bias by a rule. Most
-baselines need no code of their own. For example, the Switch loss E Σ_e f_e P_e of one micro-batch is ⟨q, p⟩ with q = E f, and
+Most baselines need no code of their own. For example, the Switch loss E Σ_e f_e P_e of one micro-batch is ⟨q, p⟩ with q = E f, and
 q = ∇φ(E f) + 1 for the potential l2. So it is φ-balancing with potential l2, load as statistic, no memory, and the price of the
 current micro-batch.
 
 The bias can be used together with the price gradient. The price gradient of the current batch is proportional control: it acts
 at once but leaves an offset, which is smaller for a larger `coef`. The bias sums up the remaining price: this integral control
 removes the offset.
+
+Shapes: L routers, T tokens, E experts, H bins of a histogram.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ import torch
 from torch import Tensor
 
 from .potentials import Potential, centred_price
-from .quantile import quantile_bias
 
 
-BiasRule = Literal["dual", "sign", "quantile"]
+BINS = 1000  # of a histogram of margins
+ROUNDING = 1e-4  # a bias beyond its reach by less than this share got there by rounding, which must not add up
 
 PHI_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -43,28 +45,14 @@ PHI_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Method:
-    """
-    One balancing method.
+    """One balancing method."""
 
-    Args:
-        source (`str`): Where it is published.
-        values (`Mapping[str, Any]`): Its values of the fields of [`PhiBalanceConfig`] that differ from those of φ.
-        free (`frozenset[str]`): The fields that a user may set.
-        bias_rule (`str`, *optional*, defaults to `"dual"`):
-            How a step moves the selection bias b of the experts: `"dual"`, b -= bias_coef · q with φ prices; `"sign"`,
-            b += bias_coef · sign(mean load - load); `"quantile"`, b moves by the fraction bias_coef to the bias that gives
-            every expert its fair share of the step.
-        pooled (`bool`, *optional*, defaults to `False`):
-            Whether all layers share the price of their pooled tokens, as in the loss of transformers.
-        freezes (`bool`, *optional*, defaults to `False`): Whether the parameters of the routers are frozen.
-    """
-
-    source: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    free: frozenset[str] = frozenset()
-    bias_rule: BiasRule = "dual"
-    pooled: bool = False
-    freezes: bool = False
+    source: str  # where it is published
+    values: Mapping[str, Any] = field(default_factory=dict)  # defaults of fields, where they differ from PHI_DEFAULTS
+    free: tuple[str, ...] = ()  # fields of PHI_DEFAULTS that a user may set
+    bias_rule: Literal["dual", "sign", "quantile"] = "dual"  # how a step moves the selection bias; see `bias_step`
+    pooled: bool = False  # whether all layers share the price of their pooled tokens; see `price_now`
+    freezes: bool = False  # whether the parameters of the routers are frozen
 
     def default(self, name: str) -> Any:
         """Returns its default of the field `name`."""
@@ -76,23 +64,19 @@ _SWITCH = {"potential": "l2", "ema_rate": 1.0, "track": "load", "price_from": "c
 _OFF = {"coef": 0.0}
 
 METHODS: dict[str, Method] = {
-    "phi": Method("arXiv 2605.15403, Algorithm 1", free=frozenset(PHI_DEFAULTS)),
+    "phi": Method("arXiv 2605.15403, Algorithm 1", free=tuple(PHI_DEFAULTS)),
     # α E Σ_e f_e P_e per layer, f the share of the assignments (arXiv 2101.03961, Eq. 4; 2202.08906 for top-k)
-    "switch": Method("arXiv 2101.03961, Eq. 4", _SWITCH, frozenset({"coef", "bias_coef"})),
-    # the same with f pooled over layers and not divided by k, and a mean over layers instead of a sum
-    "pooled": Method(
-        "transformers, load_balancing_loss_func", _SWITCH | {"coef": 0.001}, frozenset({"coef"}), pooled=True
-    ),
-    # the same as switch with f of the global batch so far
-    "global_batch": Method("arXiv 2501.11873", _SWITCH | {"price_from": "global"}, frozenset({"coef", "bias_coef"})),
-    "loss_free": Method(
-        "arXiv 2408.15664, Algorithm 1", _OFF | {"bias_coef": 0.001}, frozenset({"bias_coef"}), bias_rule="sign"
-    ),
+    "switch": Method("arXiv 2101.03961, Eq. 4", _SWITCH, ("coef", "bias_coef")),
+    # switch with f pooled over layers and not divided by k, and a mean over layers instead of a sum
+    "pooled": Method("transformers, load_balancing_loss_func", _SWITCH | {"coef": 0.001}, ("coef",), pooled=True),
+    # switch with f of the global batch so far
+    "global_batch": Method("arXiv 2501.11873", _SWITCH | {"price_from": "global"}, ("coef", "bias_coef")),
+    "loss_free": Method("arXiv 2408.15664, Algorithm 1", _OFF | {"bias_coef": 0.001}, ("bias_coef",), "sign"),
     "quantile": Method(
         "Quantile Balancing (Su, 2026); Kimi K3 report, Eqs. 13-14",
         _OFF | {"bias_coef": 1.0},
-        frozenset({"bias_coef"}),
-        bias_rule="quantile",
+        ("bias_coef",),
+        "quantile",
     ),
     "frozen": Method("routers keep their initial or pretrained weights", _OFF, freezes=True),
     "none": Method("no balancing, counting only", _OFF),
@@ -113,19 +97,12 @@ def price_now(
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """
-    Returns the prices of a micro-batch, `(L, E)`, once its forward has ended.
+    Returns the prices of a micro-batch, `(L, E)`, at the end of its forward.
 
-    Args:
-        potential (`Potential`): φ.
-        mean_LE (`torch.Tensor` of shape `(L, E)`): EMA of the previous steps.
-        own_LE, step_LE (`torch.Tensor` of shape `(L, E)`): statistic summed over the micro-batch, and over the step so far.
-        price_from (`str`): `"current"` mixes the micro-batch into the mean (arXiv 2605.15403, Algorithm 1). `"global"` mixes in
-            the step so far, over all ranks.
-        pooled (`bool`): whether all layers share the price of their pooled tokens, as in transformers'
-            `load_balancing_loss_func`. Its f sums to k instead of 1, and it is a mean over layers instead of a sum.
-        ema_rate (`float`): η.
-        top_k (`int`): experts per token.
-        sum_over_ranks (`Callable`): sums a tensor over the ranks, in place.
+    `mean_LE` is the EMA of the previous steps, `own_LE` the statistic summed over the micro-batch, `step_LE` summed over the step so
+    far. `price_from="current"` mixes the micro-batch into the mean (arXiv 2605.15403, Algorithm 1), `"global"` the step so far
+    over all ranks. With `pooled`, all layers share the price of their pooled tokens, as in transformers'
+    `load_balancing_loss_func`, whose f sums to k instead of 1 and which is a mean over layers instead of a sum.
     """
     if pooled:
         pooled_E = own_LE.sum(dim=0)
@@ -150,17 +127,100 @@ def bias_step(
     """
     Returns the change of the biases in a step, `(L, E)`.
 
-    Args:
-        rule (`str`):
-            `"dual"`: -coef · q (arXiv 2605.15403); `"sign"`: coef · sign(mean load - load) (arXiv 2408.15664, Algorithm 1);
-            `"quantile"`: the fraction `coef` of the way to the bias that gives every expert its fair share (Quantile Balancing).
-        coef (`float`): step size.
-        bias_LE, price_LE, load_LE (`torch.Tensor` of shape `(L, E)`): biases in force, prices, load of the step.
-        margins_LEH (`torch.Tensor` of shape `(L, E, H)`): histograms of margins, for `"quantile"`.
-        top_k_L1, width_L1 (`torch.Tensor` of shape `(L, 1)`): experts per token, span of the scores.
+    `"dual"`: -coef · q (arXiv 2605.15403). `"sign"`: coef · sign(mean load - load) (arXiv 2408.15664, Algorithm 1). `"quantile"`:
+    the fraction `coef` of the way to the bias that gives every expert its fair share; see [`quantile_bias`].
     """
     if rule == "dual":
         return -coef * price_LE
     if rule == "sign":
         return coef * (load_LE.mean(dim=-1, keepdim=True) - load_LE).sign()  # the sign of NaN is 0
     return coef * (quantile_bias(margins_LEH, top_k_L1, bias_LE, width_L1) - bias_LE)
+
+
+def margin_histogram(scores: Tensor, bias: Tensor, top_k: int, mask: Tensor, width: float) -> Tensor:
+    """
+    Returns the histogram of the margins of one router, for [`quantile_bias`].
+
+    Expert e is among the top-k of a token if s_e + b_e exceeds the token's cutoff, its (k+1)-th largest biased score. The margin
+    cutoff - s_e is therefore the bias that the expert needs there. A histogram is a sum over tokens, so the result does not depend
+    on how a step is split. Takes `scores (T, E)` without the bias, the current `bias (E,)`, the weight of each token `mask (T,)`
+    and the span of the scores `width` (1 for probabilities). Returns weights summed by bin, `(E, H)`.
+    """
+    experts = scores.shape[-1]
+    low, high = (bound.squeeze() for bound in _margin_range(bias.unsqueeze(0), bias.new_full((1, 1), width)))
+    cutoff_T1 = (scores + bias).topk(top_k + 1, dim=-1).values[:, -1:]
+    place_TE = (cutoff_T1 - scores - low) * (BINS / (high - low))
+    place_TE = (
+        place_TE.clamp_(max=BINS).long().clamp_(0, BINS - 1)
+    )  # the margin of a masked expert (score -inf) is inf
+    place_TE += torch.arange(experts, device=scores.device) * BINS
+    weight_TE = mask.unsqueeze(-1).expand_as(place_TE)
+    counts = torch.zeros(experts * BINS, device=scores.device)
+    return counts.scatter_add_(0, place_TE.reshape(-1), weight_TE.reshape(-1)).view(experts, BINS)
+
+
+def quantile_bias(histogram_LEH: Tensor, top_k_L1: Tensor, bias_LE: Tensor, width_L1: Tensor) -> Tensor:
+    """
+    Returns the bias `(L, E)` with which every expert would have been chosen its fair share of times: the k/E quantile of its
+    margins, interpolated within its bin and centred (Su 2026, "Quantile Balancing"; Kimi K3 report, Eqs. 13-14).
+
+    Takes the margins of all tokens of a step, the experts per token, the bias during the step and the span of the scores. Without
+    tokens the bias stays.
+    """
+    low_L1, high_L1 = _margin_range(bias_LE, width_L1)
+    below_LEH = histogram_LEH.cumsum(-1)
+    total_LE = below_LEH[..., -1]
+    target_LE1 = (total_LE * top_k_L1 / bias_LE.shape[-1]).unsqueeze(-1)
+    place_LE1 = torch.searchsorted(below_LEH, target_LE1).clamp_(max=BINS - 1)
+    inside_LE1 = histogram_LEH.gather(-1, place_LE1)
+    before_LE1 = below_LEH.gather(-1, place_LE1) - inside_LE1
+    part_LE = ((target_LE1 - before_LE1) / inside_LE1.clamp(min=1e-30)).clamp_(0, 1).squeeze(-1)
+    quantile_LE = low_L1 + (place_LE1.squeeze(-1) + part_LE) * (high_L1 - low_L1) / BINS
+    centred_LE = quantile_LE - quantile_LE.mean(-1, keepdim=True)
+    return torch.where(total_LE > 0, centred_LE, bias_LE)
+
+
+def _margin_range(bias_LE: Tensor, width_L1: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns bounds `(L, 1)` of the margins of scores that span at most `width`."""
+    return bias_LE.amin(-1, keepdim=True) - width_L1, bias_LE.amax(-1, keepdim=True) + width_L1
+
+
+def step_within(bias_LE: Tensor, step_LE: Tensor, reach_LE: Tensor) -> Tensor:
+    """
+    Returns `bias + step`, projected so that every bias stays within its reach of the router's mean bias, `(L, E)`.
+
+    This prevents wind-up. The bias sums up prices. If the selection cannot answer it (an expert is masked, or a frozen router sees
+    few tokens), the sum would grow without limit and take as long to come back.
+
+    The mean of a router is that of `bias + step`: experts with room take what others must not. An expert that a checkpoint brought
+    beyond its reach may come back, but goes no farther. If nothing is out of reach, the result is `bias + step` bit for bit. A step
+    longer than twice the reach gives only the direction.
+    """
+    off_LE = _off_mean(bias_LE).abs()
+    limit_LE = torch.where(off_LE > reach_LE * (1 + ROUNDING), off_LE, reach_LE)
+    longest_L1 = step_LE.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
+    moved_LE = bias_LE + step_LE * (2 * limit_LE.amax(dim=-1, keepdim=True) / longest_L1).clamp(max=1.0)
+    off_LE = _off_mean(moved_LE)
+    beyond_L1 = (off_LE.abs() > limit_LE).any(dim=-1, keepdim=True)
+    within_LE = (off_LE - _shift(off_LE, limit_LE)).clamp(-limit_LE, limit_LE)
+    return torch.where(beyond_L1, moved_LE - off_LE + within_LE, moved_LE)
+
+
+def _off_mean(values_LE: Tensor) -> Tensor:
+    return values_LE - values_LE.mean(dim=-1, keepdim=True)
+
+
+def _shift(values_LE: Tensor, limit_LE: Tensor) -> Tensor:
+    """
+    Returns the λ `(L, 1)` with Σ_e clamp(values_e - λ, ±limit_e) = 0.
+
+    The sum starts at Σ limit and falls with λ. Its slope is the number of experts inside their limits, so it is linear between
+    the points at which an expert enters or leaves its limits.
+    """
+    points_LP, order_LP = torch.cat([values_LE - limit_LE, values_LE + limit_LE], dim=-1).sort(dim=-1)
+    entering_LP = torch.cat([torch.ones_like(values_LE), -torch.ones_like(values_LE)], dim=-1).gather(-1, order_LP)
+    inside_LP = entering_LP.cumsum(dim=-1)  # behind each point
+    falls_LP = (inside_LP[:, :-1] * points_LP.diff(dim=-1)).cumsum(dim=-1)
+    sums_LP = limit_LE.sum(dim=-1, keepdim=True) - torch.nn.functional.pad(falls_LP, (1, 0))
+    last_L1 = (sums_LP >= 0).sum(dim=-1, keepdim=True) - 1
+    return points_LP.gather(-1, last_L1) + sums_LP.gather(-1, last_L1) / inside_LP.gather(-1, last_L1).clamp(min=1)

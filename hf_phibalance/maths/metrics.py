@@ -1,9 +1,9 @@
-"""Load-balance metrics: how evenly the tokens of a layer are spread over its experts.
+"""
+Metrics of expert load: how evenly it is spread, and how much the chosen expert tells about the domain of a token.
 
-All functions take the load per layer and expert, `load_LE` (L layers, E experts), as counts or shares, and return one
-figure per layer; more leading dimensions are welcome. Whether a figure is *global* or *per batch* depends only on what
-was summed into the load. All are functions of the relative load r = E · load / Σ load, which is 1 for every expert at
-balance. A layer to which nothing was routed shows no imbalance: it counts as balanced, never as `nan`.
+Load metrics take the load of each expert, `load_LE` (L layers, E experts), as counts or shares, with any leading dimensions. They
+return one number per layer. They are functions of the relative load r = E · load / Σ load, which is 1 for every expert at balance.
+A layer without tokens counts as balanced, never as `nan`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEAD_THRESHOLD = 0.05
 
 
 def relative_load(load_LE: Tensor) -> Tensor:
-    """`E * load / sum(load)` in fp32 (fp64 where the input is), shape `(L, E)`; ones where nothing was routed."""
+    """Returns `E * load / sum(load)` in fp32 (fp64 if the input is), shape `(L, E)`, and ones without load."""
     load_LE = load_LE.to(torch.promote_types(load_LE.dtype, torch.float32))
     mean_L1 = load_LE.mean(-1, keepdim=True)
     routed_L1 = mean_L1 > 0
@@ -26,7 +26,7 @@ def relative_load(load_LE: Tensor) -> Tensor:
 
 
 def max_relative_load(load_LE: Tensor) -> Tensor:
-    """Load of the busiest expert over the mean load, shape `(L,)`: from 1 at balance to `E` for one expert only."""
+    """Load of the busiest expert over the mean load, shape `(L,)`: 1 at balance, `E` if one expert gets all."""
     return relative_load(load_LE).amax(-1)
 
 
@@ -42,10 +42,10 @@ def max_vio(load_LE: Tensor) -> Tensor:
 
 def gini(load_LE: Tensor) -> Tensor:
     """
-    Gini coefficient, shape `(L,)`: 0 at balance, `(E - 1) / E` for one expert only.
+    Gini coefficient, shape `(L,)`: 0 at balance, `(E - 1) / E` if one expert gets all.
 
-    `sum_i (2 i - E - 1) x_(i) / (E sum(x))` with the loads `x_(1) <= ... <= x_(E)` ascending; equal to half the mean
-    absolute difference of all pairs over the mean.
+    `sum_i (2 i - E - 1) x_(i) / (E sum(x))` with loads `x_(1) <= ... <= x_(E)`. This is half the mean absolute difference of all
+    pairs, over the mean.
     """
     r_LE = relative_load(load_LE).sort(-1).values
     num_experts = r_LE.shape[-1]
@@ -54,12 +54,12 @@ def gini(load_LE: Tensor) -> Tensor:
 
 
 def cv(load_LE: Tensor) -> Tensor:
-    """Coefficient of variation, population standard deviation (divided by `E`) over mean, shape `(L,)`."""
+    """Coefficient of variation, population standard deviation over mean, shape `(L,)`: 0 at balance."""
     return (relative_load(load_LE) - 1.0).square().mean(-1).sqrt()
 
 
 def normalised_entropy(load_LE: Tensor) -> Tensor:
-    """Entropy of the shares over `log E`, shape `(L,)`: 1 at balance and for E = 1, 0 for one expert only."""
+    """Entropy of the shares over `log E`, shape `(L,)`: 1 at balance and for E = 1, 0 if one expert gets all."""
     r_LE = relative_load(load_LE)
     num_experts = r_LE.shape[-1]
     if num_experts == 1:
@@ -67,34 +67,28 @@ def normalised_entropy(load_LE: Tensor) -> Tensor:
     return torch.special.entr(r_LE / num_experts).sum(-1) / math.log(num_experts)
 
 
-def dead_experts(load_LE: Tensor, threshold: float = DEAD_THRESHOLD) -> Tensor:
+def dead_experts(load_LE: Tensor) -> Tensor:
     """
-    Number of experts with a relative load under `threshold`, shape `(L,)`, in floating point.
+    Number of experts with less than 5% of the fair share of the load, shape `(L,)`, in floating point.
 
-    Args:
-        load_LE (`torch.Tensor` of shape `(L, E)`): Load as counts or shares.
-        threshold (`float`, *optional*, defaults to `0.05`):
-            Fraction of the fair share `1 / E`, so that the verdict does not depend on the number of experts. At 5% an
-            expert is trained on a twentieth of the tokens of an average one.
+    Such an expert is trained on a twentieth of the tokens of an average one, whatever the number of experts.
     """
-    if not 0.0 < threshold <= 1.0:
-        raise ValueError(f"`threshold` is {threshold!r}: choose a fraction of the fair share in (0, 1].")
     r_LE = relative_load(load_LE)
-    return (r_LE < threshold).sum(-1).to(r_LE.dtype)
+    return (r_LE < DEAD_THRESHOLD).sum(-1).to(r_LE.dtype)
 
 
 def noise_floor(num_experts: int, top_k: int, tokens: float | Tensor) -> Tensor:
     """
-    MaxVio to expect from chance alone if every token picks `top_k` experts uniformly: below it a figure means nothing.
+    MaxVio to expect from chance alone if every token picks `top_k` experts uniformly. A MaxVio below it means nothing.
 
-    `sqrt((E - k) / (T k)) * sqrt(2 log E)`: an expert's count is then binomial, of relative standard deviation
-    `sqrt((E - k) / (T k))`, and the largest of `E` nearly Gaussian counts averages at most `sqrt(2 log E)` deviations
-    (30% fewer for 8 experts, 15% for 256). Real tokens are correlated, so real noise is larger.
+    `sqrt((E - k) / (T k)) * sqrt(2 log E)`: the count of an expert is then binomial with relative standard deviation
+    `sqrt((E - k) / (T k))`. The largest of `E` nearly Gaussian counts averages at most `sqrt(2 log E)` deviations (30% fewer for 8
+    experts, 15% for 256). Real tokens are correlated, so real noise is larger.
 
     Args:
         num_experts (`int`): Number of experts `E`.
         top_k (`int`): Experts per token `k`.
-        tokens (`float` or `torch.Tensor` of shape `(L,)`): Tokens `T` summed into the load; none gives `inf`.
+        tokens (`float` or `torch.Tensor` of shape `(L,)`): Tokens `T` summed into the load. 0 gives `inf`.
 
     Returns:
         `torch.Tensor` of the shape of `tokens`.
@@ -108,25 +102,49 @@ def noise_floor(num_experts: int, top_k: int, tokens: float | Tensor) -> Tensor:
     return (2.0 * math.log(num_experts) * (num_experts - top_k) / (top_k * tokens)).sqrt()
 
 
-def summarise(load_LE: Tensor, top_k: int | None = None, dead_threshold: float = DEAD_THRESHOLD) -> dict[str, Tensor]:
+def summarise(load_LE: Tensor) -> dict[str, Tensor]:
+    """Returns all metrics of a load by name, one `(L,)` tensor each."""
+    metrics = (max_vio, gini, cv, normalised_entropy, min_relative_load, max_relative_load, dead_experts)
+    return {metric.__name__: metric(load_LE) for metric in metrics}
+
+
+def mutual_information(counts_DE: Tensor) -> Tensor:
     """
-    All metrics of a load, one `(L,)` tensor each.
+    Plug-in estimate of I(domain; expert) in bits: how much the expert of an assignment tells about the domain of its token.
+
+    It is 0 if all domains use the experts alike. Its maximum is the smaller of the entropies of domain and expert.
 
     Args:
-        load_LE (`torch.Tensor` of shape `(L, E)`): Load as counts or shares.
-        top_k (`int`, *optional*):
-            Experts per token. If given, the load must be counts; the result then has the `noise_floor` as well.
-        dead_threshold (`float`, *optional*, defaults to `0.05`): See [`dead_experts`].
+        counts_DE (`torch.Tensor` of shape `(..., D, E)`):
+            How often each expert was chosen in each domain. With shares of each domain instead, all domains weigh the same.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, in fp64; 0 if nothing was counted.
     """
-    summary = {
-        "max_vio": max_vio(load_LE),
-        "gini": gini(load_LE),
-        "cv": cv(load_LE),
-        "normalised_entropy": normalised_entropy(load_LE),
-        "min_relative_load": min_relative_load(load_LE),
-        "max_relative_load": max_relative_load(load_LE),
-        "dead_experts": dead_experts(load_LE, dead_threshold),
-    }
-    if top_k is not None:
-        summary["noise_floor"] = noise_floor(load_LE.shape[-1], top_k, load_LE.sum(-1) / top_k)
-    return summary
+    counts_DE = counts_DE.double()
+    joint_DE = counts_DE / counts_DE.sum((-2, -1), keepdim=True).clamp(min=1e-300)
+
+    def entropy(p: Tensor, *dims: int) -> Tensor:
+        return torch.special.entr(p).sum(dims) / math.log(2)
+
+    domain_D, expert_E = joint_DE.sum(-1), joint_DE.sum(-2)
+    return (entropy(expert_E, -1) + entropy(domain_D, -1) - entropy(joint_DE, -2, -1)).clamp(min=0.0)
+
+
+def mutual_information_bias(counts_DE: Tensor, top_k: int) -> float:
+    """
+    Expectation of [`mutual_information`] in bits if the domains do not differ: `(D - 1) (E - k) / (2 T k ln 2)`.
+
+    For `k = 1` this is the correction of Miller and Madow. The `k` experts of a token are distinct, so they are not independent.
+    To second order the estimate is `Σ_de (O_de - T_d π_e)² / (T_d π_e) / (2 T k ln 2)`, where π_e is the probability that a token
+    has expert e among its k. Each square averages `T_d π_e (1 - π_e)`, minus its share `T_d / T` because π_e is fitted, and
+    `Σ_e (1 - π_e) = E - k` for every π. Only experts and domains that occur count. Tokens of real texts are not independent, so
+    the real expectation is larger.
+
+    Args:
+        counts_DE (`torch.Tensor` of shape `(D, E)`): How often each expert was chosen in each domain.
+        top_k (`int`): Experts per token.
+    """
+    assignments = int(counts_DE.sum())
+    domains, experts = (int((counts_DE.sum(axis) > 0).sum()) for axis in (1, 0))
+    return max(domains - 1, 0) * max(experts - top_k, 0) / (2 * max(assignments, 1) * math.log(2))

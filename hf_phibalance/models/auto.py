@@ -1,8 +1,9 @@
-"""`from_pretrained(..., phi_balance=...)`: loading a model and patching it in one call."""
+"""`from_pretrained(..., phi_balance=...)`: loads a model and patches it in one call."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,7 @@ from transformers.utils import logging
 from ..balancing import config_in, find_balancer, fingerprint, get_balancer, give_own_config, patch, read_state
 from ..config import PhiBalanceConfig
 from ..files import STATE_NAME, find_state, hub_arguments
-from .checkpoints import auto_class_of, base_of, class_below, find_adapter, labels_of
-from .heads import auto_class_name
+from .checkpoints import auto_class_name, auto_class_of, base_of, class_below, find_adapter, labels_of
 
 
 logger = logging.get_logger(__name__)
@@ -26,13 +26,12 @@ class _AutoModel:
     """
     An auto class of transformers whose models come back φ-balanced.
 
-    `phi_balance` may be a [`PhiBalanceConfig`], a mapping of its fields, `True` (what config.json says, else the
-    defaults), `False` (the ordinary model), or be left out: then config.json decides, so that a model that was saved while
-    patched is patched again. `false` and `null` in config.json mean no balancing. The folder of an adapter keeps its
-    configuration in `phi_balance.state` instead.
+    `phi_balance` is a [`PhiBalanceConfig`], a mapping of its fields, `True` (the settings in config.json, else the defaults) or
+    `False` (the ordinary model). Without it config.json decides, so a model that was saved while patched is patched again. `false`
+    and `null` in config.json mean no balancing. An adapter keeps its settings in `phi_balance.state` instead.
     """
 
-    plain: type[_BaseAutoModelClass]  # that of transformers
+    plain: type[_BaseAutoModelClass]  # the class of transformers
 
     def __init_subclass__(cls) -> None:
         cls.plain = getattr(transformers, cls.__name__)
@@ -45,20 +44,20 @@ class _AutoModel:
         cls, pretrained_model_name_or_path: str, *args, phi_balance: Any = None, **kwargs
     ) -> nn.Module:
         """
-        Loads a model, or the adapter of one with its base model.
+        Loads a model, or an adapter on its base model.
 
         Args:
-            pretrained_model_name_or_path (`str`): folder or Hub name.
-            phi_balance (`PhiBalanceConfig`, `dict` or `bool`, *optional*): see the class.
+            pretrained_model_name_or_path (`str`): Folder or Hub name.
+            phi_balance (`PhiBalanceConfig`, `dict` or `bool`, *optional*): See the class.
             kwargs:
-                handed to the `from_pretrained` of transformers' class of the same name. For an adapter also
-                `is_trainable=True`, with which its weights are trained.
+                Passed to `from_pretrained` of transformers' class of the same name. For an adapter, `is_trainable=True` makes
+                its weights trainable.
 
         Returns:
-            The model; for an adapter the `PeftModel` that PEFT's own loader makes of it.
+            The model. For an adapter, the `PeftModel` that PEFT loads.
 
         Raises:
-            ValueError: if the configuration is invalid, the model has no router, or its state does not fit it.
+            ValueError: If the settings are invalid, the model has no router, or the saved state does not fit it.
         """
         loaded = _load(cls.plain.from_pretrained, pretrained_model_name_or_path, args, phi_balance, kwargs)
         if phi_balance is None and find_balancer(loaded[0] if isinstance(loaded, tuple) else loaded) is None:
@@ -70,11 +69,8 @@ class _AutoModel:
 
     @classmethod
     def from_config(cls, config, *args, phi_balance: Any = None, **kwargs) -> nn.Module:
-        """A model with random weights; see `from_pretrained` for `phi_balance`."""
-        PhiBalanceConfig.from_any(phi_balance)
-        model = cls.plain.from_config(config, *args, **kwargs)
-        _patch_loaded(model, None, phi_balance, kwargs)
-        return model
+        """Builds a model with random weights. See the class for `phi_balance`."""
+        return _build(cls.plain.from_config, (config, *args), phi_balance, kwargs)
 
 
 class AutoModelForCausalLM(_AutoModel): ...
@@ -100,11 +96,11 @@ AUTO_CLASSES = {cls.__name__: cls for cls in _AutoModel.__subclasses__()}
 
 def load_any(source: str, *args, phi_balance: Any = None, **kwargs) -> Any:
     """
-    Loads `source`, a checkpoint or an adapter on one, with the auto class for its head; see [`reporting.auto_class_name`]. Says
-    nothing if it is not balanced.
+    Loads `source`, a checkpoint or an adapter, with the auto class for its head. Unlike `from_pretrained`, it does not warn if the
+    model is not balanced.
 
     Raises:
-        ValueError: if there is no auto class for its head, or as `from_pretrained`.
+        ValueError: If there is no auto class for its head, or as `from_pretrained`.
     """
     adapter = find_adapter(source, kwargs)
     base, of_base = (source, kwargs) if adapter is None else base_of(adapter, source, kwargs)
@@ -116,10 +112,29 @@ def load_any(source: str, *args, phi_balance: Any = None, **kwargs) -> Any:
     return _load(AUTO_CLASSES[name].plain.from_pretrained, source, args, phi_balance, kwargs)
 
 
+def register_deepseek_moe() -> None:
+    """Registers the model type `"deepseek"` with transformers' auto classes, if transformers has its decoder."""
+    if importlib.util.find_spec("transformers.models.deepseek_ocr2") is not None:
+        from .deepseek_moe import register
+
+        register()
+
+
+# ---------------------------------------------------------------------- loading and patching
+
+
+def _build(make: Callable, args: tuple, phi_balance: Any, kwargs: dict[str, Any]) -> nn.Module:
+    """Builds a model with `make`, a `from_config` of transformers, and patches it."""
+    PhiBalanceConfig.from_any(phi_balance)
+    model = make(*args, **kwargs)
+    _patch_loaded(model, None, phi_balance, kwargs)
+    return model
+
+
 def _load(load: Callable, source: str, args: tuple, phi_balance: Any, kwargs: dict[str, Any]) -> Any:
     """
-    Loads `source` with `load`, a `from_pretrained` of transformers, and patches the model as `phi_balance` asks. An adapter is
-    loaded by PEFT: transformers leaves out what it does not know, for instance the magnitudes of DoRA.
+    Loads `source` with `load`, a `from_pretrained` of transformers, and patches the model. PEFT loads adapters: transformers
+    ignores parts of them, such as the magnitudes of DoRA.
     """
     PhiBalanceConfig.from_any(phi_balance)  # bad input fails before the weights are loaded
     adapter, is_trainable = find_adapter(source, kwargs), kwargs.pop("is_trainable", False)
@@ -139,29 +154,26 @@ def _load(load: Callable, source: str, args: tuple, phi_balance: Any, kwargs: di
     model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
     _patch_loaded(model, base, phi_balance, of_base)
     model = PeftModel.from_pretrained(model, source, is_trainable=is_trainable, **hub_arguments(kwargs))
-    if state is not None and phi_balance is not False:  # it was loaded with the adapter
+    if state is not None and phi_balance is not False:  # PEFT's loader has loaded the state as well
         _warn_if_trained_since(model, source, state)
     return (model, *info) if info else model
 
 
-def _flag(model: nn.Module, source: str | None, kwargs: dict[str, Any]) -> Any:
-    """Returns what config.json says under `phi_balance`; of a language model out of a vision-language one, that of the whole."""
-    own = getattr(model.config, "phi_balance", None)
-    if own is not None or source is None:
-        return own
-    return transformers.PreTrainedConfig.get_config_dict(source, **hub_arguments(kwargs))[0].get("phi_balance")
-
-
 def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs: dict[str, Any]) -> None:
-    """Patches a freshly loaded model as `phi_balance` asks and gives it the state that was saved beside its weights."""
-    saved, file = _flag(model, source, kwargs), f"{source or type(model).__name__}/config.json"
-    if getattr(model.config, "phi_balance", None) is not None:
-        # so that what is unpatched later, or not patched at all, is saved as an ordinary model
+    """Patches a freshly loaded model as `phi_balance` asks, and loads the state beside its weights."""
+    saved = getattr(model.config, "phi_balance", None)
+    if (
+        saved is not None
+    ):  # removed, so that the model is saved as an ordinary one if it is not patched, or unpatched later
         give_own_config(model)
         vars(model.config).pop("phi_balance", None)
     if phi_balance is False:
         return
-    config = _asked(phi_balance, saved, file)
+    if (
+        saved is None and source is not None
+    ):  # the language model of a vision-language model has the settings of the whole
+        saved = transformers.PreTrainedConfig.get_config_dict(source, **hub_arguments(kwargs))[0].get("phi_balance")
+    config = _asked(phi_balance, saved, f"{source or type(model).__name__}/config.json")
     if config is None:
         return
     state = None if source is None else find_state(source, kwargs)
@@ -177,7 +189,7 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
 
 
 def _warn_if_trained_since(model: nn.Module, source: str | None, state: str) -> None:
-    """Warns if the routers of `model` are not those that its state was saved with."""
+    """Warns if the routers of `model` have changed since its state was saved."""
     now, then = fingerprint(get_balancer(model).sites[0]), read_state(state).model["weights"]
     if now and then and now != then:
         logger.warning(
@@ -187,7 +199,7 @@ def _warn_if_trained_since(model: nn.Module, source: str | None, state: str) -> 
 
 
 def _asked(phi_balance: Any, saved: Any, file: str) -> PhiBalanceConfig | None:
-    """Returns the configuration to load a model with: that of `file`, which may be damaged or of a later version, or the user's."""
+    """Returns the settings to load a model with: the user's, else those `saved` in `file`, which may be damaged or too new."""
     if phi_balance is not None and phi_balance is not True:
         return PhiBalanceConfig.from_any(phi_balance)
     try:
@@ -205,12 +217,12 @@ _originals: list[tuple[type, str, Any]] = []
 
 def enable() -> None:
     """
-    Lets transformers' own `from_pretrained` and `from_config` accept `phi_balance=...`; calls without it behave as
-    ever. Taken back by [`disable`]; calling it twice is the same as once.
+    Lets transformers' own `from_pretrained` and `from_config` accept `phi_balance=...`. Calls without it behave as before.
+    [`disable`] undoes it. Calling it twice is the same as once.
     """
     if _originals:
         return
-    # each auto class holds copies of its own; without them, AutoConfig would swallow the flag of a model saved patched
+    # each auto class has its own copies of these functions
     for owner in (PreTrainedModel, _BaseAutoModelClass, *_BaseAutoModelClass.__subclasses__()):
         for name in {"from_pretrained", "from_config", "_from_config"} & vars(owner).keys():
             original = vars(owner)[name]
@@ -219,7 +231,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Takes [`enable`] back."""
+    """Undoes [`enable`]."""
     while _originals:
         owner, name, original = _originals.pop()
         setattr(owner, name, original)
@@ -230,12 +242,9 @@ def _accepting_flag(inner, loads: bool):
     def wrapper(cls, *args, phi_balance: Any = None, **kwargs):
         if phi_balance is None or phi_balance is False:
             return inner(cls, *args, **kwargs)
-        if loads:
-            source, *others = args or (kwargs.pop("pretrained_model_name_or_path"),)
-            return _load(functools.partial(inner, cls), source, tuple(others), phi_balance, kwargs)
-        PhiBalanceConfig.from_any(phi_balance)
-        model = inner(cls, *args, **kwargs)
-        _patch_loaded(model, None, phi_balance, kwargs)
-        return model
+        if not loads:
+            return _build(functools.partial(inner, cls), args, phi_balance, kwargs)
+        source, *others = args or (kwargs.pop("pretrained_model_name_or_path"),)
+        return _load(functools.partial(inner, cls), source, tuple(others), phi_balance, kwargs)
 
     return wrapper

@@ -1,43 +1,98 @@
-"""Finds what lies in a checkpoint, a folder or a name on the Hub: an adapter and its base model, a tokenizer."""
+"""What a checkpoint contains, in a folder or on the Hub: the head of its model, an adapter and its base model, a tokenizer."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import transformers
 from safetensors import safe_open
-from transformers import AutoTokenizer
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from ..files import find_file, hub_arguments, quoted, read_json
-from .heads import HEADS, AutoClass
+
+
+AutoClass = Literal[
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModel",
+]
+TEXT_CLASS: AutoClass = "AutoModelForCausalLM"
+IMAGE_CLASS: AutoClass = "AutoModelForImageTextToText"
+HEADS: dict[AutoClass, tuple[str, str]] = {  # the task of a model on the Hub, and in PEFT
+    TEXT_CLASS: ("text-generation", "CAUSAL_LM"),
+    IMAGE_CLASS: ("image-text-to-text", "CAUSAL_LM"),
+    "AutoModelForSequenceClassification": ("text-classification", "SEQ_CLS"),
+    "AutoModelForTokenClassification": ("token-classification", "TOKEN_CLS"),
+    "AutoModelForQuestionAnswering": ("question-answering", "QUESTION_ANS"),
+    "AutoModel": ("feature-extraction", "FEATURE_EXTRACTION"),
+}
+
+
+def auto_class_name(model_type: str, architectures: Sequence[str] | None) -> AutoClass:
+    """
+    Returns the auto class of transformers that loads a model with its head.
+
+    Args:
+        model_type (`str`): Model type in its config.
+        architectures (`Sequence[str]`, *optional*): Names of its class: of config.json, or of the class and its parents.
+
+    Raises:
+        ValueError: If transformers has no auto class for this class.
+    """
+    found = find_auto_class(model_type, architectures)
+    if found is None:
+        raise ValueError(
+            f"{', '.join(architectures or ())[:200]} of model_type={model_type!r} is loaded by none of {', '.join(HEADS)}, so its "
+            "head would be lost. Load it with its own class, then call phb.patch(model)."
+        )
+    return found
+
+
+def find_auto_class(model_type: str, architectures: Sequence[str] | None) -> AutoClass | None:
+    """Returns the result of [`auto_class_name`], or `None` where that raises."""
+    saved_as, known = tuple(architectures or ()), {}
+    for name in HEADS:
+        classes = getattr(transformers, name)._model_mapping._model_mapping.get(model_type, ())
+        known[name] = {classes} if isinstance(classes, str) else set(classes)
+        if not known[name].isdisjoint(saved_as):
+            return name
+    if not saved_as:
+        return IMAGE_CLASS if known[IMAGE_CLASS] and not known[TEXT_CLASS] else TEXT_CLASS
+    endings = {name.removeprefix("AutoModelFor"): name for name in HEADS}  # for remote code
+    default = None if any(known.values()) else TEXT_CLASS
+    return next((name for ending, name in endings.items() for cls in saved_as if cls.endswith(ending)), default)
 
 
 def load_tokenizer(source: str | os.PathLike, name: str | os.PathLike | None, kwargs: dict[str, Any]) -> Any:
     """
-    Loads the tokenizer of a checkpoint. An adapter without one has that of its base model.
+    Loads the tokenizer of a checkpoint. An adapter without a tokenizer gets that of its base model.
 
     Args:
-        source (`str` or `os.PathLike`): the checkpoint.
-        name (`str` or `os.PathLike`, *optional*): another folder or name to take the tokenizer from.
-        kwargs (`dict`): arguments that `source` is loaded with.
+        source (`str` or `os.PathLike`): The checkpoint.
+        name (`str` or `os.PathLike`, *optional*): Another folder or name to take the tokenizer from.
+        kwargs (`dict`): Arguments that `source` is loaded with.
 
     Raises:
-        ValueError: if there is no tokenizer, or one without tokens.
+        ValueError: If there is no tokenizer, or it has no tokens.
     """
     code = {"trust_remote_code": kwargs.get("trust_remote_code")}
     if name is not None:
-        source, kwargs = name, {key: kwargs[key] for key in kwargs if key not in ("revision", "subfolder")}
+        source, kwargs = name, _without_revision(kwargs)
     adapter = find_adapter(source, kwargs)
     if adapter is not None and find_file(source, "tokenizer_config.json", kwargs) is None:
         source, kwargs = base_of(adapter, source, kwargs)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub_arguments(kwargs), **code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **hub_arguments(kwargs), **code)
     except (ValueError, OSError, KeyError) as error:
         is_damaged = not os.path.isdir(source) or find_file(source, "tokenizer_config.json", kwargs) is not None
         reason = f" ({str(error).strip().splitlines()[0]})" if is_damaged else ""
         raise ValueError(f"no tokenizer in {source}{reason}, use --tokenizer") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # some classes are made of nothing where there are no files
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers builds some tokenizers without any file
         raise ValueError(f"no tokenizer in {source}, use --tokenizer")
     return tokenizer
 
@@ -47,10 +102,10 @@ def load_tokenizer(source: str | os.PathLike, name: str | os.PathLike | None, kw
 
 def find_adapter(source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """
-    Returns what the `adapter_config.json` in `source` says; `None` if that is no adapter.
+    Returns the contents of `adapter_config.json` in `source`, or `None` if that is not an adapter.
 
     Raises:
-        ValueError: if it is damaged, or names no base model.
+        ValueError: If the file is damaged or names no base model.
     """
     path = find_file(source, "adapter_config.json", kwargs)
     if path is None:
@@ -67,13 +122,13 @@ def find_adapter(source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str,
 
 def base_of(adapter: dict[str, Any], source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """
-    Returns the base model of `adapter`, which is in `source`, and `kwargs` as they are for it.
+    Returns the base model of the `adapter` in `source`, and `kwargs` changed to load the base model.
 
     Raises:
-        ValueError: if that is an adapter, too.
+        ValueError: If the base model is an adapter too.
     """
     base = adapter["base_model_name_or_path"]
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    kwargs = _without_revision(kwargs)
     if adapter.get("revision"):
         kwargs["revision"] = adapter["revision"]
     if find_adapter(base, kwargs) is not None:
@@ -84,20 +139,24 @@ def base_of(adapter: dict[str, Any], source: str | os.PathLike, kwargs: dict[str
     return base, kwargs
 
 
+def _without_revision(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+
+
 def auto_class_of(adapter: dict[str, Any]) -> AutoClass | None:
-    """Returns the auto class for the task of `adapter`; `None` if the class of its base model decides."""
+    """Returns the auto class for the task of `adapter`, or `None` if the class of its base model decides."""
     task = adapter.get("task_type")
     return None if task == "CAUSAL_LM" else next((name for name, (_, own) in HEADS.items() if own == task), None)
 
 
 def class_below(adapter: dict[str, Any]) -> list[str] | None:
-    """Returns the name of the class that `adapter` was trained on, if the adapter says it: without a task it does."""
+    """Returns the class that `adapter` was trained on. Only adapters without a task name it."""
     mapping = adapter.get("auto_mapping")
     return [str(mapping["base_model_class"])] if isinstance(mapping, dict) and "base_model_class" in mapping else None
 
 
 def labels_of(source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, int]:
-    """Returns `num_labels` of a classifier's head in the adapter in `source`: the base model may have no head, or another."""
+    """Returns `num_labels` of the classifier in the adapter `source`, whose base model may have another head, or `{}`."""
     path = find_file(source, ADAPTER_SAFE_WEIGHTS_NAME, kwargs)
     if path is None:
         return {}

@@ -1,12 +1,10 @@
 """
 The first DeepSeek-MoE (`deepseek-ai/deepseek-moe-16b-base` and `-chat`, model type `"deepseek"`) without remote code.
 
-transformers has no class for it, and the code beside its weights does not import under transformers 5. But its decoder
-is the one that transformers has as the text model of DeepSeek-OCR-2: Llama's attention, a dense first layer, then
-softmax top-k routers that do not renormalise, routed experts and shared ones. This module puts a language-model head on
-that decoder and reads the published checkpoint into it. The router works in fp32 here, in the model's dtype there.
-
-Can go with a transformers that knows the model type.
+transformers has no class for it, and the code beside its weights does not import under transformers 5. But transformers has its
+decoder, as the text model of DeepSeek-OCR-2: Llama's attention, a dense first layer, then softmax top-k routers that do not
+renormalise, with routed and shared experts. This module adds a language-model head and reads the published checkpoint. The router
+computes in fp32 here, and in the model's dtype in the published code. Remove this module once transformers has the model type.
 """
 
 from __future__ import annotations
@@ -36,16 +34,16 @@ MODEL_TYPE = "deepseek"
 @strict
 class DeepseekMoeConfig(DeepseekOcr2TextConfig):
     """
-    The config.json of the published checkpoints.
+    Config of the published checkpoints.
 
     Args:
-        first_k_dense_replace (`int`, *optional*, defaults to `1`): so many first layers are dense.
-        moe_layer_freq (`int`, *optional*, defaults to `1`): of the others, each such layer is MoE.
-        norm_topk_prob (`bool`, *optional*, defaults to `False`): only `False` can be had.
-        scoring_func (`str`, *optional*, defaults to `"softmax"`): only `"softmax"` can be had.
+        first_k_dense_replace (`int`, *optional*, defaults to `1`): Number of dense layers at the start.
+        moe_layer_freq (`int`, *optional*, defaults to `1`): Every such layer after them is MoE.
+        norm_topk_prob (`bool`, *optional*, defaults to `False`), scoring_func (`str`, *optional*, defaults to `"softmax"`):
+            The decoder supports only the defaults.
 
     Raises:
-        ValueError: if the config asks for another router than the published one.
+        ValueError: If the config asks for another router than the published one.
     """
 
     model_type = MODEL_TYPE
@@ -95,7 +93,7 @@ class DeepseekMoeForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Arguments and result of any causal language model of transformers; the loss has no auxiliary term."""
+        """Standard forward of a causal language model. The loss has no auxiliary term."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -109,17 +107,13 @@ class DeepseekMoeForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(
             loss=None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs),
             logits=logits,
-            # by the names of the installed transformers: the cache has had two
+            # the cache has different names in different versions
             **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
 
 def register() -> None:
-    """
-    Makes `AutoConfig` and `AutoModelForCausalLM` know the model type `"deepseek"`; without effect if they do.
-
-    Leave `trust_remote_code` off then, else the code beside the weights is preferred.
-    """
+    """Registers the model type `"deepseek"` with `AutoConfig` and `AutoModelForCausalLM`, for loads without `trust_remote_code`."""
     if MODEL_TYPE in CONFIG_MAPPING:
         return
     AutoConfig.register(MODEL_TYPE, DeepseekMoeConfig)

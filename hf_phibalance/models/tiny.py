@@ -8,21 +8,15 @@ from typing import Any
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 640, max_length: int = 1024) -> Any:
     """
-    Train a byte-level BPE tokenizer in which every digit is a token of its own.
-
-    Any text survives a round trip, because single bytes are in the vocabulary. The tokenizer saves and loads through
-    `AutoTokenizer`.
+    Trains a byte-level BPE tokenizer in which every digit is a token of its own. Any text survives a round trip.
 
     Args:
-        texts (`Iterable[str]`):
-            What to train on.
-        vocab_size (`int`, *optional*, defaults to 640):
-            Size of the vocabulary, with the 256 bytes and the two special tokens `<pad>` and `</s>`.
-        max_length (`int`, *optional*, defaults to 1024):
-            The `model_max_length` of the tokenizer.
+        texts (`Iterable[str]`): Training texts.
+        vocab_size (`int`, *optional*, defaults to 640): Includes the 256 bytes and the special tokens `<pad>` and `</s>`.
+        max_length (`int`, *optional*, defaults to 1024): `model_max_length` of the tokenizer.
 
     Returns:
-        [`~transformers.PreTrainedTokenizerFast`]: the tokenizer, which pads on the left (for generation).
+        [`~transformers.PreTrainedTokenizerFast`]: The tokenizer. It pads on the left, for generation.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -51,18 +45,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 640, max_length: int
 
 def build_model(model_type: str, fields: dict[str, Any], tokenizer: Any) -> Any:
     """
-    Build a causal language model from scratch.
+    Builds a causal language model with random weights.
 
     Args:
-        model_type (`str`):
-            Any `model_type` of `transformers`, for instance `"mixtral"`.
-        fields (`dict[str, Any]`):
-            Fields of that type's config (`hidden_size`, `num_hidden_layers`, ...). An unknown one is an error.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Gives the vocabulary size and the special tokens.
+        model_type (`str`): Any `model_type` of `transformers`, for example `"mixtral"`.
+        fields (`dict[str, Any]`): Fields of its config (`hidden_size`, `num_hidden_layers`, ...).
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the vocabulary size and the special tokens.
 
-    Returns:
-        [`~transformers.PreTrainedModel`]: the model, with random weights.
+    Raises:
+        ValueError: If the model type or a field is unknown.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,9 +1,21 @@
-"""Finds the routers of a model: those that transformers declares, else modules that look like routers (`contract`)."""
+"""
+Finds the routers of a model: the modules that transformers declares, else modules with the structure of a router.
+
+By structure, a router has one matrix of E rows, stands beside E experts, and it or its block takes a top-k. It returns
+
+    forward(hidden_states) -> router_logits (T, E), topk_weights (T, k), topk_indices (T, k), in any order
+
+or, before transformers 5.14, logits only. Then the block selects, and the selection is read where the block calls the experts.
+The search by structure ([`_by_structure`]) can go with transformers before 5.20, which do not declare every router.
+
+Shapes: T tokens of a forward, B rows, S positions, E experts, k experts per token.
+"""
 
 from __future__ import annotations
 
+import re
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -11,27 +23,34 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .contract import by_contract, expert_count, experts_beside
-from .parts import modality_of
-from .sources import returned_values, takes_top_k
-from .traits import NATIVE_BIAS_NAMES, REMOTE_TRAITS, RouterKind, declared_kinds
-from .wrapping import canonical_name
+from .families import (
+    NATIVE_BIAS_NAMES,
+    REMOTE_TRAITS,
+    TRAITS,
+    RouterKind,
+    RouterTraits,
+    declared_kinds,
+    returned_values,
+    takes_top_k,
+)
+from .modules import WRAPPER_PARTS, canonical_name, expert_count, experts_beside, router_matrix, unwrap_layer
 
 
 INDEX_TYPES = (torch.int64, torch.int32)
+OTHER_MODALITIES = re.compile(r"(?:^|[._])(vision|visual|image|audio)(?:[._]|$)")
 
 
 class Reading(NamedTuple):
-    """Positions in the outputs of a router, or in the arguments of its experts; `None` if missing."""
+    """Positions in the outputs of a router, or in the arguments of its experts. `None` if missing."""
 
     logits: int | None  # (T, E)
     chosen: int | None  # (T, k)
-    carrier: int | None  # differentiable; the task's gradient flows back through it
+    carrier: int | None  # a differentiable output, through which the task's gradient reaches the router
 
 
 @dataclass
 class RouterSite:
-    """One router of a model: its name, how to read its outputs, and weak references to the module(s) that compute it."""
+    """One router of a model: its name, how to read its outputs, and weak references to the modules that compute it."""
 
     name: str
     kind: RouterKind
@@ -40,9 +59,9 @@ class RouterSite:
     scoring: str
     score_width: float | None = None  # span of the scores that it ranks, once known
     not_logits: tuple[int, ...] = ()  # positions of other outputs as wide as the logits
-    noted: Tensor | None = None  # the logits, until the experts are called
+    stored_logits: Tensor | None = None  # until the block calls its experts
     has_native_bias: bool = False  # whether the family has a selection bias of its own
-    modality: str = field(init=False)  # "text"; "vision" or "audio" if it routes nothing else
+    modality: str = field(init=False)  # "vision" or "audio" if it routes nothing else, otherwise "text"
     _modules: list[weakref.ref[nn.Module]] = field(default_factory=list, repr=False)
     _parent: weakref.ref[nn.Module] | None = field(default=None, repr=False)
     _experts: weakref.ref[nn.Module] | None = field(default=None, repr=False)
@@ -53,7 +72,7 @@ class RouterSite:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The modules that compute it; several if PEFT keeps a trainable copy."""
+        """The modules that compute it. There are several if PEFT keeps a trainable copy."""
         return [module for module in (reference() for reference in self._modules) if module is not None]
 
     @property
@@ -67,6 +86,11 @@ class RouterSite:
         return None if self._experts is None else self._experts()
 
     @property
+    def router(self) -> nn.Module:
+        """The module that the block calls as its router."""
+        return self.modules[-1] if self.parent is None else getattr(self.parent, self.name.rpartition(".")[2])
+
+    @property
     def native_bias(self) -> list[tuple[nn.Module, str]]:
         """Owner and name of the family's own selection bias."""
         owners = ((reference(), name) for reference, name in self._native)
@@ -74,7 +98,7 @@ class RouterSite:
 
     @property
     def in_tower(self) -> bool:
-        """Whether it routes the patches of a vision tower, or frames of sound, instead of the tokens of the sequence."""
+        """Whether it routes the patches of a vision tower or audio frames, instead of the tokens of the sequence."""
         return self.modality != "text" and self.kind.traits.parted_by is None
 
     @property
@@ -96,10 +120,13 @@ class RouterSite:
         chosen = next(indices, None) if self.kind.traits.returns_choice else None
         return Reading(logits, chosen, next((i for i in floats if i != logits), None))
 
-    def place(self, parent: nn.Module | None, experts: nn.Module | None) -> None:
-        """Stores the block around it, and the experts if the block does the top-k."""
+    def place(self, parent: nn.Module | None) -> None:
+        """Stores the block `parent` around it, and the experts if the block does the top-k. Forgets the modules."""
+        name = self.name.rpartition(".")[2]
+        experts = experts_beside(parent, name, self.num_experts) if parent is not None and self.kind.block else None
         self._parent = None if parent is None else weakref.ref(parent)
         self._experts = None if experts is None else weakref.ref(experts)
+        self._modules, self._native = [], []
 
     def add(self, module: nn.Module) -> None:
         """Adds a module that computes this router, and the selection bias in it."""
@@ -111,17 +138,8 @@ class RouterSite:
             if self.kind.traits.biases == "scores" and self.scoring in ("sigmoid", "softmax"):
                 self.score_width = 1.0
 
-    @property
-    def router(self) -> nn.Module:
-        """The module that the block calls as its router."""
-        return self.modules[-1] if self.parent is None else getattr(self.parent, self.name.rpartition(".")[2])
-
-    def __getstate__(self) -> dict[str, Any]:
-        fleeting: dict[str, Any] = {"noted": None, "_modules": [], "_parent": None, "_experts": None, "_native": []}
-        return {**vars(self), **fleeting}  # a copy searches for its own modules
-
     def write_native_bias(self, bias: Tensor, keep_fp32: bool = False) -> None:
-        """Copies `bias (E,)` into the family's own selection bias, in place; with `keep_fp32`, makes that fp32 first."""
+        """Copies `bias (E,)` into the family's own selection bias, in place. `keep_fp32` converts that to fp32 first."""
         for owner, name in self.native_bias:
             tensor = getattr(owner, name)
             if keep_fp32 and tensor.dtype != torch.float32:
@@ -129,46 +147,44 @@ class RouterSite:
             tensor.data.copy_(bias.view(tensor.shape))
 
     def read_native_bias(self) -> Tensor | None:
-        """Returns the family's own selection bias `(E,)`; `None` if it has none, or if accelerate has offloaded it."""
+        """Returns the family's own selection bias `(E,)`, or `None` if it has none or accelerate has offloaded it."""
         native = self.native_bias
         bias = getattr(*native[0]).detach().reshape(-1) if native else None
         return None if bias is None or bias.is_meta else bias
 
+    def __getstate__(self) -> dict[str, Any]:
+        references: dict[str, Any] = {
+            "stored_logits": None,
+            "_modules": [],
+            "_parent": None,
+            "_experts": None,
+            "_native": [],
+        }
+        return {**vars(self), **references}  # a copy searches for its own modules
+
 
 def find_routers(root: nn.Module) -> list[RouterSite]:
     """
-    Finds the routers inside `root`, in the order of its modules.
+    Returns the routers inside `root`, in the order of its modules.
 
     Raises:
-        ValueError: if there is none, or if the family is one that cannot be balanced.
+        ValueError: If there is none, or the family cannot be balanced.
     """
     sites: dict[str, RouterSite] = {}
-    parents = {id(child): module for _, module in root.named_modules() for child in module.children()}
+    names = {id(module): canonical_name(name) for name, module in root.named_modules()}
+    parents = {id(child): module for module in root.modules() for child in module.children()}
     for name, module, kind in _matches(root):
         if kind.traits.refused:
             raise ValueError(
                 f"{type(root).__name__} cannot be φ-balanced: {kind.traits.refused} ({kind.target.__name__})."
             )
         canonical = canonical_name(name)
-        parent = parents.get(id(module))
-        while parent is not None and canonical_name(_name_of(root, parent)) == canonical:
-            parent = parents.get(id(parent))  # step over wrappers of the router itself
-        site = sites.get(canonical)
-        if site is None:
-            num_experts = expert_count(module, kind.traits.experts)
-            if not num_experts:
-                raise ValueError(
-                    f"{type(module).__name__}: cannot tell the number of experts; add it to routers.TRAITS."
-                )
-            experts = None if parent is None else experts_beside(parent, canonical.rpartition(".")[2], num_experts)
-            if parent is not None and not takes_top_k(module) and takes_top_k(parent, experts):
-                kind = replace(kind, block=type(parent))
-            values = enumerate(returned_values(cast(Hashable, kind.target)))
-            site = RouterSite(canonical, kind, num_experts, _top_k(module, parent), kind.scoring_of(module))
-            site.not_logits = tuple(i for i, how in values if how == "scatter")
-            sites[canonical] = site
-            site.place(parent, experts if kind.block else None)
-        site.add(module)
+        if canonical not in sites:
+            parent = parents.get(id(module))
+            while parent is not None and names[id(parent)] == canonical:  # a wrapper of the router
+                parent = parents.get(id(parent))
+            sites[canonical] = _new_site(canonical, module, parent, kind)
+        sites[canonical].add(module)
     if not sites:
         raise ValueError(
             f"{type(root).__name__} has no router: transformers {transformers.__version__} declares none "
@@ -177,6 +193,20 @@ def find_routers(root: nn.Module) -> list[RouterSite]:
             "`hf_phibalance.supported_families()` lists the model types that have one."
         )
     return list(sites.values())
+
+
+def _new_site(name: str, module: nn.Module, parent: nn.Module | None, kind: RouterKind) -> RouterSite:
+    num_experts = expert_count(module, kind.traits.experts)
+    if not num_experts:
+        raise ValueError(f"{type(module).__name__}: cannot tell the number of experts; add it to routers.TRAITS.")
+    experts = None if parent is None else experts_beside(parent, name.rpartition(".")[2], num_experts)
+    if parent is not None and not takes_top_k(module) and takes_top_k(parent, experts):
+        kind = replace(kind, block=type(parent))
+    returned = enumerate(returned_values(cast(Hashable, kind.target)))
+    site = RouterSite(name, kind, num_experts, _top_k(module, parent), kind.scoring_of(module))
+    site.not_logits = tuple(i for i, how in returned if how == "scatter")
+    site.place(parent)
+    return site
 
 
 def find_copies(root: nn.Module, sites: Sequence[RouterSite], prefix: str = "") -> None:
@@ -188,37 +218,31 @@ def find_copies(root: nn.Module, sites: Sequence[RouterSite], prefix: str = "") 
     for name, module in root.named_modules():
         modules.setdefault(f"{prefix}{canonical_name(name)}", []).append(module)
     for site in sites:
-        name = site.name
-        found = [module for module in modules.get(name, []) if isinstance(module, site.kind.target)]
-        parents = modules.get(name.rpartition(".")[0], [])
-        has_experts = site.kind.block is not None
-        parent = parents[-1] if parents else None
-        experts = experts_beside(parent, name.rpartition(".")[2], site.num_experts) if parent and has_experts else None
-        site._modules, site._native = [], []
-        site.place(parent, experts)
-        for module in found:
-            site.add(module)
-    for owner, name in (native for site in sites for native in site.native_bias):
-        getattr(owner, name).requires_grad_(False)  # else PEFT would train them, but a selection has no gradient
+        site.place(next(reversed(modules.get(site.name.rpartition(".")[0], [])), None))
+        for module in modules.get(site.name, []):
+            if isinstance(module, site.kind.target):
+                site.add(module)
+        for owner, name in site.native_bias:
+            getattr(owner, name).requires_grad_(False)  # PEFT would train it, but a selection has no gradient
 
 
 def _matches(root: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
-    """Returns the routers of `root` that transformers declares, else those by contract; in its towers also those by contract."""
+    """Returns the declared routers of `root`, plus undeclared ones in its towers; without declared ones, all by structure."""
     found = list(_declared(root))
     routers = {id(module) for _, module, _ in found}
-    blocks = {
+    blocks = {  # declared modules that contain the router
         id(module)
         for _, module, _ in found
-        if any(id(inner) in routers for inner in module.modules() if inner is not module) or any(by_contract(module))
+        if any(id(inner) in routers for inner in module.modules() if inner is not module) or any(_by_structure(module))
     }
-    kept = [match for match in found if id(match[1]) not in blocks]  # the declared module may hold the router
+    kept = [match for match in found if id(match[1]) not in blocks]
     known = {id(module) for _, module, _ in kept}
-    rest = [match for match in by_contract(root) if id(match[1]) not in known]
+    rest = [match for match in _by_structure(root) if id(match[1]) not in known]
     return [*kept, *(match for match in rest if modality_of(match[0]) != "text")] if kept else rest
 
 
 def _declared(root: nn.Module) -> Iterator[tuple[str, nn.Module, RouterKind]]:
-    """Yields modules that a transformers model class inside `root` declares as routers, and gates of remote code."""
+    """Yields the modules that a transformers model class inside `root` declares as routers, and gates of remote code."""
     kinds = {
         (kind.target, kind.layer_name): kind for module in root.modules() for kind in declared_kinds(type(module))
     }
@@ -235,8 +259,25 @@ def _declared(root: nn.Module) -> Iterator[tuple[str, nn.Module, RouterKind]]:
                 yield name, module, RouterKind(type(module), traits=traits)
 
 
-def _name_of(root: nn.Module, wanted: nn.Module) -> str:
-    return next((name for name, module in root.named_modules() if module is wanted), "")
+def _by_structure(root: nn.Module) -> Iterator[tuple[str, nn.Module, RouterKind]]:
+    """Yields the modules of `root` that have the structure of a router."""
+    for block_name, block in root.named_modules():
+        if any(WRAPPER_PARTS.search(f".{name}") for name, _ in block.named_children()):
+            continue  # a wrapper, perhaps of a router
+        for name, child in block.named_children():
+            router = unwrap_layer(child)
+            count = 0 if router_matrix(router) is None else expert_count(router)
+            experts = experts_beside(block, name, count) if count > 1 else None
+            if experts is None or not takes_top_k(router, block, experts):
+                continue
+            target: type[nn.Module] = next(
+                c for c in type(router).__mro__ if not c.__name__.startswith(("Parametrized", "FSDP"))
+            )
+            kind = RouterKind(target, traits=TRAITS.get(target.__name__, RouterTraits()))
+            path = f"{block_name}.{name}".lstrip(".")
+            for inner, module in child.named_modules(prefix=path):
+                if isinstance(module, target) and canonical_name(inner) == canonical_name(path):
+                    yield inner, module, kind
 
 
 def _top_k(router: nn.Module, parent: nn.Module | None) -> int:
@@ -249,11 +290,44 @@ def _top_k(router: nn.Module, parent: nn.Module | None) -> int:
 
 
 def _native_bias(router: nn.Module, parent: nn.Module | None, num_experts: int) -> tuple[nn.Module, str] | None:
-    """Finds owner and name of the family's own selection bias in the router, inside it, or in its block."""
-    owners = [*router.modules(), *([parent] if parent is not None else [])]
-    for owner in owners:
+    """Returns owner and name of the family's own selection bias: in the router, inside it, or in its block."""
+    for owner in (*router.modules(), *([parent] if parent is not None else [])):
         for name in NATIVE_BIAS_NAMES:
             tensor = getattr(owner, name, None)
             if isinstance(tensor, Tensor) and tensor.numel() == num_experts:
                 return owner, name
     return None
+
+
+# ---------------------------------------------------------------------- routers that see only some tokens
+
+
+def modality_of(name: str) -> str:
+    """Returns `"vision"` or `"audio"` if the module name contains a part that says so, otherwise `"text"`."""
+    found = OTHER_MODALITIES.search(name)
+    return "text" if found is None else "audio" if found[1] == "audio" else "vision"
+
+
+def image_tokens(inputs: Mapping[str, Any], sites: Iterable[RouterSite]) -> Tensor | None:
+    """
+    Returns which tokens of a forward with these `inputs` go to the routers for images, `(T,)` booleans. Returns `None` if all go
+    to those for text, also in models without routers for images.
+    """
+    for name in {site.kind.traits.parted_by for site in sites} - {None}:
+        modality_BS = inputs.get(str(name))
+        if isinstance(modality_BS, Tensor):
+            return modality_BS.reshape(-1) != 0
+    return None
+
+
+def mask_of(site: RouterSite, mask_T: Tensor, image_T: Tensor | None, routed: int) -> Tensor:
+    """
+    Returns the token mask of the `routed` vectors that reach router `site`: of all tokens, of those in `image_T`, or of the
+    others. A tower gets patches, which are never padding.
+    """
+    if site.in_tower:
+        return torch.ones(routed, dtype=mask_T.dtype, device=mask_T.device)
+    if site.kind.traits.parted_by is None or image_T is None:
+        return mask_T
+    image_T = image_T.to(mask_T.device)
+    return mask_T[image_T if site.modality != "text" else ~image_T]

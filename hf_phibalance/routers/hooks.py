@@ -13,16 +13,17 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .contract import linear_logits
 from .discovery import Reading, RouterSite
-from .inside import BiasedTopK, rank_scores
+from .modules import router_matrix
+from .selection import BiasedTopK, rank_scores
 
 
 class RouterReader(Protocol):
@@ -41,7 +42,7 @@ class RouterReader(Protocol):
         """Whether hooks have nothing to do in the current forward."""
 
     def choice_bias(self, index: int) -> Tensor | None:
-        """Returns the bias `(E,)` in force in the selection of router `index`, for routers that do not return their selection."""
+        """Returns the bias `(E,)` that router `index` has added to its scores, for routers that do not return their selection."""
 
     def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         """
@@ -85,9 +86,9 @@ class RouterHook(_Hook):
             return None
         parts = output if isinstance(output, tuple) else (output,)
         at = site.read(parts)
-        logits = linear_logits(args[0], module) if at.logits is None else parts[at.logits]
+        logits = _linear_logits(args[0], module) if at.logits is None else parts[at.logits]
         if site.kind.block is not None:
-            site.noted = logits
+            site.stored_logits = logits
             return None
         parts = self._observe(module, args[0] if args else None, logits, parts, at)
         return parts if isinstance(output, tuple) else parts[0]
@@ -123,15 +124,15 @@ class ExpertsHook(RouterHook):
             return None
         site = self.reader.sites[self.index]
         hidden, *parts = (*args, *kwargs.values())
-        logits, site.noted = site.noted, None
+        logits, site.stored_logits = site.stored_logits, None
         if logits is None:  # the block uses the weight of its router instead of calling it
-            logits = linear_logits(hidden, site.router)
+            logits = _linear_logits(hidden, site.router)
         parts = [hidden, *self._observe(site.router, hidden, logits, parts, site.read(parts))]
         return tuple(parts[: len(args)]), dict(zip(kwargs, parts[len(args) :]))
 
 
 class BiasHook(_Hook):
-    """Hook before and after the forward that selects. The selection bias is in force in between."""
+    """Hook before and after the forward that does the top-k. The selection bias acts in between."""
 
     reader: RouterBalancer
 
@@ -152,6 +153,12 @@ class BiasHook(_Hook):
             mode.__exit__(None, None, None)
             if mode.scores is not None:
                 self.reader.observe_scores(self.index, mode.scores, mode.are_probs)
+
+
+def _linear_logits(hidden: Tensor, router: nn.Module) -> Tensor:
+    """Computes the logits `(T, E)` of a router that does not return them: its linear layer once more, in fp32 as there."""
+    matrix = cast(Tensor, router_matrix(router))
+    return F.linear(hidden.reshape(-1, hidden.shape[-1]).float(), matrix.float())
 
 
 def count_groups(router: nn.Module) -> int:

@@ -460,7 +460,7 @@ def _in_group(function: Callable, *args: Any) -> Any:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The README's table: a row for each trainer, checkpointing and precision, a column for each split."""
+    """The table of HOW_IT_WORKS.md: a row for each trainer, checkpointing and precision, a column for each split."""
     splits = list(itertools.product(RANKS, ACCUMULATION))
     head = ["training", "checkpointing", "precision", *(f"{r}×{a}" for r, a in splits)]
     lines = [head, ["---"] * 3 + ["--:"] * len(splits)]

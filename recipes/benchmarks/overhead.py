@@ -1,6 +1,6 @@
 """What balancing costs: step time and memory of every method against the unpatched model and the built-in loss.
 
-    python recipes/benchmarks/overhead.py                                   # the shape of the README's table
+    python recipes/benchmarks/overhead.py                                   # the table of the guide on cost
     python recipes/benchmarks/overhead.py --num_experts 128 --tokens 1024 --rounds 40 --json overhead.json
     python recipes/benchmarks/overhead.py --sweep --output_dir results/overhead   # growth with experts, tokens, layers ...
 

@@ -3,7 +3,7 @@ What works in the environment that runs this: every family, and the core's tests
 
 python recipes/environments/examine.py NAME results/environments [--families mixtral deepseek_v3 ...] [--quick]
 
-`noxfile.py` runs it in environments made from scratch; `table.py` makes the README's table of what they wrote.
+`noxfile.py` runs it in environments made from scratch; `table.py` makes the table in guides/FAMILIES.md of what they wrote.
 """
 
 import argparse
@@ -22,10 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = (
     "tests/test_config.py",
     "tests/test_files.py",
-    "tests/maths/test_windup.py",
-    "tests/maths/test_masked_experts.py",
+    "tests/maths/test_bias.py",
     "tests/routers/test_contract.py",
-    "tests/routers/test_inside.py",
+    "tests/routers/test_selection.py",
     "tests/balancing/test_state.py",
     "tests/balancing/test_refused_states.py",
     "tests/balancing/test_hostile_states.py",

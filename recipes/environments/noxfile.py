@@ -8,7 +8,7 @@ nox -f recipes/environments/noxfile.py -s oldest_torch deepspeed      # the olde
 nox -f recipes/environments/noxfile.py -s peers                       # transformers' and PEFT's own tests, on balanced models
 
 `core` leaves results/environments/NAME.json, `tool` results/environments/tools/NAME.xml (not with arguments of your own after
-`--`, for pytest); `python recipes/environments/table.py` makes the README's tables of them. The CPU build of torch is installed
+`--`, for pytest); `python recipes/environments/table.py` makes the guides' tables of them. The CPU build of torch is installed
 first, so that nothing else pulls in a CUDA build.
 """
 

@@ -1,5 +1,5 @@
 """
-Write the README's tables of versions and of tools anew, from what the environments have left:
+Writes the tables of versions (guides/FAMILIES.md) and of tools (guides/TOOLS.md) anew, from what the environments have left:
 
 nox -f recipes/environments/noxfile.py && python recipes/environments/table.py
 """
@@ -14,7 +14,7 @@ from hf_phibalance.files import replace_unprintable
 
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+GUIDES = ROOT / "recipes" / "guides"
 RESULTS = ROOT / "results" / "environments"
 
 
@@ -60,14 +60,15 @@ def noted_rows(report: Path) -> Iterator[dict[str, str]]:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    for name, table in (("versions", versions_table()), ("tools", tools_table())):
-        if table:
-            marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-            text = marked.sub(lambda match, table=table: match[1] + table + match[2], text)
-        else:
+    for name, page, table in (("versions", "FAMILIES.md", versions_table()), ("tools", "TOOLS.md", tools_table())):
+        if not table:
             print(f"nothing of {name} in {RESULTS.relative_to(ROOT)}: that table is left as it is")
-    README.write_text(text, encoding="utf-8")
+            continue
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = (GUIDES / page).read_text(encoding="utf-8")
+        (GUIDES / page).write_text(
+            marked.sub(lambda match, table=table: match[1] + table + match[2], text), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GSM8K's exact match, against what lm-evaluation-harness counts on the same text."""
+"""GSM8K's exact match, as lm-evaluation-harness counts it on the same text."""
 
 import itertools
 import json
@@ -6,9 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
+from evaluated import recorded
 from paths import DATA
 
-from hf_phibalance.evaluation import GSM8K_STOPS, GSM8KAccuracy
+from hf_phibalance.evaluation import GSM8K_STOPS, INVALID, GSM8KAccuracy, extract_flexible, extract_strict, truncate
 
 
 @pytest.fixture
@@ -22,6 +23,14 @@ def gsm8k_rows(split, count):
         pytest.skip(f"needs {path.name} of GSM8K in {path.parent}")
     with path.open() as lines:
         return [json.loads(line) for line in itertools.islice(lines, count)]
+
+
+def test_what_is_read_from_an_answer():
+    assert extract_strict("#### 1 and #### 2") == "1" and extract_strict("#### -1,5.0x") == "-1,5.0"
+    assert extract_strict("###  3") == extract_flexible("none") == INVALID == "[invalid]"
+    assert extract_flexible("3 of 5") == "5" and extract_flexible("5 of $3,0.") == "$3,0."
+    assert truncate("#### 1</s>Question: a", GSM8K_STOPS) == "#### 1"
+    assert truncate("    return 1\nif x:\n    y\ndef f", ("\ndef", "\nif")) == "    return 1"
 
 
 @pytest.mark.parametrize(
@@ -53,13 +62,8 @@ def test_gsm8k_scores_are_shares_and_details_say_why(gsm8k):
     predictions, references = ["#### 18", "it is 7", "#### 1\n2", "x"], ["18", "... #### 7", 1, 5]
     result = gsm8k.compute(predictions=predictions, references=references, details=True)
     assert result["strict_match"] == 0.5 and result["flexible_extract"] == 0.5
-    assert result["results"][2] == {
-        "strict": "1",
-        "flexible": "2",
-        "gold": "1",
-        "strict_match": True,
-        "flexible_extract": False,
-    }
+    read = {"strict": "1", "flexible": "2", "gold": "1"}
+    assert result["results"][2] == {**read, "strict_match": True, "flexible_extract": False}
     assert json.loads(json.dumps(result)) == result
     for prediction, reference in zip(predictions, references):
         gsm8k.add(prediction=prediction, reference=reference)
@@ -98,51 +102,34 @@ def perturbed(answer, generator):
     return generator.choice([reasoning, "", reasoning[: len(reasoning) // 2]]) + ending
 
 
-def completions_of_gsm8k():
-    generator = random.Random(0)
-    rows = gsm8k_rows("test", 500)
-    texts = [perturbed(row["answer"], generator) for row in rows]
-    noise = ["".join(generator.choices("0123456789.,$-# \n abÄ#### ", k=generator.randrange(40))) for _ in rows]
-    for i, row in enumerate(rows[:100]):
-        noise[i] += row["answer"].split("####")[1]
-    return rows * 2, texts + noise
-
-
-def test_gsm8k_scores_are_those_of_lm_evaluation_harness(gsm8k, tmp_path, monkeypatch):
+def test_gsm8k_scores_are_those_of_lm_evaluation_harness(gsm8k, tmp_path):
     """The harness's own task, filters and metric, on completions that a stand-in for a model gives."""
     lm_eval = pytest.importorskip("lm_eval")
-    yaml = pytest.importorskip("yaml")
-    from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
 
-    rows, completions = completions_of_gsm8k()
+    generator = random.Random(0)
+    rows = gsm8k_rows("test", 500)
+    completions = [perturbed(row["answer"], generator) for row in rows]
+    noise = ["".join(generator.choices("0123456789.,$-# \n abÄ#### ", k=generator.randrange(40))) for _ in rows]
+    completions += [
+        text + row["answer"].split("####")[1] * (i < 100) for i, (text, row) in enumerate(zip(noise, rows))
+    ]
+    rows *= 2
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"id": i, **row}) + "\n" for i, row in enumerate(rows)))
-    config = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml").read_text())
+    config = load_yaml(Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml")
     del config["tag"], config["dataset_name"], config["training_split"], config["fewshot_split"]
     files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path)}
     config |= {"dataset_path": "json", "dataset_kwargs": files, "num_fewshot": 0}
-
-    class Recorded(LM):
-        def generate_until(self, requests, disable_tqdm=False):
-            assert all(tuple(request.args[1]["until"]) == GSM8K_STOPS for request in requests)
-            return [completions[request.doc["id"]] for request in requests]
-
-        def loglikelihood(self, requests, disable_tqdm=False):
-            raise NotImplementedError
-
-        loglikelihood_rolling = loglikelihood
-
+    manager = TaskManager(include_defaults=False)  # else it reads the files of all its tasks
     theirs = lm_eval.simple_evaluate(
-        Recorded(),
-        tasks=[config],
-        task_manager=TaskManager(include_defaults=False),  # else it reads the files of all its tasks
-        log_samples=True,
-        bootstrap_iters=0,
+        recorded(completions), tasks=[config], task_manager=manager, log_samples=True, bootstrap_iters=0
     )
     ours = gsm8k.compute(predictions=completions, references=[row["answer"] for row in rows], details=True)
     (samples,) = theirs["samples"].values()
     assert len(samples) == 2 * len(completions)
     for sample in samples:
+        assert set(sample["arguments"][0][1]["until"]) == set(GSM8K_STOPS)
         name = {"strict-match": "strict_match", "flexible-extract": "flexible_extract"}[sample["filter"]]
         verdict = ours["results"][sample["doc"]["id"]]
         assert bool(sample["exact_match"]) == verdict[name], (sample["resps"], sample["target"], verdict)

@@ -1,12 +1,11 @@
-"""Our models and tasks in lm-evaluation-harness: the harness's prompts, completions and scores, and the load meanwhile."""
+"""Our models and tasks in lm-evaluation-harness: its prompts, completions and scores, and expert load."""
 
-import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from evaluated import biased_mixtral, completed_functions, llama_like
+from evaluated import FIELDS, biased_mixtral, completed_functions, llama_like, recorded
 
 import hf_phibalance as phb
 from hf_phibalance.tasks import make_splits
@@ -15,30 +14,12 @@ from hf_phibalance.tasks import make_splits
 lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
 from hf_phibalance.evaluation.harness import PhiBalanceLM, load_task, model_fingerprint  # noqa: E402
 from hf_phibalance.files import STATE_NAME  # noqa: E402
-
-
-class Recorded(LM):
-    """Stands for a model: keeps the prompts, and answers them in turn."""
-
-    def __init__(self, answers):
-        super().__init__()
-        self.answers, self.prompts = answers, []
-
-    def generate_until(self, requests, disable_tqdm=False):
-        self.prompts += [request.args for request in requests]
-        return [self.answers[index % len(self.answers)] for index in range(len(requests))]
-
-    def loglikelihood(self, requests, disable_tqdm=False):
-        raise NotImplementedError
-
-    loglikelihood_rolling = loglikelihood
 
 
 def harness_task(name, **fields):
@@ -48,11 +29,16 @@ def harness_task(name, **fields):
 
 def evaluate(task, answers, **options):
     """`(prompts, metrics)` of a task whose problems are answered by `answers`."""
-    lm = Recorded(answers)
+    lm = recorded(answers)
     manager = TaskManager(include_defaults=False)
     found = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0, **options)
     (metrics,) = found["results"].values()
     return lm.prompts, {name: value for name, value in metrics.items() if isinstance(value, float)}
+
+
+def asked(prompts):
+    """Prompts with their stop texts and limits."""
+    return [(text, set(options["until"]), options.get("max_gen_toks")) for text, options in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +58,8 @@ def test_gsm8k_is_that_of_the_harness(gsm8k):
     answers += [" #### 1.", " none", "#### $5", ""]
     theirs, expected = evaluate(harness_task("gsm8k", dataset_path=str(gsm8k)), answers)
     ours, found = evaluate(load_task("gsm8k", str(gsm8k)), answers)
-    assert [prompt for prompt, _ in ours] == [prompt for prompt, _ in theirs]
+    assert asked(ours) == asked(theirs)
     assert ours[0][0].count("Question:") == 6
-    assert [set(options["until"]) for _, options in ours] == [set(options["until"]) for _, options in theirs]
     assert found["strict_match,none"] == expected["exact_match,strict-match"] == 4 / 12
     assert found["flexible_extract,none"] == expected["exact_match,flexible-extract"] == 8 / 12
 
@@ -88,24 +73,18 @@ def test_humaneval_is_that_of_the_harness(tmp_path, monkeypatch):
         """Stands for `code_eval`, which the harness would load from the Hub."""
 
         def compute(self, references, predictions, k):
-            def passes(program):
-                try:
-                    exec(f"{program}\n{references[0]}", {})
-                    return True
-                except Exception:
-                    return False
-
-            return {"pass@1": sum(map(passes, predictions[0])) / len(predictions[0])}, None
+            try:
+                exec(f"{predictions[0][0]}\n{references[0]}", {})
+                return {"pass@1": 1.0}, None
+            except Exception:
+                return {"pass@1": 0.0}, None
 
     monkeypatch.setattr("evaluate.load", lambda *args, **kwargs: CodeEval())
     files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "HumanEval.jsonl")}}}
     allowed = {"confirm_run_unsafe_code": True}
     theirs, expected = evaluate(harness_task("humaneval", **files), answers, **allowed)
     ours, found = evaluate(load_task("humaneval", str(tmp_path / "HumanEval.jsonl")), answers, **allowed)
-    assert [(prompt, options["max_gen_toks"]) for prompt, options in ours] == [
-        (p, o["max_gen_toks"]) for p, o in theirs
-    ]
-    assert [set(options["until"]) for _, options in ours] == [set(options["until"]) for _, options in theirs]
+    assert asked(ours) == asked(theirs)
     assert found["pass@1,none"] == expected["pass@1,create_test"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="confirm_run_unsafe_code"):
         evaluate(load_task("humaneval", str(tmp_path / "HumanEval.jsonl")), answers)
@@ -116,9 +95,6 @@ def test_shots_need_training_rows(gsm8k):
         load_task("gsm8k", str(gsm8k / "test.jsonl"))
     prompts, _ = evaluate(load_task("gsm8k", str(gsm8k / "test.jsonl"), num_fewshot=0), ["1"])
     assert len(prompts) == 12 and prompts[0][0].count("Question:") == 1
-
-
-# ---------------------------------------------------------------------- models
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +132,20 @@ def test_load_of_a_generation(folder, batch_size):
     lm = PhiBalanceLM(str(folder), batch_size=batch_size)
     generated = []
     generate = lm.model.generate
-    lm.model.generate = lambda **options: (
-        generated.append((options["attention_mask"], generate(**options))) or generated[-1][1]
-    )
+
+    def generate_and_keep(**options):
+        generated.append((options["attention_mask"], generate(**options)))
+        return generated[-1][1]
+
+    lm.model.generate = generate_and_keep
+    balancer = phb.get_balancer(lm.model)
+    before = {name: value.clone() for name, value in balancer.state_dict().items()}
     with lm.counting_load():
         texts = completions(lm)
         load = lm.expert_load()
     assert load["completions"] == len(texts) == 10
+    assert not balancer.is_evaluating  # nothing is left of counting
+    assert all(torch.equal(value, before[name]) for name, value in balancer.state_dict().items())
 
     tokens, counts, lengths = 0, torch.zeros(2, 4), set()
     gates = [module for name, module in lm.model.named_modules() if name.endswith("mlp.gate")]
@@ -172,14 +155,10 @@ def test_load_of_a_generation(folder, batch_size):
     for mask, rows in generated:
         for row, own in zip(rows, mask):
             prompt, new = row[: len(own)][own == 1], row[len(own) :].tolist()
-            length = next(  # up to the token that ends the row, of which nothing is computed
-                (
-                    n
-                    for n in range(1, len(new) + 1)
-                    if any(stop in lm.tokenizer.decode(new[:n]) for stop in [*STOPS, "</s>"])
-                ),
-                len(new),
-            )
+            # up to the token that ends the row, of which nothing is computed
+            texts = [lm.tokenizer.decode(new[:n]) for n in range(1, len(new) + 1)]
+            ends = [n for n, text in enumerate(texts, start=1) if any(stop in text for stop in [*STOPS, "</s>"])]
+            length = min(ends, default=len(new))
             ids = torch.cat([prompt, torch.tensor(new[: length - 1], dtype=torch.long)])
             lm.model(input_ids=ids[None], use_cache=False)
             tokens += len(ids)
@@ -222,8 +201,6 @@ def test_the_first_space_of_a_program_is_kept(folder, tmp_path):
 
 
 def test_dense_models_have_no_load(folder, tmp_path):
-    from evaluated import FIELDS
-
     from hf_phibalance.models import build_model
 
     tokenizer = PhiBalanceLM(str(folder)).tokenizer
@@ -243,14 +220,3 @@ def test_another_bias_or_another_setting_makes_another_model(tmp_path):
         found.add(model_fingerprint(str(tmp_path)))
     found |= {model_fingerprint(str(tmp_path), dtype=dtype) for dtype in ("float32", "bfloat16")}
     assert len(found) == 4
-
-
-def test_nothing_is_left_of_counting(folder):
-    lm = PhiBalanceLM(str(folder), batch_size=10)
-    balancer = phb.get_balancer(lm.model)
-    before = {name: value.clone() for name, value in balancer.state_dict().items()}
-    with lm.counting_load():
-        completions(lm)
-    assert not balancer.is_evaluating
-    assert all(torch.equal(value, before[name]) for name, value in balancer.state_dict().items())
-    gc.collect()

@@ -1,13 +1,14 @@
 """HumanEval's pass@k: right programs pass, and wrong ones fail."""
 
 import gzip
+import itertools
 import json
 
 import pytest
 from evaluated import ADD_ONE
 from paths import DATA
 
-from hf_phibalance.evaluation import CodeExecutionError, HumanEvalPassAtK, score_humaneval
+from hf_phibalance.evaluation import CodeExecutionError, HumanEvalPassAtK, pass_at_k, score_humaneval
 
 
 @pytest.fixture
@@ -23,6 +24,18 @@ def humaneval_problems():
         return [json.loads(line) for line in lines]
 
 
+def test_pass_at_k_is_the_mean_over_all_choices_of_k():
+    for samples in range(1, 8):
+        for correct, k in itertools.product(range(samples + 1), range(1, samples + 1)):
+            verdicts = [True] * correct + [False] * (samples - correct)
+            choices = list(itertools.combinations(verdicts, k))
+            expected = sum(any(choice) for choice in choices) / len(choices)
+            assert pass_at_k(samples, correct, k) == pytest.approx(expected, abs=1e-12)
+    for wrong in ((1, 0, 2), (1, 2, 1), (3, 1, 0), (3, -1, 1)):
+        with pytest.raises(ValueError, match="needs 1 <= k <= samples"):
+            pass_at_k(*wrong)
+
+
 def test_humaneval_verdicts_and_pass_at_k(humaneval, monkeypatch):
     """Half of the completions of the first problem are right, as in the samples that openai/human-eval comes with."""
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
@@ -34,13 +47,9 @@ def test_humaneval_verdicts_and_pass_at_k(humaneval, monkeypatch):
         "  return x + 1\n",
         "\treturn x + 1\n",
     ]
+    predictions = [completions, ["    return x\n", "    return x + 1"]]
     references = [ADD_ONE, {**ADD_ONE, "canonical_solution": "    return x + 1\n"}]
-    result = humaneval.compute(
-        predictions=[completions, ["    return x\n", "    return x + 1"]],
-        references=references,
-        k=[1, 2, 4],
-        timeout=2,
-    )
+    result = humaneval.compute(predictions=predictions, references=references, k=[1, 2, 4], timeout=2)
     first, second = result["results"]
     assert [verdict["status"] for verdict in first] == ["failed", "timed out", "failed", "passed", "passed", "passed"]
     assert [verdict["passed"] for verdict in second] == [False, True]
@@ -55,9 +64,8 @@ def test_humaneval_verdicts_and_pass_at_k(humaneval, monkeypatch):
 def test_one_problem_at_a_time_and_without_walls():
     completions = ["    return x + 1\n", "    raise ValueError(chr(0xd800))\n", "    return 'x' * (70 << 20)\n"]
     for unsafe, isolation in ((False, "bubblewrap"), (True, "none")):
-        result = score_humaneval(
-            [completions], [ADD_ONE], k=[1], timeout=5.0, allow_code_execution=True, unsafe=unsafe
-        )
+        options = {"k": [1], "timeout": 5.0, "allow_code_execution": True, "unsafe": unsafe}
+        result = score_humaneval([completions], [ADD_ONE], **options)
         assert result["pass@1"] == pytest.approx(1 / 3) and result["isolation"] == isolation
         assert [verdict["status"] for verdict in result["results"][0]] == ["passed", "failed", "failed"]
         assert json.loads(json.dumps(result).encode()) == result
@@ -76,52 +84,32 @@ def test_completions_cannot_read_the_checks(tmp_path):
         assert result["pass@1"] == score
 
 
-def test_all_canonical_solutions_of_humaneval_pass(humaneval):
+def test_all_canonical_solutions_of_humaneval_pass_and_others_fail(humaneval):
+    """The others are the empty body and the solution of the next problem."""
     problems = humaneval_problems()
-    done = []
-    result = humaneval.compute(
-        predictions=[[problem["canonical_solution"]] for problem in problems],
-        references=problems,
-        timeout=20.0,  # the machine may be busy with other tests
-        allow_code_execution=True,
-        progress=lambda *counts: done.append(counts),
-    )
-    failed = {
-        problem["task_id"]: verdicts
-        for problem, verdicts in zip(problems, result["results"])
-        if not verdicts[0]["passed"]
-    }
-    assert len(problems) == 164 and not failed
-    assert result["pass@1"] == 1.0
-    assert done == [(i + 1, 164) for i in range(164)]
-
-
-def test_wrong_solutions_of_humaneval_fail(humaneval):
-    """Prompts that are continued by nothing, and by the solution of the next problem."""
-    problems = humaneval_problems()[:12]
-    answers = [[["    pass\n"], [next_problem["canonical_solution"]]] for next_problem in problems[1:]]
-    result = humaneval.compute(
-        predictions=[both[0] + both[1] for both in answers],
-        references=problems[:-1],
-        k=[1, 2],
-        allow_code_execution=True,
-    )
-    assert result["pass@1"] == result["pass@2"] == 0.0
-    assert all(verdict["status"] == "failed" for verdicts in result["results"] for verdict in verdicts)
+    solutions = [problem["canonical_solution"] for problem in problems]
+    predictions = [[solution] for solution in solutions]
+    for number in range(11):
+        predictions[number] += ["    pass\n", solutions[number + 1]]
+    options = {"timeout": 20.0, "allow_code_execution": True}  # the machine may be busy with other tests
+    results = humaneval.compute(predictions=predictions, references=problems, **options)["results"]
+    assert len(problems) == 164
+    for problem, (right, *wrong) in zip(problems, results):
+        assert right["passed"], (problem["task_id"], right)
+        assert all(verdict["status"] == "failed" for verdict in wrong), (problem["task_id"], wrong)
 
 
 def test_humaneval_refuses_what_it_cannot_run(humaneval, monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     with pytest.raises(CodeExecutionError, match="HF_ALLOW_CODE_EVAL=1 or pass allow_code_execution=True"):
         humaneval.compute(predictions=[["    return x + 1\n"]], references=[ADD_ONE])
-    allowed = {"allow_code_execution": True}
-    with pytest.raises(ValueError, match="one text where a list of completions is needed"):
-        humaneval.compute(predictions=["    return x + 1\n"], references=[ADD_ONE], **allowed)
-    with pytest.raises(ValueError, match="'test/0' has no text in entry_point"):
-        humaneval.compute(predictions=[["x"]], references=[{**ADD_ONE, "entry_point": None}], **allowed)
-    with pytest.raises(ValueError, match="Mismatch"):
-        humaneval.compute(predictions=[["x"]], references=[ADD_ONE, ADD_ONE], **allowed)
-    for k in ([], [0], [1, -1]):
+    for predictions, references, options, message in (
+        (["    return x + 1\n"], [ADD_ONE], {}, "one text where a list of completions is needed"),
+        ([["x"]], [{**ADD_ONE, "entry_point": None}], {}, "'test/0' has no text in entry_point"),
+        ([["x"]], [ADD_ONE, ADD_ONE], {}, "Mismatch"),
+        ([["x"]], [ADD_ONE], {"k": []}, "needs at least one number of attempts"),
+        ([["x"]], [ADD_ONE], {"k": [1, -1]}, "needs at least one number of attempts"),
+    ):
         metric = HumanEvalPassAtK(cache_dir=humaneval.data_dir)
-        with pytest.raises(ValueError, match="needs at least one number of attempts"):
-            metric.compute(predictions=[["x"]], references=[ADD_ONE], k=k, **allowed)
+        with pytest.raises(ValueError, match=message):
+            metric.compute(predictions=predictions, references=references, allow_code_execution=True, **options)

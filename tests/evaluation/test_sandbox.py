@@ -1,8 +1,12 @@
 """Generated code: hostile programs fail, in time, and leave no process and no file; right ones pass."""
 
+import collections
+import decimal
+import fractions
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -16,6 +20,7 @@ import psutil
 import pytest
 
 from hf_phibalance.evaluation import CodeExecutionError, require_sandbox, run_program, sandbox
+from hf_phibalance.evaluation.runner import Crossing
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="generated code is only run on Linux")
@@ -23,36 +28,35 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="generated code 
 CHECKS = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(41) == 42\ncheck(add)"
 HONEST = "def add(x):\n    return x + 1\n"
 CTYPES = "import ctypes, os, threading, time\nc = ctypes.CDLL(None)\n"
-CTYPES += "EXIT, KEYCTL = (60, 250) if os.uname().machine == 'x86_64' else (93, 219)\n"
+CTYPES += "EXIT, KEYCTL, TRACE = (60, 250, 101) if os.uname().machine == 'x86_64' else (93, 219, 117)\n"
 
-# Each does its harm and then, if it still can, answers rightly. The places of the harm: {folder}, {caller}.
+# Each does harm to {victim}, {folder} or {caller}. Those that do not define `add` then answer rightly, if they still can.
 HOSTILE = {
-    "endless loop": "while True:\n    pass\n" + HONEST,
+    "endless loop": "while True:\n    pass\n",
     "endless loop in the call": "def add(x):\n    while True:\n        pass\n",
-    "endless loop that catches all": "def add(x):\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass\n",
-    "sleep": "import time\ntime.sleep(3600)\n" + HONEST,
-    "input": "input()\n" + HONEST,
-    "fork bomb": "import os\nwhile True:\n    os.fork()\n" + HONEST,
+    "endless loop that catches all": "def add(x):\n    while True:\n        try:\n            while True: pass\n"
+    "        except BaseException: pass\n",
+    "sleep": "import time\ntime.sleep(3600)\n",
+    "input": "input()\n",
+    "fork bomb": "import os\nwhile True:\n    os.fork()\n",
     "fork bomb that catches": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError: pass\n",
-    "fork bomb that leaves its session": "import os\nfor _ in range(100):\n    try:\n        if os.fork() == 0:\n            os.setsid()\n    except OSError: pass\n"
-    "import time\ntime.sleep(60)\n",
+    "fork bomb that leaves its session": "import os\nfor _ in range(100):\n    try:\n        if os.fork() == 0:\n            os.setsid()\n"
+    "    except OSError: pass\nimport time\ntime.sleep(60)\n",
     "thread bomb": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()\n",
-    "memory bomb": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))\n" + HONEST,
-    "large file": "import os\nwith open('x', 'wb') as file:\n    for _ in range(1024):\n        file.write(bytes(1 << 20))\n"
-    + HONEST,
-    "many files": "for i in range(1 << 20):\n    with open(str(i), 'wb') as file:\n        file.write(bytes(1 << 20))\n"
-    + HONEST,
-    "1 GB of output": "for _ in range(1024):\n    print('x' * (1 << 20))\n" + HONEST,
-    "1 GB of output that catches": "import os\nfor _ in range(1024):\n    try:\n        os.write(1, b'x' * (1 << 20))\n    except OSError: pass\n"
-    + HONEST,
-    "1 GB of errors": "import sys\nfor _ in range(1024):\n    sys.stderr.write('x' * (1 << 20))\n" + HONEST,
+    "memory bomb": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))\n",
+    "large file": "import os\nwith open('x', 'wb') as file:\n    for _ in range(1024):\n        file.write(bytes(1 << 20))\n",
+    "many files": "for i in range(1 << 20):\n    with open(str(i), 'wb') as file:\n        file.write(bytes(1 << 20))\n",
+    "1 GB of output": "for _ in range(1024):\n    print('x' * (1 << 20))\n",
+    "1 GB of output that catches": "import os\nfor _ in range(1024):\n    try:\n        os.write(1, b'x' * (1 << 20))\n"
+    "    except OSError: pass\n",
+    "1 GB of errors": "import sys\nfor _ in range(1024):\n    sys.stderr.write('x' * (1 << 20))\n",
     "1 GB of answer": "def add(x):\n    return 'x' * (1 << 30)\n",
-    "deletes a file": "import os\ntry:\n    os.remove({victim!r})\nexcept OSError: pass\n" + HONEST,
-    "deletes a folder": "import shutil\nshutil.rmtree({folder!r}, ignore_errors=True)\n" + HONEST,
-    "deletes with a shell": "import os\nif os.system('rm -rf ' + {folder!r}):\n    raise OSError\n" + HONEST,
-    "overwrites a file": "try:\n    open({victim!r}, 'w').close()\nexcept OSError: pass\n" + HONEST,
-    "overwrites by the system call": "import ctypes\nc = ctypes.CDLL(None)\nfd = c.open({victim!r}.encode(), 1)\n"
-    "assert fd >= 0\nc.ftruncate(fd, 0)\n" + HONEST,
+    "deletes a file": "import os\ntry:\n    os.remove({victim!r})\nexcept OSError: pass\n",
+    "deletes a folder": "import shutil\nshutil.rmtree({folder!r}, ignore_errors=True)\n",
+    "deletes with a shell": "import os\nif os.system('rm -rf ' + {folder!r}):\n    raise OSError\n",
+    "overwrites a file": "try:\n    open({victim!r}, 'w').close()\nexcept OSError: pass\n",
+    "overwrites by the system call": "import ctypes\nc = ctypes.CDLL(None)\nfd = c.open({victim!r}.encode(), 1)\nassert fd >= 0\n"
+    "c.ftruncate(fd, 0)\n",
     "os._exit": "import os\nos._exit(0)\n",
     "os._exit in the call": "import os\ndef add(x):\n    os._exit(0)\n",
     "sys.exit": "import sys\nsys.exit(0)\n",
@@ -62,91 +66,79 @@ HOSTILE = {
     "redefines check": "def add(x):\n    return 0\ndef check(candidate):\n    pass\n",
     "redefines assert's error": "import builtins\nclass Quiet(Exception): pass\nbuiltins.AssertionError = Quiet\n"
     "builtins.exec = builtins.compile = lambda *a, **k: None\ndef add(x):\n    return 0\n",
-    "redefines __eq__": "class Same:\n    def __eq__(self, other): return True\n    __hash__ = None\n"
-    "def add(x):\n    return Same()\n",
-    "redefines __eq__ of an int": "class Same(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
-    "def add(x):\n    return Same(0)\n",
-    "redefines __class__": "class Same:\n    __class__ = int\n    def __eq__(self, other): return True\n"
-    "def add(x):\n    return Same()\n",
-    "patches the runner": "import sys\n"
-    "for runner in [module for name, module in sys.modules.items() if name.split('.')[0] == 'runner']:\n"
-    "    runner.judge = runner.be_judge = lambda *a: {{'status': 'passed', 'reason': ''}}\n"
-    "    runner.encode = lambda value: {{'tuple': []}}\ndef add(x):\n    return 0\n",
-    "writes to every descriptor": 'import os\nword = b\'{{"status": "passed", "reason": "", "seconds": 0, "missing": []}}\'\n'
-    "for fd in range(64):\n    for text in (word, len(word).to_bytes(4, 'big') + word):\n"
-    "        try: os.write(fd, text)\n        except OSError: pass\nos._exit(0)\n",
+    "redefines __eq__": "class Same:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef add(x):\n    return Same()\n",
+    "redefines __eq__ of an int": "class Same(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef add(x):\n"
+    "    return Same(0)\n",
+    "redefines __class__": "class Same:\n    __class__ = int\n    def __eq__(self, other): return True\ndef add(x):\n    return Same()\n",
+    "patches the runner": "import sys\nrunner = sys.modules['__main__']\nrunner.judge = lambda *a: ''\n"
+    "runner.Crossing.encode = lambda *a: {{'tuple': []}}\ndef add(x):\n    return 0\n",
+    "writes to every descriptor": "import os\nfor fd in range(64):\n    try: os.write(fd, b'\"\"')\n    except OSError: pass\nos._exit(0)\n",
     "forges the frames of its caller": "import sys, gc\ndef add(x):\n    frame = sys._getframe()\n    while frame:\n"
-    "        frame.f_locals.update(passed=True, status='passed', result=2)\n        frame = frame.f_back\n"
-    "    for o in gc.get_objects():\n        if type(o) is dict and 'status' in o: o['status'] = 'passed'\n    return 0\n",
-    "signals the parent": "import os, signal\ntry:\n    os.kill(os.getppid(), signal.SIGKILL)\nexcept OSError: pass\n"
-    + HONEST,
-    "signals the caller": "import os, signal\ntry:\n    os.kill({caller}, signal.SIGKILL)\nexcept OSError: pass\n"
-    + HONEST,
-    "signals by the system call": "import ctypes\nc = ctypes.CDLL(None)\nassert c.kill({caller}, 9) == 0\n" + HONEST,
-    "stops itself": "import ctypes, os\nctypes.CDLL(None).kill(os.getpid(), 19)\n" + HONEST,
-    "kills itself": "import ctypes, os\nctypes.CDLL(None).kill(os.getpid(), 9)\n" + HONEST,
-    "daemon thread": "import threading\ndef spin():\n    while True: pass\n"
-    "threading.Thread(target=spin, daemon=True).start()\n" + HONEST,
+    "        frame.f_locals.update(passed=True, reason='', result=2)\n        frame = frame.f_back\n"
+    "    for o in gc.get_objects():\n        if type(o) is dict and 'reason' in o: o['reason'] = ''\n"
+    "    return 0\n",
+    "signals the parent": "import os, signal\ntry:\n    os.kill(os.getppid(), signal.SIGKILL)\nexcept OSError: pass\n",
+    "signals the caller": "import os, signal\ntry:\n    os.kill({caller}, signal.SIGKILL)\nexcept OSError: pass\n",
+    "signals by the system call": "import ctypes\nc = ctypes.CDLL(None)\nassert c.kill({caller}, 9) == 0\n",
+    "stops itself": "import ctypes, os\nctypes.CDLL(None).kill(os.getpid(), 19)\n",
+    "kills itself": "import ctypes, os\nctypes.CDLL(None).kill(os.getpid(), 9)\n",
+    "daemon thread": "import threading\ndef spin():\n    while True: pass\nthreading.Thread(target=spin, daemon=True).start()\n",
     "daemon process": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(3600)\n"
-    "    os._exit(0)\n" + HONEST,
-    "background command": "import subprocess\n"
-    "subprocess.Popen(['sleep', '3600'], start_new_session=True, env={{}})\n" + HONEST,
+    "    os._exit(0)\n",
+    "background command": "import subprocess\nsubprocess.Popen(['sleep', '3600'], start_new_session=True, env={{}})\n",
     "recursion": "def add(x):\n    return add(x)\n",
     "recursion without a limit": "import sys\nsys.setrecursionlimit(10**9)\ndef add(x):\n    return add(x)\n",
-    "crash": "import ctypes\nctypes.string_at(0)\n" + HONEST,
+    "crash": "import ctypes\nctypes.string_at(0)\n",
     "ignores signals": "import signal\nfor number in range(1, 65):\n    try: signal.signal(number, signal.SIG_IGN)\n"
     "    except (OSError, ValueError): pass\nwhile True:\n    pass\n",
-    "network": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\n" + HONEST,
-    "network, caught": "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError: pass\n"
-    + HONEST,
-    "network by name, caught": "import socket\ntry: socket.create_connection(('example.com', 80), 1)\nexcept OSError: pass\n"
-    + HONEST,
+    "network": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\n",
+    "network, caught": "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError: pass\n",
+    "network by name, caught": "import socket\ntry: socket.create_connection(('example.com', 80), 1)\nexcept OSError: pass\n",
     "main thread ends by its system call": CTYPES
-    + "threading.Thread(target=time.sleep, args=(3600,)).start()\nc.syscall(EXIT, 0)\n"
-    + HONEST,
+    + "threading.Thread(target=time.sleep, args=(3600,)).start()\nc.syscall(EXIT, 0)\n",
     "main thread ends, another answers": CTYPES + "def answer():\n    time.sleep(0.2)\n    for fd in range(3, 300):\n"
     "        try: os.write(fd, b'{{}}\\n' + b''.join(b'{{\"value\": %d, \"changed\": []}}\\n' % n for n in (2, 42)))\n"
-    "        except OSError: pass\n    time.sleep(3600)\n"
-    "threading.Thread(target=answer).start()\nc.syscall(EXIT, 0)\n",
-    "child traces the program": CTYPES + "pid = os.getpid()\nif os.fork() == 0:\n    c.ptrace(16, pid, 0, 0)\n"
-    "    time.sleep(3600)\ntime.sleep(0.2)\n" + HONEST,
-    "child stops the program": CTYPES + "pid = os.getpid()\nif os.fork() == 0:\n    c.kill(pid, 19)\n    os._exit(0)\n"
-    "time.sleep(0.2)\n" + HONEST,
-    "System V shared memory": CTYPES + "assert c.shmget(0, 384 << 20, 0o1600) >= 0\n" + HONEST,
-    "memfd": "import os\nos.truncate(os.memfd_create('x'), 190 << 20)\n" + HONEST,
-    "session keyring": CTYPES + "assert c.syscall(KEYCTL, 0, -3, 0) >= 0\n" + HONEST,
-    "a socket that no namespace holds": "import socket\nsocket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)\n" + HONEST,
-    "new user namespace": CTYPES + "assert c.unshare(0x10000000) == 0\n" + HONEST,
-    "memory of its first process": CTYPES + "assert c.open(b'/proc/1/mem', 2) >= 0\n" + HONEST,
-    "writes beside its folders": CTYPES + "assert max(c.open(path, 0o101, 0o600) for path in "
-    "(b'/x', b'/dev/x', b'/usr/x', b'/runner/x', b'/root/x')) >= 0\n" + HONEST,
-    "reads a file of the caller": "assert open({victim!r}).read()\n" + HONEST,
-    "becomes root": "import os\nos.setuid(0)\n" + HONEST,
-    "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n" + HONEST,
+    "        except OSError: pass\n    time.sleep(3600)\nthreading.Thread(target=answer).start()\n"
+    "c.syscall(EXIT, 0)\n",
+    "child traces the program": CTYPES
+    + "pid = os.getpid()\nif os.fork() == 0:\n    c.ptrace(16, pid, 0, 0)\n    time.sleep(3600)\ntime.sleep(0.2)\n",
+    "child stops the program": CTYPES
+    + "pid = os.getpid()\nif os.fork() == 0:\n    c.kill(pid, 19)\n    os._exit(0)\ntime.sleep(0.2)\n",
+    "System V shared memory": CTYPES + "assert c.shmget(0, 384 << 20, 0o1600) >= 0\n",
+    "memfd": "import os\nos.truncate(os.memfd_create('x'), 190 << 20)\n",
+    "session keyring": CTYPES + "assert c.syscall(KEYCTL, 0, -3, 0) >= 0\n",
+    "a socket that no namespace holds": "import socket\nsocket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)\n",
+    "reads the judge's memory": CTYPES + "name = b'/proc/%d/' % os.getppid()\n"
+    "assert max(c.open(name + end, mode) for end in (b'mem', b'maps', b'environ') for mode in (0, 2)) >= 0\n",
+    "writes to the judge's descriptors": CTYPES
+    + "name = b'/proc/%d/fd/%d'\nassert max(c.open(name % (os.getppid(), fd), 1) for fd in range(64)) >= 0\n",
+    "traces the judge": CTYPES + "assert c.syscall(TRACE, 16, os.getppid(), 0, 0) == 0\n",
+    "kills the judge": CTYPES + "c.kill(os.getppid(), 9)\ntime.sleep(3600)\n",
+    "interrupts the judge": CTYPES + "c.kill(os.getppid(), 2)\n",
+    "stops the judge": CTYPES + "c.kill(os.getppid(), 19)\n",
+    "new user namespace": CTYPES + "assert c.unshare(0x10000000) == 0\n",
+    "memory of its first process": CTYPES + "assert c.open(b'/proc/1/mem', 2) >= 0\n",
+    "writes beside its folders": CTYPES
+    + "assert max(c.open(path, 0o101, 0o600) for path in (b'/x', b'/dev/x', b'/usr/x', b'/runner/x', b'/root/x')) >= 0\n",
+    "reads a file of the caller": "assert open({victim!r}).read()\n",
+    "becomes root": "import os\nos.setuid(0)\n",
+    "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n",
     "70 MB of answer": "def add(x):\n    return 'x' * (70 << 20)\n",
     "half an answer": "import os, time\nfor fd in range(3, 300):\n    try: os.write(fd, b'{{')\n    except OSError: pass\n"
     "time.sleep(3600)\n",
-    "no JSON": "import os\nfor fd in range(3, 300):\n    try: os.write(fd, b'[' * 50000 + b'\\n')\n    except OSError: pass\n"
-    + HONEST,
+    "no JSON": "import os\nfor fd in range(3, 300):\n    try: os.write(fd, b'[' * 50000 + b'\\n')\n"
+    "    except OSError: pass\n",
     "a deep answer": "def add(x):\n    for _ in range(1 << 20): x = [x]\n    return x\n",
     "a surrogate": "raise ValueError(chr(0xd800))\n",
-    "a surrogate in the source": "x = '\ud800'\n" + HONEST,
+    "a surrogate in the source": "x = '\ud800'\n",
     "escapes and newlines": "raise ValueError('\\x1b[31m\\n\\r\\u2028' + 'x' * (1 << 20))\n",
     "an exception without words": "class E(Exception):\n    def __str__(self): raise SystemExit\nraise E\n",
 }
 # Those that may go on until the time is up.
 SLOW = (
-    "endless",
-    "sleep",
-    "fork bomb that",
-    "thread bomb",
-    "stops itself",
-    "ignores signals",
-    "recursion without",
-    "main thread ends by",
-    "child stops",
-    "half an answer",
-)
+    "endless", "sleep", "fork bomb that", "thread bomb", "stops", "ignores signals", "recursion without",
+    "main thread ends by", "child stops", "half an answer",
+)  # fmt: skip
 
 
 def others():
@@ -190,6 +182,7 @@ def test_hostile_programs_fail_and_leave_nothing(name, victim):
         server.settimeout(0)
         values = {"victim": str(victim), "folder": str(victim.parent), "caller": os.getpid()}
         program = HOSTILE[name]
+        program += "" if "def add(" in program else HONEST
         if "{" in program:
             program = program.format(**values, port=server.getsockname()[1])
         timeout = 0.5 if name.startswith(SLOW) else 5.0
@@ -287,16 +280,7 @@ def test_an_ordinary_user_gets_the_same():
         pytest.skip(f"no ordinary user can run this here: {trial.stderr.decode()[-300:]}")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        options = [
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            f"--basetemp={folder}/own",
-            "-k",
-            "hostile or honest",
-        ]
+        options = ["-qp", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder}/own", "-k", "hostile or honest"]
         done = subprocess.run([*command, "-m", "pytest", *options, __file__], capture_output=True, text=True)
     assert done.returncode == 0 and f"{len(HOSTILE) + len(HONEST_PROGRAMS)} passed" in done.stdout, done.stdout
 
@@ -310,12 +294,8 @@ def test_an_ordinary_user_gets_the_same():
         ("", CHECKS, "NameError: the program defines no function 'add'"),
         ("def add(x):\n    return object()\n", CHECKS, "type object, which is not plain data"),
         ("def add(x):\n    raise ValueError('no')\n", CHECKS, "ValueError: no at `assert candidate(1) == 2`"),
-        (HONEST, "assert (", "the checks cannot be compiled"),
-        (
-            "import os\nos._exit(3)",
-            "try:\n    add(1)\nexcept:\n    pass",
-            "before the checks were done (exit status 3)",
-        ),
+        (HONEST, "assert (", "SyntaxError: '(' was never closed (<checks>, line 1)"),
+        ("import os\nos._exit(3)", "try:\n    add(1)\nexcept:\n    pass", "checks were done (exit status 3)"),
     ],
 )
 def test_a_failure_says_why(program, checks, reason):
@@ -367,10 +347,8 @@ def test_nothing_can_be_read_but_the_interpreter(tmp_path):
     private.write_text("secret")
     private.chmod(0o600)
     places = [str(private), str(tmp_path), __file__, sandbox.__file__, str(Path.home() / ".bashrc"), "/etc/passwd"]
-    program = (
-        "import os\ndef f(path):\n    return os.path.exists(path)\ndef top():\n    return sorted(os.listdir('/'))\n"
-    )
-    verdict = run(program, f"seen = [path for path in {places} if f(path)]\nassert seen == [], seen\nprint(top())")
+    program = "import os\ndef f(path):\n    return os.path.exists(path)\n"
+    verdict = run(program, f"seen = [path for path in {places} if f(path)]\nassert seen == [], seen")
     assert verdict.passed, verdict
 
 
@@ -477,9 +455,9 @@ def test_nothing_outlives_the_caller(victim):
     assert caller.stdout.readline() == b"tried\n"
     try:
         deadline = time.monotonic() + 60
-        while len(below := caller.children(recursive=True)) < 7 and time.monotonic() < deadline:
+        while len(below := caller.children(recursive=True)) < 5 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(below) == 7  # twice two of bwrap and an interpreter, and the program's child
+        assert len(below) == 5  # two of bwrap, the judge, the program and its child
     finally:
         caller.kill()
         caller.wait()
@@ -498,3 +476,41 @@ def test_a_name_of_the_context_is_the_programs_only_where_asked():
     checks = "assert helper(3) == 6\nassert add(1) == 2"
     assert run(program, checks, context=context, entry_points=["add"]).passed
     assert "assert helper(3) == 6" in run(program, "assert helper(3) == 6", context="def unfinished(").reason
+
+
+# ---------------------------------------------------------------------- values on their way to the checks
+
+
+def cross(value):
+    return Crossing().decode(json.loads(json.dumps(Crossing().encode(value))))
+
+
+def test_values_cross_unchanged():
+    values = [
+        None, True, 0, -(1 << 63), 1 << 200, -0.0, 1e-308, math.inf, "ü\ud800\0", b"\0\xff", bytearray(b"x"), 1 + 2j,
+        [], [1, [2.5, "x"]], (), (1, (2,)), {1, 2}, frozenset("ab"), {(1, 2): {"x": [None]}, 3: 4}, range(1, 9, 3),
+        collections.deque([1, 2]), decimal.Decimal("1.10"), fractions.Fraction(1, 3),
+    ]  # fmt: skip
+    for value in values:
+        again = cross(value)
+        assert again == value and type(again) is type(value)
+        # -0.0 == 0.0 and True == 1, so what is printed must agree too; a set prints its members in any order.
+        assert isinstance(value, (set, frozenset)) or repr(again) == repr(value)
+    assert math.isnan(cross(math.nan))
+    for lazy in (iter([1, 2]), (x for x in [1, 2]), map(int, "12"), {1: 0, 2: 0}.keys(), {0: 1, 1: 2}.values()):
+        assert list(cross(lazy)) == [1, 2]
+    assert type(cross(collections.Counter("aab"))) is dict
+    with pytest.raises(TypeError, match="type object"):
+        cross([object()])
+    shared = [1]
+    shared.append(shared)
+    first, second = cross((shared, {"x": shared}))
+    assert second["x"] is first and first[1] is first
+
+
+@pytest.mark.parametrize(
+    "forged", [{"same": 0}, {"eval": ["1"]}, {"list": 1}, {"set": [{"list": []}]}, {}, {"a": 1, "b": 2}]
+)
+def test_what_nobody_encoded_is_refused(forged):
+    with pytest.raises((LookupError, TypeError, ValueError)):
+        Crossing().decode(forged)

@@ -1,6 +1,7 @@
 """One forward and backward of a patched model: what the prices add to its gradient, and what they should."""
 
 import torch
+import torch.nn.functional as F
 from tiny import set_prices, tiny_model
 
 import hf_phibalance as phb
@@ -23,6 +24,7 @@ def collect(model):
 def gradients(model, batch):
     """Gradient of each trainable parameter of one forward and backward, by the name in `model`."""
     model.zero_grad()
+    torch.manual_seed(0)  # some routers sample
     model(**batch).loss.backward()
     return collect(model)
 
@@ -34,11 +36,12 @@ def by_definition(model, batch):
     for site in balancer.sites:
         for module in site.modules:
 
-            def note(module, args, output, name=site.name):
-                logits[name] = output[0]
+            def note(module, args, output, name=site.name, index=site.kind.index):
+                logits[name] = output[index] if isinstance(output, tuple) else output
 
             handles.append(module.register_forward_hook(note))
     model.zero_grad()
+    torch.manual_seed(0)
     model(**batch)
     for handle in handles:
         handle.remove()
@@ -49,6 +52,30 @@ def by_definition(model, batch):
         for site in balancer.sites
     )
     (COEF * term / mask.sum()).backward()
+    return collect(model)
+
+
+def by_weights(model, batch, gates, scoring):
+    """
+    The same gradient of a model without patch, from the inputs of modules and the weights of their routers.
+
+    `gates` are `(module with the router's input, weight (E, H), price (E,))`, `scoring` is "softmax" or "sigmoid".
+    """
+    mask, terms, handles = batch["attention_mask"].reshape(-1).float(), [], []
+    for module, weight, price in gates:
+
+        def note(module, args, weight=weight, price=price):
+            logits = F.linear(args[0].reshape(-1, args[0].shape[-1]), weight)
+            scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
+            probs = scores / scores.sum(-1, keepdim=True)
+            terms.append(((probs @ price) * mask).sum() / mask.sum())
+
+        handles.append(module.register_forward_pre_hook(note))
+    model.zero_grad()
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    (COEF * sum(terms)).backward()
     return collect(model)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of a tool have measured: in pytest's report (`--junitxml`), and from there in the README's table of tools."""
+"""What the tests of a tool have measured: in pytest's report (`--junitxml`), and from there in the table of guides/TOOLS.md."""
 
 import importlib.metadata
 

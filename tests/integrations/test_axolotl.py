@@ -128,7 +128,7 @@ def assert_same_files(folder, other, *names):
 
 STREAMED = {"streaming": True, "train_on_inputs": True, "phi_balance": {"coef": 0.02, "token_mask": "labels"}}
 ADAPTED = "LoRA on attention, experts and routers"
-CASES = {  # family, options, and how the README's table names them
+CASES = {  # family, options, and how the table in guides/TOOLS.md names them
     "full-packed": ("mixtral", {}, "full", "packed"),
     "full-padded": ("mixtral", PADDED, "full", "padded"),
     "full-streamed": ("mixtral", STREAMED, "full", "packed, streaming, `token_mask: labels`"),
@@ -227,7 +227,7 @@ def test_configs_that_are_refused(made, options, message):
 
 
 def test_without_the_plugin_axolotl_drops_the_key(made):
-    """As README.md says, and how one notices: it is not in the config, which Axolotl prints."""
+    """As guides/TOOLS.md says, and how one notices: it is not in the config, which Axolotl prints."""
     from axolotl.cli.config import load_cfg
 
     config, _ = write_config(made, "forgotten", plugins=None)

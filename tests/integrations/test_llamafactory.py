@@ -69,7 +69,7 @@ def train(inputs, out, family, balance=None, record=False, overrides=(), environ
 
 LORA = {"finetuning_type": "lora", "lora_rank": 4}
 WHOLE = {**LORA, "lora_target": "q_proj,v_proj", "additional_target": "gate,experts"}
-CASES = {  # family, options, environment, and how the README's table names them
+CASES = {  # family, options, environment, and how the table in guides/TOOLS.md names them
     "full": ("mixtral", {}, {}, "full", "padded, checkpointing"),
     "no-checkpointing": ("qwen3_moe", {"disable_gradient_checkpointing": True}, {}, "full", "padded"),
     "lora": ("mixtral", {**LORA, "lora_target": "all"}, {}, "LoRA on linear layers", "padded, checkpointing"),

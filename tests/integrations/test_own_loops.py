@@ -1,4 +1,4 @@
-"""The loops of README.md, as they stand but for names and strengths: the optimizer gets the coefficient, checkpoints the duals."""
+"""The loops of recipes/guides/LOOPS.md, as they stand but for names and strengths: the optimizer gets the coefficient, checkpoints the duals."""
 
 import re
 
@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 import hf_phibalance as phb
 
 
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "recipes/guides/LOOPS.md").read_text()
 
 
 def block(heading):
-    """The first block of Python under a heading of the README, with the strength of the definition."""
-    code = re.search(rf"## {heading}\n.*?```python\n(.*?)```", README, re.DOTALL)[1]
+    """The first block of Python under a heading of the page, with the strength of the definition."""
+    code = re.search(rf"## {heading}\n.*?```python\n(.*?)```", PAGE, re.DOTALL)[1]
     assert code.count('{"coef": 0.01}') == 1
     return code.replace('{"coef": 0.01}', repr({"coef": COEF}))
 
@@ -60,8 +60,21 @@ def assert_declared(run):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
+def test_plain_pytorch(micro_batches, capsys):
+    code = block("Plain PyTorch")
+    rows = build_rows()
+
+    def run(model, optimizer):
+        loader = DataLoader(rows, batch_sampler=deal(micro_batches), collate_fn=collate)  # of unequal sizes
+        exec(code, {"model": model, "optimizer": optimizer, "steps": [list(loader)]})
+
+    assert_declared(run)
+    assert "max_vio" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
 def test_accelerate(micro_batches, tmp_path):
-    code = block("A loop of your own, with accelerate")
+    code = block("accelerate")
     rows = build_rows()
 
     def run(model, optimizer):

@@ -93,7 +93,7 @@ def train(inputs, out, family, *more, method=("sft",), data="sft", record=False,
 LORA = ["--tuner_type", "lora", "--lora_dropout", "0"]
 PARAMETERS = ["--target_parameters", "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 FULL = ["--tuner_type", "full"]
-CASES = {  # family, options, environment, and how the README's table names them
+CASES = {  # family, options, environment, and how the table in guides/TOOLS.md names them
     "full": ("mixtral", FULL, {}, "full", "padded"),
     "checkpointing": ("qwen3_moe", [*FULL, "--gradient_checkpointing", "true"], {}, "full", "padded, checkpointing"),
     "lora": ("mixtral", [*LORA, "--target_modules", "all-linear"], {}, "LoRA on linear layers", "padded"),

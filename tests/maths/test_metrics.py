@@ -1,23 +1,13 @@
-"""Load-balance metrics against their definitions, written as plain loops, and against hand-made figures."""
+"""Load metrics and mutual information, against plain loops, hand-made numbers and simulation."""
 
 import math
 import statistics
 
 import pytest
 import torch
+from drawn_counts import draw
 
-from hf_phibalance.maths import metrics
-
-
-PER_LAYER = {
-    "max_vio": metrics.max_vio,
-    "gini": metrics.gini,
-    "cv": metrics.cv,
-    "normalised_entropy": metrics.normalised_entropy,
-    "min_relative_load": metrics.min_relative_load,
-    "max_relative_load": metrics.max_relative_load,
-    "dead_experts": metrics.dead_experts,
-}
+from hf_phibalance.maths import metrics, mutual_information, mutual_information_bias
 
 
 def mean_absolute_difference(load):
@@ -35,21 +25,21 @@ REFERENCE = {
     "max_relative_load": lambda load: max(load) * len(load) / sum(load),
     "dead_experts": lambda load: sum(1 for x in load if x / sum(load) < 0.05 / len(load)),
 }
-
-BALANCED = {
-    "max_vio": 0.0,
-    "gini": 0.0,
-    "cv": 0.0,
-    "normalised_entropy": 1.0,
-    "min_relative_load": 1.0,
-    "max_relative_load": 1.0,
-    "dead_experts": 0.0,
+PER_LAYER = {name: getattr(metrics, name) for name in REFERENCE}
+# at balance, and with all load on one of E experts
+LIMITS = {
+    "max_vio": (0.0, lambda experts: experts - 1),
+    "gini": (0.0, lambda experts: (experts - 1) / experts),
+    "cv": (0.0, lambda experts: math.sqrt(experts - 1)),
+    "normalised_entropy": (1.0, lambda experts: 0.0),
+    "min_relative_load": (1.0, lambda experts: 0.0),
+    "max_relative_load": (1.0, lambda experts: experts),
+    "dead_experts": (0.0, lambda experts: experts - 1),
 }
 
 
-def random_counts(num_layers, num_experts, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(1, 1000, (num_layers, num_experts), generator=generator)
+def random_counts(num_layers, num_experts):
+    counts = torch.randint(1, 1000, (num_layers, num_experts), generator=torch.Generator().manual_seed(0))
     counts[:, 0] = 0
     counts[::2, 1] = 3
     return counts
@@ -62,6 +52,7 @@ def test_definition(name, num_experts):
     expected = [REFERENCE[name](row) for row in load_LE.tolist()]
     assert PER_LAYER[name](load_LE.double()).tolist() == pytest.approx(expected, rel=1e-12, abs=1e-14)
     assert PER_LAYER[name](load_LE).tolist() == pytest.approx(expected, rel=1e-5)
+    assert metrics.summarise(load_LE)[name].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", PER_LAYER)
@@ -74,62 +65,26 @@ def test_counts_and_shares_in_any_leading_shape(name):
     assert PER_LAYER[name](counts.bfloat16()).dtype == torch.float32
 
 
-def test_by_hand():
-    summary = metrics.summarise(torch.tensor([[1.0, 3.0, 4.0, 0.0]]))
-    assert summary["max_vio"].item() == pytest.approx(1.0)
-    assert summary["gini"].item() == pytest.approx((-3 * 0 - 1 * 1 + 1 * 3 + 3 * 4) / (4 * 8))
-    assert summary["cv"].item() == pytest.approx(math.sqrt((1 + 1 + 4 + 4) / 4) / 2)
-    entropy = math.log(8) / 8 + 3 / 8 * math.log(8 / 3) + math.log(2) / 2
-    assert summary["normalised_entropy"].item() == pytest.approx(entropy / math.log(4))
-    assert summary["min_relative_load"].item() == 0.0
-    assert summary["max_relative_load"].item() == pytest.approx(2.0)
-    assert summary["dead_experts"].item() == 1.0
-
-
-def test_balanced_and_one_hot():
-    num_experts = 16
-    load_LE = torch.zeros(2, num_experts)
+@pytest.mark.parametrize("name", PER_LAYER)
+def test_limits(name):
+    """Balance and one expert only; layers without load and layers with a single expert count as balanced."""
+    balanced, one_hot = LIMITS[name]
+    load_LE = torch.zeros(3, 16)
     load_LE[0], load_LE[1, 3] = 12.0, 80.0
-    one_hot = {
-        "max_vio": num_experts - 1,
-        "gini": (num_experts - 1) / num_experts,
-        "cv": math.sqrt(num_experts - 1),
-        "normalised_entropy": 0.0,
-        "min_relative_load": 0.0,
-        "max_relative_load": num_experts,
-        "dead_experts": num_experts - 1,
-    }
-    for name, metric in PER_LAYER.items():
-        assert metric(load_LE).tolist() == pytest.approx([BALANCED[name], one_hot[name]], abs=1e-6), name
-
-
-def test_nothing_routed_and_a_single_expert_count_as_balanced():
-    for load_LE in (torch.tensor([[0, 0, 0], [1, 5, 0]]), torch.tensor([[0.0], [3.0]])):
-        for name, metric in PER_LAYER.items():
-            values = metric(load_LE)
-            assert values[0].item() == pytest.approx(BALANCED[name]), name
-            assert not values.isnan().any(), name
-    assert metrics.max_vio(torch.tensor([[0, 0, 0], [1, 5, 0]]))[1].item() == pytest.approx(1.5)
+    assert PER_LAYER[name](load_LE).tolist() == pytest.approx([balanced, one_hot(16), balanced], abs=1e-6)
+    assert PER_LAYER[name](torch.tensor([[0.0], [3.0]])).tolist() == pytest.approx([balanced] * 2)
 
 
 def test_dead_is_relative_to_the_fair_share():
-    # relative loads 0.04, 0.06 and two that fill up the mean to 1
     load_LE = torch.tensor([[0.04, 0.06, 1.9, 2.0]])
-    assert metrics.dead_experts(load_LE).item() == 1
-    assert metrics.dead_experts(load_LE / 4).item() == 1
-    assert metrics.dead_experts(load_LE, threshold=0.01).item() == 0
-    assert metrics.dead_experts(load_LE, threshold=0.07).item() == 2
-    for threshold in (0.0, -1.0, 1.5, math.nan):
-        with pytest.raises(ValueError, match="`threshold` is"):
-            metrics.dead_experts(load_LE, threshold=threshold)
+    assert metrics.dead_experts(load_LE).item() == metrics.dead_experts(load_LE / 4).item() == 1
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "tokens"), [(8, 2, 4000), (64, 6, 4000), (64, 32, 4000)])
 def test_noise_floor_against_monte_carlo(num_experts, top_k, tokens):
     generator = torch.Generator().manual_seed(0)
-    trials = 60
-    counts = torch.zeros(trials, num_experts)
-    for trial in range(trials):
+    counts = torch.zeros(60, num_experts)
+    for trial in range(60):
         picks = torch.rand(tokens, num_experts, generator=generator).topk(top_k).indices
         counts[trial] = torch.bincount(picks.flatten(), minlength=num_experts)
     floor = metrics.noise_floor(num_experts, top_k, tokens).item()
@@ -140,7 +95,6 @@ def test_noise_floor_against_monte_carlo(num_experts, top_k, tokens):
 
 def test_noise_floor_formula_and_limits():
     expected = math.sqrt((64 - 6) / (4096 * 6)) * math.sqrt(2 * math.log(64))
-    assert metrics.noise_floor(64, 6, 4096).item() == pytest.approx(expected)
     per_layer = metrics.noise_floor(64, 6, torch.tensor([4096, 1024, 0]))
     assert per_layer.tolist() == pytest.approx([expected, 2 * expected, math.inf])
     assert metrics.noise_floor(4, 4, torch.tensor([10, 0])).tolist() == [0.0, 0.0]
@@ -149,15 +103,36 @@ def test_noise_floor_formula_and_limits():
             metrics.noise_floor(64, top_k, 4096)
 
 
-def test_summarise_is_all_metrics():
-    counts = random_counts(3, 8)
-    summary = metrics.summarise(counts, top_k=2, dead_threshold=0.5)
-    assert set(summary) == {*PER_LAYER, "noise_floor"}
-    assert set(metrics.summarise(counts)) == set(PER_LAYER)
-    for name, values in summary.items():
-        assert values.shape == (3,), name
-        if name in PER_LAYER:
-            kwargs = {"threshold": 0.5} if name == "dead_experts" else {}
-            torch.testing.assert_close(values, PER_LAYER[name](counts, **kwargs))
-    tokens = counts[1].sum().item() / 2
-    assert summary["noise_floor"][1].item() == pytest.approx(metrics.noise_floor(8, 2, tokens).item())
+def test_mutual_information_is_the_sum_over_cells():
+    counts = torch.tensor([[5, 0, 3, 9], [1, 7, 3, 0], [2, 2, 2, 2]])
+    total, expected = int(counts.sum()), 0.0
+    for d in range(3):
+        for e in range(4):
+            joint = int(counts[d, e]) / total
+            if joint:
+                apart = int(counts[d].sum()) / total * int(counts[:, e].sum()) / total
+                expected += joint * math.log2(joint / apart)
+    assert float(mutual_information(counts)) == pytest.approx(expected, rel=1e-12)
+    assert float(mutual_information(torch.eye(8) * 5)) == pytest.approx(3.0)  # disjoint experts: log2 8
+    assert float(mutual_information(torch.tensor([[3, 6], [5, 10]]))) == pytest.approx(0.0, abs=1e-12)
+    assert float(mutual_information(torch.zeros(2, 3))) == 0.0
+
+
+def test_bias_of_mutual_information_is_that_of_miller_and_madow():
+    counts = torch.tensor([[50, 30, 20, 0], [40, 40, 20, 0]])  # the last expert never occurs
+    cells, rows, columns, total = 6, 2, 3, 200
+    expected = (cells - rows - columns + 1) / (2 * total * math.log(2))  # of H(D) + H(E) - H(D, E)
+    assert mutual_information_bias(counts, top_k=1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_bias_of_mutual_information_is_what_equal_domains_show(top_k, spread):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.linspace(-spread, spread, 8, dtype=torch.float64)
+    found, biases = [], []
+    for _ in range(300):
+        counts = torch.stack([draw(logits, top_k, tokens, generator) for tokens in (400, 150)])
+        found.append(float(mutual_information(counts)))
+        biases.append(mutual_information_bias(counts, top_k))
+    assert sum(found) == pytest.approx(sum(biases), rel=0.1)  # standard error 3 %

@@ -1,4 +1,4 @@
-"""The flag `phi_balance`: a patched model comes back with its duals, and transformers' own entry points, once enabled."""
+"""The flag `phi_balance`: a patched model comes back with its state, also through transformers' own entry points."""
 
 import pytest
 import torch
@@ -24,12 +24,12 @@ def test_comes_back_patched_with_its_duals(model_type, config, tmp_path):
     assert phb.get_balancer(loaded).config == phb.PhiBalanceConfig(**config)
     assert_same(duals(loaded), before)
     assert torch.equal(logits_of(loaded), logits_of(model))
-    for one in (model, loaded):  # and goes on the same way
+    for one in (model, loaded):  # training continues in the same way
         one.train()(**tiny_batch(one, seed=9)).loss.backward()
         phb.get_balancer(one).step()
     assert_same(duals(loaded), duals(model))
     gradients = [{name: p.grad for name, p in one.named_parameters() if p.grad is not None} for one in (model, loaded)]
-    for name, gradient in gradients[0].items():  # bit-identical but for the memory alignment of loaded weights
+    for name, gradient in gradients[0].items():  # equal up to the memory alignment of loaded weights
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -176,17 +176,9 @@ def test_without_the_flag_entry_points_behave_as_ever(enabled, tmp_path):
         auto.from_config(tiny_config("mixtral"), no_such_argument=1)
 
 
-DENSE = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "vocab_size": 32,
-}
-
-
 def test_errors_do_not_leak_out_of_the_entry_points(enabled, tmp_path):
-    auto = transformers.AutoModelForCausalLM
+    auto, sizes = transformers.AutoModelForCausalLM, {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 32}
+    dense = transformers.LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
     with pytest.raises(OSError):
         auto.from_pretrained(tmp_path / "nowhere", phi_balance=True)
     with pytest.raises(ValueError, match="coef"):
@@ -194,9 +186,9 @@ def test_errors_do_not_leak_out_of_the_entry_points(enabled, tmp_path):
     with pytest.raises(ValueError, match="product keys"):
         auto.from_config(tiny_config("doge"), phi_balance=True)
     with pytest.raises(ValueError, match="no router"):
-        auto.from_config(transformers.LlamaConfig(**DENSE), phi_balance=True)
+        auto.from_config(dense, phi_balance=True)
     assert not is_patched(auto.from_config(tiny_config("mixtral")))
-    assert not is_patched(auto.from_config(transformers.LlamaConfig(**DENSE)))
+    assert not is_patched(auto.from_config(dense))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The first DeepSeek-MoE without remote code: against its published definition, from a checkpoint in its layout."""
+"""The first DeepSeek-MoE without remote code, against its published definition, from a checkpoint in its layout."""
 
 import json
 
@@ -58,11 +58,11 @@ CONFIG = {
 @pytest.fixture(autouse=True)
 def registered():
     deepseek_moe.register()
-    deepseek_moe.register()  # without effect
+    deepseek_moe.register()  # a second call has no effect
 
 
 def published_weights():
-    """Random weights under the names of the published checkpoint, an expert a tensor."""
+    """Random weights under the names of the published checkpoint, with one tensor per expert."""
     generator = torch.Generator().manual_seed(0)
     hidden, layers = CONFIG["hidden_size"], CONFIG["num_hidden_layers"]
 
@@ -100,7 +100,7 @@ def published_weights():
 
 
 def naive_logits(weights, ids):
-    """The published model written out, for one sequence `ids (T,)`, token by token where it routes."""
+    """The published model, written out for one sequence `ids (T,)`."""
     heads, hidden = CONFIG["num_attention_heads"], CONFIG["hidden_size"]
     size, length = hidden // heads, len(ids)
 

@@ -1,4 +1,4 @@
-"""The auto class and the tokenizer of a checkpoint, and what is said where there is none."""
+"""The auto class and the tokenizer of a checkpoint, and the errors if there is none."""
 
 import json
 
@@ -63,7 +63,9 @@ def test_prompt_learning_is_refused_where_its_prompt_would_be_left_out():
             call()
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])  # transformers makes one of nothing for Qwen
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "qwen3_moe"]
+)  # for Qwen, transformers builds a tokenizer without any file
 def test_a_folder_without_tokenizer_is_named_alike_everywhere(model_type, tmp_path, capsys):
     folder, text = str(tmp_path / "mine"), tmp_path / "text.txt"
     phb.patch(tiny_model(model_type), {"coef": 0.01}).save_pretrained(folder)
@@ -71,5 +73,7 @@ def test_a_folder_without_tokenizer_is_named_alike_everywhere(model_type, tmp_pa
     for command in (["inspect", folder], ["doctor", folder], ["export", folder, str(tmp_path / "plain")]):
         assert cli.main([*command, "--texts", str(text)]) in (1, 2)
         assert f"no tokenizer in {folder}, use --tokenizer" in " ".join(capsys.readouterr().err.split())
-    assert cli.main(["export", folder, str(tmp_path / "plain"), "--no_check"]) == 0  # needs none, and makes none
+    assert (
+        cli.main(["export", folder, str(tmp_path / "plain"), "--no_check"]) == 0
+    )  # needs no tokenizer, and writes none
     assert not list((tmp_path / "plain").glob("tokenizer*"))

@@ -1,4 +1,4 @@
-"""Models that read images, each on real images beside text: what is counted and charged is what their routers route."""
+"""Models that read images: counts and gradients are those of the tokens and patches that their routers route."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def step_of(model):
 
 
 class Recorder:
-    """What each router returned in each forward, noted by hooks of the test: `[{name: [(logits, chosen)]}]`."""
+    """Outputs of each router in each forward, from hooks of the test: `[{name: [(logits, chosen)]}]`."""
 
     def __init__(self, sites):
         self.sites, self.forwards = sites, []
@@ -48,7 +48,7 @@ class Recorder:
 
 
 def counted(name, batch, routed):
-    """Which of the `routed` vectors of a router count: by the mask of the batch, or as patches of pictures."""
+    """Mask of the `routed` vectors of a router: the token mask, or ones for patches."""
     mask = batch["attention_mask"].reshape(-1).bool()
     if "moe." in name:  # ernie: `text_moe` and `vision_moe`
         image = batch["moe_mm_token_type_ids"].reshape(-1).bool()
@@ -73,7 +73,7 @@ def test_refused(model_type):
 
 @pytest.mark.parametrize("model_type", BALANCED)
 def test_a_step_counts_and_charges_what_is_routed(model_type):
-    """Tokens, loads, means and gradient of a step of unequal micro-batches == sums over what hooks of the test saw."""
+    """Tokens, loads, means and gradient of a step of unequal micro-batches are sums over the recorded outputs."""
     if model_type == "inkling_mm_model":
         pytest.importorskip("scipy")  # its vision tower needs it
     if model_type == "llama4" and Version(transformers.__version__) < Version("5.6"):
@@ -179,9 +179,7 @@ def enabled_load(folder):
 
 
 def test_each_checkpoint_is_loaded_by_the_class_it_was_saved_with(tmp_path):
-    model_type = (
-        "qwen3_5_moe"  # transformers has two classes for it, of which older versions cannot build that for text
-    )
+    model_type = "qwen3_5_moe"  # it has two classes, and older transformers cannot build the one for text
     models = [("images", tiny_image_model(model_type))] if model_type in IMAGE_TEXT_TYPES else []
     if Version(transformers.__version__) >= Version("5.14"):
         models.append(("text", tiny_model(model_type)))

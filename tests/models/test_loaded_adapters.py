@@ -1,4 +1,4 @@
-"""Adapters: each kind that PEFT saves comes back as PEFT's own loader reads it, on the class that it was trained on."""
+"""Adapters: each kind that PEFT saves is loaded as by PEFT's own loader, on the class that it was trained on."""
 
 import inspect
 import json
@@ -62,7 +62,7 @@ def base(tmp_path_factory):
 
 
 def moved(model, adapter):
-    """`model` under a balanced adapter of which everything that it trains has moved."""
+    """`model` with a balanced adapter whose trainable weights have all changed."""
     model = get_peft_model(model, adapter).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_transformers_entry_point_with_the_flag_loads_it_too(base, tmp_path):
     finally:
         phb.disable()
     assert torch.equal(outputs(loaded.eval()), outputs(model)) and not info["missing_keys"]
-    assert phb.get_balancer(loaded).config.coef == 0.25  # of the state in the same subfolder
+    assert phb.get_balancer(loaded).config.coef == 0.25  # from the state in the same subfolder
     trained = [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
     assert trained and all("lora_" in name for name in trained)
 
@@ -124,12 +124,9 @@ def test_a_classifier_on_a_language_model_keeps_its_head(labels, name, has_task,
 
 
 def test_an_adapter_on_an_adapter_is_refused(base, tmp_path):
-    moved(transformers.AutoModelForCausalLM.from_pretrained(base), config_of("rslora")).save_pretrained(
-        tmp_path / "first"
-    )
-    moved(transformers.AutoModelForCausalLM.from_pretrained(base), config_of("rslora")).save_pretrained(
-        tmp_path / "second"
-    )
+    for name in ("first", "second"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        moved(model, config_of("rslora")).save_pretrained(tmp_path / name)
     path = tmp_path / "second" / "adapter_config.json"
     values = json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "first")}
     path.write_text(json.dumps(values))

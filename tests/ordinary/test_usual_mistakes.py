@@ -49,16 +49,31 @@ def test_a_model_in_place_of_a_folder(model, tmp_path):
         phb.export(model, tmp_path)
 
 
+def test_a_model_in_place_of_a_trainer(model):
+    with pytest.raises(TypeError, match=r"`trainer` must be a transformers.Trainer, got a MixtralForCausalLM"):
+        phb.attach(model)
+
+
+def test_an_unpatched_model_is_saved_as_ever(model, tmp_path):
+    phb.unpatch(take_steps(model)).save_pretrained(tmp_path)
+    assert not (tmp_path / STATE_NAME).exists()
+    assert "phi_balance" not in (tmp_path / "config.json").read_text()
+
+
 def test_a_batch_in_place_of_several(model):
     with pytest.raises(ValueError, match=r"`batches` must be batches as the model gets them.*pass \[batch\]"):
         phb.calibrate(model, DATA[0])
 
 
 @pytest.mark.parametrize(
-    "wrong", ["4", True, 2.0, None, DataLoader([{}], batch_size=None)], ids=lambda wrong: type(wrong).__name__
+    "wrong",
+    ["4", True, 2.0, None, DataLoader([{}], batch_size=None), {"input_ids": torch.zeros(1, 2)}, iter([{}])],
+    ids=lambda wrong: type(wrong).__name__,
 )
 def test_what_begin_step_does_not_take(wrong, model):
-    with pytest.raises(ValueError, match=r"`micro_batches` must be a list of batches or their number, got a .*list"):
+    with pytest.raises(
+        ValueError, match=r"`micro_batches` must be a list of batches or their number, got a .*(list|\[batch\])"
+    ):
         phb.get_balancer(model).begin_step(wrong)
 
 

@@ -1,4 +1,4 @@
-"""`recipes/evaluate.py`: what it writes, that an interruption loses nothing, several processes, and what it refuses."""
+"""`recipes/evaluate.py`: its results, resuming after an interruption, several processes, and refusals."""
 
 import importlib.util
 import json
@@ -10,6 +10,7 @@ import pytest
 from evaluated import biased_mixtral, completed_functions
 from forked import run_script
 from paths import ROOT
+from task_rows import write
 
 from hf_phibalance.tasks import make_splits
 
@@ -35,8 +36,7 @@ def folder(tmp_path_factory):
     model, tokenizer = biased_mixtral()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    lines = [json.dumps(problem) + "\n" for problem in completed_functions()[0]]
-    (folder / "HumanEval.jsonl").write_text("".join(lines))
+    write(folder / "HumanEval.jsonl", completed_functions()[0])
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Every command of the small models on real data, in order: rehearsed training, then evaluation of what it left."""
+"""Runs every command of the small models on real data in order: short trainings, then their evaluation."""
 
 import gzip
 import json
@@ -9,19 +9,14 @@ import shlex
 import pytest
 from forked import run_script
 from paths import ROOT
+from task_rows import HUMANEVAL, write
 
 from hf_phibalance.tasks import make_splits
 
 
 pytestmark = pytest.mark.slow
 
-FUNCTION = {
-    "task_id": "HumanEval/0",
-    "prompt": 'def one():\n    """ Return 1 """\n',
-    "entry_point": "one",
-    "canonical_solution": "    return 1\n",
-    "test": "def check(candidate):\n    assert candidate() == 1\n",
-}
+SHORT = "--max_steps 2 --train_problems 16 --test_problems 4 --validation_problems 4 --max_new_tokens 4"
 
 
 def commands():
@@ -33,11 +28,9 @@ def commands():
 @pytest.fixture
 def data(tmp_path):
     """Made-up data at the paths that the commands name."""
-    folder = tmp_path / "path" / "to" / "gsm8k"
-    folder.mkdir(parents=True)
+    folder = tmp_path / "path" / "to"
     for split, rows in make_splits(100, 4, 4).items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "path" / "to" / "mbpp").mkdir()
+        write(folder / "gsm8k" / f"{split}.jsonl", rows)
     rows = [
         {
             "task_id": 601 + i,
@@ -47,9 +40,9 @@ def data(tmp_path):
         }
         for i in range(150)
     ]
-    (tmp_path / "path" / "to" / "mbpp" / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with gzip.open(tmp_path / "path" / "to" / "HumanEval.jsonl.gz", "wt") as file:
-        file.write(json.dumps(FUNCTION) + "\n")
+    write(folder / "mbpp" / "mbpp.jsonl", rows)
+    with gzip.open(folder / "HumanEval.jsonl.gz", "wt") as file:
+        file.write(json.dumps(HUMANEVAL) + "\n")
     return tmp_path
 
 
@@ -58,11 +51,8 @@ def test_commands_of_the_readme(data):
     readme = commands()
     assert len(readme) == 4
     for words in readme:
-        short = []
-        if words[1] == "recipes/sft.py":
-            short = ["--max_steps", "2", "--train_problems", "16", "--test_problems", "4", "--max_new_tokens", "4"]
-            short += ["--validation_problems", "4"]
-        given = [ROOT / word if word.endswith(".yaml") else word for word in [*words[2:], *short]]
+        given = [ROOT / word if word.endswith(".yaml") else word for word in words[2:]]
+        given += SHORT.split() if words[1] == "recipes/sft.py" else []
         done = run_script(ROOT / words[1], *given, cwd=data, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         output = next((word for word in words if word.endswith(".json")), None)

@@ -1,4 +1,4 @@
-"""Routers as older versions of transformers have them, on whichever is installed: undeclared, in other orders and places."""
+"""Routers of older transformers: undeclared, with outputs in other orders, or with a block that does the top-k."""
 
 import copy
 import pickle
@@ -6,16 +6,15 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from charging import COEF, by_weights, gradients
 from tiny import set_prices, tiny_batch, tiny_model
 from torch import nn
 
 import hf_phibalance as phb
 from hf_phibalance.routers import find_routers
-from hf_phibalance.routers.sources import returned_values
 
 
 E, K, H, I = 8, 2, 32, 16  # experts, top-k, hidden size, size of an expert  # noqa: E741
-COEF = 2.0
 
 
 class Experts(nn.Module):
@@ -31,32 +30,11 @@ class Experts(nn.Module):
 
 
 class ChoosingExperts(Experts):
-    """As Aria before 5.20: they are handed the logits."""
+    """As Aria before 5.20: the experts get the logits."""
 
     def forward(self, hidden, router_logits):
         weights, chosen = torch.topk(router_logits, K)
         return super().forward(hidden, chosen, weights.softmax(-1))
-
-
-class Block(nn.Module):
-    """A block whose router returns its choice, in its own order."""
-
-    order = ("logits", "weights", "chosen")
-    sigmoid = False
-
-    def __init__(self):
-        super().__init__()
-        self.gate = self.make_gate()
-        self.experts = Experts()
-        self.top_k = K
-
-    def make_gate(self):
-        return Gate(type(self).order)
-
-    def forward(self, hidden):
-        flat = hidden.reshape(-1, H)
-        parts = dict(zip(self.order, self.gate(flat)))
-        return self.experts(flat, parts["chosen"], parts["weights"]).view_as(hidden)
 
 
 class Gate(nn.Module):
@@ -72,6 +50,23 @@ class Gate(nn.Module):
         return tuple(parts[name] for name in self.order)
 
 
+class Block(nn.Module):
+    """A block whose router returns its selection. Subclasses change the router, or the order of its outputs."""
+
+    order, make_gate, sigmoid = ("logits", "weights", "chosen"), Gate, False
+
+    def __init__(self):
+        super().__init__()
+        self.gate = self.make_gate(self.order)
+        self.experts = Experts()
+        self.top_k = K
+
+    def forward(self, hidden):
+        flat = hidden.reshape(-1, H)
+        parts = dict(zip(self.order, self.gate(flat)))
+        return self.experts(flat, parts["chosen"], parts["weights"]).view_as(hidden)
+
+
 class IndicesFirst(Block):
     order = ("chosen", "weights", "logits")
 
@@ -85,8 +80,6 @@ class NoLogits(Block):
 
 
 class ProbsGate(Gate):
-    """As Mixtral before 5.6: what it returns as logits are probabilities."""
-
     def forward(self, hidden):
         router_logits = F.linear(hidden, self.weight)
         router_logits = torch.nn.functional.softmax(router_logits, dim=-1)
@@ -95,12 +88,13 @@ class ProbsGate(Gate):
 
 
 class Probs(Block):
-    def make_gate(self):
-        return ProbsGate(self.order)
+    """As Mixtral before 5.6: it returns probabilities instead of logits."""
+
+    make_gate = ProbsGate
 
 
 class ScatteredGate(Gate):
-    """As Llama 4: the weights in the places of their experts, and nothing that is the choice."""
+    """As Llama 4: it returns the weights in the places of their experts, and no selection."""
 
     def forward(self, hidden):
         logits = F.linear(hidden, self.weight)
@@ -111,10 +105,7 @@ class ScatteredGate(Gate):
 
 
 class Scattered(Block):
-    sigmoid = True
-
-    def make_gate(self):
-        return ScatteredGate(self.order)
+    make_gate, sigmoid = ScatteredGate, True
 
     def forward(self, hidden):
         flat = hidden.reshape(-1, H)
@@ -123,9 +114,10 @@ class Scattered(Block):
 
 
 class LinearGate(Block):
-    """As Jamba: the router is a linear layer, the block chooses."""
+    """As Jamba: the router is a linear layer, and the block does the top-k."""
 
-    def make_gate(self):
+    @staticmethod
+    def make_gate(order):
         gate = nn.Linear(H, E, bias=False)
         nn.init.normal_(gate.weight, std=0.5)
         return gate
@@ -140,7 +132,7 @@ class LinearGate(Block):
 
 
 class ReadGate(LinearGate):
-    """As DeepSeek-V2 before 5.14: the block reads the weight of a gate that it never calls."""
+    """As DeepSeek-V2 before 5.14: the block reads the weight of its gate, and never calls it."""
 
     def forward(self, hidden):
         flat = hidden.reshape(-1, H)
@@ -149,7 +141,7 @@ class ReadGate(LinearGate):
 
 
 class NativeBias(LinearGate):
-    """As DeepSeek-V3 before 5.14: sigmoid, the block chooses by a bias of its own."""
+    """As DeepSeek-V3 before 5.14: sigmoid scores, and a selection bias in the block."""
 
     sigmoid = True
 
@@ -173,23 +165,17 @@ class ExpertsChoose(LinearGate):
         return self.experts(flat, self.gate(flat)).view_as(hidden)
 
 
-BLOCKS = [
-    Block,
-    IndicesFirst,
-    IndicesSecond,
-    NoLogits,
-    Probs,
-    Scattered,
-    LinearGate,
-    ReadGate,
-    NativeBias,
-    ExpertsChoose,
-]
-SEEN = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
+def each(*blocks):
+    return pytest.mark.parametrize("block", blocks, ids=lambda block: block.__name__)
+
+
+ALL = each(
+    Block, IndicesFirst, IndicesSecond, NoLogits, Probs, Scattered, LinearGate, ReadGate, NativeBias, ExpertsChoose
+)
 
 
 def model_with(block):
-    """A tiny Llama whose MLPs are `block`s: no class of transformers declares a router in it."""
+    """A tiny Llama with `block`s as MLPs, in which transformers declares no router."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": H, "intermediate_size": I, "num_hidden_layers": 2, "vocab_size": 128}
@@ -202,34 +188,7 @@ def model_with(block):
     return model
 
 
-def gradients(model, batch):
-    model.zero_grad()
-    model(**batch).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def by_definition(model, batch, block, prices):
-    """Autograd's gradient of COEF · Σ_layers mean over counted tokens of ⟨q, p⟩, from what enters the blocks."""
-    mask, term, handles = batch["attention_mask"].reshape(-1).float(), [], []
-
-    def note(module, args, name):
-        logits = F.linear(args[0].reshape(-1, H), module.gate.weight)
-        scores = logits.sigmoid() if block.sigmoid else logits.softmax(-1)
-        probs = scores / scores.sum(-1, keepdim=True)
-        term.append(((probs * prices[name]).sum(-1) * mask).sum() / mask.sum())
-
-    for i, layer in enumerate(model.model.layers):
-        name = f"model.layers.{i}.mlp.gate"
-        handles.append(layer.mlp.register_forward_pre_hook(lambda m, args, name=name: note(m, args, name)))
-    model.zero_grad()
-    model(**batch)
-    for handle in handles:
-        handle.remove()
-    (COEF * sum(term)).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@SEEN
+@ALL
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non_reentrant", "reentrant"])
 def test_is_found_charged_and_counted(block, checkpointing):
     model = model_with(block)
@@ -240,7 +199,7 @@ def test_is_found_charged_and_counted(block, checkpointing):
     phb.patch(model, {"coef": COEF, "ema_rate": 1.0})
     balancer = set_prices(model)
     assert balancer.layer_names == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
-    prices = {name: price.clone() for name, price in balancer.prices().items()}
+    prices = [price.clone() for price in balancer.prices().values()]
     handed = {}
     for i, layer in enumerate(model.model.layers):
 
@@ -256,7 +215,8 @@ def test_is_found_charged_and_counted(block, checkpointing):
         assert torch.equal(load, torch.bincount(chosen[mask].flatten(), minlength=E).float())
     phb.unpatch(model)
     model.gradient_checkpointing_disable()
-    expected = by_definition(model, batch, block, prices)
+    gates = [(layer.mlp, layer.mlp.gate.weight, price) for layer, price in zip(model.model.layers, prices)]
+    expected = by_weights(model, batch, gates, "sigmoid" if block.sigmoid else "softmax")
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
     for name, gradient in charged.items():
         added = expected.get(name, torch.zeros_like(gradient))
@@ -265,7 +225,7 @@ def test_is_found_charged_and_counted(block, checkpointing):
     assert all(torch.equal(after[name], task[name]) for name in task)
 
 
-@SEEN
+@ALL
 def test_bias_selects(block):
     model = model_with(block)
     phb.patch(model, {"coef": 0.0, "bias_coef": 0.1})
@@ -282,7 +242,7 @@ def test_bias_selects(block):
         assert bool(site.native_bias) == (block is NativeBias)
 
 
-@pytest.mark.parametrize("block", [LinearGate, ReadGate, NativeBias], ids=lambda block: block.__name__)
+@each(LinearGate, ReadGate, NativeBias)
 def test_choice_of_the_block_compiles_copies_and_pickles(block):
     model = phb.patch(model_with(block), {"coef": COEF})
     set_prices(model)
@@ -297,7 +257,7 @@ def test_choice_of_the_block_compiles_copies_and_pickles(block):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     graph = gradients(compiled, batch)
     for name in eager:
-        torch.testing.assert_close(graph[f"_orig_mod.{name}"], eager[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(graph[f"_orig_mod.{name}"], eager[name], rtol=1e-4, atol=2e-6)
     assert torch.equal(phb.get_balancer(model).now.counts.load, loads)
 
 
@@ -332,16 +292,15 @@ def test_adapter_on_a_linear_gate_is_priced_with_what_it_adds(target, patched):
 
 
 def test_declared_blocks_are_looked_into(monkeypatch):
-    """As EXAONE-MoE and Llama 4 before 5.20: what is declared holds the router."""
+    """As EXAONE-MoE and Llama 4 before 5.20: the declared module contains the router."""
     model = tiny_model("deepseek_v3").train()
     block = type(find_routers(model)[0].parent)
     declaring = [c for c in type(model).__mro__ if "_can_record_outputs" in vars(c)]
     for cls in {*declaring, *(c for c in type(model.model).__mro__ if "_can_record_outputs" in vars(c))}:
         monkeypatch.setattr(cls, "_can_record_outputs", {"router_logits": block})
-    assert [site.name for site in find_routers(model)] == ["model.layers.1.mlp.gate", "model.layers.2.mlp.gate"]
-    assert {type(module).__name__ for site in find_routers(model) for module in site.modules} == {
-        "DeepseekV3TopkRouter"
-    }
+    sites = find_routers(model)
+    assert [site.name for site in sites] == ["model.layers.1.mlp.gate", "model.layers.2.mlp.gate"]
+    assert {type(module).__name__ for site in sites for module in site.modules} == {"DeepseekV3TopkRouter"}
 
 
 def test_what_is_no_router_is_refused():
@@ -359,9 +318,3 @@ def test_two_tensors_as_wide_as_the_experts_are_refused():
     phb.patch(model)
     with pytest.raises(ValueError, match="2 tensors as wide as its 8 experts"):
         model(**tiny_batch(model))
-
-
-def test_source_tells_probabilities_and_scattered_weights():
-    assert returned_values(ProbsGate)[0] == "softmax"
-    assert returned_values(ScatteredGate) == ["scatter", ""]
-    assert returned_values(nn.Linear) == [""]

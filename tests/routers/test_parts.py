@@ -1,4 +1,4 @@
-"""Routers that see a part of the tokens (experts for images beside those for text) or none (a vision tower)."""
+"""Routers that see only some tokens (experts for images beside those for text) or none (a vision tower)."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def step(model, pictures, seed=0):
 
 
 def apart(values):
-    """Of the routers for images only, and of the others."""
+    """Splits `values` into those of routers for images and the others."""
     images = {name: value for name, value in values.items() if "vision" in name}
     return images, {name: value for name, value in values.items() if name not in images}
 
@@ -35,9 +35,9 @@ def test_a_step_without_images_moves_no_router_for_images(model_type):
     model = phb.patch(tiny_image_model(model_type).train(), {"coef": 0.5, "bias_coef": 0.1})
     balancer = phb.get_balancer(model)
     uniform = balancer.means()
-    first = step(model, TEXT)  # the first: a router that is not called then is not one that something bypasses
+    first = step(model, TEXT)  # the first step also checks whether something bypasses a router
     images, text = apart(balancer.means())
-    assert images and text and not any(value.isnan().any() for value in {**images, **text}.values())
+    assert images and text and not any(value.isnan().any() for value in (*images.values(), *text.values()))
     assert_same(images, apart(uniform)[0])
     assert not any(torch.equal(text[name], uniform[name]) for name in text)
     assert first["vision/tokens"] == 0 and first["vision/max_vio"] == 0 and first["max_vio"] > 0
@@ -72,7 +72,7 @@ def test_checkpointing_charges_the_same(model_type, reentrant):
 
     plain = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:  # the patches of an image need no gradient, and nothing of the tower would get one
+    if reentrant:  # otherwise the tower gets no gradient, because its inputs need none
         model.enable_input_require_grads()
     again = gradients()
     towers = [name for name in plain if "vision_tower" in name or "visual" in name] if reentrant else []
@@ -88,7 +88,7 @@ def test_the_doctor_measures_the_declared_coefficient():
     assert report.coefficient.ratio == pytest.approx(1, abs=1e-3)
     assert {name for name in report.coefficient.by_router if "vision" in name}
     assert all(ratio == pytest.approx(1, abs=1e-3) for ratio in report.coefficient.by_router.values())
-    made = phb.doctor(model)  # on made tokens, among which there must be no place of an image
+    made = phb.doctor(model)  # on generated tokens, without image placeholders
     assert not made.problems and "nothing to route" in str(made)
 
 
@@ -105,12 +105,11 @@ def test_other_methods_see_the_part_alone(method):
     model = phb.patch(tiny_image_model("ernie4_5_vl_moe").train(), {"method": method})
     step(model, TEXT)
     step(model, IMAGES, seed=1)
-    loads = apart(phb.get_balancer(model).loads())
-    assert all(load.sum() > 0 for part in loads for load in part.values())
+    assert all(load.sum() > 0 for load in phb.get_balancer(model).loads().values())
 
 
 def test_more_vectors_than_input_ids_are_refused():
-    """A model that puts images in between by itself, so that its batches do not tell what it routes."""
+    """A model that inserts images itself, so its batches do not show what it routes."""
     model = phb.patch(tiny_image_model("qwen3_vl_moe").train())
     language_model = model.model.language_model
 

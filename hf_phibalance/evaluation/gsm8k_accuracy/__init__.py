@@ -1,4 +1,4 @@
-"""`GSM8KAccuracy`, in a folder of its own as `evaluate.load` wants it."""
+"""`GSM8KAccuracy` in its own folder, as `evaluate.load` needs it."""
 
 from .gsm8k_accuracy import GSM8KAccuracy
 

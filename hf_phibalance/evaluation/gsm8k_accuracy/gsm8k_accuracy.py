@@ -20,8 +20,7 @@ import evaluate
 from hf_phibalance.evaluation import scoring
 
 
-_DESCRIPTION = """Share of GSM8K problems whose final number is right, exactly as lm-evaluation-harness counts it."""
-
+_DESCRIPTION = "Share of GSM8K problems whose final number is right, exactly as lm-evaluation-harness counts it."
 _INPUTS = """
 Args:
     predictions (`list[str]`):
@@ -30,7 +29,7 @@ Args:
     references (`list[str]` or `list[int]`):
         The `answer` fields of the problems, or their final numbers.
     details (`bool`, *optional*, defaults to `False`):
-        Also return what was read from each prediction.
+        Whether to return the numbers that were read as well.
 
 Returns:
     `dict`: `strict_match`, the share (0 to 1) whose number after the first `#### ` is right; `flexible_extract`, the
@@ -42,22 +41,13 @@ Raises:
     `TypeError`: If a reference is neither text nor a number.
 """
 
-_CITATION = """@article{cobbe2021gsm8k,
-  title={Training Verifiers to Solve Math Word Problems},
-  author={Cobbe, Karl and Kosaraju, Vineet and Bavarian, Mohammad and Chen, Mark and Jun, Heewoo and Kaiser, Lukasz and
-    Plappert, Matthias and Tworek, Jerry and Hilton, Jacob and Nakano, Reiichiro and Hesse, Christopher and
-    Schulman, John},
-  journal={arXiv preprint arXiv:2110.14168},
-  year={2021}
-}"""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class GSM8KAccuracy(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation="Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv:2110.14168, 2021",
             inputs_description=_INPUTS,
             features=datasets.Features(
                 {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
@@ -66,46 +56,18 @@ class GSM8KAccuracy(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions=None, references=None, **kwargs):
-        """Adds predictions and their references, to be scored by a later `compute()`."""
+        """Adds predictions and their references for a later `compute()`."""
         references = [scoring.gold_answer(reference) for reference in references]
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def add(self, *, prediction=None, reference=None, **kwargs):
-        """Adds one prediction and its reference, to be scored by a later `compute()`."""
+        """Adds one prediction and its reference for a later `compute()`."""
         super().add(prediction=prediction, reference=scoring.gold_answer(reference), **kwargs)
 
     def _compute(self, predictions, references, details=False):
         if not len(predictions):
             raise ValueError("predictions: there are none to score. Give at least one generated answer.")
-        results = [judge(prediction, reference) for prediction, reference in zip(predictions, references)]
-        scores = {
-            name: sum(result[name] for result in results) / len(results)
-            for name in ("strict_match", "flexible_extract")
-        }
+        results = [scoring.score_gsm8k(*pair) for pair in zip(predictions, references)]
+        names = ("strict_match", "flexible_extract")
+        scores = {name: sum(result[name] for result in results) / len(results) for name in names}
         return {**scores, "results": results} if details else scores
-
-
-def judge(prediction: str, reference: object) -> dict:
-    """
-    What is read from one generated answer, and whether it is right.
-
-    Args:
-        prediction (`str`): Generated continuation, already cut at the stop strings.
-        reference (`str`, `int` or `float`): The `answer` field of the problem, or its final number.
-
-    Returns:
-        `dict`: `strict` and `flexible`, the numbers that were read, `gold`, and the verdicts `strict_match` and
-        `flexible_extract`.
-    """
-    gold = scoring.normalise_answer(scoring.gold_answer(reference))
-    strict, flexible = (
-        scoring.normalise_answer(scoring.extract_strict(prediction)),
-        scoring.normalise_answer(scoring.extract_flexible(prediction)),
-    )
-    return {
-        "strict": strict,
-        "flexible": flexible,
-        "gold": gold,
-        "strict_match": strict == gold,
-        "flexible_extract": flexible == gold,
-    }

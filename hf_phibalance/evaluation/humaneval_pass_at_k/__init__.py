@@ -1,4 +1,4 @@
-"""`HumanEvalPassAtK` and `score_humaneval`, in a folder of their own as `evaluate.load` wants it."""
+"""`HumanEvalPassAtK` and `score_humaneval` in their own folder, as `evaluate.load` needs it."""
 
 from .humaneval_pass_at_k import HumanEvalPassAtK, score_humaneval
 

@@ -44,8 +44,6 @@ Args:
         Bytes of address space for each process of a program.
     num_workers (`int`, *optional*):
         Programs run at a time, by default as many as there are CPU cores.
-    progress (`Callable[[int, int], None]`, *optional*):
-        Called after each program with the numbers of programs done and in all.
     allow_code_execution (`bool`, *optional*):
         Permission to run the completions; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
     unsafe (`bool`, *optional*, defaults to `False`):
@@ -61,20 +59,13 @@ Raises:
     `ValueError`: If there are no predictions, not as many as references, or `k` or a limit is not positive.
 """
 
-_CITATION = """@article{chen2021humaneval,
-  title={Evaluating Large Language Models Trained on Code},
-  author={Mark Chen and Jerry Tworek and Heewoo Jun and Qiming Yuan and others},
-  journal={arXiv preprint arXiv:2107.03374},
-  year={2021}
-}"""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class HumanEvalPassAtK(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation="Chen et al., Evaluating Large Language Models Trained on Code, arXiv:2107.03374, 2021",
             inputs_description=_INPUTS,
             features=datasets.Features(
                 {
@@ -86,19 +77,16 @@ class HumanEvalPassAtK(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions=None, references=None, **kwargs):
-        """Adds the completions of some problems, to be run by a later `compute()`."""
-        for completions in predictions:
-            _check_completions(completions)
+        """Adds the completions of some problems for a later `compute()`."""
         references = [_fields(problem) for problem in references]
-        super().add_batch(predictions=predictions, references=references, **kwargs)
+        super().add_batch(predictions=_check(predictions), references=references, **kwargs)
 
     def add(self, *, prediction=None, reference=None, **kwargs):
-        """Adds the completions of one problem, to be run by a later `compute()`."""
-        _check_completions(prediction)
-        super().add(prediction=prediction, reference=_fields(reference), **kwargs)
+        """Adds the completions of one problem for a later `compute()`."""
+        super().add(prediction=_check([prediction])[0], reference=_fields(reference), **kwargs)
 
     def compute(self, *, predictions=None, references=None, allow_code_execution=None, unsafe=False, **kwargs):
-        """Runs the completions, also those added before. Nothing is taken in unless that is allowed and possible."""
+        """Runs the completions, also those added before, if that is allowed and possible."""
         sandbox.require_sandbox(allow_code_execution, unsafe)
         return super().compute(predictions=predictions, references=references, unsafe=unsafe, **kwargs)
 
@@ -114,7 +102,6 @@ def score_humaneval(
     timeout=3.0,
     memory_limit=1 << 30,
     num_workers=None,
-    progress=None,
     allow_code_execution=None,
     unsafe=False,
 ):
@@ -127,12 +114,12 @@ def score_humaneval(
         raise ValueError(f"predictions: there are {len(predictions)} lists for {len(references)} references.")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"num_workers={num_workers}: needs at least one worker, or none given for all cores.")
-    for completions in predictions:
-        _check_completions(completions)
+    _check(predictions)
     sandbox.require_sandbox(allow_code_execution, unsafe)
+    problems = [_fields(problem) for problem in references]
 
-    def run(item):
-        problem, completion = item
+    def run(number, completion):
+        problem = problems[number]
         return sandbox.run_program(
             problem["prompt"] + completion,
             f"{problem['test']}\ncheck({problem['entry_point']})",
@@ -142,19 +129,14 @@ def score_humaneval(
             memory_limit=memory_limit,
             allow_code_execution=True,
             unsafe=unsafe,
-        )
+        ).to_dict()
 
-    problems = [_fields(problem) for problem in references]
-    work = [(problem, completion) for problem, completions in zip(problems, predictions) for completion in completions]
+    work = [(number, completion) for number, completions in enumerate(predictions) for completion in completions]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    verdicts = []
+    results: list = [[] for _ in problems]
     with ThreadPoolExecutor(num_workers or cores) as pool:
-        for verdict in pool.map(run, work):
-            verdicts.append(verdict.to_dict())
-            if progress is not None:
-                progress(len(verdicts), len(work))
-    ordered = iter(verdicts)
-    results = [[next(ordered) for _ in completions] for completions in predictions]
+        for (number, _), verdict in zip(work, pool.map(run, *zip(*work))):
+            results[number].append(verdict)
     counts = [(len(own), sum(verdict["passed"] for verdict in own)) for own in results]
     scores = {
         f"pass@{attempts}": sum(scoring.pass_at_k(*count, attempts) for count in counts) / len(counts)
@@ -173,9 +155,11 @@ def _fields(problem: dict) -> dict:
     return {name: problem[name] for name in FIELDS}
 
 
-def _check_completions(completions: object) -> None:
-    if isinstance(completions, str):
-        raise ValueError(
-            f"predictions: {completions[:60]!r} is one text where a list of completions is needed. Give each problem "
-            "a list, also if it has only one completion."
-        )
+def _check(predictions: list) -> list:
+    for completions in predictions:
+        if isinstance(completions, str):
+            raise ValueError(
+                f"predictions: {completions[:60]!r} is one text where a list of completions is needed. Give each "
+                "problem a list, also if it has only one completion."
+            )
+    return predictions

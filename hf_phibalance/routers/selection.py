@@ -19,33 +19,25 @@ class BiasedTopK(TorchFunctionMode):
 
     Routers differ in what they do around their top-k: softmax before or after, renormalisation, scaling, grouping. Biasing only
     the top-k keeps all of that, so no family needs a forward of its own. Some routers first select groups of experts and mask
-    the others with 0 or -inf. Their groups are selected without the bias, and the mask holds.
-
-    Args:
-        num_experts (`int`): E.
-        bias (`torch.Tensor` of shape `(E,)`): added to the scores, in fp32.
-        zero_is_masked (`bool`): whether a score of 0 marks an expert outside the selected groups, even among logits.
-
-    Attributes:
-        scores (`torch.Tensor` of shape `(..., E)`): the scores ranked last, without the bias.
-        are_probs (`bool`): whether a softmax or a sigmoid over the experts came before the top-k.
+    the others with 0 or -inf. Their groups are selected without the bias, and the mask holds. With `zero_is_masked`, a score of 0
+    marks an expert outside the selected groups, even among logits.
     """
 
     def __init__(self, num_experts: int, bias: Tensor, zero_is_masked: bool = False) -> None:
         super().__init__()
         self.num_experts, self.bias, self.zero_is_masked = num_experts, bias, zero_is_masked
-        self.scores: Tensor | None = None
-        self.are_probs = False
+        self.scores: Tensor | None = None  # the scores ranked last (..., E), without the bias
+        self.are_probs = False  # whether a softmax or a sigmoid over the experts came before the top-k
 
     @staticmethod
     def innermost() -> BiasedTopK | None:
-        """The mode entered last, if it is one of ours."""
+        """Returns the mode entered last, if it is a `BiasedTopK`."""
         modes = torch.overrides._get_current_function_mode_stack()
         return modes[-1] if modes and isinstance(modes[-1], BiasedTopK) else None
 
     @staticmethod
     def leave_interrupted() -> None:
-        """Leaves the modes that are still active after Ctrl-C in a forward, which runs no hook of a module."""
+        """Leaves modes that are still active after Ctrl-C in a forward, which runs no hooks."""
         modes = torch.overrides._get_current_function_mode_stack()
         if any(isinstance(mode, BiasedTopK) for mode in modes):
             for _ in modes:
@@ -79,10 +71,10 @@ def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_
     no part in the output, and renormalising over such experts only would give 0/0.
 
     Args:
-        scores (`torch.Tensor` of shape `(..., E)`): probabilities, affinities or logits.
-        bias (`torch.Tensor` of shape `(E,)`): is added to them.
-        zero_is_masked (`bool`, *optional*, defaults to `False`): whether 0 marks an expert outside the selected groups.
-        are_probs (`bool`, *optional*, defaults to `False`): whether the scores are known to lie in [0, 1].
+        scores (`torch.Tensor` of shape `(..., E)`): Probabilities, affinities or logits.
+        bias (`torch.Tensor` of shape `(E,)`): Added to them.
+        zero_is_masked (`bool`, *optional*, defaults to `False`): Whether 0 marks an expert outside the selected groups.
+        are_probs (`bool`, *optional*, defaults to `False`): Whether the scores are known to lie in [0, 1].
     """
     scores, bias = scores.float(), bias.to(scores.device)
     if are_probs:
