@@ -1,7 +1,4 @@
-"""
-Set-ups that people train with and in which nothing is wrong: `doctor` and `attach(verify=True)` find nothing. Those with problems
-are in `test_doctor_problems`, two ranks in `test_measured_on_two_ranks`.
-"""
+"""`doctor` and `attach(verify=True)` find nothing in sound set-ups. Problems: `test_doctor_problems`; ranks: `test_measured_on_two_ranks`."""
 
 import pytest
 import torch
@@ -23,7 +20,7 @@ WHOLE = {"router": "full", "targets": "attention"}
 
 
 def upcycled(stretch=1.0, **overrides):
-    """A dense model whose feed-forward weights became eight equal experts: no gradient of the task reaches its new routers."""
+    """Returns a model with eight equal experts and new routers, which get no gradient from the task."""
     model = tiny_model("mixtral", max_position_embeddings=1024, **overrides)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -35,7 +32,7 @@ def upcycled(stretch=1.0, **overrides):
 
 
 class Extra(Trainer):
-    """Adds a loss on what the model returns, which is none on its routers."""
+    """Adds a loss on the model's output, not on its routers."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -53,7 +50,7 @@ class Halves(Trainer):
 
 
 def make(model="mixtral", cls=Trainer, adapter=None, config=None, fields=None, **arguments):
-    """What a set-up is made of; see `test_nothing_is_found`."""
+    """Returns the parts of a set-up, for `test_nothing_is_found`."""
     return model, cls, adapter, config or {}, fields or {}, arguments
 
 
@@ -84,6 +81,7 @@ SETUPS = {
     "NEFTune, dropout": make(neftune_noise_alpha=5.0, fields={"attention_dropout": 0.3}),
     "an extra loss term": make(cls=Extra),
     "two forwards of a micro-batch": make(cls=Halves),
+    "two forwards, reentrant checkpointing": make(cls=Halves, **REENTRANT),
     "only labelled tokens": make(config={"token_mask": "labels"}),
     "z-loss": make(config={"z_loss_coef": 0.01}),
     "sequence-wise loss": make(config={"sequence_coef": 0.01}),
