@@ -86,6 +86,8 @@ SETUPS = {
     "z-loss": make(config={"z_loss_coef": 0.01}),
     "sequence-wise loss": make(config={"sequence_coef": 0.01}),
     "method switch": make(config={"method": "switch"}),
+    "method pooled": make("qwen3_moe", config={"method": "pooled"}),
+    "prices of the whole step": make("deepseek_v3", config={"price_from": "global", "bias_coef": 0.1}),
     "prices by load, warm-up": make(config={"track": "load", "schedule": "linear", "schedule_steps": 100}),
     "upcycled": make(upcycled, SFTTrainer, max_length=1024, data=LONG),
     "upcycled, bf16": make(upcycled, SFTTrainer, max_length=1024, data=LONG, bf16=True),
@@ -110,6 +112,12 @@ def test_nothing_is_found(name, tmp_path, warned):
     for report in (before, callback.report):
         assert report.status == "ok", str(report)
         if model.config.phi_balance["coef"]:
-            assert report.coefficient.ratio == pytest.approx(1, abs=1e-3 if report.coefficient.precise else 5e-3)
+            found = report.coefficient
+            for ratio in (found.ratio, *found.by_router.values()):
+                assert ratio == pytest.approx(1, abs=1e-3 if found.precise else 5e-3)
+            kinds = {None: "none", True: "reentrant", False: "non-reentrant"}
+            if "gradient_checkpointing_kwargs" in arguments:
+                kind = kinds[arguments["gradient_checkpointing_kwargs"]["use_reentrant"]]
+                assert next(c for c in report.checks if c.name == "checkpointing").finding == kind
     said = [line for line in warned.lines if "Balancing gradient" not in line]  # what an adapter leaves to learn
     assert not [line for line in said if "balanc" in line or "router" in line], said

@@ -1,4 +1,4 @@
-"""What the tests of a tool have measured: in pytest's report (`--junitxml`), and from there in the README's table of tools."""
+"""Results of the tool tests go into pytest's report (`--junitxml`), and from there into the README's table of tools."""
 
 import importlib.metadata
 

@@ -1,4 +1,4 @@
-"""The loops of README.md, as they stand but for names and strengths: the optimizer gets the coefficient, checkpoints the duals."""
+"""The loops printed in README.md: the optimizer gets the coefficient, and checkpoints hold the duals."""
 
 import re
 

@@ -1,13 +1,11 @@
 """A run resumes only from complete checkpoints, whenever the run before was killed."""
 
-import importlib.machinery
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -16,8 +14,8 @@ from paths import ROOT
 from test_resume import ARGUMENTS, STEPS, StopAt, assert_same_outcome, run
 from tiny import tiny_model
 from training import make_trainer, patched, rows
-from transformers import Trainer, hyperparameter_search
-from transformers.trainer_utils import BestRun, HPSearchBackend, get_last_checkpoint
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 import hf_phibalance as phb
 from hf_phibalance.files import STATE_NAME
@@ -133,12 +131,17 @@ def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch
     assert not any(file.endswith(".partial") for file in rest["checkpoint-4"])
 
 
-def test_checkpoint_beside_the_schedule_has_its_duals(tmp_path):
-    """`enable_jit_checkpoint` writes one like this when the job is told to end: there is no `on_save`."""
+def test_checkpoint_beside_the_schedule_has_its_duals(tmp_path, monkeypatch):
+    """
+    `enable_jit_checkpoint` writes one when the job is told to end: there is no `on_save`. A trial of a hyperparameter search has a
+    folder of its own.
+    """
     trainer = run(tmp_path, callbacks=[StopAt(1)], save_strategy="no")
-    trainer._save_checkpoint(trainer.model, trial=None)
-    assert (tmp_path / "checkpoint-1" / STATE_NAME).is_file()
-    assert phb.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    monkeypatch.setattr(trainer, "_get_output_dir", lambda trial: str(tmp_path / (trial or "")))
+    for trial, folder in ((None, tmp_path), ("run-1", tmp_path / "run-1")):
+        trainer._save_checkpoint(trainer.model, trial=trial)
+        assert {path.name for path in (folder / "checkpoint-1").iterdir()} >= {STATE_NAME, MARK, "model.safetensors"}
+        assert phb.last_checkpoint(folder) == str(folder / "checkpoint-1")
 
 
 def test_run_that_was_over_stays_as_it_is(tmp_path):
@@ -167,38 +170,6 @@ def checkpoint_taken(root):
 
 def test_ranks_take_the_same_checkpoint(tmp_path):
     assert in_ranks(checkpoint_taken, 2, str(tmp_path)) == [["0/checkpoint-4"], ["1/checkpoint-4"]]
-
-
-class Trial:
-    def __init__(self, number):
-        self.number, self.params = number, {"learning_rate": 1e-3 / (1 + number)}
-
-
-class Search(hyperparameter_search.OptunaBackend):
-    """Runs the trials as optuna does."""
-
-    is_available = staticmethod(lambda: True)
-
-    def run(self, trainer, n_trials, direction):
-        for number in range(n_trials):
-            trainer.train(trial=Trial(number))
-        return BestRun("0", 0.0, {})
-
-
-def test_hyperparameter_search_leaves_whole_checkpoints_only(tmp_path, monkeypatch):
-    optuna = ModuleType("optuna")
-    optuna.__spec__, optuna.trial = importlib.machinery.ModuleSpec("optuna", None), SimpleNamespace(BaseTrial=Trial)
-    monkeypatch.setitem(sys.modules, "optuna", optuna)
-    backends = hyperparameter_search.ALL_HYPERPARAMETER_SEARCH_BACKENDS
-    monkeypatch.setitem(backends, HPSearchBackend.OPTUNA, Search)
-    trainer = make_trainer(patched(), tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    trainer.model_init = lambda: patched()
-    trainer.hyperparameter_search(lambda trial: trial.params, n_trials=2, backend="optuna")
-    folders = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir()}
-    whole = {f"run-{run}/checkpoint-{step}" for run in (0, 1) for step in (1, 2)}
-    assert folders == {"run-0", "run-1"} | whole
-    for name in whole:
-        assert {"model.safetensors", MARK, STATE_NAME} <= {path.name for path in (tmp_path / name).iterdir()}
 
 
 # ---------------------------------------------------------------------- kills

@@ -1,4 +1,4 @@
-"""A run logs `moe/...` of its steps and `eval_moe/...` of its evaluations, and is not changed by that. Trackers: `test_trackers`."""
+"""A run logs `moe/...` of its steps and `eval_moe/...` of its evaluations, and is not changed by that."""
 
 import math
 from collections import Counter
@@ -7,6 +7,7 @@ import pytest
 import torch
 from checks import assert_same
 from references import naive_figures, routed, routers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
 from training import TRAINERS, make_trainer, patched, rows, weights
 from transformers import TrainerCallback
@@ -51,9 +52,10 @@ def mean_figures(steps):
 
 @pytest.mark.parametrize("cls", TRAINERS)
 def test_logged_figures_are_means_since_the_last_log_as_the_loss_is(cls, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     model = patched("qwen3_moe", bias_coef=0.05)
     loads = Loads()
-    options = {"num_train_epochs": 3, "logging_steps": 2}
+    options = {"num_train_epochs": 3, "logging_steps": 2, "report_to": ["tensorboard"]}
     trainer = make_trainer(model, tmp_path, cls, callbacks=[loads], **options)
     callback = phb.attach(trainer, per_layer=16)
     balancer = phb.get_balancer(model)
@@ -80,6 +82,14 @@ def test_logged_figures_are_means_since_the_last_log_as_the_loss_is(cls, tmp_pat
         assert logged["noise_floor"] == pytest.approx(sum(floors) / 2, rel=1e-5)
         assert {name: logged[name] for name in ranges} == pytest.approx(ranges, rel=1e-6)
     assert not figures(trainer.state.log_history[-1], "moe/")  # the summary of the run
+
+    (file,) = (tmp_path / "events").rglob("events.out.tfevents.*")  # reporters get all that the log has
+    events = EventAccumulator(str(file)).Reload()
+    written = {tag for tag in events.Tags()["scalars"] if tag.startswith("train/moe/")}
+    assert written == {f"train/moe/{name}" for name in figures(entries[2], "moe/")}
+    for tag in written:
+        values = {event.step: event.value for event in events.Scalars(tag)}
+        assert values == pytest.approx({step: entry[tag.removeprefix("train/")] for step, entry in entries.items()})
 
     assert [entry["step"] for entry in callback.history] == [2, 4, 6]
     for entry in callback.history:
