@@ -1,14 +1,11 @@
-"""A resumed run ends bit-identical to one that was never interrupted."""
+"""A resumed run ends bit-identical to one that was never interrupted. Kills: `test_checkpoints`."""
 
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from checks import assert_same
-from forked import call
 from tiny import tiny_model
 from training import make_trainer, patched, rows, weights
 from transformers import Trainer, TrainerCallback
@@ -38,19 +35,14 @@ STEPS = 6
 
 
 class StopAt(TrainerCallback):
-    """Ends the run after a step, by asking the trainer or by killing the process in the middle of the next step."""
+    """Ends the run after a step."""
 
-    def __init__(self, step, kill=False):
+    def __init__(self, step):
         self.step = step
-        self.kill = kill
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.kill and state.global_step == self.step:
+        if state.global_step == self.step:
             control.should_training_stop = True
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        if self.kill and state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(
@@ -164,15 +156,6 @@ def test_checkpoint_of_an_unbalanced_run_is_refused(tmp_path):
     make_trainer(model, tmp_path, data=rows(14), callbacks=[StopAt(2)], **ARGUMENTS).train()
     with pytest.raises(FileNotFoundError, match="Resume from a checkpoint written while balancing"):
         run(tmp_path, resume=True)
-
-
-def test_killed_run_resumes(tmp_path):
-    """SIGKILL between two micro-batches of the step after a checkpoint."""
-    straight = run(tmp_path / "straight", "native_bias")
-    process = call(run, tmp_path / "killed", "native_bias", True, Trainer, None, [StopAt(4, kill=True)])
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    assert sorted(p.name for p in (tmp_path / "killed").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    assert_same_outcome(run(tmp_path / "killed", "native_bias", resume=True, seed=1), straight)
 
 
 # ---------------------------------------------------------------------- which checkpoint is kept
