@@ -26,8 +26,7 @@ EVEN, COLLAPSED = 0.9, 0.5  # effective experts, as a share of all
 ASSIGNED = 10  # with fewer selections per expert, loads say little
 VERIFY = "phb.attach(trainer, verify=True), which measures a step of the training itself"
 TRAIN_ROUTERS = (
-    "train the routers, e.g. phb.lora_config(model, router='lora') (--lora router=lora of the command), or balance by bias_coef "
-    "alone (coef=0), which needs no gradient"
+    "phb.lora_config(model, router='lora') (--lora router=lora), or coef=0 and bias_coef, which needs no gradient"
 )
 
 
@@ -112,7 +111,7 @@ def _judge(seen: Any) -> Result:
     found = seen.coefficient
     if not seen.is_finite:
         return _problem(
-            "the gradients of the step are not finite", "lower the learning rate or the loss scale, and check the data"
+            "the gradients of the step are not finite", "lower the learning rate or loss scale, check the data"
         )
     if math.isnan(found.ratio):
         return _problem(f"{found.declared:g} declared, but no gradient comes back through any router", TRAIN_ROUTERS)
@@ -127,38 +126,34 @@ def _judge(seen: Any) -> Result:
     if all(abs(kept - 1) <= bound for kept in seen.kept.values()):  # the loop is innocent
         if seen.goes_on:
             return _warning(
-                f"{text}. The step goes on over the end of a pass through the data, so its tokens became known in two parts",
-                "other steps are exact; a dataset whose length is known has no such steps",
+                f"{text}. The step goes on over the end of a pass through the data, so its tokens were counted in two parts",
+                "none needed: other steps are exact. A dataset of known length has no such steps",
             )
         if seen.announced is None and len(seen.forwards) > 1:
             return _warning(
                 f"{text}. The micro-batches do not say how many tokens they hold, so each gets its own mean",
-                "one micro-batch a step makes it exact; with micro-batches of similar length it is close. In trl's GRPO and RLOO "
-                "the tokens are known if steps_per_generation is a multiple of gradient_accumulation_steps",
+                "one micro-batch a step; in trl's GRPO and RLOO, steps_per_generation a multiple of gradient_accumulation_steps",
             )
         if seen.by_part and seen.is_cut:
             return _warning(
-                f"{text}. The model saw other tokens than the step was announced with, and each micro-batch gets the share that "
-                "was announced",
-                "see announced tokens",
+                f"{text}. The model saw other tokens than the step was announced with", "see announced tokens"
             )
     worst = sorted(off, key=lambda name: -abs(off[name] - 1))
     at = f"; {_some([f'{name} {off[name]:.4f}' for name in worst])}" if worst else ""
     return _problem(
         f"{text}{at}",
-        "something between backward and optimizer changes gradients (a training_step of one's own, hooks on parameters), "
-        "or hides tokens or routers from balancing: see the other checks",
+        "look for code that changes gradients (your own training_step, hooks on parameters), and at the other checks",
     )
 
 
 def _first_step(subject: Subject) -> Result | None:
     seen = subject.seen
     if seen.error is not None:
-        return _problem(seen.error, "mend that first; the other checks are incomplete until then")
+        return _problem(seen.error, "correct that first; the other checks are incomplete until then")
     if not seen.has_run:
         return _problem(
             f"no training forward of the model was seen in {seen.what}",
-            "check that the trainer trains this model and not a copy of it, and that it is in train mode",
+            "check that the trainer trains this model, not a copy, and in train mode",
         )
     return None
 
@@ -181,8 +176,7 @@ def _attention_mask(subject: Subject) -> Result | None:
         padding = sum(_padding(batch.get("input_ids"), subject) for batch in batches)
     if kind == "attention" and masked_out and all_count:
         return _problem(
-            f"{text}. The batches have an attention_mask with {masked_out:,} zeros, but the model received none: the "
-            "trainer drops it, and padding counts",
+            f"{text}. The batches have an attention_mask with {masked_out:,} zeros, but the model received none, so padding counts",
             "PhiBalanceConfig(token_mask='labels'), or let the trainer pass the attention_mask on",
         )
     if padding:
@@ -235,9 +229,8 @@ def _routers_that_run(subject: Subject) -> Result | None:
     silent = [name for name in names if not seen.loads.get(name) and name not in idle]
     if silent:
         return _problem(
-            f"{len(silent)} of {len(names)} routers were never called: {_some(silent)}. Something bypasses them (a fused "
-            "kernel, use_kernels=True, layers that are not run)",
-            "switch that off, or phb.unpatch(model)",
+            f"{len(silent)} of {len(names)} routers were never called: {_some(silent)}",
+            "switch off fused kernels (use_kernels=True) and skipped layers, or phb.unpatch(model)",
         )
     return _ok(f"all {len(names)}" + (f" but {_some(idle)}, which had nothing to route" if idle else ""))
 
@@ -251,7 +244,7 @@ def _routers_that_learn(subject: Subject) -> Result | None:
     if balancer.config.rules.freezes and learning:
         return _problem(
             f"method='frozen', but {len(learning)} routers are trained: {_some(learning)}",
-            "leave the routers out of the adapter, e.g. by phb.lora_config(model, router='frozen'), or choose another method",
+            "leave the routers out of the adapter: phb.lora_config(model, router='frozen'), or choose another method",
         )
     if balancer.config.rules.freezes or not balancer.config.adds_gradient:
         return None
@@ -263,8 +256,7 @@ def _routers_that_learn(subject: Subject) -> Result | None:
         if cut:
             return _problem(
                 f"no gradient path leads from {len(cut)} of {len(names)} routers: {_some(cut)}",
-                "with reentrant gradient checkpointing: use_reentrant=False or model.enable_input_require_grads(); else look for "
-                "torch.no_grad() and detach() around these layers",
+                "use_reentrant=False or model.enable_input_require_grads(); else look for torch.no_grad() and detach()",
             )
     frozen = [name for name in names if name not in learning]
     if frozen:
@@ -290,9 +282,8 @@ def _loads(subject: Subject) -> Result | None:
     if not collapsed:
         return None
     return _warning(
-        f"the probabilities of {len(collapsed)} routers are even, but their loads have collapsed: {_some(collapsed)}. "
-        "The price is one of probabilities and does not act on that",
-        "track='load', or a selection bias (bias_coef > 0), which is moved by loads",
+        f"the probabilities of {len(collapsed)} routers are even, but their loads have collapsed: {_some(collapsed)}",
+        "track='load', or a selection bias (bias_coef > 0): the price follows probabilities, not loads",
     )
 
 
@@ -331,7 +322,7 @@ def _precision(subject: Subject) -> Result:
     if rounded is not None and rounded > 0.01:
         return _warning(
             f"routers compute in 16 bits{share}",
-            "harmless where training and serving do alike; else compute the router's linear layer in float32",
+            "none needed if training and serving do the same; else compute the router's linear layer in float32",
         )
     types = sorted({str(p.dtype).removeprefix("torch.") for p in weights.values()})
     return _ok(f"router weights in {', '.join(types)}{share}")
@@ -352,8 +343,7 @@ def _patch(subject: Subject) -> Result:
     ]
     if bare:
         return _problem(
-            f"{len(bare)} of {len(sites)} routers have no hook: {_some(bare)}. Something removed it, or put another module "
-            "there since the patch (an adapter, quantisation, kernels)",
+            f"{len(bare)} of {len(sites)} routers have no hook: {_some(bare)}. They were replaced, or lost it, after the patch",
             "phb.unpatch(model), then phb.patch(model, config) as the last thing before training",
         )
     config = subject.balancer.config
@@ -372,14 +362,13 @@ def _auxiliary_loss(subject: Subject) -> Result | None:
     foreign = None if subject.seen is None else subject.seen.foreign
     if found:
         return _problem(
-            f"the model adds its own auxiliary loss to φ-balancing ({_some(found)}); it was switched on after the patch",
-            "set output_router_logits=False in the model's config, or call phb.patch(model) again",
+            f"the model adds its own auxiliary loss, switched on after the patch ({_some(found)})",
+            "output_router_logits=False in the model's config, or phb.patch(model) again",
         )
     if subject.auxiliary:
         return _problem(
-            f"{subject.trainer} adds an auxiliary loss of its own, router_aux_loss_coef={subject.auxiliary}; it was switched on "
-            "after phb.attach(trainer)",
-            "set trainer.aux_loss_enabled=False, or router_aux_loss_coef=0.0 in the trainer's arguments",
+            f"{subject.trainer} adds its own auxiliary loss, router_aux_loss_coef={subject.auxiliary}",
+            "trainer.aux_loss_enabled=False, or router_aux_loss_coef=0.0 in the trainer's arguments",
         )
     if foreign is None:
         return _ok("none of the model or an option; whether the loss adds one was not measured")
@@ -434,8 +423,7 @@ def _selection_bias(subject: Subject) -> Result | None:
         return None
     if subject.engine and balancer.config.bias_coef > 0:
         return _warning(
-            f"{subject.engine} generates with the selection bias of the checkpoint, while the trained one moves: only weights are "
-            "handed over to it during training",
+            f"{subject.engine} generates with the selection bias of the checkpoint: during training it gets only the weights",
             "bias_coef=0, and balance by coef",
         )
     own = [site.name for site in balancer.sites if not site.has_native_bias]
@@ -445,7 +433,7 @@ def _selection_bias(subject: Subject) -> Result | None:
     cost = "" if changed is None else f"; now that would change {changed:.1%} of the choices"
     return _warning(
         f"that of {len(own)} routers is kept in {STATE_NAME} beside the weights, and a plain from_pretrained loses it{cost}",
-        "load with hf_phibalance (from_pretrained(..., phi_balance=True)), and serve with it, or balance by coef alone",
+        "load and serve with hf_phibalance: from_pretrained(..., phi_balance=True); or balance by coef alone",
     )
 
 
@@ -460,12 +448,9 @@ def _state_file(subject: Subject) -> Result | None:
             return _ok(f"{path.name} fits, after {subject.balancer.check(path)} steps")
         saved = PhiBalanceConfig.of_checkpoint(folder)
     except (ValueError, OSError) as error:
-        remedy = (
-            "correct or remove it there"
-            if path is None
-            else f"replace {path.name}, or delete it to start with fresh duals"
+        return _problem(
+            str(error), "correct it there" if path is None else "replace it, or delete it to start with fresh duals"
         )
-        return _problem(str(error), remedy)
     if saved is None:
         return None
     return _warning(
