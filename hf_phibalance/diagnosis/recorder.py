@@ -255,7 +255,7 @@ class StepRecorder:
         loop, left = self._compare_weights(products, 5 * (PRECISE if precise else ROUGH))
         self.is_finite = bool(torch.isfinite(products).all() and torch.isfinite(loop).all())
         if not self._calls and self._due:
-            self.unmeasured = "the routers run compiled, where nobody sees their logits"
+            self.unmeasured = "the routers run compiled, so their logits cannot be seen"
         elif balancer.coef == 0:
             self.unmeasured = f"schedule={balancer.config.schedule!r} is over, and coef is 0"
         elif self._keeps_prices and not bool(balancer.duals.price.any()):
