@@ -24,6 +24,7 @@ Result = tuple[Status, str, str]
 VANISHING = 1e-200  # coefficients up to this stand for 0
 EVEN, COLLAPSED = 0.9, 0.5  # effective experts, as a share of all
 ASSIGNED = 10  # with fewer selections per expert, loads say little
+ENOUGH = 1000  # with fewer selections in the step, the share that rounding changes is chance
 VERIFY = "phb.attach(trainer, verify=True), which measures a step of the training itself"
 TRAIN_ROUTERS = (
     "phb.lora_config(model, router='lora') (--lora router=lora), or coef=0 and bias_coef, which needs no gradient"
@@ -319,7 +320,7 @@ def _precision(subject: Subject) -> Result:
             f"a weight is rounded away{share}",
             "keep their weights in float32: PhiBalanceConfig(fp32_routers=True)",
         )
-    if rounded is not None and rounded > 0.01:
+    if rounded is not None and rounded > 0.01 and sum(subject.seen.loads.values()) >= ENOUGH:
         return _warning(
             f"routers compute in 16 bits{share}",
             "none needed if training and serving do the same; else compute the router's linear layer in float32",
