@@ -2,8 +2,8 @@
 Records one real optimizer step, and measures the coefficient that it received.
 
 `Forwards` calls the recorder when a router has run, when tokens get their weight, and when the auxiliary gradient is added. A hook
-on the logits sees the gradient itself. With non-reentrant checkpointing these are the logits of the forward, with reentrant
-checkpointing those of the recomputation. The declared gradient is computed independently, by autograd of
+on the logits sees the gradient itself. With reentrant checkpointing these are the logits of the recomputation. The declared
+gradient is computed independently, by autograd of
 
     coef / N · Σ_tokens ⟨q, p⟩                 N: tokens of all forwards of the step, over all ranks.
 
@@ -37,28 +37,27 @@ class Call:
 
     mask: Tensor  # (T,) whether each token counts
     selected: Tensor  # (T, k) experts
-    computed: Tensor | None = None  # (T, k) top-k of the logits, ...
-    exact: Tensor | None = None  # ... and of logits computed in fp32
+    computed: Tensor | None = None  # (T, k) top-k of the logits
+    exact: Tensor | None = None  # (T, k) top-k of logits computed in fp32
 
 
 @dataclass
 class Weight:
-    """
-    The weight `(E, H)` of a router that is one linear layer, and the gradient that it should have: Σ gᵀx over the step. `error` is
-    the square of the rounding error to expect in the real one, in its inputs and in its partial sums.
-    """
+    """The weight `(E, H)` of a router that is one linear layer, and the gradient that it should have: Σ gᵀx over the step."""
 
     owner: nn.Module
     name: str
     gradient: Tensor
-    error: float = 0.0
+    error: float = (
+        0.0  # square of the rounding error to expect in the real gradient, from its inputs and its partial sums
+    )
 
     @property
     def parameter(self) -> Any:
         return getattr(self.owner, self.name)
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        """Adds gᵀx, of the `gradient (T, E)` of the logits and the router's input `(T, H)`."""
+        """Adds gᵀx, of the `gradient (T, E)` of the logits and the router's input `(..., H)`."""
         g_TE, x_TH = gradient.float(), hidden.reshape(-1, hidden.shape[-1]).float()
         self.gradient.addmm_(g_TE.t(), x_TH)
         squares = g_TE.square().sum(-1) @ x_TH.square().sum(-1) + self.gradient.square().sum()
@@ -73,42 +72,29 @@ class StepRecorder:
 
     Args:
         balancer (`PhiBalancer`): of the model.
-        what (`str`): names the step in a report.
-
-    Attributes:
-        batches (`list[Mapping]`): micro-batches of the step as the loop has them; filled by the caller.
-        error (`str`, *optional*): exception that ended the step.
-        forwards (`list[Tokens]`): tokens of its training forwards.
-        tokens (`float`): tokens that count, over all ranks.
-        announced (`float`, *optional*): tokens that the step was announced with, over all ranks.
-        goes_on (`bool`): whether it was announced in several parts, over the end of a pass through the data.
-        by_part (`bool`): whether each micro-batch gets the share that it was announced with.
-        loads (`dict[str, float]`): selections of each router on this rank.
-        added (`list[str]`): routers that added a gradient on this rank.
-        sums (`torch.Tensor` of shape `(2, L, E)`): probabilities and loads over all ranks.
-        coefficient (`Coefficient`, *optional*): coefficient that the step received.
-        unmeasured (`str`): why it could not be measured.
-        is_early (`bool`): whether the reason is that there are no prices yet.
-        is_finite (`bool`): whether the gradients of the logits and of the weights are finite.
-        foreign (`dict[str, float]`, *optional*): by router, the gradient at its logits that comes neither from its output nor from
-            balancing, relative to that of balancing; only where it is neither negligible nor rounding. `None` if not measured.
-        kept (`dict[str, float]`): gradient of each router's weight at the end, projected on the one that the backward made.
+        what (`str`): names the step in the report.
     """
 
     def __init__(self, balancer: PhiBalancer, what: str = "") -> None:
         self.balancer, self.what = balancer, what
-        self.batches: list[Mapping[str, Any]] = []
-        self.error: str | None = None
-        self.forwards: list[Any] = []
-        self.tokens = 0.0
-        self.announced: float | None = None
-        self.goes_on = self.by_part = False
-        self.loads: dict[str, float] = {}
-        self.added: list[str] = []
+        self.batches: list[Mapping[str, Any]] = []  # micro-batches as the loop has them; the caller fills this
+        self.error: str | None = None  # exception that ended the step; the caller sets this
+        self.forwards: list[Any] = []  # `Tokens` of the step's training forwards
+        self.tokens = 0.0  # that count, over all ranks
+        self.announced: float | None = None  # tokens that the step was announced with, over all ranks
+        self.goes_on = False  # announced in several parts, over the end of a pass through the data
+        self.by_part = False  # each micro-batch gets the share that it was announced with
+        self.loads: dict[str, float] = {}  # selections of each router on this rank
+        self.added: list[str] = []  # routers that added a gradient on this rank
+        self.sums = torch.empty(0)  # probabilities and loads over all ranks (2, L, E)
         self.coefficient: Coefficient | None = None
-        self.unmeasured, self.is_early, self.is_finite = "", False, True
+        self.unmeasured = ""  # why there is no coefficient
+        self.is_early = False  # ... because there are no prices yet
+        self.is_finite = True  # gradients of the logits and of the weights
+        # By router, where it is neither negligible nor rounding: the gradient at the logits that comes neither from the router's
+        # output nor from balancing, relative to that of balancing. `None` if not measured.
         self.foreign: dict[str, float] | None = None
-        self.kept: dict[str, float] = {}
+        self.kept: dict[str, float] = {}  # gradient of each weight at the end, projected on that of the backward
         self._calls: dict[int, Call] = {}
         self._plain: dict[int, Tensor] = {}  # top-k without the selection bias (T, k), of the first call
         self._weights: dict[int, Weight] = {}
@@ -123,20 +109,18 @@ class StepRecorder:
         self._sums = torch.zeros(len(balancer.sites), 2, balancer.duals.shape[1], dtype=torch.float64)
 
     def start(self) -> StepRecorder:
-        """Records from now on."""
         self.balancer.forwards.recorder, self.balancer.forwards.watch = self, self._ranked
         return self
 
     def stop(self) -> None:
         self.balancer.forwards.recorder = self.balancer.forwards.watch = None
 
+    # ------------------------------------------------------------------ called by the forwards of the model
+
     def saw(
         self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, own: list[Tensor]
     ) -> None:
-        """
-        Notes that router `index` made `logits (T, E)` from `hidden` in `forward`, or in its recomputation. `own` is what
-        [`~StepRecorder.follow`] fills.
-        """
+        """Router `index` made `logits (T, E)` from `hidden`, in `forward` or in its recomputation. [`follow`] fills `own`."""
         if index not in self._calls:
             self._calls[index] = self._look(forward, index, hidden, logits, selected)
         if logits.requires_grad:
@@ -145,7 +129,7 @@ class StepRecorder:
             logits.register_hook(functools.partial(self._reached, forward, index, inputs, logits.detach(), own))
 
     def follow(self, output: Tensor, logits: Tensor, own: list[Tensor]) -> None:
-        """Fills `own` in the backward: the gradients of `logits` that come from the router's `output`, what balancing adds included."""
+        """Makes the backward fill `own` with the gradients of `logits` that come from the router's `output`, prices included."""
         seen: set[Any] = set()
         frontier: set[Any] = {output.grad_fn} - {logits.grad_fn}
         while frontier and len(seen) < 50:
@@ -159,15 +143,15 @@ class StepRecorder:
             frontier = {after for node in frontier for after, _ in node.next_functions} - seen - {None, logits.grad_fn}
 
     def settles(self, forward: Any) -> None:
-        """Notes that a backward has reached `forward`, so it belongs to the step."""
+        """A backward has reached `forward`, so it belongs to the step."""
         self.forwards.append(forward.tokens)
 
     def adds(self, forward: Any, index: int, weight_T: Tensor, price_E: Tensor) -> None:
-        """Notes that router `index` adds the gradient of Σ_t weight_t ⟨price, p_t⟩ in the running backward."""
+        """Router `index` adds the gradient of Σ_t weight_t ⟨price, p_t⟩ in the running backward."""
         self._due[forward.key, index] = weight_T, price_E
 
     def _ranked(self, index: int, scores: Tensor) -> None:
-        """Notes that router `index` ranked `scores (..., E)` plus its selection bias."""
+        """Router `index` ranked `scores (..., E)` plus its selection bias."""
         if index not in self._plain:
             site = self.balancer.sites[index]
             self._plain[index] = torch.ops.aten.topk(scores.reshape(-1, site.num_experts), site.top_k)[1]
@@ -184,17 +168,17 @@ class StepRecorder:
             linear = find_linear(site)
         except (ValueError, StopIteration):  # not one linear layer, not whole in this process, or made by an adapter
             return call
-        if (*hidden_TH.shape, logits.shape[-1]) != (len(logits), *reversed(linear.weight.shape)):
+        weight = linear.weight
+        if (*hidden_TH.shape, logits.shape[-1]) != (len(logits), *reversed(weight.shape)):
             return call
         with torch.autocast(logits.device.type, enabled=False):
             exact = linear.logits(hidden_TH)
         if float((exact - logits.float()).norm()) > 0.05 * float(exact.norm()):
             return call  # the router is more than one linear layer
-        if any(torch.equal(logits.to(dtype).float(), logits.float()) for dtype in LOW) or linear.weight.dtype in LOW:
+        if any(torch.equal(logits.to(dtype).float(), logits.float()) for dtype in LOW) or weight.dtype in LOW:
             call.computed, call.exact = (
                 torch.ops.aten.topk(z, site.top_k)[1] for z in (logits.detach().float(), exact)
             )
-        weight = linear.weight
         if isinstance(weight, nn.Parameter) and weight.requires_grad:
             shared = next((w for w in self._weights.values() if w.parameter is weight), None)
             name = next(name for name, p in linear.owner.named_parameters(recurse=False) if p is weight)
@@ -230,7 +214,7 @@ class StepRecorder:
     def _declared(self, forward: Any, index: int, logits: Tensor) -> Tensor:
         """Returns the gradient of Σ_tokens ⟨q, p⟩ at the logits, by autograd, `(T, E)` in fp32."""
         site = self.balancer.sites[index]
-        prices = self.balancer.duals.price if uses_kept_prices(self.balancer) else forward.price / self.balancer.coef
+        prices = self.balancer.duals.price if self._keeps_prices else forward.price / self.balancer.coef
         price_E = prices[index, : site.num_experts].to(logits.device)
         mask = forward.tokens.mask_at(site, len(logits)).to(logits.device)
         with torch.enable_grad():
@@ -238,50 +222,44 @@ class StepRecorder:
             term = (routing_probs(z, site.scoring) @ price_E * mask).sum()
             return torch.autograd.grad(term, z)[0]
 
+    @property
+    def _keeps_prices(self) -> bool:
+        """True if a step uses the prices of the previous one, and does not compute them from its own tokens."""
+        return self.balancer.config.price_from == "previous" and not self.balancer.config.rules.pooled
+
+    # ------------------------------------------------------------------ the end of the step
+
     @torch.no_grad()
     def finish(self, loss_scale: float | None = None) -> StepRecorder:
-        """Ends the recording and measures, on all ranks. `loss_scale`: the loop will divide gradients by it; else as found."""
-        balancer, step = self.balancer, self.balancer.now
+        """Ends the recording and measures; all ranks must call it. `loss_scale`: by which the loop will divide gradients."""
+        balancer, step, names = self.balancer, self.balancer.now, self.balancer.layer_names
         self.stop()
         self.goes_on = step.first > 0
         self.announced = None if step.tokens is None or self.goes_on else float(step.tokens)
         self.by_part = step.parts is not None
-        names = balancer.layer_names
         self.loads = dict(zip(names, step.counts.load.sum(-1).tolist()))
         self.added = [name for index, name in enumerate(names) if index in step.added]
         self.sums = balancer.sum_over_ranks(step.counts.sums.clone()).cpu()
-        own = torch.tensor(float(self.count("mask")), device=step.counts.flat.device)
+        own = torch.tensor(float(self.counted), device=step.counts.flat.device)
         self.tokens = float(balancer.sum_over_ranks(own))
-        self._measure(float(step.loss_scale) if loss_scale is None else loss_scale)
+        if balancer.config.coef != 0:
+            self._measure(float(step.loss_scale) if loss_scale is None else loss_scale)
         if self.error is not None:
             self.coefficient = None
         return self
 
-    @property
-    def has_run(self) -> bool:
-        """Whether a training forward was seen."""
-        return bool(self._calls or self.forwards)
-
-    def count(self, what: str) -> int:
-        """Returns the number of positions of the forwards on this rank (`"all"`), or of those that count (`"mask"`)."""
-        return sum(tokens.mask.numel() if what == "all" else int(tokens.mask.sum()) for tokens in self.forwards)
-
     def _measure(self, loss_scale: float) -> None:
-        balancer, config = self.balancer, self.balancer.config
-        if config.coef == 0:
-            return
-        device = balancer.duals.values.device
+        balancer, device = self.balancer, self.balancer.duals.values.device
         products, sums = (balancer.sum_over_ranks(own.to(device)).cpu() for own in (self._products, self._sums))
         precise = self._is_precise and not any(p.dtype in LOW for p in balancer.root.parameters())
         loop, left = self._compare_weights(products, 5 * (PRECISE if precise else ROUGH))
         self.is_finite = bool(torch.isfinite(products).all() and torch.isfinite(loop).all())
         if not self._calls and self._due:
-            self.unmeasured = "the routers run compiled, where nobody sees their logits"
+            self.unmeasured = "the routers run compiled, so their logits cannot be seen"
         elif balancer.coef == 0:
-            self.unmeasured = f"schedule={config.schedule!r} is over, and coef is 0"
-        elif uses_kept_prices(balancer) and not bool(balancer.duals.price.any()):
-            self.is_early = True
-            self.unmeasured = "all prices are 0 before the first step has ended"
+            self.unmeasured = f"schedule={balancer.config.schedule!r} is over, and coef is 0"
+        elif self._keeps_prices and not bool(balancer.duals.price.any()):
+            self.is_early, self.unmeasured = True, "all prices are 0 before the first step has ended"
         if self.unmeasured:
             return
         if self._is_followed:
@@ -290,25 +268,26 @@ class StepRecorder:
         strength = balancer.coef / max(self.tokens, 1.0)
         scale = loop / (loss_scale * balancer.ranks)
         aa, ad, dd = products[:, 0] * scale**2, products[:, 1] * scale * strength, products[:, 2] * strength**2
-        others = len(dd) - len(self.kept)
-        where = [f"the weights of {len(self.kept)} routers"] if self.kept else []
-        where += (
-            [f"the logits of {others} (frozen, adapted, not one linear layer, or lost in rounding)"] if others else []
-        )
-        if not float(dd.sum()):
-            ratio = residual = math.nan
-        else:
+        ratio = residual = math.nan
+        if float(dd.sum()):
             ratio = float(ad.sum() / dd.sum())
             square = float((aa.sum() - 2 * ratio * ad.sum() + ratio**2 * dd.sum()) / dd.sum())
             residual = math.hypot(math.sqrt(max(square, 0.0)), left)
         by_router = {name: float(a / d) for name, a, d in zip(balancer.layer_names, ad, dd) if d > 0}
+        others = len(dd) - len(self.kept)
+        where = [f"the weights of {len(self.kept)} routers"] if self.kept else []
+        if others:
+            where.append(f"the logits of {others} (frozen, adapted, not one linear layer, or lost in rounding)")
         self.coefficient = Coefficient(balancer.coef, ratio, residual, by_router, " and ".join(where), precise)
 
     def _compare_weights(self, products: Tensor, rounding: float) -> tuple[Tensor, float]:
         """
-        Compares the gradient of each weight with Σ gᵀx, both averaged over the ranks. Returns the projection of the first on the
-        second by router `(L,)`, 1 without such a weight; and the largest norm of the difference, relative to Σ gᵀx. Leaves out
-        weights whose relative rounding error is larger than `rounding`, where gradients have cancelled.
+        Compares the gradient of each weight with Σ gᵀx, both averaged over the ranks. Leaves out weights whose gradients have
+        cancelled, so that their rounding error is larger than `rounding`, relative to Σ gᵀx.
+
+        Returns:
+            By router `(L,)` the projection of the first on the second, 1 where it was not compared; and the largest norm of the
+            difference, relative to Σ gᵀx.
         """
         balancer, device = self.balancer, self.balancer.duals.values.device
         loop, left = torch.ones(len(products), dtype=torch.float64), 0.0
@@ -333,23 +312,40 @@ class StepRecorder:
             self.kept[balancer.layer_names[index]] = float(loop[index])
         return loop, left
 
+    # ------------------------------------------------------------------ for the checks
+
+    @property
+    def has_run(self) -> bool:
+        """True if a training forward was seen."""
+        return bool(self._calls or self.forwards)
+
+    @property
+    def positions(self) -> int:
+        """Positions of the forwards on this rank."""
+        return sum(tokens.mask.numel() for tokens in self.forwards)
+
+    @property
+    def counted(self) -> int:
+        """Positions of the forwards on this rank that count as tokens."""
+        return sum(int(tokens.mask.sum()) for tokens in self.forwards)
+
+    @property
+    def is_cut(self) -> bool:
+        """True if the step was announced with another number of tokens than the model saw."""
+        return self.announced not in (None, self.tokens)
+
     @property
     def rounded(self) -> float | None:
         """Share of selections that would be different in fp32; `None` if routers compute in fp32."""
-        return _share((call.mask, call.computed, call.exact) for call in self._calls.values())
+        return _differing((call.mask, call.computed, call.exact) for call in self._calls.values())
 
     @property
     def unbiased(self) -> float | None:
-        """Share of selections that would be different without the selection biases that a plain load leaves out."""
-        return _share((call.mask, call.selected, self._plain.get(index)) for index, call in self._calls.items())
+        """Share of selections that would be different without our selection biases, which a plain load leaves out."""
+        return _differing((call.mask, call.selected, self._plain.get(i)) for i, call in self._calls.items())
 
 
-def uses_kept_prices(balancer: PhiBalancer) -> bool:
-    """Whether a step uses the prices of the previous one instead of computing them from its own tokens."""
-    return balancer.config.price_from == "previous" and not balancer.config.rules.pooled
-
-
-def _share(calls: Any) -> float | None:
+def _differing(calls: Any) -> float | None:
     missing = total = 0
     for mask, mine, other in calls:
         if mine is None or other is None:

@@ -1,4 +1,1 @@
-"""
-Integrations: φ-balancing in tools that people train with from a YAML or a command line. A module per tool, named where
-that tool wants a name; none is imported here, since each imports its tool.
-"""
+"""φ-balancing in tools that people train or serve with from a YAML or a command line. One module per tool; each imports its tool."""

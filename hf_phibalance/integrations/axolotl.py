@@ -1,11 +1,10 @@
 """
 Axolotl: `plugins: [hf_phibalance.integrations.axolotl.PhiBalancePlugin]` and `phi_balance: {coef: 0.01}` in the YAML.
 
-`phi_balance` takes the fields of [`PhiBalanceConfig`], `true` for the defaults, or `false` for no balancing; Axolotl validates
-it with the rest.
+`phi_balance` takes the fields of [`PhiBalanceConfig`], `true` for the defaults, or `false` for no balancing.
 
-Axolotl trains on without a plugin that it cannot import. So whatever that could happen to, for instance on an old
-transformers, is imported by the methods, whose errors end the run.
+Axolotl ignores a plugin that it cannot import, and trains without it. So this module imports the package inside its methods, whose
+errors end the run.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ SHARED = ("context_parallel_size", "expert_parallel_size")
 
 
 class PhiBalanceArgs(BaseModel):
-    """What the plugin adds to Axolotl's schema."""
+    """The fields that the plugin adds to Axolotl's schema."""
 
     phi_balance: dict[str, Any] | None
 
     @field_validator("phi_balance", mode="before")
     @classmethod
     def check_fields(cls, value: Any) -> dict[str, Any] | None:
-        """Errors are those of [`PhiBalanceConfig`]; the fields left out are logged with the rest of Axolotl's config."""
+        """Fills in the defaults of [`PhiBalanceConfig`], so that Axolotl logs all fields. Raises its errors."""
         from ..config import PhiBalanceConfig
 
         config = PhiBalanceConfig.from_any(value)
@@ -37,7 +36,7 @@ class PhiBalanceArgs(BaseModel):
 
     @model_validator(mode="after")
     def refuse_impossible(self) -> Any:
-        """Refuses what the YAML asks for besides and under which the coefficient would not be what it says."""
+        """Refuses other settings of the YAML under which the coefficient would not be exact."""
         from ..config import PhiBalanceConfig
 
         asked: Any = self
@@ -71,19 +70,25 @@ class PhiBalanceArgs(BaseModel):
 
 
 class PhiBalancePlugin(BasePlugin):
-    """Patches the model that Axolotl has loaded, adapter included, and attaches to the trainer that it builds."""
+    """Patches the model that Axolotl has loaded, adapter included, and attaches to its trainer."""
 
     def get_input_args(self) -> str:
         return f"{__name__}.{PhiBalanceArgs.__name__}"
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         from ..balancing import get_balancer, patch
+        from ..config import PhiBalanceConfig
         from ..files import state_in
 
         if not cfg.phi_balance:
             return
         fields = cfg.phi_balance.to_dict()
-        refuse_maskless(cfg, model, fields)
+        family = model.config.model_type
+        if cfg.sample_packing and family in MASKLESS and PhiBalanceConfig.from_dict(fields).token_mask == "attention":
+            raise ValueError(
+                f"sample_packing: true with {family}, for which Axolotl deletes the attention mask that tells the padding of a packed "
+                "row from its tokens, so that it would count. Set phi_balance: {token_mask: labels}, or sample_packing: false."
+            )
         patch(model, fields)
         for folder in (cfg.base_model, cfg.lora_model_dir):
             if folder and state_in(folder) is not None:
@@ -96,32 +101,20 @@ class PhiBalancePlugin(BasePlugin):
             return
         attach(trainer)
         if cfg.sample_packing:
-            keep_attention_mask(trainer)
+            _keep_attention_mask(trainer)
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """For the ways of saving that write nothing but the tensors of an adapter."""
+        """Saves the state, since some of Axolotl's ways of saving write only the tensors of an adapter."""
         from ..balancing import get_balancer
 
         if cfg.phi_balance and cfg.local_rank == 0:
             get_balancer(model).save(cfg.output_dir)
 
 
-def refuse_maskless(cfg: Any, model: Any, fields: dict[str, Any]) -> None:
-    """Refuses packed rows of families whose mask Axolotl deletes after a step's tokens have been counted."""
-    from ..config import PhiBalanceConfig
-
-    family = model.config.model_type
-    if cfg.sample_packing and family in MASKLESS and PhiBalanceConfig.from_dict(fields).token_mask == "attention":
-        raise ValueError(
-            f"sample_packing: true with {family}, for which Axolotl deletes the attention mask that tells the padding of a packed "
-            "row from its tokens, so that it would count. Set phi_balance: {token_mask: labels}, or sample_packing: false."
-        )
-
-
-def keep_attention_mask(trainer: Any) -> None:
+def _keep_attention_mask(trainer: Any) -> None:
     """
-    Axolotl fills packed rows up and drops their attention mask, so that attention tells the samples apart by position: the
-    padding would count. Here the mask stays in the batch, is counted, and is dropped before the backbone's own forward.
+    Axolotl pads packed rows and drops their attention mask, so that attention separates the samples by position. The padding would
+    count. Here the mask stays in the batch until the tokens are counted, and is dropped before the backbone's own forward.
     """
     from ..balancing import get_balancer, wrap_below
 

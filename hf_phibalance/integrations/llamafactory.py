@@ -1,9 +1,9 @@
 """
-LLaMA-Factory, which has no plugins: `python -m hf_phibalance.integrations.llamafactory train config.yaml` stands in for
+LLaMA-Factory has no plugins: run `python -m hf_phibalance.integrations.llamafactory train config.yaml` instead of
 `llamafactory-cli train config.yaml`.
 
-The config gets one more key, `phi_balance: {coef: 0.01}`, or `false` for no balancing. All others, overrides on the command
-line, and what `llamafactory-cli` does about several GPUs (`FORCE_TORCHRUN`, `NPROC_PER_NODE`, ...), are LLaMA-Factory's.
+The config gets one more key, `phi_balance: {coef: 0.01}`, or `false` for no balancing. Everything else works as before: other keys,
+overrides on the command line, and several GPUs (`FORCE_TORCHRUN`, `NPROC_PER_NODE`, ...).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..training import attach
 
 KEY = "phi_balance"
 COMMAND = "-m hf_phibalance.integrations.llamafactory train"
-OTHER_LOOPS = ("use_ray", "use_mca", "use_hyper_parallel")  # they train in other processes, or without `Trainer`
+OTHER_LOOPS = ("use_ray", "use_mca", "use_hyper_parallel")  # train in other processes, or without `Trainer`
 
 
 def main() -> None:
-    """The command; only `train` differs from `llamafactory-cli`."""
+    """The command."""
     if sys.argv[1:2] != ["train"] or os.environ.get("USE_V1", "").lower() in ("true", "1"):
         raise SystemExit(f"usage: python {COMMAND} config.yaml (USE_V1 unset); for all else use llamafactory-cli")
     from llamafactory import launcher
@@ -39,17 +39,12 @@ def main() -> None:
         del sys.argv[1]
         tuner.run_exp()
     else:
-        launcher.__file__ = COMMAND  # what it hands to torchrun, which else would start LLaMA-Factory alone
+        launcher.__file__ = COMMAND  # torchrun starts this command in each process
         launcher.launch()
 
 
 def run(run_exp: Any) -> None:
-    """
-    Carries out `run_exp` of LLaMA-Factory with the config of the command line, but for `phi_balance`.
-
-    Raises:
-        ValueError: if `phi_balance` is missing or invalid, or what else is asked for cannot be combined with it.
-    """
+    """Calls `run_exp` of LLaMA-Factory with the config of the command line, balanced as its `phi_balance` says."""
     from llamafactory.hparams import read_args
 
     options = read_args()
@@ -64,7 +59,7 @@ def run(run_exp: Any) -> None:
 
 
 def refuse_impossible(options: dict[str, Any], config: PhiBalanceConfig) -> None:
-    """Refuses `options` of LLaMA-Factory under which the coefficient would not be what it says."""
+    """Refuses `options` of LLaMA-Factory under which the coefficient would not be exact."""
     if config.is_on and options.get("moe_aux_loss_coef"):
         raise ValueError(
             f"moe_aux_loss_coef: {options['moe_aux_loss_coef']} adds a second auxiliary loss to {KEY}. Remove one of them."
@@ -86,7 +81,7 @@ def refuse_impossible(options: dict[str, Any], config: PhiBalanceConfig) -> None
 
 @contextlib.contextmanager
 def balanced_trainers(config: PhiBalanceConfig) -> Iterator[None]:
-    """Every `Trainer` that trains meanwhile is φ-balanced."""
+    """Context manager: inside it every `Trainer` trains φ-balanced."""
     cls: Any = Trainer
     inner = cls.train
 

@@ -1,5 +1,5 @@
 """
-ms-swift: `swift sft ... --external_plugins plugin.py --callbacks phi_balance`, `plugin.py` being
+ms-swift: `swift sft ... --external_plugins plugin.py --callbacks phi_balance`, with this `plugin.py`:
 
 ```python
 from hf_phibalance.integrations import swift
@@ -25,17 +25,12 @@ NAME = "phi_balance"
 
 
 def register(**fields: Any) -> None:
-    """
-    Makes `--callbacks phi_balance` known to ms-swift; `fields` are those of [`PhiBalanceConfig`].
-
-    Raises:
-        ValueError: if a field is unknown or out of range.
-    """
+    """Makes `--callbacks phi_balance` known to ms-swift. `fields` are those of [`PhiBalanceConfig`], which checks them."""
     callbacks_map[NAME] = functools.partial(SwiftCallback, PhiBalanceConfig.from_dict(fields))
 
 
 class SwiftCallback(PhiBalanceCallback):
-    """The callback of one trainer of ms-swift, which makes its callbacks before it has a model."""
+    """Patches and attaches in `on_init_end`, since ms-swift makes a trainer's callbacks before its model is there."""
 
     def __init__(self, config: PhiBalanceConfig, args: Any, trainer: Any) -> None:
         super().__init__()

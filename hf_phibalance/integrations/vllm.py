@@ -1,10 +1,9 @@
 """
 vLLM: install this package beside it, and a checkpoint with `phi_balance.state` is served with its selection bias.
 
-A general plugin of vLLM, which calls [`register`] in each of its processes. Where a worker loads a checkpoint with a bias, each
-MoE layer of the model gets a `custom_routing_function`, vLLM's own way for a family to choose experts by a rule of its own: it
-chooses as the patched model does, and weighs as the family does. Nothing else is touched, and families that keep a bias in their
-weights are served as they are.
+A general plugin of vLLM, which calls [`register`] in each of its processes. When a worker loads a checkpoint with a bias, each MoE
+layer of the model gets a `custom_routing_function`, vLLM's own way to choose experts by another rule. It chooses as the patched
+model does, and weighs as the family does. Families that keep a bias in their weights are served as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from ..balancing import StateFile
 
 
-# What the bias is added to, by the type of the language model: where it and vLLM's own code for it were compared.
+# By type of the language model: the bias is added to these scores. Only families that were compared with vLLM's own code.
 RANKED = {
     "gpt_oss": "logits",
     "granitemoe": "logits",
@@ -46,7 +45,7 @@ logger = logging.getLogger("vllm.hf_phibalance")  # below vLLM's, whose handler 
 
 @functools.cache
 def register() -> None:
-    """What vLLM calls. It only sees to it that the loaders are told where a worker is made, so that nothing is imported elsewhere."""
+    """Called by vLLM in every process. Only a process that makes a worker imports more."""
     try:
         from vllm.v1.worker.worker_base import WorkerBase
     except ImportError:
@@ -56,25 +55,23 @@ def register() -> None:
 
     @functools.wraps(make_worker)
     def make(worker: Any, *args: Any, **kwargs: Any) -> None:
-        tell_loaders()
+        _wrap_loaders()
         make_worker(worker, *args, **kwargs)
 
     WorkerBase.__init__ = make
 
 
 @functools.cache
-def tell_loaders() -> None:
-    """Lets the loaders of this process hand our biases to the model."""
+def _wrap_loaders() -> None:
+    """Makes the loaders of this process give the biases to the model."""
     from vllm.model_executor.model_loader import BaseModelLoader
 
     for loader in (BaseModelLoader, *BaseModelLoader.__subclasses__()):
         if "load_model" in vars(loader):
-            loader.load_model = loading_biased(loader.load_model)
+            loader.load_model = _loading_biased(loader.load_model)
 
 
-def loading_biased(load: Any) -> Any:
-    """`load` makes a model and fills it; here with its biases, if it has some."""
-
+def _loading_biased(load: Any) -> Any:
     @functools.wraps(load)
     def load_model(loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
         state = find_biases(model_config, vllm_config.load_config.download_dir)
@@ -89,7 +86,7 @@ def loading_biased(load: Any) -> Any:
 
 
 def find_biases(model_config: Any, download_dir: str | None) -> StateFile | None:
-    """The state beside a checkpoint, if it has biases; those of a draft model would only make it guess better."""
+    """Returns the state beside a checkpoint if it has biases. A draft model is left alone: biases would only improve its guesses."""
     if model_config.runner_type == "draft" or not model_config.get_num_experts():
         return None
     from ..balancing import read_state
@@ -113,10 +110,8 @@ def find_biases(model_config: Any, download_dir: str | None) -> StateFile | None
 
 class BiasedChoice:
     """
-    The `custom_routing_function` of one MoE layer: the experts with the highest score + bias, weighed by their probabilities.
-
-    Args:
-        ranked (`str`): what the bias is added to, `"probs"` or `"logits"`.
+    The `custom_routing_function` of one MoE layer: chooses the experts with the highest score + bias, and weighs them by their
+    probabilities. `ranked` is `"probs"` or `"logits"`, the scores to which the bias is added.
     """
 
     def __init__(self, ranked: str) -> None:
@@ -140,10 +135,10 @@ class BiasedChoice:
 @contextlib.contextmanager
 def choosing_with_bias(model_config: Any) -> Iterator[None]:
     """
-    Meanwhile every MoE layer that is made gets a [`BiasedChoice`], but for families with a bias of their own.
+    Context manager: MoE layers that are made inside it get a [`BiasedChoice`], except in families with a bias of their own.
 
     Raises:
-        ValueError: if it is not known what the bias is added to in this family, or a layer chooses by another rule.
+        ValueError: if the family is not in `RANKED`, or a layer chooses by another rule than softmax and top-k.
     """
     from vllm.model_executor.layers.fused_moe import layer
 
@@ -164,7 +159,7 @@ def choosing_with_bias(model_config: Any) -> Iterator[None]:
                 f"with {', '.join(RANKED)}. {REMEDY}"
             )
         refuse_other_rules(options)
-        if options.get("custom_routing_function") is None:  # else for a loader that has called another one
+        if options.get("custom_routing_function") is None:  # a loader that calls another one has set it already
             options["custom_routing_function"] = BiasedChoice(RANKED[family])
         return make_router(**options | {"use_grouped_topk": False})
 
@@ -176,7 +171,7 @@ def choosing_with_bias(model_config: Any) -> Iterator[None]:
 
 
 def refuse_other_rules(options: dict[str, Any]) -> None:
-    """Refuses `options` of a router of vLLM that are more than a softmax and a top-k."""
+    """Refuses `options` of a vLLM router that are more than a softmax and a top-k."""
     groups, custom = options.get("num_expert_group") or 1, options.get("custom_routing_function")
     other = {
         "scoring_func": options.get("scoring_func", "softmax") != "softmax",
@@ -195,10 +190,10 @@ def refuse_other_rules(options: dict[str, Any]) -> None:
 
 def hand_out(state: StateFile, model: nn.Module, model_config: Any, stages: int) -> None:
     """
-    Gives each MoE layer of `model` its bias, as a buffer, which is kept where weights are discarded (sleep mode).
+    Gives each MoE layer of `model` its bias, as a buffer, so that it survives vLLM's sleep mode.
 
     Raises:
-        ValueError: if the state is another model's, or a layer would choose without its bias.
+        ValueError: if the state belongs to another model, or a layer would choose without its bias.
     """
     from vllm.model_executor.layers.fused_moe import MoERunner
 
@@ -207,14 +202,13 @@ def hand_out(state: StateFile, model: nn.Module, model_config: Any, stages: int)
     layers = {module.layer_name: module for module in model.modules() if isinstance(module, MoERunner)}
     if any(runner.routed_experts.e_score_correction_bias is not None for runner in layers.values()):
         return  # it is in the weights
-    runners = {layer_index(name): runner for name, runner in layers.items()}
-    biases = {layer_index(key): key for key in state.tensors if key.endswith(".bias")}
-    names = {index: key.removesuffix(".bias") for index, key in biases.items()}
-    if stages > 1:  # of which this worker has one
-        names = {index: name for index, name in names.items() if index in runners}
-    if runners.keys() != names.keys() or len(runners) < len(layers):
+    runners = {_layer_index(name): runner for name, runner in layers.items()}
+    biases = {_layer_index(key): key for key in state.tensors if key.endswith(".bias")}
+    if stages > 1:  # this worker has one stage of a pipeline
+        biases = {index: key for index, key in biases.items() if index in runners}
+    if runners.keys() != biases.keys() or len(runners) < len(layers):
         raise ValueError(
-            f"{model_config.model} has selection biases for the layers {sorted(names)}, but vLLM has MoE layers at "
+            f"{model_config.model} has selection biases for the layers {sorted(biases)}, but vLLM has MoE layers at "
             f"{sorted(runners)}. {REMEDY}"
         )
     for index, runner in runners.items():
@@ -224,15 +218,16 @@ def hand_out(state: StateFile, model: nn.Module, model_config: Any, stages: int)
                 f"{runner.layer_name} would choose its experts inside a kernel ({type(runner._quant_method).__name__}, "
                 f"{type(runner.router).__name__}), where no selection bias can be added. Another `--moe-backend`, or: {REMEDY}"
             )
+        name = biases[index].removesuffix(".bias")
         found = [runner.moe_config.num_logical_experts, runner.moe_config.experts_per_token, "softmax"]
-        saved = {"type": state.model["type"], "routers": {names[index]: state.model["routers"][names[index]]}}
-        check_model(saved, {"type": model_config.hf_text_config.model_type, "routers": {names[index]: found}})
+        saved = {"type": state.model["type"], "routers": {name: state.model["routers"][name]}}
+        check_model(saved, {"type": model_config.hf_text_config.model_type, "routers": {name: found}})
         weight = next(runner.parameters())
         runner.register_buffer("selection_bias", state.tensors[biases[index]].to(weight.device), persistent=False)
         choice.bias = runner.selection_bias
     logger.info(f"φ-balancing: {len(runners)} MoE layers choose with the selection bias beside the weights.")
 
 
-def layer_index(name: str) -> int:
-    """The number in the name of a layer's module, which differs between vLLM and transformers for the rest."""
+def _layer_index(name: str) -> int:
+    """Returns the layer's number in the name of a module. The rest of the name differs between vLLM and transformers."""
     return int(re.findall(r"\.(\d+)\.", f".{name}")[0])

@@ -3,11 +3,11 @@ Training: φ-balancing inside a `Trainer`, and which parameters an adapter train
 
 | module | what it holds |
 |---|---|
-| `callback` | when the duals move, what is logged and kept with a checkpoint |
-| `attaching` | what has to be wired into the trainer itself |
-| `examining` | the doctor: a set-up examined by one optimizer step |
-| `refusals` | ways of training in which the coefficient would not be what it says |
-| `checkpoints` | in what order a checkpoint is written, and from which one a run resumes |
+| `attaching` | wraps the methods of a trainer |
+| `callback` | ends optimizer steps, logs, restores the duals of a checkpoint |
+| `checkpoints` | the order in which a checkpoint is written, and which one a run resumes from |
+| `batches` | batches before they are trained on: calibration, and generated text |
+| `examining` | the doctor: examines a set-up by one optimizer step |
 | `adapters` | LoRA configurations of a model, from two words |
 """
 

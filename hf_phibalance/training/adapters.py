@@ -1,23 +1,24 @@
-"""Which parameters of a Mixture-of-Experts model an adapter trains: a `peft.LoraConfig` from two words, per family.
+"""
+Which parameters of a Mixture-of-Experts model an adapter trains: a `peft.LoraConfig` from two words, for every family.
 
 The names are found in the model, not listed by hand. Inside the stack of decoder layers that holds the routers,
 
 - a *router* is what [`find_routers`] finds, with everything inside it;
-- *experts* are the feed-forward weights: the routed experts, the shared ones, and the dense MLPs that some families
-  have in their first layers or beside the experts (an MLP without a router is an expert that every token visits);
-- *attention* are the linear layers that mix tokens: attention, and the linear-attention, state-space or convolution
-  layers that stand in for it in hybrid models.
+- *experts* are the feed-forward weights: routed experts, shared experts, and the dense MLPs that some families have in
+  their first layers or beside the experts;
+- *attention* are the linear layers that mix tokens: attention, linear attention, state-space or convolution layers.
 
-Left alone are embeddings, the output head, norms, biases, convolutions, the indexers of sparse attention (they select,
-no gradient passes), gates of a single output, hash routers, hyper-connections, and whatever lies outside that stack:
-vision towers, unless asked for, and what leads from them to the language model. A weight that the module around it reads, instead of calling its owner, is out of reach of an adapter,
-which would silently do nothing: it is left alone in attention (`out_proj` of Mamba), and refused in routers and experts.
+The rest is left alone: embeddings, the output head, norms, biases, convolutions, the indexers of sparse attention (no gradient
+reaches them), gates with a single output, routers by hashes, hyper-connections, projectors, and vision towers unless asked for.
+
+Some modules read the weight of a module inside them, and do not call that module. An adapter on it would silently do nothing.
+In attention such a weight is left alone (`out_proj` of Mamba). In routers and experts it is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -38,7 +39,7 @@ TARGETS = ("all", "experts", "attention")
 ATTENTION = re.compile(r"(^|_)(attn|attention|mamba|mixer|conv)$")
 FEED_FORWARD = re.compile(r"(^|_)(mlps?|ffn|feed_forward|moe|experts?)$|shared")
 LEFT_ALONE = re.compile(r"indexer|layernorm|hyper_connection")
-# In some families PEFT takes modules of these names for experts as transformers 4 had them, see `compat.names_rewritten_by_peft`
+# In some families PEFT takes modules of these names for experts as transformers 4 had them, see `names_rewritten_by_peft`
 NAMES_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 # Values that are possible for parameters without a linear layer of their own; the first is PEFT's default
 FOR_PARAMETERS: dict[str, tuple[Any, ...]] = {
@@ -46,6 +47,11 @@ FOR_PARAMETERS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
     "lora_bias": (False,),
     "init_lora_weights": (True, False, "gaussian"),
+}
+OTHER_CHOICE = {
+    "router": "router='full' or 'frozen'",
+    "experts": "targets='attention'",
+    "attention": "targets='experts'",
 }
 
 
@@ -59,7 +65,7 @@ def lora_config(
     **kwargs: Any,
 ) -> LoraConfig:
     """
-    The LoRA configuration that trains the chosen parts of `model`, whatever its family calls them.
+    Returns the LoRA configuration that trains the chosen parts of `model`, whatever its family calls them.
 
     ```python
     model = phb.AutoModelForCausalLM.from_pretrained("Qwen/Qwen1.5-MoE-A2.7B", phi_balance={"coef": 0.01})
@@ -69,48 +75,43 @@ def lora_config(
     Args:
         model (`torch.nn.Module`): a transformers MoE model, patched or not, before `get_peft_model`.
         router (`str`, *optional*, defaults to `"frozen"`):
-            `"frozen"`: the routers do not learn. Where nothing below a router learns either, set `coef=0` and balance
-            by `bias_coef`, which needs no gradient. `"lora"`: low-rank updates of the routers' weights. `"full"`: the
-            routers are trained whole and stored with the adapter (`modules_to_save`). `"router-only"`: as `"lora"`,
-            and nothing else learns.
+            `"frozen"`: the routers do not learn. If nothing below a router learns either, set `coef=0` and balance by `bias_coef`,
+            which needs no gradient. `"lora"`: low-rank updates of the routers' weights. `"full"`: the routers are trained whole and
+            stored with the adapter (`modules_to_save`). `"router-only"`: as `"lora"`, and nothing else learns.
         targets (`str`, *optional*, defaults to `"all"`):
             `"experts"`, `"attention"` or `"all"` for both. Not with `router="router-only"`.
         r (`int`, *optional*, defaults to `8`): rank; of each expert where all experts are one parameter.
         lora_alpha (`int`, *optional*, defaults to `32`): the update is scaled by `lora_alpha / r`.
         vision (`bool`, *optional*, defaults to `False`):
-            Whether the layers of a vision tower, and the routers in it, are trained like those of the language model. Experts
-            for images in the language model's own layers (ERNIE 4.5 VL) are trained in any case.
+            Whether the layers and routers of a vision tower are trained too. Experts for images in the language model's own layers
+            (ERNIE 4.5 VL) are trained in any case.
         kwargs:
-            further fields of `peft.LoraConfig`. `modules_to_save` is added to the routers of `"full"`; `task_type` is that of
-            the model's class unless given, with which PEFT also trains and saves the head of a classifier.
+            further fields of `peft.LoraConfig`. `modules_to_save` is added to the routers of `"full"`. `task_type` is that of the
+            model's class unless given; with it PEFT also trains and saves the head of a classifier.
 
     Returns:
         `peft.LoraConfig`: for `get_peft_model(model, ...)` or a trainer's `peft_config`.
 
     Raises:
         ValueError: if an option is unknown or would do nothing, if PEFT cannot do it for parameters (`lora_dropout`,
-            `init_lora_weights="pissa"`), if the model has no router or nothing of the kind asked for, if a matrix is quantised that must not be, if the
-            routers are to learn that `method="frozen"` holds still, or if the model already carries an adapter.
+            `init_lora_weights="pissa"`), if the model has no router or nothing of the kind asked for, if a matrix is quantised
+            that must not be, if the routers are to learn that `method="frozen"` freezes, or if the model already has an adapter.
     """
     from peft import LoraConfig
 
-    _check_options(router, targets, kwargs)
     root = unwrap(model)[-1]
-    _refuse_adapted(root)
-    _refuse_frozen(root, router)
-    sites = [site for site in find_routers(root) if vision or not site.in_tower]
+    _check_options(root, router, targets, kwargs)
     chosen: tuple[str, ...] = TARGETS[1:] if targets in (None, "all") else (str(targets),)
     chosen = () if router == "router-only" else chosen
-    parts = _parts(root, sites, _towers(root) if vision else [])
-    if router in ("lora", "router-only"):
-        chosen = (*chosen, "router")
+    chosen = (*chosen, "router") if router in ("lora", "router-only") else chosen
+    sites = [site for site in find_routers(root) if vision or not site.in_tower]
+    parts = _find_parts(root, _Layers(root, sites, _towers(root) if vision else []))
     for part in chosen:
         _refuse_out_of_reach(root, part, *parts[part])
     modules = [name for part in chosen for name in parts[part][0]]
     parameters = [name for part in chosen for name in parts[part][1]]
     whole = [site.name for site in sites] if router == "full" else []
-    if parameters:
-        _refuse_for_parameters(kwargs, root, parameters)
+    _refuse_for_parameters(root, parameters, kwargs)
     _refuse_quantised(root, [*parameters, *(parts["router"][1] if whole else [])])
     every_module = [name for name, _ in root.named_modules()]
     every_parameter = [name for name, _ in root.named_parameters()]
@@ -132,7 +133,13 @@ def _task_type(root: nn.Module) -> str | None:
     return HEADS[auto_class][1] if auto_class else None
 
 
-def _check_options(router: str, targets: str | None, kwargs: dict[str, Any]) -> None:
+# ---------------------------------------------------------------------- what is refused
+
+
+def _check_options(root: nn.Module, router: str, targets: str | None, kwargs: dict[str, Any]) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
     if router not in ROUTER_POLICIES:
         raise ValueError(f"`router` must be one of {', '.join(ROUTER_POLICIES)}, got {router!r}.")
     if targets is not None and targets not in TARGETS:
@@ -148,35 +155,22 @@ def _check_options(router: str, targets: str | None, kwargs: dict[str, Any]) -> 
             f"{', '.join(given)}: lora_config finds the names itself. Choose by `router` and `targets`, or write a "
             "peft.LoraConfig by hand."
         )
-
-
-def _refuse_adapted(root: nn.Module) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
     for name, module in root.named_modules():
         if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
             raise ValueError(
                 f"{type(root).__name__} already carries an adapter (at {name!r}), which hides the names of what it "
                 "wraps. Make the configuration before get_peft_model, or unload the adapter first."
             )
-
-
-def _refuse_frozen(root: nn.Module, router: str) -> None:
-    present = find_balancer(root)
-    if router != "frozen" and present is not None and present.config.rules.freezes:
+    balancer = find_balancer(root)
+    if router != "frozen" and balancer is not None and balancer.config.rules.freezes:
         raise ValueError(
-            f"router={router!r} would train the routers that method={present.config.method!r} holds still. Choose "
+            f"router={router!r} would train the routers that method={balancer.config.method!r} holds still. Choose "
             "router='frozen', or patch the model with another method."
         )
 
 
 def _refuse_out_of_reach(root: nn.Module, part: str, modules: list[str], parameters: list[str]) -> None:
-    others = {
-        "router": "router='full' or 'frozen'",
-        "experts": "targets='attention'",
-        "attention": "targets='experts'",
-    }[part]
+    others = OTHER_CHOICE[part]
     if not modules and not parameters:
         raise ValueError(
             f"{type(root).__name__} has no {part} that an adapter could train. Choose {others}, or write a "
@@ -197,9 +191,9 @@ def _refuse_out_of_reach(root: nn.Module, part: str, modules: list[str], paramet
             )
 
 
-def _refuse_for_parameters(kwargs: dict[str, Any], root: nn.Module, parameters: list[str]) -> None:
+def _refuse_for_parameters(root: nn.Module, parameters: list[str], kwargs: dict[str, Any]) -> None:
     for name, possible in FOR_PARAMETERS.items():
-        if kwargs.get(name, possible[0]) not in possible:
+        if parameters and kwargs.get(name, possible[0]) not in possible:
             raise ValueError(
                 f"{name}={kwargs[name]!r} is not possible for parameters without a linear layer of their own, here "
                 f"{parameters[0]!r} of {type(root).__name__}: PEFT only adds a low-rank update to the weight, before there is "
@@ -223,7 +217,7 @@ def _refuse_quantised(root: nn.Module, parameters: list[str]) -> None:
 
 
 def _towers(root: nn.Module) -> list[str]:
-    """Names of the stacks of layers in the vision tower of `root`."""
+    """Returns the names of the stacks of layers in the vision tower of `root`."""
     lists = [name for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
     found = [name for name in lists if modality_of(name) == "vision" and not re.search(r"\.\d+\.", name)]
     if not found:
@@ -231,68 +225,63 @@ def _towers(root: nn.Module) -> list[str]:
     return found
 
 
-def _parts(root: nn.Module, sites: list[RouterSite], towers: list[str]) -> dict[str, tuple[list[str], list[str]]]:
-    """Linear modules and bare parameters to adapt, by full name, of `"router"`, `"experts"` and `"attention"`."""
-    parts: dict[str, tuple[list[str], list[str]]] = {part: ([], []) for part in ("router", *TARGETS[1:])}
-    stack, rewritten, plain = Stack(root, sites, towers), names_rewritten_by_peft(root, NAMES_OF_V4), _plain_forwards()
+def _find_parts(root: nn.Module, layers: _Layers) -> dict[str, tuple[list[str], list[str]]]:
+    """Returns the full names of the linear modules and of the bare parameters of `"router"`, `"experts"` and `"attention"`."""
+    parts: dict[str, tuple[list[str], list[str]]] = {part: ([], []) for part in OTHER_CHOICE}
+    rewritten, plain = names_rewritten_by_peft(root, NAMES_OF_V4), _plain_forwards()
     for name, module in root.named_modules():
-        part = stack.part_of(name)
+        part = layers.part_of(name)
         if part is None or isinstance(module, nn.modules.conv._ConvNd):
             continue
         modules, parameters = parts[part]
-        leaf = name.rpartition(".")[2]
-        if part != "router" and type(module).forward in plain and leaf not in rewritten:
+        if part != "router" and type(module).forward in plain and name.rpartition(".")[2] not in rewritten:
             if module.out_features > 1 and not _is_read_from_outside(root, name, "weight"):
                 modules.append(name)
         elif part != "attention" or isinstance(module, nn.Linear):
-            parameters += [
-                f"{name}.{parameter}"
-                for parameter in _matrices(module)
-                if part != "attention" or not _is_read_from_outside(root, name, parameter)
-            ]
+            for matrix in _matrices(module):
+                if part != "attention" or not _is_read_from_outside(root, name, matrix):
+                    parameters.append(f"{name}.{matrix}")
     return parts
 
 
-class Stack:
-    """The layers of `root` that hold its routers, and of its `towers`, and what each module in them belongs to."""
+class _Layers:
+    """Tells the part of each module in the layers with routers and in the layers of `towers`."""
 
-    def __init__(self, root: nn.Module, sites: list[RouterSite], towers: Iterable[str] = ()) -> None:
+    def __init__(self, root: nn.Module, sites: list[RouterSite], towers: list[str]) -> None:
         self._classes = {name: type(module).__name__ for name, module in root.named_modules()}
         names = {id(module): name for name, module in root.named_modules()}
-        self._routers = {site.name for site in sites}
-        self._stacks = {match[1] for name in self._routers if (match := re.match(r"(.*?\.)\d+\.", name))}
+        routers = [site.name for site in sites]
+        # prefixes of names: those of the layers without their numbers, of the routers, and of the blocks around them
+        self._stacks = {match[1] for name in routers if (match := re.match(r"(.*?\.)\d+\.", name))}
         self._stacks |= {f"{tower}." for tower in towers}
-        self._router_paths = {self._path(name) for name in self._routers}
+        self._routers = tuple(f"{name}." for name in routers)
+        self._router_paths = {self._path(name) for name in routers}
         blocks = {names[id(site.parent)] for site in sites if site.parent is not None}
-        self._blocks = {name for name in blocks if self._path(name)}  # in gemma4 a router's parent is the layer
+        self._blocks = tuple(f"{name}." for name in blocks if self._path(name))  # in gemma4 the parent is the layer
 
     def _path(self, name: str) -> tuple[str, ...]:
-        """Steps of `name` inside its layer; empty for a layer, and outside the stack."""
+        """Returns the steps of `name` inside its layer; `()` for a layer itself, and outside the layers."""
         stack = next((stack for stack in self._stacks if name.startswith(stack)), None)
         return tuple(name.removeprefix(stack).split(".")[1:]) if stack else ()
 
     def part_of(self, name: str) -> str | None:
-        """`"router"`, `"experts"`, `"attention"`, or `None` for what is left alone."""
-        if any(_inside(name, router) for router in self._routers):
-            return "router"
+        """Returns `"router"`, `"experts"`, `"attention"`, or `None` for modules that are left alone."""
         path = self._path(name)
+        if f"{name}.".startswith(self._routers):
+            return "router"
         if path in self._router_paths or any(LEFT_ALONE.search(step) for step in path):
             return None  # the first: a router by hashes in another layer
-        if any(_inside(name, block) for block in self._blocks):
+        if f"{name}.".startswith(self._blocks):
             return "experts"
         for length, step in enumerate(path, start=1):
             if ATTENTION.search(step):  # nemotron_h calls every kind of layer a mixer
-                mixer = self._classes[".".join(name.split(".")[: len(name.split(".")) - len(path) + length])]
+                mixer = self._classes[".".join(name.split(".")[: name.count(".") + 1 - len(path) + length])]
                 return "experts" if "MLP" in mixer else "attention"
         return "experts" if any(FEED_FORWARD.search(step) for step in path) else None
 
 
-def _inside(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")
-
-
 def _plain_forwards() -> set[Any]:
-    """Forwards of linear layers that PEFT can put a low-rank path beside."""
+    """Returns the forwards of linear layers to which PEFT can add a low-rank path."""
     forwards: set[Any] = {nn.Linear.forward}
     try:
         import bitsandbytes as bnb
@@ -302,7 +291,7 @@ def _plain_forwards() -> set[Any]:
 
 
 def _matrices(module: nn.Module) -> Iterator[str]:
-    """Names of the parameters of `module` itself that are one matrix, or one per expert."""
+    """Yields the names of the parameters of `module` itself that are one matrix, or one per expert."""
     for name, parameter in module.named_parameters(recurse=False):
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty one between forwards
         if len(shape) == 3 or (len(shape) == 2 and shape[0] > 1 and not name.endswith("bias")):
@@ -310,7 +299,7 @@ def _matrices(module: nn.Module) -> Iterator[str]:
 
 
 def _is_read_from_outside(root: nn.Module, name: str, parameter: str) -> bool:
-    """Whether the module around `name` reads its `parameter`, more than its dtype or shape, instead of calling `name`."""
+    """True if the module around `name` reads its `parameter` (not just the dtype or shape) and does not call `name`."""
     outer, _, leaf = name.rpartition(".")
     try:
         source = class_source(cast(Hashable, type(root.get_submodule(outer))))
@@ -320,7 +309,7 @@ def _is_read_from_outside(root: nn.Module, name: str, parameter: str) -> bool:
 
 
 def _endings(wanted: list[str], names: list[str]) -> list[str]:
-    """Short endings by which PEFT finds all of `wanted`, and nothing else among `names`; sorted."""
+    """Returns short endings by which PEFT finds all of `wanted`, and nothing else among `names`; sorted."""
     exact, found = set(wanted), set()
     for name in wanted:
         steps = name.split(".")

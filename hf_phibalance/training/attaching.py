@@ -1,4 +1,4 @@
-"""Wiring φ-balancing into a trainer: exact token counts, metrics in every reporter, state in checkpoints."""
+"""Wires φ-balancing into a trainer: exact token counts, metrics in every reporter, state in checkpoints."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import functools
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..balancing import PhiBalancer, announce_switched_off, find_balancers, get_balancer, on_train, patch
 from ..compat import stop_if_done
 from ..files import quoted
 from ..hub import complete_uploads
-from .calibrating import CalibrateFirst, calibrated_batches
-from .callback import PhiBalanceCallback
-from .checkpoints import keep_whole
-from .examining import verifying
-from .generated import announce_when_generated, generates
-from .refusals import refuse_ranks_apart, refuse_unknown_scaling
+from .batches import CalibrateFirst, generated_step, generates, number_to_calibrate
+from .callback import PhiBalanceCallback, find_callback
+from .checkpoints import complete_checkpoint, marked_step, save_in_order
+from .examining import refuse_unknown_scaling, verifying
 
 
 logger = logging.get_logger(__name__)
@@ -71,17 +71,22 @@ def attach(
             f"`trainer` must be a transformers.Trainer, got a {type(trainer).__name__}. Give the patched model to a Trainer, and that "
             "to attach; a loop of your own needs neither."
         )
-    _check_options(verify, fresh_duals, per_layer)
-    callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
-    if callback is not None and callback.detach is not None and (calibrate or process_group is not None):
+    for name, value in (("verify", verify), ("fresh_duals", fresh_duals)):
+        if not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be True or False, got {quoted(value)}.")
+    if isinstance(per_layer, bool) or not isinstance(per_layer, int) or per_layer < 0:
+        raise ValueError(f"`per_layer` must be a number of layers, 0 for none, got {quoted(per_layer)}.")
+    callback = find_callback(trainer)
+    is_attached = callback is not None and callback.detach is not None
+    if is_attached and (calibrate or process_group is not None):
         raise ValueError(
             "`calibrate` and `process_group` are for the first attach(trainer), but this trainer is attached already. Take that "
             "back, by callback.detach(), or give them there."
         )
-    if callback is None or callback.detach is None:
+    if callback is None or not is_attached:
         get_balancer(trainer.model)  # type: ignore[arg-type]
         refuse_unknown_scaling(trainer, process_group)
-        batches = calibrated_batches(trainer, calibrate) if calibrate else 0
+        batches = number_to_calibrate(trainer, calibrate) if calibrate else 0
         added: list[Any] = []
         if callback is None:
             callback = PhiBalanceCallback()
@@ -97,16 +102,19 @@ def attach(
     return callback
 
 
-def _check_options(verify: Any, fresh_duals: Any, per_layer: Any) -> None:
-    for name, value in (("verify", verify), ("fresh_duals", fresh_duals)):
-        if not isinstance(value, bool):
-            raise ValueError(f"`{name}` must be True or False, got {quoted(value)}.")
-    if isinstance(per_layer, bool) or not isinstance(per_layer, int) or per_layer < 0:
-        raise ValueError(f"`per_layer` must be a number of layers, 0 for none, got {quoted(per_layer)}.")
-
-
 class Attachment:
-    """Wraps methods of a trainer, each by the method of the same name here. `added`: callbacks that [`attach`] has added."""
+    """Replaces each trainer method named in `WRAPPED` by the method of the same name here. [`attach`] has `added` callbacks."""
+
+    WRAPPED = (
+        "train",
+        "get_batch_samples",
+        "_prepare_inputs",
+        "training_step",
+        "log",
+        "evaluate",
+        "_load_optimizer_and_scheduler",
+        "_save_checkpoint",
+    )
 
     def __init__(self, trainer: Any, callback: PhiBalanceCallback, process_group: Any, added: list[Any]) -> None:
         self._trainer, self._added = weakref.ref(trainer), added
@@ -114,17 +122,12 @@ class Attachment:
         self._micro_batch = 0  # of the current optimizer step
         self._is_generated = generates(trainer)
         self._restore: list[Callable[[], None]] = []
-        model: Any = trainer.model
         self._switch_off_trainer_loss()
-        patch(model)
+        patch(trainer.model)
         self._give_reference_its_bias()
         self._warn_about_engine()
-        for name in ("get_batch_samples", "training_step", "log", "evaluate"):
-            self.wrap(name, getattr(self, name))
-        self.wrap("_load_optimizer_and_scheduler", self.note_checkpoint)
-        if self._is_generated:
-            self.wrap("_prepare_inputs", functools.partial(announce_when_generated, self.trainer, self.current))
-        keep_whole(trainer, callback, self.current, self.wrap)
+        for name in self.WRAPPED:
+            self._wrap(name, getattr(self, name))
         self._restore.append(complete_uploads(trainer, callback.history))
         callback.detach = self.detach
 
@@ -132,7 +135,7 @@ class Attachment:
     def trainer(self) -> Any:
         return self._trainer()
 
-    def wrap(self, name: str, outer: Callable) -> None:
+    def _wrap(self, name: str, outer: Callable) -> None:
         """Replaces `trainer.name(...)` by `outer(inner, ...)`, until [`~Attachment.detach`]."""
         trainer, own = self.trainer, vars(self.trainer).get(name)
         inner = getattr(trainer, name)
@@ -166,6 +169,12 @@ class Attachment:
         trained = [b for b in found if any(p.requires_grad for p in b.root.parameters())]
         return next(iter(trained or found), None)
 
+    # ------------------------------------------------------------------ the wrapped methods
+
+    def train(self, inner: Callable, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self.callback.resumed_from = None
+        return inner(complete_checkpoint(self.trainer, resume_from_checkpoint), *args, **kwargs)
+
     def get_batch_samples(self, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """Draws the batches of an optimizer step, and announces their tokens."""
         trainer = self.trainer
@@ -173,7 +182,7 @@ class Attachment:
             return [], None
         batches, items = inner(*args, **kwargs)
         if self.process_group is None:  # with a group of one's own, the model may well be unwrapped
-            refuse_ranks_apart(trainer)
+            _refuse_ranks_apart(trainer)
         self._micro_batch = 0
         wanted = kwargs.get("num_batches", args[1] if len(args) > 1 else len(batches))
         share = 1.0
@@ -183,6 +192,25 @@ class Attachment:
             micro_batches = len(batches) if self._is_generated else batches
             balancer.begin_step(micro_batches, by_part=True, share=share)
         return batches, items
+
+    def _prepare_inputs(self, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        """
+        In trl's GRPO and RLOO, announces the tokens of the step when its first micro-batch is prepared: by then the whole step has
+        been generated, and the model has not seen it.
+        """
+        inputs = inner(*args, **kwargs)
+        balancer = self.current() if self._is_generated and self.trainer.model.training else None
+        if balancer is not None and balancer.is_open and balancer.now.tokens is None and not balancer.is_trained_on:
+            micro_batches = generated_step(self.trainer)
+            if micro_batches is not None:
+                balancer.begin_step(micro_batches, by_part=True)
+            else:
+                logger.warning_once(
+                    "Not all that an optimizer step trains on has been generated when it begins, so each micro-batch gets its own "
+                    "mean instead of its exact share of the step's tokens. In trl's GRPOTrainer and RLOOTrainer it has, if "
+                    "steps_per_generation is a multiple of gradient_accumulation_steps (the default)."
+                )
+        return inputs
 
     def training_step(self, inner: Callable, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Trains on a micro-batch, with its labels and its number set."""
@@ -197,19 +225,14 @@ class Attachment:
             return inner(model, inputs, *args, **kwargs)
 
     def log(self, inner: Callable, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-        balancer = self.current()
-        if balancer is not None:
-            logs.update(self._metrics_for(logs, balancer))
-        return inner(logs, *args, **kwargs)
-
-    def _metrics_for(self, logs: dict[str, float], balancer: PhiBalancer) -> dict[str, float]:
-        if balancer.is_evaluating:
+        trainer, balancer = self.trainer, self.current()
+        if balancer is not None and balancer.is_evaluating:
             prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
             values = balancer.eval_metrics(self.callback.per_layer)
-            return {f"{prefix}_moe/{key}": value for key, value in values.items()}
-        if "loss" in logs and self.trainer.is_world_process_zero():
-            return self.callback.training_metrics(self.trainer.state)
-        return {}
+            logs.update({f"{prefix}_moe/{key}": value for key, value in values.items()})
+        elif balancer is not None and "loss" in logs and trainer.is_world_process_zero():
+            logs.update(self.callback.training_metrics(trainer.state.global_step))
+        return inner(logs, *args, **kwargs)
 
     def evaluate(self, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
@@ -217,7 +240,7 @@ class Attachment:
                 stack.enter_context(balancer.evaluation())
             return inner(*args, **kwargs)
 
-    def note_checkpoint(self, inner: Callable, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+    def _load_optimizer_and_scheduler(self, inner: Callable, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         """Notes the checkpoint that training begins from, if any."""
         self.callback.resumed_from = checkpoint
         try:
@@ -227,6 +250,19 @@ class Attachment:
                 f"{error}\nThe optimizer of {checkpoint} trained other parameters than this run: was one of the two balanced with "
                 "method='frozen'? Load the model from that folder and train it without resume_from_checkpoint."
             ) from error
+
+    def _save_checkpoint(self, inner: Callable, model: Any, trial: Any = None) -> Any:
+        """Writes a checkpoint in the order that `checkpoints` describes."""
+        trainer, balancer, source = self.trainer, self.current(), self.callback.resumed_from
+        if balancer is None:
+            return inner(model, trial)
+        step = trainer.state.global_step
+        folder = Path(trainer._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if source and folder.resolve() == Path(source).resolve() and marked_step(folder) == step:
+            return None  # it holds this state already; while it is rewritten there would be no complete one
+        return save_in_order(trainer, balancer, folder, functools.partial(inner, model, trial))
+
+    # ------------------------------------------------------------------ once, when it is attached
 
     def _switch_off_trainer_loss(self) -> None:
         """Switches off the auxiliary loss that TRL's trainers add to any MoE."""
@@ -242,7 +278,7 @@ class Attachment:
         if reference is None or policy is None or not policy.duals.own_bias or find_balancers(reference):
             return
         biases = policy.biases()
-        if not any(bool(bias.any()) for bias in biases.values()) or not _has_same_weights(reference, policy):
+        if not any(bool(bias.any()) for bias in biases.values()) or not _has_same_routers(reference, policy):
             return
         patch(reference, {"method": "none"})
         get_balancer(reference).set_biases(biases)
@@ -260,8 +296,8 @@ class Attachment:
             )
 
 
-def _has_same_weights(reference: Any, policy: PhiBalancer) -> bool:
-    """Whether all routers of `reference` have the weights of those of `policy`."""
+def _has_same_routers(reference: Any, policy: PhiBalancer) -> bool:
+    """True if all routers of `reference` have the weights of those of `policy`."""
     theirs, layers = dict(reference.named_parameters()), tuple(f"{layer}." for layer in policy.layer_names)
     own = {name: p for name, p in policy.root.named_parameters() if name.startswith(layers)}
     return bool(own) and all(
@@ -270,9 +306,22 @@ def _has_same_weights(reference: Any, policy: PhiBalancer) -> bool:
     )
 
 
+def _refuse_ranks_apart(trainer: Any) -> None:
+    """Refuses a `Trainer` that evaluated before training: it leaves the model out of `DistributedDataParallel`."""
+    kind = trainer.accelerator.distributed_type
+    if getattr(trainer.model, "is_distributed_loading_by_transformers", False):
+        return  # it averages its gradients by itself
+    if trainer.args.world_size > 1 and kind.value.startswith("MULTI_") and trainer.model_wrapped is trainer.model:
+        raise RuntimeError(
+            f"{trainer.args.world_size} processes train without exchanging gradients, since trainer.evaluate() ran before "
+            "trainer.train() (transformers then skips DistributedDataParallel). Evaluate with another Trainer, or after "
+            "training."
+        )
+
+
 def _attach_when_training(trainer: Any) -> None:
     """Attaches to a trainer whose model is patched when it begins to train: the flag is enough."""
-    callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
+    callback = find_callback(trainer)
     is_attached = callback is not None and callback.detach is not None
     if is_attached or trainer.model is None or not (callback or find_balancers(trainer.model)):
         return

@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..balancing import Figures, PhiBalancer, find_balancer, get_balancer, patch, warn_of_rounded_routers
+from ..balancing import (
+    Figures,
+    PhiBalancer,
+    describe_router,
+    find_balancer,
+    get_balancer,
+    patch,
+    warn_of_rounded_routers,
+)
 from ..compat import reload_converted_weights
 from ..diagnosis import DoctorReport
 from ..files import STATE_NAME, state_in
 from ..maths import relative_load
-from .refusals import refuse_trained_routers
 
 
 logger = logging.get_logger(__name__)
@@ -61,13 +68,11 @@ class PhiBalanceCallback(TrainerCallback):
             raise RuntimeError("PhiBalanceCallback knows no model before training begins.")
         return self._balancer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._balancer = get_balancer(model)
         patch(model)  # again, for wrappers added since and an auxiliary loss that a trainer has switched on
         self.balancer.discard_step()
-        refuse_trained_routers(self.balancer)
+        _refuse_trained_routers(self.balancer)
         warn_of_rounded_routers(self.balancer.sites)
         self.report = self._figures = None
         if state.global_step > 0:
@@ -77,9 +82,7 @@ class PhiBalanceCallback(TrainerCallback):
             self._every, self._logged = 1, 0
         self._steps, self._reports_learning = self.balancer.duals.begun, True
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         balancer = find_balancer(model)  # it may have been patched anew, or unpatched
         if balancer is None:
             return
@@ -87,11 +90,13 @@ class PhiBalanceCallback(TrainerCallback):
             self._balancer, self._figures, self._steps = balancer, None, 0
         skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
         balancer.step(skipped=skipped)  # for optimizers that are not torch's; else it has ended already
-        self._note_figures(balancer)
+        if balancer.duals.begun != self._steps:  # not skipped; the figures stay on the device
+            self._steps, figures = balancer.duals.begun, balancer.figures()
+            self._figures = figures if self._figures is None else self._figures + figures
         if self._reports_learning and balancer.steps:
             self._report_learning(state)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best = state.best_model_checkpoint
         if not args.load_best_model_at_end or best is None:
             return
@@ -103,36 +108,27 @@ class PhiBalanceCallback(TrainerCallback):
                 f"The best checkpoint {best} has no {STATE_NAME}: its weights get the duals of the last step."
             )
 
-    def training_metrics(self, state: TrainerState) -> dict[str, float]:
+    def training_metrics(self, step: int) -> dict[str, float]:
         """Returns the means over the steps since the last log as `moe/...`, and adds the loads to `history`."""
         figures, self._figures = self._figures, None
         if figures is None:
             return {}
         self.balancer.check_finite()
-        self._note_loads(state.global_step, figures.load_LE)
+        self._note_loads(step, figures.load_LE)
         return {f"moe/{key}": value for key, value in self.balancer.metrics(self.per_layer, figures).items()}
-
-    def _note_figures(self, balancer: PhiBalancer) -> None:
-        """Adds the figures of a step unless it was skipped. They stay on the device."""
-        if balancer.duals.begun == self._steps:
-            return
-        self._steps, figures = balancer.duals.begun, balancer.figures()
-        self._figures = figures if self._figures is None else self._figures + figures
 
     def _note_loads(self, step: int, load_LE: Tensor) -> None:
         self._logged += 1
         if (self._logged - 1) % self._every:
             return
-        sites = self.balancer.sites
-        rows = [row[: site.num_experts] for site, row in zip(sites, load_LE.cpu())]
-        loads = {site.name: relative_load(row).tolist() for site, row in zip(sites, rows)}
+        rows = zip(self.balancer.sites, load_LE.cpu())
+        loads = {site.name: relative_load(row[: site.num_experts]).tolist() for site, row in rows}
         self.history.append({"step": step, "load": loads})
-        numbers = len(self.history) * sum(map(len, loads.values()))
-        if numbers > HISTORY and len(self.history) > 2:
+        if len(self.history) > 2 and len(self.history) * sum(map(len, loads.values())) > HISTORY:
             del self.history[1::2]
             self._every *= 2
 
-    def _report_learning(self, state: TrainerState) -> None:
+    def _report_learning(self, state: Any) -> None:
         """Logs once which routers and experts learn. A warning unless all learn in full, as without an adapter."""
         self._reports_learning = False
         if state.is_world_process_zero and self.balancer.config.coef > 0 and self.balancer.virtual_tokens is None:
@@ -140,22 +136,39 @@ class PhiBalanceCallback(TrainerCallback):
             say = logger.info if report.all_in_full else logger.warning
             say(str(report))
 
-    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _restore(self, args: Any, state: Any) -> None:
         named = self.resumed_from or args.resume_from_checkpoint
-        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if isinstance(named, str) and Path(named).is_dir():
             folder = Path(named)
-        if state_in(folder) is None and self.fresh_duals:
+        if state_in(folder) is not None:
+            reload_converted_weights(self.balancer.root, folder)
+            self.balancer.load(folder)
+        elif self.fresh_duals:
             logger.warning(
                 f"There is no {STATE_NAME} in {folder}: training resumes with fresh duals, as fresh_duals=True asks."
             )
             self.balancer.reset()
-            return
-        if state_in(folder) is None:
+        else:
             raise FileNotFoundError(
                 f"training resumes at step {state.global_step}, but there is no {STATE_NAME} in {folder}: the duals "
                 "would silently start anew. Resume from a checkpoint written while balancing; or begin with fresh duals, by "
                 "phb.attach(trainer, fresh_duals=True)."
             )
-        reload_converted_weights(self.balancer.root, folder)
-        self.balancer.load(folder)
+
+
+def find_callback(trainer: Any) -> PhiBalanceCallback | None:
+    return next((c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)), None)
+
+
+def _refuse_trained_routers(balancer: PhiBalancer) -> None:
+    """Refuses adapters on the routers with `method="frozen"`, which freezes only their own parameters."""
+    if not balancer.config.rules.freezes:
+        return
+    rows = [describe_router(name, balancer.root) for name in balancer.layer_names]
+    trained = [f"{row.name} ({row.how})" for row in rows if row.how != "frozen"]
+    if trained:
+        raise ValueError(
+            f"method={balancer.config.method!r}, but {len(trained)} of {len(rows)} routers are trained: {', '.join(trained[:4])}. "
+            "Leave them out of the adapter, e.g. by phb.lora_config(model, router='frozen'), or choose another method."
+        )

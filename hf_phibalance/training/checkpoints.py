@@ -9,23 +9,20 @@ written again. It is written in one piece after the files of all ranks and the d
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..balancing import PhiBalancer
 from ..files import LARGE, flush, flush_tree, read_json, replacing
-from .callback import PhiBalanceCallback
 
 
 logger = logging.get_logger(__name__)
@@ -47,17 +44,11 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
         folder (`str` or `os.PathLike`): the `output_dir` of the run; it need not exist.
     """
     numbered = _numbered(Path(folder))
-    newest = next(filter(is_complete, numbered), None)
-    _warn_of_skipped(numbered, newest)
+    newest = _newest(numbered, _complete(numbered))
     return None if newest is None else str(newest)
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether `checkpoint` is finished."""
-    return _marked_step(checkpoint) is not None
-
-
-def _marked_step(checkpoint: Path) -> int | None:
+def marked_step(checkpoint: Path) -> int | None:
     """Returns the step of a complete checkpoint, else `None`: a plain `Trainer` may have died while it wrote the mark."""
     try:
         return read_json(checkpoint / TRAINER_STATE_NAME, "", LARGE)["global_step"]
@@ -65,37 +56,29 @@ def _marked_step(checkpoint: Path) -> int | None:
         return None
 
 
-def keep_whole(
-    trainer: Any,
-    callback: PhiBalanceCallback,
-    current: Callable[[], PhiBalancer | None],
-    wrap: Callable[[str, Callable], None],
-) -> None:
-    """
-    Makes `trainer` write checkpoints in the order above, and `resume_from_checkpoint=True` take the newest that is complete on
-    every rank. `current()` returns the balancer of its present model, `wrap` wraps a method of the trainer.
-    """
-
-    def save_whole(save: Callable, model: Any, trial: Any = None) -> Any:
-        balancer = current()
-        if balancer is None:
-            return save(model, trial)
-        step = trainer.state.global_step
-        folder = Path(trainer._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        came_from = Path(callback.resumed_from or "").resolve()
-        if callback.resumed_from and folder.resolve() == came_from and _marked_step(folder) == step:
-            return None  # it holds this state already; while it is rewritten there would be no complete one
-        return _save_in_order(trainer, balancer, folder, functools.partial(save, model, trial))
-
-    def train_from_complete(train: Callable, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        callback.resumed_from = None
-        return train(_complete(trainer, resume_from_checkpoint), *args, **kwargs)
-
-    wrap("_save_checkpoint", save_whole)
-    wrap("train", train_from_complete)
+def complete_checkpoint(trainer: Any, resume: Any) -> Any:
+    """Returns the checkpoint of `resume_from_checkpoint=resume`; for `True`, the newest that is complete on every rank."""
+    if resume is True:
+        numbered, ranks = _numbered(Path(trainer.args.output_dir)), trainer.accelerator.num_processes
+        found = Counter(gather_object(_complete(numbered)))
+        names = [name for name, number in found.items() if number == ranks]
+        newest = _newest(numbered, names, warns=trainer.is_world_process_zero())
+        if newest is None and numbered:
+            raise ValueError(
+                f"{', '.join(path.name for path in numbered)} in {trainer.args.output_dir}: none is complete, the run died while "
+                "it wrote them. Start anew, with resume_from_checkpoint=False; they are written again when their steps are reached."
+            )
+        return True if newest is None else str(newest)  # with `True`, `Trainer` says that there is none
+    if isinstance(resume, (str, os.PathLike)) and Path(resume).is_dir() and marked_step(Path(resume)) is None:
+        raise ValueError(
+            f"resume_from_checkpoint={str(resume)!r} is not complete: it has no readable {TRAINER_STATE_NAME}, which is "
+            "written last. resume_from_checkpoint=True takes the newest complete checkpoint of output_dir, as "
+            "phb.last_checkpoint(output_dir) does."
+        )
+    return resume
 
 
-def _save_in_order(trainer: Trainer, balancer: PhiBalancer, folder: Path, save: Callable[[], None]) -> None:
+def save_in_order(trainer: Any, balancer: PhiBalancer, folder: Path, save: Callable[[], None]) -> None:
     """Removes the mark of `folder`, calls `save` to fill it, adds the duals, and writes the mark."""
     state, writes, mark = trainer.state, trainer.args.should_save, folder / TRAINER_STATE_NAME
     write_state = state.save_to_json
@@ -118,7 +101,7 @@ def _save_in_order(trainer: Trainer, balancer: PhiBalancer, folder: Path, save: 
         mark.unlink()
         flush(folder)
     trainer.accelerator.wait_for_everyone()
-    state.save_to_json = mark_filled  # type: ignore[method-assign]
+    state.save_to_json = mark_filled
     try:
         save()
     finally:
@@ -127,52 +110,25 @@ def _save_in_order(trainer: Trainer, balancer: PhiBalancer, folder: Path, save: 
         fill_up()
 
 
-def _complete(trainer: Trainer, resume: Any) -> Any:
-    """Returns the checkpoint of `resume_from_checkpoint=resume`; for `True`, the newest that is complete on every rank."""
-    output_dir = Path(str(trainer.args.output_dir))
-    if resume is True:
-        return _newest_of_all_ranks(trainer, output_dir) or True  # `Trainer` says that there is none
-    if isinstance(resume, (str, os.PathLike)) and Path(resume).is_dir() and not is_complete(Path(resume)):
-        raise ValueError(
-            f"resume_from_checkpoint={str(resume)!r} is not complete: it has no readable {TRAINER_STATE_NAME}, which is "
-            "written last. resume_from_checkpoint=True takes the newest complete checkpoint of output_dir, as "
-            "phb.last_checkpoint(output_dir) does."
-        )
-    return resume
-
-
-def _newest_of_all_ranks(trainer: Trainer, output_dir: Path) -> str | None:
-    numbered = _numbered(output_dir)
-    found = Counter(gather_object([path.name for path in numbered if is_complete(path)]))
-    names = [name for name, ranks in found.items() if ranks == trainer.accelerator.num_processes]
-    newest = max((output_dir / name for name in names), key=_number, default=None)
-    if trainer.is_world_process_zero():
-        _warn_of_skipped(numbered, newest)
-    if newest is None and numbered:
-        raise ValueError(
-            f"{', '.join(path.name for path in numbered)} in {output_dir}: none is complete, the run died while it wrote "
-            "them. Start anew, with resume_from_checkpoint=False; they are written again when their steps are reached."
-        )
-    return None if newest is None else str(newest)
-
-
-def _warn_of_skipped(numbered: list[Path], newest: Path | None) -> None:
-    skipped = [path.name for path in numbered if newest is None or _number(path) > _number(newest)]
-    if skipped:
-        instead = "There is no complete one." if newest is None else f"The newest complete one is {newest.name}."
-        logger.warning(
-            f"{', '.join(skipped)} in {numbered[0].parent} passed over: {TRAINER_STATE_NAME}, which is written last, is not "
-            f"there or not readable (on every rank), so the run died before it was done. {instead}"
-        )
-
-
 def _numbered(folder: Path) -> list[Path]:
     """Returns the folders of checkpoints in `folder`, newest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if NUMBERED.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=_number, reverse=True)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = {int(match[1]): path for path in paths if (match := NUMBERED.fullmatch(path.name)) and path.is_dir()}
+    return [found[number] for number in sorted(found, reverse=True)]
 
 
-def _number(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
+def _complete(numbered: list[Path]) -> list[str]:
+    return [path.name for path in numbered if marked_step(path) is not None]
+
+
+def _newest(numbered: list[Path], complete: Collection[str], warns: bool = True) -> Path | None:
+    """Returns the first of `numbered` that is `complete`, and warns of those before it."""
+    newest = next((path for path in numbered if path.name in complete), None)
+    skipped = numbered if newest is None else numbered[: numbered.index(newest)]
+    if skipped and warns:
+        instead = "There is no complete one." if newest is None else f"The newest complete one is {newest.name}."
+        logger.warning(
+            f"{', '.join(path.name for path in skipped)} in {skipped[0].parent} passed over: {TRAINER_STATE_NAME}, which is "
+            f"written last, is not there or not readable (on every rank), so the run died before it was done. {instead}"
+        )
+    return newest

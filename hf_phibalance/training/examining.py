@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
 from ..balancing import PhiBalancer, RandomState, find_balancer
-from ..diagnosis import Check, DoctorReport, StepRecorder, Subject, eager, made_batch, run_checks, try_step
-from ..routers import unwrap
-from .calibrating import _inputs, leaving_order
-from .callback import PhiBalanceCallback
-from .generated import generates
-from .refusals import refuse_unknown_scaling
+from ..diagnosis import Check, DoctorReport, StepRecorder, Subject, run_checks
+from ..routers import predicts_tokens, unwrap
+from .batches import generates, leaving_order, model_inputs
+from .callback import PhiBalanceCallback, find_callback
 
 
 logger = logging.get_logger(__name__)
+FAILURES = (ValueError, RuntimeError, TypeError, KeyError)
 WORSE = {"ok": 0, "warning": 1, "problem": 2}
+ROWS, LONGEST = 4, 32  # of a made batch
 
 
 def doctor(
@@ -59,8 +60,8 @@ def doctor(
             )
         return _examine_trainer(subject)
     found = Subject(unwrap(subject)[-1], find_balancer(subject))
-    batches = [made_batch(subject)] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
     if found.balancer is not None:
+        batches = [made_batch(subject)] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
         rows = max(next((len(v) for v in each.values() if hasattr(v, "__len__")), 0) for each in batches)
         given = "made tokens" if batch is None else "the given texts"
         what = f"{given}, {len(batches)} micro-batch{'es' * (len(batches) > 1)} of {rows} rows"
@@ -69,15 +70,104 @@ def doctor(
 
 
 def _report(subject: Subject) -> DoctorReport:
-    seen, config = subject.seen, getattr(subject.root, "config", None)
+    seen, balancer, config = subject.seen, subject.balancer, getattr(subject.root, "config", None)
     model = {
         "class": type(subject.root).__name__,
         "model_type": getattr(config, "model_type", None),
-        "routers": 0 if subject.balancer is None else len(subject.balancer.sites),
-        "config": None if subject.balancer is None else subject.balancer.config.to_dict(),
+        "routers": 0 if balancer is None else len(balancer.sites),
+        "config": None if balancer is None else balancer.config.to_dict(),
     }
-    measured = "nothing was run" if seen is None else seen.what
-    return DoctorReport(run_checks(subject), measured, None if seen is None else seen.coefficient, model)
+    if seen is None:
+        return DoctorReport(run_checks(subject), model=model)
+    return DoctorReport(run_checks(subject), seen.what, seen.coefficient, model)
+
+
+# ---------------------------------------------------------------------- a step of the model's loss
+
+
+def try_step(model: nn.Module, balancer: PhiBalancer, batches: Sequence[Mapping[str, Any]], what: str) -> StepRecorder:
+    """
+    Runs the forwards and backwards of one step with known prices, without an optimizer. Restores model, gradients, duals and
+    random numbers. All ranks must call it. `model` is the model as a loop calls it, `what` names the step in the report.
+    """
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    batches = [{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()} for batch in batches]
+    with _leaving_no_trace(model, balancer), _eager(model):
+        recorder = StepRecorder(balancer, what).start()
+        recorder.batches.extend(batches)
+        model.train()
+        _set_known_prices(balancer)
+        try:
+            balancer.begin_step(batches)
+            for batch in batches:
+                output = model(**batch)
+                loss = getattr(output, "loss", None)
+                (output[0].float().mean() if loss is None else loss / len(batches)).backward()
+        except FAILURES as error:
+            recorder.error = f"{type(error).__name__}: {error}"
+        return recorder.finish()  # after an error too: it communicates with the other ranks
+
+
+@torch.no_grad()
+def _set_known_prices(balancer: PhiBalancer) -> None:
+    """Sets uneven prices, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    for row, site in zip(balancer.duals.price, balancer.sites):
+        drawn = torch.randn(site.num_experts, generator=generator)
+        row[: site.num_experts] = (drawn - drawn.mean()).to(row.device)
+
+
+@contextmanager
+def _leaving_no_trace(model: nn.Module, balancer: PhiBalancer) -> Iterator[None]:
+    """Restores random numbers, gradients, buffers (the duals among them), train and eval modes, and the current step."""
+    random = RandomState()
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    modes = [(module, module.training) for module in model.modules()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with balancer.loop.step_aside():
+            yield
+    finally:
+        random.restore()
+        balancer.forwards.recorder = balancer.forwards.watch = None
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Context manager: runs compiled models uncompiled, since the recorder cannot see compiled routers."""
+    modules = [*unwrap(model), *model.modules()]
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def made_batch(model: nn.Module) -> dict[str, Tensor]:
+    """Returns a batch of random tokens, rows of unequal length padded on the right. Leaves the process's random numbers alone."""
+    root: Any = unwrap(model)[-1]
+    config = root.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    first = min(3, config.vocab_size - 1)
+    ids = torch.randint(first, config.vocab_size, (ROWS, LONGEST), generator=generator)
+    mask = torch.arange(LONGEST) < LONGEST - 5 * torch.arange(ROWS)[:, None]
+    values = vars(root.config).items()
+    special = [v for name, v in values if name.endswith(("_token_id", "_token_index")) and isinstance(v, int)]
+    plain = next(i for i in range(first, config.vocab_size) if i not in special)
+    ids[torch.isin(ids, torch.tensor(special, dtype=ids.dtype))] = plain  # no placeholders, since there are no images
+    pad = getattr(config, "pad_token_id", None)
+    filler = pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else 0
+    batch = {"input_ids": ids.masked_fill(~mask, filler), "attention_mask": mask.long()}
+    return batch | {"labels": ids.masked_fill(~mask, -100)} if predicts_tokens(root) else batch
+
+
+# ---------------------------------------------------------------------- a trainer
 
 
 def _examine_trainer(trainer: Any) -> DoctorReport:
@@ -106,26 +196,24 @@ def _first_batch(trainer: Any) -> tuple[dict[str, Any] | None, str | None]:
         loader = trainer.get_train_dataloader()
         with leaving_order(loader):
             batch = trainer._prepare_inputs(next(iter(loader)))
-    except (ValueError, RuntimeError, TypeError, KeyError) as failure:
+    except FAILURES as failure:
         return None, f"the first batch could not be made: {type(failure).__name__}: {failure}"
     finally:
         random.restore()
         del trainer.accelerator._dataloaders[prepared:]
     if not isinstance(batch, Mapping) or not {"input_ids", "inputs_embeds"} & set(batch):
         return None, None
-    return _inputs(batch, unwrap(trainer.model)[-1]), None
+    return model_inputs(batch, unwrap(trainer.model)[-1]), None
 
 
 def _subject_of(trainer: Any, balancer: PhiBalancer | None) -> Subject:
-    callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, PhiBalanceCallback)]
-    is_attached = any(callback.detach is not None for callback in callbacks)
+    callback, args, parallel = find_callback(trainer), trainer.args, ""
+    is_attached = callback is not None and callback.detach is not None
     adds_loss = is_attached and getattr(trainer, "aux_loss_enabled", False)
     try:
         refuse_unknown_scaling(trainer, None if balancer is None else balancer.process_group)
-        parallel = ""
     except ValueError as error:
         parallel = str(error)
-    args = trainer.args
     reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", True)
     return Subject(
         unwrap(trainer.model)[-1],
@@ -138,6 +226,35 @@ def _subject_of(trainer: Any, balancer: PhiBalancer | None) -> Subject:
         checkpointing=reentrant if args.gradient_checkpointing else None,
         pad_token_id=getattr(getattr(trainer, "processing_class", None), "pad_token_id", None),
     )
+
+
+def refuse_unknown_scaling(trainer: Any, process_group: dist.ProcessGroup | None) -> None:
+    """Refuses trainers whose divisor of the gradients, or whose data-parallel ranks, are not known. Raises `ValueError`."""
+    sizes = (("cp_size", trainer.get_cp_size()), ("sp_size", trainer.get_sp_size()))
+    cut = ", ".join(f"{name}={size}" for name, size in sizes if size > 1)
+    if cut:
+        raise ValueError(
+            f"{cut}: ranks hold parts of the same rows, while a Trainer "
+            "hands over whole rows to be counted, so the coefficient would be wrong by that factor. Spread the model by "
+            "DistributedConfig(fsdp_size=..., tp_size=..., ep_size=...) instead; or write the loop yourself, and give "
+            "begin_step() the parts that this rank holds."
+        )
+    tp_size = trainer.get_tp_size()
+    if tp_size > 1 and tp_size != getattr(trainer.model, "tp_size", None) and process_group is None:
+        raise ValueError(
+            f"tp_size={tp_size}, but not by transformers (from_pretrained(tp_plan=...)): some ranks share tokens, so the "
+            "data-parallel ranks cannot be told from the world size. Pass them: phb.attach(trainer, process_group=...)."
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"this process drives {trainer.args.n_gpu} GPUs by torch.nn.DataParallel, whose threads would count into the "
+            "same statistics. Launch one process per GPU (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES."
+        )
+    if trainer.is_deepspeed_enabled and trainer.args.fp16:
+        raise ValueError(
+            "DeepSpeed keeps its fp16 loss scale to itself, so the strength of the price gradient would be unknown. "
+            "Train with bf16=True."
+        )
 
 
 def _of_all_ranks(report: DoctorReport) -> DoctorReport:
@@ -170,7 +287,7 @@ def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer 
         return
     recorder.batches.append(inputs)
     try:
-        with eager(trainer.model_wrapped):
+        with _eager(trainer.model_wrapped):
             yield
     except BaseException:
         recorder.stop()

@@ -1,4 +1,4 @@
-"""Each problem by name: found where it is, and not where it is not."""
+"""The doctor names each problem where there is one. Sound set-ups: `test_healthy_setups`."""
 
 import importlib.metadata
 import re
@@ -19,10 +19,11 @@ from hf_phibalance.routers import find_routers
 
 
 NON_REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+SECOND = "model.layers.1.mlp.gate"
 
 
-def build(model_type="mixtral", **config):
-    return phb.patch(tiny_model(model_type).train(), {"coef": 0.01, **config})
+def build(model_type="mixtral", dtype=torch.float32, **config):
+    return phb.patch(tiny_model(model_type, dtype=dtype).train(), {"coef": 0.01, **config})
 
 
 def check(report, name):
@@ -43,7 +44,86 @@ def test_a_sound_set_up_has_none():
     assert {found.status for found in report.checks} == {"ok"} and not any(found.remedy for found in report.checks)
 
 
-# ---------------------------------------------------------------------- the set-up
+# ---------------------------------------------------------------------- a model that something was done to
+
+
+def nothing(model):
+    pass
+
+
+def take_the_hook(model):
+    hooks = model.get_submodule(SECOND)._forward_hooks
+    hooks.pop(next(k for k, hook in hooks.items() if type(hook).__name__ == "RouterHook"))
+
+
+def switch_on_its_loss(model):
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.02
+
+
+def freeze_routers(model):
+    for site in find_routers(model):
+        model.get_submodule(site.name).requires_grad_(False)
+
+
+def train_a_router(model):
+    model.get_submodule(SECOND).requires_grad_(True)
+
+
+def cut_the_gradient(model):
+    gate = model.get_submodule(SECOND)
+    gate.forward = torch.no_grad()(gate.forward)
+
+
+def skip_a_block(model):
+    model.model.layers[1].mlp.forward = lambda hidden: hidden
+
+
+def quantise(model):
+    bnb = pytest.importorskip("bitsandbytes")
+    router = model.get_submodule(find_routers(model)[0].name)
+    weight = router.layer.weight.detach()
+    router.layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False)
+    router.layer.weight = bnb.nn.Params4bit(weight, requires_grad=False).to("cpu")
+
+
+def hide_labels(model):
+    batch = tiny_batch(model)
+    del batch["labels"]
+    return batch
+
+
+def mask_too_much(model):
+    batch = tiny_batch(model, padded=False)
+    batch["attention_mask"][:, :4] = 0
+    return batch
+
+
+def case(change, name, status, *texts, remedy="", **config):
+    return pytest.param(change, config, name, status, texts, remedy, id=f"{change.__name__}, {name}")
+
+
+@pytest.mark.parametrize(
+    "change, config, name, status, texts, remedy",
+    [
+        case(take_the_hook, "patch", "problem", f"1 of 3 routers have no hook: {SECOND}", remedy="phb.unpatch"),
+        case(take_the_hook, "routers that run", "problem", "1 of 3", SECOND),
+        case(skip_a_block, "routers that run", "problem", "1 of 3", SECOND),
+        case(switch_on_its_loss, "auxiliary loss", "problem", "router_aux_loss_coef=0.02", remedy="phb.patch(model)"),
+        case(nothing, "auxiliary loss", "ok", "not measured", coef=0.0, bias_coef=0.1),
+        case(nothing, "selection bias", "ok", "in the weights", model_type="deepseek_v3", bias_coef=0.1),
+        case(freeze_routers, "routers that learn", "warning", "3 of 3", "only what lies below", remedy="lora_config"),
+        case(cut_the_gradient, "routers that learn", "problem", "no gradient path", "1 of 3", SECOND),
+        case(train_a_router, "routers that learn", "problem", "method='frozen'", SECOND, method="frozen", coef=0.0),
+        case(nothing, "precision", "warning", "bfloat16", "0.39%", "choices are others", dtype=torch.bfloat16),
+        case(quantise, "precision", "warning", "1 routers are quantised", remedy="skip_modules", model_type="dbrx"),
+        case(hide_labels, "first step", "problem", "received no labels", token_mask="labels"),
+        case(mask_too_much, "attention mask", "problem", "8 of 16", "16 have labels", "do not count"),
+    ],
+)
+def test_found_in_a_model(change, config, name, status, texts, remedy):
+    model = build(**config)
+    batch = change(model)
+    assert_found(phb.doctor(model, batch), name, status, *texts, remedy=remedy)
 
 
 def test_not_patched():
@@ -52,28 +132,131 @@ def test_not_patched():
     assert report.coefficient is None and report.exit_status() == 2
 
 
-def test_a_hook_that_is_gone():
-    model = build()
-    gate = model.model.layers[1].mlp.gate
-    gate._forward_hooks.pop(next(k for k, hook in gate._forward_hooks.items() if type(hook).__name__ == "RouterHook"))
+def test_everything_frozen():
+    model = build().requires_grad_(False)
+    model.lm_head.requires_grad_(True)
     report = phb.doctor(model)
-    assert_found(report, "patch", "problem", "1 of 3 routers have no hook", "layers.1.mlp.gate", remedy="phb.unpatch")
-    assert_found(report, "routers that run", "problem", "1 of 3", "layers.1.mlp.gate")
+    assert_found(report, "routers that learn", "problem", "all routers are frozen", remedy="lora_config")
+    assert check(report, "coefficient").status == "problem"
+    assert report.to_dict()["coefficient"]["ratio"] is None
 
 
-def test_another_auxiliary_loss_of_the_model():
+def test_versions(monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name))
+    assert_found(phb.doctor(build()), "versions", "problem", "transformers 4.57.1", remedy="pip install")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_kind_of_checkpointing(reentrant):
     model = build()
-    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.02
-    assert_found(
-        phb.doctor(model), "auxiliary loss", "problem", "router_aux_loss_coef=0.02", remedy="phb.patch(model)"
-    )
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = check(phb.doctor(model), "checkpointing")
+    assert found.status == "ok" and found.finding.startswith("reentrant" if reentrant else "non-reentrant")
+
+
+@pytest.mark.parametrize(
+    "kind, status, text",
+    [
+        ("sound", "ok", f"{STATE_NAME} fits, after 0 steps"),
+        ("damaged", "problem", "damaged"),
+        ("foreign", "problem", "another model"),
+        ("missing", "warning", "start anew"),
+    ],
+)
+def test_state_file(tmp_path, kind, status, text):
+    build().save_pretrained(tmp_path / "model")
+    state = tmp_path / "model" / STATE_NAME
+    if kind == "damaged":
+        content = bytearray(state.read_bytes())
+        content[-3] ^= 1
+        state.write_bytes(content)
+    elif kind == "foreign":
+        build("qwen3_moe").save_pretrained(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / STATE_NAME, state)
+    elif kind == "missing":
+        state.unlink()
+    model = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "model", phi_balance=False)
+    before = phb.get_balancer(phb.patch(model)).state_dict()
+    assert_found(phb.doctor(model), "state file", status, text)
+    assert all(torch.equal(value, before[name]) for name, value in phb.get_balancer(model).state_dict().items())
+
+
+def test_a_selection_bias_that_a_plain_load_loses():
+    """The share of changed choices is that of the routers' own logits without the bias."""
+    model = build(bias_coef=0.1)
+    balancer = phb.get_balancer(model)
+    balancer.set_biases({site.name: torch.eye(site.num_experts)[0] for site in balancer.sites})  # all go to expert 0
+    batch = tiny_batch(model)
+    report = phb.doctor(model, batch)
+    assert_found(report, "selection bias", "warning", "3 routers", remedy="phi_balance=True")
+
+    pairs, counted = [], batch["attention_mask"].reshape(-1).bool()
+    for site in find_routers(model):
+        gate = model.get_submodule(site.name)
+        gate.register_forward_hook(
+            lambda _, args, out: pairs.extend(zip(out[2][counted], out[0].topk(2).indices[counted]))
+        )
+    with torch.no_grad():
+        model(**batch)
+    lost = sum(len(set(ours.tolist()) - set(plain.tolist())) for ours, plain in pairs) / (2 * len(pairs))
+    assert lost > 0.05 and f"would change {lost:.1%} of the choices" in check(report, "selection bias").finding
+
+
+def test_choices_that_rounding_changes():
+    """The share is that of the top-k of rounded logits against that of exact ones."""
+    overrides = {"num_hidden_layers": 1, "num_local_experts": 64}
+    model = phb.patch(tiny_model("mixtral", dtype=torch.bfloat16, **overrides).train(), {"coef": 0.01})
+    gate, seen = model.model.layers[0].mlp.gate, {}
+    gate.register_forward_hook(lambda _, args, output: seen.update(hidden=args[0], logits=output[0]))
+    batch = tiny_batch(model, 4, 64, padded=False)
+    with torch.no_grad():
+        model.eval()(**batch)
+    exact = (seen["hidden"].reshape(-1, 32).float() @ gate.weight.float().T).topk(2).indices
+    rounded = seen["logits"].float().topk(2).indices
+    share = sum(len(set(a.tolist()) - set(b.tolist())) for a, b in zip(rounded, exact)) / exact.numel()
+    assert share > 0
+    assert f"{share:.2%} of the choices" in check(phb.doctor(model.train(), batch), "precision").finding
+
+
+def test_padding_without_a_mask():
+    model = build()
+    batch = tiny_batch(model, 4, 12)
+    padding = int((batch.pop("attention_mask") == 0).sum())
+    runs = int((batch["input_ids"] == 0).sum(1)[(batch["input_ids"] == 0).sum(1) > 1].sum())
+    assert padding > 2 and runs > 2
+    report = phb.doctor(model, batch)
+    assert_found(report, "attention mask", "problem", f"{runs} of padding", "no attention_mask", remedy="labels")
+    assert check(phb.doctor(build(token_mask="labels"), batch), "attention mask").status == "ok"
+    assert check(phb.doctor(build(token_mask="all"), batch), "attention mask").status == "warning"
+
+
+def test_even_probabilities_with_collapsed_loads():
+    """With small router weights all probabilities are alike, and yet every token goes to the same two experts."""
+    model = build()
+    for site in find_routers(model):
+        weight = model.get_submodule(site.name).weight.detach()
+        weight.mul_(1e-3)
+        model.get_submodule(site.name).register_forward_pre_hook(lambda _, args: (args[0].abs(),))
+        weight[:2].abs_()
+        weight[2:].abs_().neg_()
+    batch = tiny_batch(model, 4, 32)
+    report = phb.doctor(model, batch)
+    assert_found(report, "loads", "warning", "of 3 routers are even", "2.0 of 8 experts", remedy="track='load'")
+    for config in ({"coef": 0.01, "track": "load"}, {"coef": 0.01, "bias_coef": 0.1}):
+        assert "loads" not in {found.name for found in phb.doctor(phb.patch(model, config), batch).checks}
+
+
+# ---------------------------------------------------------------------- a trainer
 
 
 def test_another_auxiliary_loss_of_the_trainer(tmp_path):
-    """Switched on after `attach`, which switches off what it finds."""
+    """Switched on after `attach`, which switches off the one that it finds."""
     trainer = make_trainer(build(), tmp_path, SFTTrainer)
+    assert_found(phb.doctor(trainer), "trainer", "ok", "which train() does")
     phb.attach(trainer)
     assert_found(phb.doctor(trainer), "auxiliary loss", "ok")
+    assert_found(phb.doctor(trainer), "trainer", "ok", "SFTTrainer: attached")
     trainer.aux_loss_enabled, trainer.router_aux_loss_coef = True, 0.03
     report = phb.doctor(trainer)
     assert_found(report, "auxiliary loss", "problem", "SFTTrainer", "0.03", remedy="router_aux_loss_coef=0.0")
@@ -104,11 +287,6 @@ def test_another_auxiliary_loss_in_compute_loss(tmp_path, arguments, strength):
     assert check(callback.report, "coefficient").status == "ok"
 
 
-def test_what_was_not_measured_is_not_called_absent():
-    report = phb.doctor(build(coef=0.0, bias_coef=0.1))
-    assert_found(report, "auxiliary loss", "ok", "not measured")
-
-
 class Contrasts(Trainer):
     """The losses of its micro-batches cancel, so that 16 bits hold little of the sum."""
 
@@ -121,19 +299,12 @@ class Contrasts(Trainer):
 
 
 def test_rounding_is_not_measured(tmp_path):
-    model = phb.patch(tiny_model("mixtral", dtype=torch.bfloat16).train(), {"coef": 0.01})
+    model = build(dtype=torch.bfloat16)
     trainer = make_trainer(model, tmp_path, Contrasts, max_steps=2, gradient_accumulation_steps=2)
     trainer.train_dataset.first = tiny_batch(model, 2, 9)
     callback = phb.attach(trainer, verify=True)
     trainer.train()
     assert_found(callback.report, "coefficient", "ok", "the logits of 3", "lost in rounding")
-
-
-def test_a_trainer_that_is_not_attached(tmp_path):
-    trainer = make_trainer(build(), tmp_path)
-    assert_found(phb.doctor(trainer), "trainer", "ok", "which train() does")
-    phb.attach(trainer)
-    assert_found(phb.doctor(trainer), "trainer", "ok", "Trainer: attached")
 
 
 def test_parallelism_without_process_group(tmp_path):
@@ -147,197 +318,6 @@ def test_parallelism_without_process_group(tmp_path):
     assert_found(report, "coefficient", "warning", "not measured")
 
 
-def test_versions(monkeypatch):
-    real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name))
-    assert_found(phb.doctor(build()), "versions", "problem", "transformers 4.57.1", remedy="pip install")
-
-
-def test_a_selection_bias_that_a_plain_load_loses():
-    model = build(bias_coef=0.1)
-    balancer = phb.get_balancer(model)
-    state = balancer.state_dict()
-    for name, value in state.items():
-        if name.endswith(".bias"):
-            value[0] = 1.0  # every token goes to expert 0
-    balancer.load_state_dict(state)
-    batch = tiny_batch(model)
-    report = phb.doctor(model, batch)
-    assert_found(report, "selection bias", "warning", "3 routers", remedy="phi_balance=True")
-
-    pairs, counted = [], batch["attention_mask"].reshape(-1).bool()
-    for site in find_routers(model):
-        gate = model.get_submodule(site.name)
-        gate.register_forward_hook(
-            lambda _, args, out: pairs.extend(zip(out[2][counted], out[0].topk(2).indices[counted]))
-        )
-    with torch.no_grad():
-        model(**batch)
-    lost = sum(len(set(ours.tolist()) - set(plain.tolist())) for ours, plain in pairs) / (2 * len(pairs))
-    assert lost > 0.05 and f"would change {lost:.1%} of the choices" in check(report, "selection bias").finding
-
-
-def test_a_bias_in_the_weights_is_kept():
-    assert_found(phb.doctor(build("deepseek_v3", bias_coef=0.1)), "selection bias", "ok", "in the weights")
-
-
-@pytest.mark.parametrize(
-    "kind, status, text",
-    [
-        ("sound", "ok", f"{STATE_NAME} fits, after 0 steps"),
-        ("damaged", "problem", "damaged"),
-        ("foreign", "problem", "another model"),
-        ("missing", "warning", "start anew"),
-    ],
-)
-def test_state_file(tmp_path, kind, status, text):
-    build().save_pretrained(tmp_path / "model")
-    state = tmp_path / "model" / STATE_NAME
-    if kind == "damaged":
-        content = bytearray(state.read_bytes())
-        content[-3] ^= 1
-        state.write_bytes(content)
-    elif kind == "foreign":
-        build("qwen3_moe").save_pretrained(tmp_path / "other")
-        shutil.copy(tmp_path / "other" / STATE_NAME, state)
-    elif kind == "missing":
-        state.unlink()
-    model = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "model", phi_balance=False)
-    before = phb.get_balancer(phb.patch(model)).state_dict()
-    assert_found(phb.doctor(model), "state file", status, text)
-    assert all(torch.equal(value, before[name]) for name, value in phb.get_balancer(model).state_dict().items())
-
-
-# ---------------------------------------------------------------------- routers
-
-
-def test_everything_frozen():
-    model = build().requires_grad_(False)
-    model.lm_head.requires_grad_(True)
-    report = phb.doctor(model)
-    assert_found(report, "routers that learn", "problem", "all routers are frozen", remedy="lora_config")
-    assert check(report, "coefficient").status == "problem"
-    assert report.to_dict()["coefficient"]["ratio"] is None
-
-
-def test_frozen_routers():
-    model = build()
-    for site in find_routers(model):
-        model.get_submodule(site.name).requires_grad_(False)
-    report = phb.doctor(model)
-    assert_found(report, "routers that learn", "warning", "3 of 3", "only what lies below")
-    assert report.exit_status() == 0 and report.exit_status(strict=True) == 1
-
-
-def test_no_gradient_path():
-    model = build()
-    gate = model.model.layers[1].mlp.gate
-    gate.forward = torch.no_grad()(gate.forward)
-    assert_found(phb.doctor(model), "routers that learn", "problem", "no gradient path", "1 of 3", "layers.1.mlp.gate")
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_kind_of_checkpointing(reentrant):
-    model = build()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    found = check(phb.doctor(model), "checkpointing")
-    assert found.status == "ok" and found.finding.startswith("reentrant" if reentrant else "non-reentrant")
-
-
-def test_a_router_that_never_runs():
-    model = build()
-    model.model.layers[1].mlp.forward = lambda hidden: hidden
-    assert_found(phb.doctor(model), "routers that run", "problem", "1 of 3", "model.layers.1.mlp.gate")
-
-
-def test_frozen_by_method_but_trained():
-    model = build(method="frozen", coef=0.0)
-    model.model.layers[0].mlp.gate.requires_grad_(True)
-    assert_found(phb.doctor(model), "routers that learn", "problem", "method='frozen'", "layers.0")
-
-
-def test_routers_in_16_bits():
-    model = phb.patch(tiny_model("mixtral", dtype=torch.bfloat16).train(), {"coef": 0.01})
-    report = phb.doctor(model)
-    assert_found(report, "precision", "warning", "bfloat16", "0.39%", "of the choices are others")
-    assert check(report, "coefficient").status == "ok" and not report.coefficient.precise
-
-
-def test_choices_that_rounding_changes():
-    """The share, by hand: the top-k of the rounded logits against that of exact ones, in a model of one layer."""
-    overrides = {"num_hidden_layers": 1, "num_local_experts": 64}
-    model = phb.patch(tiny_model("mixtral", dtype=torch.bfloat16, **overrides).train(), {"coef": 0.01})
-    gate, seen = model.model.layers[0].mlp.gate, {}
-    gate.register_forward_hook(lambda _, args, output: seen.update(hidden=args[0], logits=output[0]))
-    batch = tiny_batch(model, 4, 64, padded=False)
-    with torch.no_grad():
-        model.eval()(**batch)
-    exact = (seen["hidden"].reshape(-1, 32).float() @ gate.weight.float().T).topk(2).indices
-    rounded = seen["logits"].float().topk(2).indices
-    share = sum(len(set(a.tolist()) - set(b.tolist())) for a, b in zip(rounded, exact)) / exact.numel()
-    assert share > 0
-    assert f"{share:.2%} of the choices" in check(phb.doctor(model.train(), batch), "precision").finding
-
-
-def test_quantised_routers():
-    bnb = pytest.importorskip("bitsandbytes")
-    model = build("dbrx")
-    site = find_routers(model)[0]
-    router = model.get_submodule(site.name)
-    weight = router.layer.weight.detach()
-    router.layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False)
-    router.layer.weight = bnb.nn.Params4bit(weight, requires_grad=False).to("cpu")
-    assert_found(phb.doctor(model), "precision", "warning", "1 routers are quantised", remedy="llm_int8_skip_modules")
-
-
-# ---------------------------------------------------------------------- tokens
-
-
-def test_padding_without_a_mask():
-    model = build()
-    batch = tiny_batch(model, 4, 12)
-    padding = int((batch.pop("attention_mask") == 0).sum())
-    runs = int((batch["input_ids"] == 0).sum(1)[(batch["input_ids"] == 0).sum(1) > 1].sum())
-    assert padding > 2 and runs > 2
-    report = phb.doctor(model, batch)
-    assert_found(report, "attention mask", "problem", f"{runs} of padding", "no attention_mask", remedy="labels")
-    assert check(phb.doctor(build(token_mask="labels"), batch), "attention mask").status == "ok"
-    assert check(phb.doctor(build(token_mask="all"), batch), "attention mask").status == "warning"
-
-
-def test_tokens_with_labels_that_do_not_count():
-    model = build()
-    batch = tiny_batch(model, padded=False)
-    batch["attention_mask"][:, :4] = 0
-    assert_found(phb.doctor(model, batch), "attention mask", "problem", "8 of 16", "16 have labels", "do not count")
-
-
-def test_labels_that_are_not_there():
-    model = build(token_mask="labels")
-    batch = tiny_batch(model)
-    del batch["labels"]
-    assert_found(phb.doctor(model, batch), "first step", "problem", "received no labels")
-
-
-# ---------------------------------------------------------------------- loads, engines, sharding
-
-
-def test_even_probabilities_with_collapsed_loads():
-    """Small router weights: probabilities are all alike, and yet every token goes to the same two experts."""
-    model = build()
-    for site in find_routers(model):
-        weight = model.get_submodule(site.name).weight.detach()
-        weight.mul_(1e-3)
-        model.get_submodule(site.name).register_forward_pre_hook(lambda _, args: (args[0].abs(),))
-        weight[:2].abs_()
-        weight[2:].abs_().neg_()
-    batch = tiny_batch(model, 4, 32)
-    report = phb.doctor(model, batch)
-    assert_found(report, "loads", "warning", "of 3 routers are even", "2.0 of 8 experts", remedy="track='load'")
-    for config in ({"coef": 0.01, "track": "load"}, {"coef": 0.01, "bias_coef": 0.1}):
-        assert "loads" not in {found.name for found in phb.doctor(phb.patch(model, config), batch).checks}
-
-
 def test_an_engine_that_does_not_get_the_bias(tmp_path):
     trainer = make_trainer(build(bias_coef=0.1), tmp_path)
     trainer.args.use_vllm = True
@@ -345,7 +325,7 @@ def test_an_engine_that_does_not_get_the_bias(tmp_path):
 
 
 def test_sharded_training_is_not_tried_out(tmp_path):
-    """Gradients that DeepSpeed or FSDP keep to themselves: nothing is run, and that is said."""
+    """DeepSpeed and FSDP shard gradients: nothing is run, and a warning says so."""
     trainer = make_trainer(build(), tmp_path)
     trainer.is_deepspeed_enabled = True
     report = phb.doctor(trainer)

@@ -1,7 +1,4 @@
-"""
-Set-ups that people train with and in which nothing is wrong: `doctor` and `attach(verify=True)` find nothing. Those with problems
-are in `test_doctor_problems`, two ranks in `test_measured_on_two_ranks`.
-"""
+"""`doctor` and `attach(verify=True)` find nothing in sound set-ups. Problems: `test_doctor_problems`; ranks: `test_measured_on_two_ranks`."""
 
 import pytest
 import torch
@@ -23,7 +20,7 @@ WHOLE = {"router": "full", "targets": "attention"}
 
 
 def upcycled(stretch=1.0, **overrides):
-    """A dense model whose feed-forward weights became eight equal experts: no gradient of the task reaches its new routers."""
+    """Returns a model with eight equal experts and new routers, which get no gradient from the task."""
     model = tiny_model("mixtral", max_position_embeddings=1024, **overrides)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -35,7 +32,7 @@ def upcycled(stretch=1.0, **overrides):
 
 
 class Extra(Trainer):
-    """Adds a loss on what the model returns, which is none on its routers."""
+    """Adds a loss on the model's output, not on its routers."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -53,7 +50,7 @@ class Halves(Trainer):
 
 
 def make(model="mixtral", cls=Trainer, adapter=None, config=None, fields=None, **arguments):
-    """What a set-up is made of; see `test_nothing_is_found`."""
+    """Returns the parts of a set-up, for `test_nothing_is_found`."""
     return model, cls, adapter, config or {}, fields or {}, arguments
 
 
@@ -84,10 +81,13 @@ SETUPS = {
     "NEFTune, dropout": make(neftune_noise_alpha=5.0, fields={"attention_dropout": 0.3}),
     "an extra loss term": make(cls=Extra),
     "two forwards of a micro-batch": make(cls=Halves),
+    "two forwards, reentrant checkpointing": make(cls=Halves, **REENTRANT),
     "only labelled tokens": make(config={"token_mask": "labels"}),
     "z-loss": make(config={"z_loss_coef": 0.01}),
     "sequence-wise loss": make(config={"sequence_coef": 0.01}),
     "method switch": make(config={"method": "switch"}),
+    "method pooled": make("qwen3_moe", config={"method": "pooled"}),
+    "prices of the whole step": make("deepseek_v3", config={"price_from": "global", "bias_coef": 0.1}),
     "prices by load, warm-up": make(config={"track": "load", "schedule": "linear", "schedule_steps": 100}),
     "upcycled": make(upcycled, SFTTrainer, max_length=1024, data=LONG),
     "upcycled, bf16": make(upcycled, SFTTrainer, max_length=1024, data=LONG, bf16=True),
@@ -112,6 +112,12 @@ def test_nothing_is_found(name, tmp_path, warned):
     for report in (before, callback.report):
         assert report.status == "ok", str(report)
         if model.config.phi_balance["coef"]:
-            assert report.coefficient.ratio == pytest.approx(1, abs=1e-3 if report.coefficient.precise else 5e-3)
+            found = report.coefficient
+            for ratio in (found.ratio, *found.by_router.values()):
+                assert ratio == pytest.approx(1, abs=1e-3 if found.precise else 5e-3)
+            kinds = {None: "none", True: "reentrant", False: "non-reentrant"}
+            if "gradient_checkpointing_kwargs" in arguments:
+                kind = kinds[arguments["gradient_checkpointing_kwargs"]["use_reentrant"]]
+                assert next(c for c in report.checks if c.name == "checkpointing").finding == kind
     said = [line for line in warned.lines if "Balancing gradient" not in line]  # what an adapter leaves to learn
     assert not [line for line in said if "balanc" in line or "router" in line], said

@@ -1,13 +1,12 @@
-"""The coefficient that a step receives, measured: 1 where the promise holds, and what it is where something breaks it."""
+"""The doctor measures the coefficient that a step receives: ratio 1 in sound set-ups, the true ratio in broken ones."""
 
 import pytest
 import torch
 from adapters import balanced, fill
 from peft import get_peft_model
 from tiny import tiny_batch, tiny_model
-from training import make_trainer, patched
+from training import make_trainer
 from transformers import Trainer
-from trl import SFTTrainer
 
 import hf_phibalance as phb
 
@@ -34,53 +33,6 @@ def verified(trainer):
     return callback.report
 
 
-@pytest.mark.parametrize(
-    "cls, accumulation, policy, reentrant",
-    [
-        (Trainer, 1, None, None),
-        (Trainer, 4, None, True),
-        (Trainer, 4, {"router": "lora"}, False),
-        (SFTTrainer, 1, None, True),
-        (SFTTrainer, 4, None, None),
-        (SFTTrainer, 4, {"router": "lora"}, True),
-    ],
-)
-def test_it_is_the_declared_one(tmp_path, cls, accumulation, policy, reentrant):
-    checkpointing = {"gradient_checkpointing": False}
-    if reentrant is not None:
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    arguments = {"gradient_accumulation_steps": accumulation, "max_steps": 2, "max_grad_norm": 1e-3, **checkpointing}
-    trainer = make_trainer(build(policy), tmp_path, cls, **arguments)
-    for report in (phb.doctor(trainer), verified(trainer)):
-        found = report.coefficient
-        assert report.status == "ok", str(report)
-        assert found.declared == COEF and abs(found.ratio - 1) < 1e-4 and found.residual < 1e-4
-        assert len(found.by_router) == 3 and all(abs(ratio - 1) < 1e-4 for ratio in found.by_router.values())
-        assert cls.__name__ in report.measured
-        assert ("logits of 3" if policy else "weights of 3") in found.parameters
-        kind = {None: "none", True: "reentrant", False: "non-reentrant"}[reentrant]
-        assert check(report, "checkpointing").finding == kind
-    micro_batches = min(accumulation, 2) if accumulation == 4 else 1  # the second step of the epoch has two
-    assert f"optimizer step 2 of {cls.__name__}, {micro_batches} micro-batch" in report.measured
-
-
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "llama4_text", "dbrx"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"coef": COEF, "bias_coef": 0.1, "z_loss_coef": 0.1},
-        {"method": "switch"},
-        {"method": "pooled"},
-        {"coef": COEF, "token_mask": "labels", "price_from": "global"},
-    ],
-    ids=["both_and_z_loss", "switch", "pooled", "global"],
-)
-def test_other_families_and_methods(model_type, config):
-    model = phb.patch(tiny_model(model_type).train(), config)
-    found = phb.doctor(model, [tiny_batch(model, seed=seed) for seed in range(2)]).coefficient
-    assert abs(found.ratio - 1) < 1e-4 and found.residual < 1e-3
-
-
 def test_frozen_routers_are_measured_at_their_logits():
     found = phb.doctor(balanced(tiny_model("qwen3_moe"), targets="attention")).coefficient
     assert "the logits of 2 (frozen" in found.parameters and len(found.by_router) == 2
@@ -88,7 +40,7 @@ def test_frozen_routers_are_measured_at_their_logits():
 
 
 def test_a_schedule():
-    """The declared coefficient is that of the step; there is nothing to measure once it is 0."""
+    """The declared coefficient follows the schedule. There is nothing to measure once it is 0."""
     model = build(schedule="linear", schedule_steps=4)
     balancer = phb.get_balancer(model)
     balancer.duals.steps = 3
@@ -101,7 +53,7 @@ def test_a_schedule():
 
 
 def test_the_definition_is_apart_from_the_core(monkeypatch):
-    """What the core adds is wrong by a factor for one router, and by a sign for another."""
+    """The doctor notices that the core adds a wrong gradient: by a factor at one router, by the sign at another."""
     model = build()
     balancer = phb.get_balancer(model)
     due = balancer.forwards.due
@@ -120,32 +72,8 @@ def test_the_definition_is_apart_from_the_core(monkeypatch):
     assert list(report.coefficient.by_router.values()) == pytest.approx([3.0, -1.0, 1.0], abs=1e-4)
 
 
-class Scaled(Trainer):
-    """Scales its loss, and its gradients back: those of the prices are not scaled with the loss."""
-
-    factor = 8
-
-    def training_step(self, model, *args, **kwargs):
-        loss = super().training_step(model, *args, **kwargs)
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= self.factor
-        return loss
-
-
-def test_a_trainer_that_scales_gradients(tmp_path):
-    trainer = make_trainer(build(), tmp_path, Scaled, gradient_accumulation_steps=1)
-    callback = phb.attach(trainer, verify=True)
-    assert phb.doctor(trainer).status == "ok"  # which does not look at what the trainer's own loop does
-    with pytest.raises(ValueError, match="verify=True"):
-        trainer.train()
-    report = callback.report
-    assert report.coefficient.ratio == pytest.approx(1 / 8, rel=1e-4)
-    assert check(report, "coefficient").status == "problem" and "ratio 0.1250" in str(report)
-
-
 def test_a_hook_on_the_weight_of_one_router(tmp_path):
-    """The gradients of half of its experts are dropped: the residual says so."""
+    """The gradients of half of its experts are dropped."""
     model = build()
     name = phb.get_balancer(model).layer_names[1]
     mask = (torch.arange(8) < 4).float()[:, None]
@@ -192,11 +120,6 @@ def test_routers_kept_in_fp32_are_measured_at_their_weights():
     report = phb.doctor(model)
     assert report.status == "ok" and "weights of 3" in report.coefficient.parameters, str(report)
     assert abs(report.coefficient.ratio - 1) < 1e-2
-
-
-def test_dropout_is_in_the_step_that_is_measured():
-    model = patched(model_args={"attention_dropout": 0.5}, coef=COEF)
-    assert phb.doctor(model).coefficient.residual < 1e-4
 
 
 def test_a_compiled_model_is_tried_uncompiled():

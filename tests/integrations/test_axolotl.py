@@ -1,8 +1,7 @@
 """
-Axolotl itself, from its own command line, on tiny models and made problems.
+Axolotl from its own command line, on tiny models and made problems.
 
-`nox -f recipes/environments/noxfile.py -s "tool(axolotl)"` makes the environment and runs them; in one that has Axolotl,
-`python -m pytest tests/integrations/test_axolotl.py` does.
+Needs Axolotl: `nox -f recipes/environments/noxfile.py -s "tool(axolotl)"`, or pytest in an environment that has it.
 """
 
 import json
@@ -14,6 +13,7 @@ import pytest
 import torch
 from paths import ROOT
 from safetensors.torch import load_file
+from tool_runs import FAMILIES, SHAPE
 
 import hf_phibalance as phb
 from hf_phibalance.files import STATE_NAME
@@ -28,17 +28,6 @@ SWITCHES = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARA
 os.environ.update(SWITCHES)  # before Axolotl is imported, whose telemetry is on by default
 TOOL = "axolotl"
 PLUGIN = "hf_phibalance.integrations.axolotl.PhiBalancePlugin"
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-}
-FAMILIES = {"mixtral": {"num_local_experts": 8}, "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16}}
 OPTIONS = {
     "dataset_num_proc": 1,
     "sequence_len": 256,
@@ -69,20 +58,22 @@ LORA = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with made problems and a tiny model of each family."""
+    """Makes a folder with made problems and a tiny model of each family."""
     folder = tmp_path_factory.mktemp("made")
     rows = make_splits(train=120)["train"]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = train_tokenizer(f"{row['question']}\n{row['answer']}" for row in rows)
     for model_type, fields in FAMILIES.items():
         torch.manual_seed(0)
-        build_model(model_type, SHAPE | fields, tokenizer).save_pretrained(folder / model_type)
+        build_model(model_type, SHAPE | fields | {"initializer_range": 0.2}, tokenizer).save_pretrained(
+            folder / model_type
+        )
         tokenizer.save_pretrained(folder / model_type)
     return folder
 
 
 def write_config(made, name, model_type="mixtral", **options):
-    """A config whose run writes into the folder that is returned with it."""
+    """Returns the path of a config, and the folder that its run writes to."""
     rows = {"field_instruction": "question", "field_output": "answer", "format": "{instruction}\n"}
     files = {"path": str(made / "train.jsonl"), "ds_type": "json"}
     if "streaming" in options:
@@ -101,7 +92,7 @@ def write_config(made, name, model_type="mixtral", **options):
 
 
 def axolotl(*arguments):
-    """The command `axolotl`, with this package and the measuring plugin to be found."""
+    """Runs the command `axolotl` with this package and the measuring plugin on its path."""
     found = [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", "axolotl.cli.main", *map(str, arguments)],
@@ -133,12 +124,7 @@ CASES = {  # family, options, and how the table in guides/TOOLS.md names them
     "full-padded": ("mixtral", PADDED, "full", "padded"),
     "full-streamed": ("mixtral", STREAMED, "full", "packed, streaming, `token_mask: labels`"),
     "lora-packed": ("qwen3_moe", LORA, ADAPTED, "packed"),
-    "lora-padded": (
-        "qwen3_moe",
-        LORA | PADDED | {"gradient_checkpointing": True},
-        ADAPTED,
-        "padded, checkpointing",
-    ),
+    "lora-padded": ("qwen3_moe", LORA | PADDED | {"gradient_checkpointing": True}, ADAPTED, "padded, checkpointing"),
 }
 
 
@@ -157,7 +143,7 @@ def test_optimizer_receives_the_declared_coefficient(made, case, table_row):
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
 def test_resumed_run_ends_as_the_uninterrupted_one(made, options, table_row):
-    """The order of packed rows is the files', since Axolotl draws another one after resuming, also without the plugin."""
+    """With the rows in the order of the file: Axolotl draws another order after resuming, also without the plugin."""
     options = options | {"curriculum_sampling": True, "phi_balance": {"coef": 0.02, "bias_coef": 0.01}}
     weights = "adapter_model.safetensors" if "adapter" in options else "model.safetensors"
     name = f"whole-{weights}"
@@ -174,7 +160,7 @@ def test_resumed_run_ends_as_the_uninterrupted_one(made, options, table_row):
 
 
 def check_merged(made, config, adapted):
-    """The merged model carries the selection bias, computes what base and adapter do, and its routers have learnt."""
+    """The merged model has the selection bias, the logits of base and adapter, and routers that have learnt."""
     from peft import PeftModel
 
     axolotl("merge-lora", config, "--merge-method", "legacy")
@@ -244,7 +230,7 @@ def test_all_fields_pass_through(made):
 
 
 def test_packs_whose_mask_is_dropped_by_family_are_refused():
-    """Axolotl deletes the mask of a Gemma 4 just before the model would see it."""
+    """Axolotl deletes the mask of a Gemma 4 just before its forward."""
     from axolotl.utils.dict import DictDefault
     from tiny import tiny_model
 

@@ -1,8 +1,7 @@
 """
-LLaMA-Factory itself, from the command line, on tiny models and made problems.
+LLaMA-Factory from the command line, on tiny models and made problems.
 
-Runs where LLaMA-Factory is installed: `nox -f recipes/environments/noxfile.py -s "tool(llamafactory)"`, or there
-`python -m pytest tests/integrations/test_llamafactory.py`.
+Needs LLaMA-Factory: `nox -f recipes/environments/noxfile.py -s "tool(llamafactory)"`, or pytest in an environment that has it.
 """
 
 import json
@@ -55,7 +54,7 @@ def inputs(tmp_path_factory):
 
 
 def train(inputs, out, family, balance=None, record=False, overrides=(), environment=None, **changes):
-    """Trains by our command, or without `balance` by LLaMA-Factory's; returns the folder of the run."""
+    """Trains by our command, or without `balance` by LLaMA-Factory's. Returns the folder of the run."""
     folder = inputs / out
     folder.mkdir()
     options = OPTIONS | {"model_name_or_path": str(inputs / family), "dataset_dir": str(inputs)} | changes
@@ -68,6 +67,7 @@ def train(inputs, out, family, balance=None, record=False, overrides=(), environ
 
 
 LORA = {"finetuning_type": "lora", "lora_rank": 4}
+TWO_RANKS = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
 WHOLE = {**LORA, "lora_target": "q_proj,v_proj", "additional_target": "gate,experts"}
 CASES = {  # family, options, environment, and how the table in guides/TOOLS.md names them
     "full": ("mixtral", {}, {}, "full", "padded, checkpointing"),
@@ -75,13 +75,7 @@ CASES = {  # family, options, environment, and how the table in guides/TOOLS.md 
     "lora": ("mixtral", {**LORA, "lora_target": "all"}, {}, "LoRA on linear layers", "padded, checkpointing"),
     "lora-router": ("qwen3_moe", WHOLE, {}, "LoRA, routers and experts whole", "padded, checkpointing"),
     "packed": ("mixtral", {"packing": True, "neat_packing": True}, {}, "full", "packed, checkpointing"),
-    "two-ranks": (
-        "qwen3_moe",
-        {},
-        {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
-        "full",
-        "padded, checkpointing, 2 ranks",
-    ),
+    "two-ranks": ("qwen3_moe", {}, TWO_RANKS, "full", "padded, checkpointing, 2 ranks"),
 }
 LEARNS = {"lora": "2 routers (2 frozen), experts (2 frozen)"}  # what the log says where not all of them learn in full
 
@@ -117,7 +111,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner, table_row):
 
 
 def test_a_trained_adapter_is_merged(inputs):
-    """With routers and experts trained whole: what is merged computes what base and adapter do."""
+    """With routers and experts trained whole, the merged model has the logits of base and adapter."""
     adapter = train(inputs, "adapter", "qwen3_moe", {"coef": COEF}, **WHOLE, learning_rate=0.01) / "out"
     options = {"model_name_or_path": str(inputs / "qwen3_moe"), "adapter_name_or_path": str(adapter)}
     options |= {"template": "default", "export_dir": "whole", "finetuning_type": "lora", "infer_dtype": "float32"}
@@ -128,22 +122,20 @@ def test_a_trained_adapter_is_merged(inputs):
 
 
 def test_overrides_reach_the_configuration(inputs):
-    """`phi_balance.coef=0` on the command line: counted, and nothing charged."""
+    """`phi_balance.coef=0` on the command line: tokens are counted, and no gradient is added."""
     out = train(inputs, "overridden", "mixtral", {"coef": COEF}, overrides=["phi_balance.coef=0"]) / "out"
     rows = [row for row in log_of(out) if "loss" in row]
     assert len(rows) == 2 and all("moe/max_vio" in row and "moe/balance_loss" not in row for row in rows)
 
 
+BALANCED = {"phi_balance": {"coef": 0.01}}
 REFUSED = {
-    "both losses": (
-        {"coef": 0.01},
-        {"moe_aux_loss_coef": 0.01},
-        "moe_aux_loss_coef: 0.01 adds a second auxiliary loss",
-    ),
-    "padded packs": ({"coef": 0.01}, {"packing": True}, "packing: true without neat_packing"),
-    "another loop": ({"coef": 0.01}, {"stage": "ppo"}, "stage: ppo has a training loop of its own"),
-    "other processes": ({"coef": 0.01}, {"use_ray": True}, "use_ray: true does not train"),
-    "wrong field": ({"coeff": 0.01}, {}, "unknown PhiBalanceConfig field"),
+    "both losses": (BALANCED | {"moe_aux_loss_coef": 0.01}, "moe_aux_loss_coef: 0.01 adds a second auxiliary loss"),
+    "padded packs": (BALANCED | {"packing": True}, "packing: true without neat_packing"),
+    "another loop": (BALANCED | {"stage": "ppo"}, "stage: ppo has a training loop of its own"),
+    "other processes": (BALANCED | {"use_ray": True}, "use_ray: true does not train"),
+    "wrong field": ({"phi_balance": {"coeff": 0.01}}, "unknown PhiBalanceConfig field"),
+    "no field": ({}, "`phi_balance` is missing"),
 }
 
 
@@ -151,19 +143,10 @@ REFUSED = {
 def test_refusals(case, tmp_path, monkeypatch):
     from hf_phibalance.integrations import llamafactory
 
-    balance, changes, message = REFUSED[case]
-    (tmp_path / "config.yaml").write_text(json.dumps(OPTIONS | changes | {"phi_balance": balance}))
+    options, message = REFUSED[case]
+    (tmp_path / "config.yaml").write_text(json.dumps(OPTIONS | options))
     monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "config.yaml")])
     with pytest.raises(ValueError, match=message):
-        llamafactory.run(lambda options: pytest.fail("LLaMA-Factory was started"))
-
-
-def test_a_config_without_phi_balance_is_refused(tmp_path, monkeypatch):
-    from hf_phibalance.integrations import llamafactory
-
-    (tmp_path / "config.yaml").write_text(json.dumps(OPTIONS))
-    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "config.yaml")])
-    with pytest.raises(ValueError, match="`phi_balance` is missing"):
         llamafactory.run(lambda options: pytest.fail("LLaMA-Factory was started"))
 
 

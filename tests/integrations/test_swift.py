@@ -1,8 +1,7 @@
 """
-ms-swift itself, from its own command line, on tiny models and made problems.
+ms-swift from its own command line, on tiny models and made problems.
 
-Runs where ms-swift is installed: `nox -f recipes/environments/noxfile.py -s "tool(ms-swift)"`, or there
-`python -m pytest tests/integrations/test_swift.py`.
+Needs ms-swift: `nox -f recipes/environments/noxfile.py -s "tool(ms-swift)"`, or pytest in an environment that has it.
 """
 
 import json
@@ -30,7 +29,7 @@ class Vowels(ORM):
 
 orms["vowels"] = Vowels
 """
-# ms-swift packs for flash attention only, which has no build for the CPU: the check is off, sdpa takes its place
+# ms-swift packs only for flash attention, which does not run on a CPU. Without its check, sdpa is used.
 PACKING = """
 from swift.arguments import SftArguments
 
@@ -78,7 +77,7 @@ def inputs(tmp_path_factory):
 
 
 def train(inputs, out, family, *more, method=("sft",), data="sft", record=False, changes=(), **environment):
-    """Trains by the command of ms-swift; returns the folder of the run, `out` in it being the one of the command."""
+    """Trains by the command of ms-swift. Returns the folder of the run; the command writes to `out` in it."""
     folder = inputs / out
     folder.mkdir()
     for path in [*inputs.glob("*.py"), inputs / f"{data}.jsonl"]:
@@ -93,27 +92,16 @@ def train(inputs, out, family, *more, method=("sft",), data="sft", record=False,
 LORA = ["--tuner_type", "lora", "--lora_dropout", "0"]
 PARAMETERS = ["--target_parameters", "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 FULL = ["--tuner_type", "full"]
+ON_Q = [*LORA, "--target_modules", "q_proj"]
 CASES = {  # family, options, environment, and how the table in guides/TOOLS.md names them
     "full": ("mixtral", FULL, {}, "full", "padded"),
     "checkpointing": ("qwen3_moe", [*FULL, "--gradient_checkpointing", "true"], {}, "full", "padded, checkpointing"),
     "lora": ("mixtral", [*LORA, "--target_modules", "all-linear"], {}, "LoRA on linear layers", "padded"),
-    "lora-router": (
-        "qwen3_moe",
-        [*LORA, "--target_modules", "q_proj", "--modules_to_save", "gate"],
-        {},
-        "LoRA, routers whole",
-        "padded",
-    ),
-    "lora-parameters": (
-        "qwen3_moe",
-        [*LORA, "--target_modules", "q_proj", *PARAMETERS],
-        {},
-        "LoRA on experts and routers",
-        "padded",
-    ),
+    "lora-router": ("qwen3_moe", [*ON_Q, "--modules_to_save", "gate"], {}, "LoRA, routers whole", "padded"),
+    "lora-parameters": ("qwen3_moe", [*ON_Q, *PARAMETERS], {}, "LoRA on experts and routers", "padded"),
     "two-ranks": ("mixtral", FULL, {"NPROC_PER_NODE": "2"}, "full", "padded, 2 ranks"),
 }
-LEARNS = {  # what the log says of routers and experts, where not all of them learn in full
+LEARNS = {  # the log says this, unless all routers and experts learn in full
     "lora": "2 routers (2 frozen), experts (2 frozen)",
     "lora-router": "2 routers (2 full), experts (2 frozen)",
     "lora-parameters": "2 routers (2 lora), experts (2 lora)",
@@ -149,7 +137,7 @@ def test_packs_receive_the_coefficient(inputs, data, table_row):
 
 
 def test_grpo_receives_the_coefficient(inputs, table_row):
-    """Micro-batches are generated one after the other, so each is charged its own mean."""
+    """Micro-batches are generated one after the other, so each gets its own mean."""
     pytest.importorskip("msgspec", reason="GRPO of ms-swift imports it without asking for it")
     more = ["--rlhf_type", "grpo", "--reward_funcs", "vowels", "--tuner_type", "full"]
     more += ["--num_generations", "2", "--max_completion_length", "12", "--external_plugins", "reward.py"]
@@ -181,7 +169,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(inputs, tuner, table_row):
 
 
 def test_a_trained_adapter_is_merged(inputs):
-    """On fused experts and routers: what is merged computes what base and adapter do, the routers' choice included."""
+    """With LoRA on fused experts and routers, the merged model has the logits of base and adapter."""
     changes = {"learning_rate": "0.01", "target_modules": "q_proj"}
     folder = train(inputs, "merged", "qwen3_moe", *LORA, *PARAMETERS, *BALANCED, changes=changes)
     adapter = folder / "out" / "checkpoint-2"
@@ -196,7 +184,7 @@ def test_a_second_auxiliary_loss_is_refused(inputs):
 
 
 def test_ranks_that_would_train_apart_are_refused(inputs):
-    """On the CPU, with the process group that ms-swift makes, transformers needs to be told."""
+    """On a CPU transformers does not see the process group that ms-swift makes, unless `--use_cpu true`."""
     with pytest.raises(RuntimeError, match="2 processes would train without exchanging gradients"):
         train(inputs, "apart", "mixtral", *BALANCED, changes={"use_cpu": "false"}, NPROC_PER_NODE="2")
 

@@ -1,9 +1,8 @@
 """
-vLLM itself, serving tiny models with a large hand-made selection bias, beside transformers with our patch.
+vLLM serves tiny models with a large selection bias as transformers computes them with our patch.
 
-Runs where vLLM is installed: `nox -f recipes/environments/noxfile.py -s "tool(vllm)"`, or there
-`python -m pytest tests/integrations/test_vllm.py`. On a GPU vLLM would not compute in float32 with the same kernels; these are for
-its CPU build.
+Needs the CPU build of vLLM, which computes in float32: `nox -f recipes/environments/noxfile.py -s "tool(vllm)"`, or pytest in an
+environment that has it. Without vLLM: `test_vllm_choice`.
 """
 
 import json
@@ -45,7 +44,7 @@ FAMILIES = {
     "mixtral": {"num_local_experts": 8},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "norm_topk_prob": False},
 }
-# Mixtral lies in one file, of which vLLM takes all in the folder for weights; the other has an index
+# Mixtral is one file: then vLLM takes every weight file in the folder. The other family has an index.
 SHARDS = {"mixtral": "1GB", "qwen3_moe": "100KB"}
 
 
@@ -62,7 +61,7 @@ def answers_of(model, rows):
 
 
 def choices_of(model, rows):
-    """The experts of the first layer, whose tokens no bias has changed."""
+    """Returns the experts of the first layer, whose input does not depend on a bias."""
     chosen = []
     router = phb.get_balancer(model).sites[0].router
     handle = router.register_forward_hook(lambda module, args, output: chosen.append(output[-1].sort(-1).values))
@@ -74,7 +73,7 @@ def choices_of(model, rows):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """By family: the folder, what transformers answers with the bias, and what without."""
+    """By family: the folder, and the answers of transformers with the bias and without."""
     made = {}
     tokenizer = train_tokenizer(["the selection bias of a router"], vocab_size=320)
     draw = random.Random(0)
@@ -97,23 +96,17 @@ def served(tmp_path_factory):
 
 
 def serve(*folders, **environment):
-    """Lets vLLM answer; returns what it printed."""
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"} | environment
+    """Makes vLLM answer. Returns its output."""
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"} | environment
     command = [sys.executable, str(HELPERS / "served.py"), *map(str, folders)]
-    done = subprocess.run(
-        command,
-        cwd=folders[0],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=folders[0], env=environment, text=True, **output)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
 
 def difference(found, expected):
-    """The largest between two log-probabilities of the rows' own tokens."""
+    """Returns the largest difference of log-probabilities of the rows' own tokens."""
     pairs = [
         zip(a["logprobs"][:-GREEDY], b["logprobs"][:-GREEDY], strict=True)
         for a, b in zip(found, expected, strict=True)
@@ -137,7 +130,7 @@ def test_served_with_its_bias(served):
 
 
 def test_without_the_plugin_it_is_the_ordinary_model(served):
-    """Whether the weights are a single file or have an index: the state is not taken for a part of them."""
+    """vLLM does not take the state for a part of the weights, be they one file or several."""
     said = serve(*(folder for folder, _, _ in served.values()), VLLM_PLUGINS="")
     assert "selection bias" not in said
     for folder, expected, plain in served.values():
@@ -146,20 +139,14 @@ def test_without_the_plugin_it_is_the_ordinary_model(served):
         assert difference(found, expected) > 100 * ALLOWED
 
 
-# ---------------------------------------------------------------------- what it leaves alone, and what it refuses
+# ---------------------------------------------------------------------- left alone, and refused
 
 
 def config_of(folder, family, **changes):
-    """As much of vLLM's `ModelConfig` as the plugin looks at."""
+    """The fields of vLLM's `ModelConfig` that the plugin reads."""
     model = SimpleNamespace(model_type=family, phi_balance=None)
-    fields = {
-        "model": str(folder),
-        "revision": None,
-        "runner_type": "generate",
-        "hf_config": model,
-        "hf_text_config": model,
-    }
-    return SimpleNamespace(**fields | {"get_num_experts": lambda: 8} | changes)
+    fields = {"model": str(folder), "revision": None, "runner_type": "generate", "get_num_experts": lambda: 8}
+    return SimpleNamespace(**fields | {"hf_config": model, "hf_text_config": model} | changes)
 
 
 def test_checkpoints_without_a_bias_are_left_alone(served, tmp_path, caplog, monkeypatch):
@@ -205,7 +192,7 @@ def test_other_families_are_refused_by_name_and_those_with_a_bias_of_their_own_l
 
 @pytest.fixture
 def layers(served):
-    """A state, and MoE layers of vLLM to which it is handed out, with nothing in them but what the plugin looks at."""
+    """A state, and stand-ins for MoE layers of vLLM with the attributes that the plugin reads."""
     from vllm.model_executor.layers.fused_moe import MoERunner
 
     class Runner(MoERunner):

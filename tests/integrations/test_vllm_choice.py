@@ -1,4 +1,4 @@
-"""What the plugin for vLLM does, as far as that needs no vLLM; with vLLM: test_vllm.py."""
+"""The plugin for vLLM without vLLM: its choice of experts, its entry point, its refusals. With vLLM: `test_vllm`."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from hf_phibalance.integrations import vllm
 
 
 def routed(model, batch):
-    """By layer: the logits of the router, recomputed from its weight, and the dense weights `(T, E)` that its experts are handed."""
+    """By layer: the logits of the router, recomputed from its weight, and the dense weights `(T, E)` that its experts get."""
     seen = {}
 
     def note(site):

@@ -1,16 +1,17 @@
-"""`lora_config` over all families: PEFT accepts it, and exactly what it promises learns."""
+"""`lora_config` over all families: PEFT accepts the configuration, and exactly the promised parameters learn."""
 
 import re
 
 import pytest
 import torch
 import transformers
-from adapters import POLICIES, WRAPPER, assert_all_learn, balanced
+from adapters import POLICIES, WRAPPER, assert_all_learn, balanced, fill
 from charging import COEF
 from checks import assert_same, assert_same_duals
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from remote import remote_model
 from tiny import MODEL_TYPES, tiny_config, tiny_model
+from tiny_vlm import image_batch, tiny_image_model
 from trained import logits_of
 from training import make_trainer, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -20,12 +21,12 @@ from hf_phibalance.routers import find_routers
 
 
 BALANCED = [model_type for model_type in MODEL_TYPES if model_type != "doge"]
-# what no adapter can reach, with the module that reads the weights of another
+# No adapter can reach these; with the module that reads the weights of another
 OUT_OF_REACH = {("dbrx", "experts"): "DbrxExperts", ("longcat_flash", "router"): "LongcatFlashTopkRouter"}
 
 
 def learning(model):
-    """Names of the weights, as in the plain model, that learn; those of an adapter as `lora ...`."""
+    """Names of the weights that learn, as in the plain model; those of an adapter as `lora ...`."""
     names = {WRAPPER.sub("", name) for name, p in model.named_parameters() if p.requires_grad}
     return {f"lora {name.partition('.lora_')[0]}" if ".lora_" in name else name for name in names}
 
@@ -48,61 +49,51 @@ def router_matrices(model):
 def test_lora_on_everything(model_type):
     plain = tiny_model(model_type)
     routers, experts = router_matrices(plain), matrices(plain, r"experts\.(gate_up|gate|up|down)_proj$")
-    attention = matrices(
-        plain, r"attn\.(\d\.)?([qkvo]_proj(\.linear)?|q_[ab]_proj|Wqkv)\.weight$|self_attention\.kv_proj\.weight$"
-    )
+    attention = r"attn\.(\d\.)?([qkvo]_proj(\.linear)?|q_[ab]_proj|Wqkv)\.weight$|self_attention\.kv_proj\.weight$"
+    attention = matrices(plain, attention)
     shared = matrices(plain, r"(shared_experts?|shared_mlp)\.(gate_proj|up_proj|down_proj)\.weight$")
-    outside = {"targets": None}
+    policy, targets = "lora", None
     if (model_type, "experts") in OUT_OF_REACH:
-        outside, experts = {"targets": "attention"}, []
-    policy = "lora"
+        targets, experts = "attention", []
     if (model_type, "router") in OUT_OF_REACH:
         policy, routers = "frozen", []
-    model = balanced(plain, router=policy, **outside)
+    model = balanced(plain, router=policy, targets=targets)
     names = learning(model)
     assert attention or model_type == "nemotron_h"
     for name in [*routers, *experts, *attention, *shared]:
         assert adapts(names, name), name
-    assert not [
-        name
-        for name in names
-        if re.search(r"layernorm|\bnorm\.|embed|lm_head|vision|\bindexer|shared_expert_gate", name)
-    ]
+    left_alone = re.compile(r"layernorm|\bnorm\.|embed|lm_head|vision|\bindexer|shared_expert_gate")
+    assert not [name for name in names if left_alone.search(name)]
     assert all(name.startswith("lora ") for name in names)
     assert_all_learn(model)
 
 
 @pytest.mark.parametrize("model_type", BALANCED)
 def test_full_routers_beside_the_experts_or_attention(model_type):
-    """One of the two, in turn, so that every family has one and every kind has many."""
+    """One of the two for each family, chosen by its name."""
     targets = "attention" if (model_type, "experts") in OUT_OF_REACH or len(model_type) % 2 else "experts"
     plain = tiny_model(model_type)
-    routers = {name for site in find_routers(plain) for name in matrices(plain, rf"^{re.escape(site.name)}\.")}
+    routers = set(router_matrices(plain))
     attention = matrices(plain, r"self_attn\.([qkvo]_proj|q_[ab]_proj)\.weight$")
     experts = matrices(plain, r"experts\.(gate_up|gate|up|down)_proj$")
     model = balanced(plain, router="full", targets=targets)
     names = learning(model)
     assert routers <= names
-    for name in attention:
-        assert adapts(names, name) == (targets == "attention"), name
-    for name in experts:
-        assert adapts(names, name) == (targets == "experts"), name
+    assert all(adapts(names, name) == (targets == "attention") for name in attention)
+    assert all(adapts(names, name) == (targets == "experts") for name in experts)
     assert_all_learn(model)
 
 
-@pytest.mark.parametrize("policy", ["lora", "full", "router-only"])
+@pytest.mark.parametrize("policy", ["lora", "full"])
 def test_gate_of_remote_code(policy):
     """`MoEGate` with a list of linear experts in the layer itself, and no attention."""
     model = remote_model("moonlight")
     with pytest.raises(ValueError, match="RemoteForCausalLM has no attention that an adapter could train"):
         phb.lora_config(model, router="lora")
-    targets = None if policy == "router-only" else "experts"
-    model = balanced(model, router=policy, targets=targets, task_type=None)  # it cannot generate
-    names = learning(model)
-    experts = {f"lora model.layers.{i}.experts.{j}" for i in range(2) for j in range(8)}
-    routers = {f"{'' if policy == 'full' else 'lora '}model.layers.{i}.gate" for i in range(2)}
-    routers = {f"{name}.weight" for name in routers} if policy == "full" else routers
-    assert names == routers | (set() if policy == "router-only" else experts)
+    model = balanced(model, router=policy, targets="experts", task_type=None)  # it cannot generate
+    gates = {f"model.layers.{i}.gate" for i in range(2)}
+    routers = {f"{gate}.weight" for gate in gates} if policy == "full" else {f"lora {gate}" for gate in gates}
+    assert learning(model) == routers | {f"lora model.layers.{i}.experts.{j}" for i in range(2) for j in range(8)}
     assert_all_learn(model)
 
 
@@ -130,18 +121,16 @@ def test_defaults_are_those_of_the_paper():
         ({"router": "Lora"}, r"`router` must be one of frozen, lora, full, router-only, got 'Lora'"),
         ({"targets": "mlp"}, r"`targets` must be one of all, experts, attention, got 'mlp'"),
         ({"target_modules": ["q_proj"]}, r"target_modules: lora_config finds the names itself"),
+        ({"vision": True}, r"no vision tower"),
+        *(
+            ({"init_lora_weights": start}, rf"init_lora_weights='{start}' is not possible for parameters.*'attention'")
+            for start in ("pissa", "pissa_niter_4", "olora", "orthogonal", "eva", "loftq", "corda")
+        ),
     ],
 )
 def test_what_would_do_nothing_or_fail_later_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         phb.lora_config(tiny_model("mixtral"), **options)
-
-
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "orthogonal", "eva", "loftq", "corda"])
-def test_an_initialisation_from_a_linear_layer_is_refused_for_parameters(start):
-    """PEFT fails on these experts with an AttributeError, or leaves them as they are."""
-    with pytest.raises(ValueError, match=rf"init_lora_weights='{start}' is not possible for parameters.*'attention'"):
-        phb.lora_config(tiny_model("mixtral"), init_lora_weights=start)
 
 
 def test_other_initialisations_are_possible():
@@ -203,15 +192,6 @@ def test_an_adapter_on_frozen_routers_is_refused(how, by_hand, attached, tmp_pat
     assert_same(weights(model), before)
 
 
-def test_an_adapter_beside_frozen_routers_trains(tmp_path):
-    model = phb.patch(tiny_model("mixtral").train(), {"method": "frozen"})
-    model = get_peft_model(model, phb.lora_config(model, targets="attention"))
-    trainer = make_trainer(model, tmp_path, max_steps=1)
-    phb.attach(trainer)
-    trainer.train()
-    assert phb.get_balancer(model).steps == 1
-
-
 def test_a_model_with_an_adapter_is_refused():
     with pytest.raises(ValueError, match=r"MixtralForCausalLM already carries an adapter \(at 'model.layers.0"):
         phb.lora_config(balanced(tiny_model("mixtral"), targets="experts"))
@@ -258,3 +238,51 @@ def test_packed_matrices_are_refused_with_a_remedy_that_works(tmp_path):
         skipped = re.findall(r"'(\w+)'", str(error.value).partition("llm_int8_skip_modules=")[2].partition("]")[0])
         model = quantised(model_type, tmp_path / model_type, llm_int8_skip_modules=skipped)
         assert_all_learn(balanced(prepare_model_for_kbit_training(model), **options))
+
+
+# ---------------------------------------------------------------------- models for images
+
+
+TOWERS = ("vision_tower", "visual", "vision_model")
+
+
+@pytest.mark.parametrize("vision", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "ernie4_5_vl_moe", "dots3_note"])
+def test_what_learns_of_a_model_for_images(model_type, vision):
+    model = tiny_image_model(model_type)
+    routers = {name for name, _ in model.named_modules() if name.endswith((".gate", "_moe.gate"))}
+    in_tower = {name for name in routers if any(tower in name for tower in TOWERS)}
+    config = phb.lora_config(model, router="lora", vision=vision, r=2)
+    model = get_peft_model(model, config)
+    fill(model, "lora_B", 0.1)
+    phb.patch(model.train(), {"coef": 0.5})
+    batches = [
+        image_batch(model.get_base_model(), ((24, 16),), seed=0),
+        image_batch(model.get_base_model(), (None,), seed=1),
+    ]
+    report = phb.doctor(model, batches)
+    assert report.coefficient.ratio == pytest.approx(1, abs=1e-3), report
+    phb.get_balancer(model).begin_step(batches)
+    for batch in batches:
+        model(**batch).loss.backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert all("lora_" in name for name in learning)
+    assert any(tower in name for name in learning for tower in TOWERS) is vision
+    for router in routers - (set() if vision else in_tower):
+        assert any(router in name for name in learning), router
+    assert any("experts" in name for name in learning) and any("self_attn" in name for name in learning)
+
+
+def test_a_frozen_tower_is_counted_and_nothing_else():
+    """Its routers get no gradient, but their loads are reported. The language model is balanced."""
+    model = tiny_image_model("dots3_note").train()
+    model.model.vision_tower.requires_grad_(False)
+    balancer = phb.get_balancer(phb.patch(model, {"coef": 0.5}))
+    for seed in range(2):
+        batch = image_batch(model, seed=seed)
+        balancer.begin_step([batch])
+        model(**batch).loss.backward()
+        balancer.step()
+    gate = model.model.vision_tower.blocks[1].mlp.gate
+    assert gate.weight.grad is None and balancer.metrics()["vision/tokens"] == len(batch["pixel_values"])
+    assert torch.isfinite(model.model.language_model.layers[1].mlp.gate.weight.grad).all()

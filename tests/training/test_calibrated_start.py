@@ -1,4 +1,4 @@
-"""`attach(trainer, calibrate=N)`: means from the first batches, and a training that nothing else has changed."""
+"""`attach(trainer, calibrate=N)` sets the means from the first batches, and changes nothing else."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import hf_phibalance as phb
 
 
 def run(folder, calibrate, cls=Trainer, coef=0.0, data=None, dropout=0.0, **arguments):
-    """A run whose gradient has no price unless `coef`, so that its weights tell whether anything else has changed."""
+    """Trains without a price gradient unless `coef`, so that the weights show whether anything else has changed."""
     model = patched(coef=coef, bias_coef=0.0, model_args={"attention_dropout": dropout})
     trainer = make_trainer(model, folder, cls=cls, data=rows() if data is None else data, **arguments)
     recorder = Recorder(model)
@@ -22,7 +22,7 @@ def run(folder, calibrate, cls=Trainer, coef=0.0, data=None, dropout=0.0, **argu
 
 @pytest.mark.parametrize("cls", TRAINERS)
 def test_batches_order_and_random_numbers_are_as_without_it(cls, tmp_path):
-    """Shuffled anew in each epoch, with dropout, ending an epoch in the middle of a step: same batches, same weights."""
+    """With shuffling, dropout, and an epoch that ends in the middle of a step: same batches, same weights."""
     cold = run(tmp_path / "cold", 0, cls, dropout=0.2, num_train_epochs=2)
     drawn = torch.rand(3)
     warm = run(tmp_path / "warm", 3, cls, dropout=0.2, num_train_epochs=2)
@@ -35,7 +35,7 @@ def test_batches_order_and_random_numbers_are_as_without_it(cls, tmp_path):
 
 
 def test_means_are_those_of_the_first_batches(tmp_path):
-    """What the first optimizer step mixes into, solved for: m_1 = (1 - η) m_0 + η s_1."""
+    """Solves m_1 = (1 - η) m_0 + η s_1 of the first optimizer step for m_0."""
     model, _, recorder = run(tmp_path, 4, max_steps=1)
     first = recorder.steps[0]
     reference = patched(coef=0.0)

@@ -1,20 +1,21 @@
-"""A checkpoint is complete or not taken. The kills themselves are in `test_crash`."""
+"""A run resumes only from complete checkpoints, whenever the run before was killed."""
 
-import importlib.machinery
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from invariance import in_ranks
+from paths import ROOT
 from test_resume import ARGUMENTS, STEPS, StopAt, assert_same_outcome, run
 from tiny import tiny_model
 from training import make_trainer, patched, rows
-from transformers import Trainer, hyperparameter_search
-from transformers.trainer_utils import BestRun, HPSearchBackend, get_last_checkpoint
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 import hf_phibalance as phb
 from hf_phibalance.files import STATE_NAME
@@ -24,7 +25,7 @@ MARK = "trainer_state.json"
 
 
 def make_checkpoints(folder, **marks):
-    """Folders of checkpoints by their steps, `step_4=...` with what is in the mark, or `None` for none."""
+    """Makes the folder of a checkpoint for each `step_4=mark`; without a mark for `None`."""
     for step, mark in marks.items():
         checkpoint = folder / step.replace("step_", "checkpoint-")
         checkpoint.mkdir(parents=True)
@@ -64,7 +65,7 @@ def test_no_complete_checkpoint(tmp_path, warned):
 
 
 def break_off(checkpoint):
-    """Leaves what a kill in the middle of writing `optimizer.pt` leaves."""
+    """Makes `checkpoint` look as if the run had been killed while it wrote `optimizer.pt`."""
     for name in ("scheduler.pt", "rng_state.pth", STATE_NAME, MARK):
         (checkpoint / name).unlink()
     optimizer = checkpoint / "optimizer.pt"
@@ -95,7 +96,7 @@ def test_without_any_checkpoint_the_trainer_says_so(tmp_path):
 
 
 class Watched(Trainer):
-    """Notes, when the files of a checkpoint begin to be written, whether it looks complete."""
+    """Notes whether a checkpoint looks complete when its files begin to be written."""
 
     def save_model(self, output_dir=None, _internal_call=False):
         self.looked_complete = (Path(output_dir) / MARK).is_file()
@@ -111,7 +112,7 @@ def test_mark_goes_before_anything_is_written_again(tmp_path):
         tiny_model("qwen3_moe").train(), tmp_path, Watched, data=rows(14), callbacks=[StopAt(2)], **ARGUMENTS
     )
     plain.train()
-    assert plain.looked_complete  # of a `Trainer` by itself: what is being overwritten can be taken
+    assert plain.looked_complete  # a `Trainer` by itself
 
 
 def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch):
@@ -130,16 +131,21 @@ def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch
     assert not any(file.endswith(".partial") for file in rest["checkpoint-4"])
 
 
-def test_checkpoint_beside_the_schedule_has_its_duals(tmp_path):
-    """As `enable_jit_checkpoint` writes one when the job is told to end: there is no `on_save`."""
+def test_checkpoint_beside_the_schedule_has_its_duals(tmp_path, monkeypatch):
+    """
+    `enable_jit_checkpoint` writes one when the job is told to end: there is no `on_save`. A trial of a hyperparameter search has a
+    folder of its own.
+    """
     trainer = run(tmp_path, callbacks=[StopAt(1)], save_strategy="no")
-    trainer._save_checkpoint(trainer.model, trial=None)
-    assert (tmp_path / "checkpoint-1" / STATE_NAME).is_file()
-    assert phb.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    monkeypatch.setattr(trainer, "_get_output_dir", lambda trial: str(tmp_path / (trial or "")))
+    for trial, folder in ((None, tmp_path), ("run-1", tmp_path / "run-1")):
+        trainer._save_checkpoint(trainer.model, trial=trial)
+        assert {path.name for path in (folder / "checkpoint-1").iterdir()} >= {STATE_NAME, MARK, "model.safetensors"}
+        assert phb.last_checkpoint(folder) == str(folder / "checkpoint-1")
 
 
 def test_run_that_was_over_stays_as_it_is(tmp_path):
-    """Killed after its last checkpoint and started again: nothing is trained, and nothing is written over."""
+    """A run that was killed after its last checkpoint starts again: it trains nothing and overwrites nothing."""
     straight = run(tmp_path, "bias")
     checkpoint = tmp_path / f"checkpoint-{STEPS}"
     before = {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
@@ -151,7 +157,7 @@ def test_run_that_was_over_stays_as_it_is(tmp_path):
 
 
 def checkpoint_taken(root):
-    """The checkpoint that a rank takes, whose disk has one that the other's has not."""
+    """Returns the checkpoint that a rank resumes from. The disk of rank 0 has one more."""
     rank = dist.get_rank()
     folder = Path(root) / str(rank)
     make_checkpoints(folder, step_2=whole(2), step_4=whole(4), step_6=None if rank else whole(6))
@@ -166,37 +172,23 @@ def test_ranks_take_the_same_checkpoint(tmp_path):
     assert in_ranks(checkpoint_taken, 2, str(tmp_path)) == [["0/checkpoint-4"], ["1/checkpoint-4"]]
 
 
-class Trial:
-    """A trial of optuna."""
-
-    def __init__(self, number):
-        self.number, self.params = number, {"learning_rate": 1e-3 / (1 + number)}
+# ---------------------------------------------------------------------- kills
 
 
-class Search(hyperparameter_search.OptunaBackend):
-    """Runs the trials as optuna does, which need not be installed."""
-
-    is_available = staticmethod(lambda: True)
-
-    def run(self, trainer, n_trials, direction):
-        for number in range(n_trials):
-            trainer.train(trial=Trial(number))
-        return BestRun("0", 0.0, {})
-
-
-@pytest.mark.parametrize("callbacks", [[], [phb.PhiBalanceCallback()]], ids=["flag", "callback"])
-def test_hyperparameter_search_leaves_whole_checkpoints_only(tmp_path, monkeypatch, callbacks):
-    optuna = ModuleType("optuna")
-    optuna.__spec__, optuna.trial = importlib.machinery.ModuleSpec("optuna", None), SimpleNamespace(BaseTrial=Trial)
-    monkeypatch.setitem(sys.modules, "optuna", optuna)
-    backends = hyperparameter_search.ALL_HYPERPARAMETER_SEARCH_BACKENDS
-    monkeypatch.setitem(backends, HPSearchBackend.OPTUNA, Search)
-    trainer = make_trainer(patched(), tmp_path, callbacks=callbacks, max_steps=2, save_strategy="steps", save_steps=1)
-    trainer.model_init = lambda: patched()
-    trainer.hyperparameter_search(lambda trial: trial.params, n_trials=2, backend="optuna")
-    folders = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir()}
-    whole = {f"run-{run}/checkpoint-{step}" for run in (0, 1) for step in (1, 2)}
-    assert folders == {"run-0", "run-1"} | whole
-    for name in whole:
-        files = {path.name for path in (tmp_path / name).iterdir()}
-        assert {"model.safetensors", MARK, STATE_NAME} <= files
+def test_killed_runs_end_as_the_untouched_one(tmp_path):
+    """One process and two, each killed once at five moments (one of them a full disk): bit-identical at the end."""
+    moments = ["backward", "update", "checkpoint", "state", "disk"]
+    out = tmp_path / "tallies.json"
+    script = [ROOT / "tests/helpers/crash.py", "--kills", "1", "--json", out, "--moments", *moments]
+    process = subprocess.run(
+        [sys.executable, *script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr[-2000:]
+    tallies = json.loads(out.read_text())
+    assert [(t["moment"], t["ranks"]) for t in tallies] == [(m, ranks) for ranks in (1, 2) for m in moments]
+    assert [(t["kills"], t["faults"]) for t in tallies] == [(1, [])] * 10
+    assert all(t["identical"] == t["runs"] >= 1 for t in tallies) and any(t["unfinished"] for t in tallies)

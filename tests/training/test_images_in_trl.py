@@ -33,46 +33,29 @@ def processor():
 
 
 def pictures_with_texts():
-    sizes = ((16, 16), (24, 16), (16, 32), (32, 24))
-    return Dataset.from_list(
-        [
-            {
-                "images": [draw(*size)],
-                "messages": [
-                    {"role": "user", "content": "What is it?"},
-                    {"role": "assistant", "content": text},
-                ],
-            }
-            for text, size in zip(TEXTS, sizes)
-        ]
-        * 2
-    )
+    def row(text, size):
+        said = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": text}]
+        return {"images": [draw(*size)], "messages": said}
+
+    return Dataset.from_list([row(*pair) for pair in zip(TEXTS, ((16, 16), (24, 16), (16, 32), (32, 24)))] * 2)
 
 
 def test_a_run_on_images(tmp_path):
     reader = processor()
-    vocabulary = len(reader.tokenizer)
-    model = tiny_image_model(MODEL_TYPE, vocab_size=vocabulary, max_position_embeddings=256)
-    model.config.image_token_index = reader.image_token_id
-    model.config.image_token_id = reader.image_token_id
+    model = tiny_image_model(MODEL_TYPE, vocab_size=len(reader.tokenizer), max_position_embeddings=256)
+    model.config.image_token_index = model.config.image_token_id = reader.image_token_id
     phb.patch(model.train(), {"coef": 0.5, "bias_coef": 0.01})
     recorder = Recorder(model)
+    options = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 3,
+        "max_steps": 3,
+        "learning_rate": 0.02,
+    }
+    options |= {"save_steps": 3, "logging_steps": 1, "max_length": None, "report_to": [], "disable_tqdm": True}
     trainer = SFTTrainer(
         model,
-        SFTConfig(
-            str(tmp_path),
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=3,
-            max_steps=3,
-            logging_steps=1,
-            save_steps=3,
-            learning_rate=0.02,
-            max_length=None,
-            bf16=False,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-        ),
+        SFTConfig(str(tmp_path), bf16=False, use_cpu=True, **options),
         train_dataset=pictures_with_texts(),
         processing_class=reader,
         callbacks=[recorder],

@@ -1,9 +1,8 @@
 """
-Recipes in two processes that `accelerate launch` started, against one process with the same global batches: the same
-losses, duals at every step, and weights; and training resumed from a checkpoint.
+Recipes in two processes of `accelerate launch` train as one process with the same global batches, from the start and resumed.
 
-Everything is fp32, so what differs is the order of sums: losses and duals agree to 1e-5, weights to 1e-4, while one
-step of training moves them a hundred times as far.
+Only the order of sums differs, in fp32: losses and duals agree to 1e-5, weights to 1e-4. One step of training moves them a
+hundred times as far.
 """
 
 import importlib
@@ -37,10 +36,7 @@ RECIPES = {
     "full": [
         "--config",
         "recipes/olmoe-1b-7b/gsm8k/phibalance.yaml",
-        "--use_peft",
-        "false",
-        "--router_policy",
-        "full",
+        *("--use_peft", "false", "--router_policy", "full"),
     ],
 }
 LOSS_BOUND = DUALS_BOUND = 1e-5
@@ -63,7 +59,7 @@ CASES = [
 
 
 def launch(kind, *runs):
-    """`runs` (lists of options) one after another in two processes."""
+    """Runs the recipe in two processes with each list of options, one after another."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if kind.startswith("zero"):
         environment |= {"DS_ACCELERATOR": "cpu"}
@@ -87,7 +83,7 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def options(recipe, tmp_path_factory):
-    """The options of a run, as the command line has them: those of `--tiny`, but with a miniature that is loaded."""
+    """The options of `--tiny`, but with a miniature model that is loaded from a folder."""
     import rehearsal
 
     start = tmp_path_factory.mktemp("start")
@@ -119,7 +115,7 @@ def one_process(recipe, options, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def launched(options, tmp_path_factory):
-    """What two processes left of `kind`: each recipe, and each resumed after its first step; made once."""
+    """Runs each recipe in two processes of `kind`, whole and resumed after its first step; once."""
     made = {}
 
     def make(kind):

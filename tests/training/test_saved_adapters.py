@@ -1,10 +1,11 @@
-"""Adapters on disk, merged and several: each comes back with its duals, and training resumes as if never interrupted."""
+"""Saved, merged and several adapters: each comes back with its duals, and training resumes as if never interrupted. How a bias
+goes with its adapter: `tests/ordinary/test_adapters_with_bias.py`."""
 
 import pytest
 import torch
 from adapters import POLICIES, fill
 from charging import COEF, assert_charged_as_defined
-from checks import assert_same, assert_same_duals
+from checks import assert_same_duals
 from peft import PeftModel, get_peft_model
 from tiny import tiny_batch, tiny_model
 from trained import logits_of
@@ -43,11 +44,6 @@ def test_adapter_comes_back_with_its_duals(model_type, policy, tmp_path):
             assert phb.get_balancer(loaded).config == phb.get_balancer(model).config
             assert_same_duals(loaded, model)
         assert torch.equal(logits_of(loaded), expected)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    loaded = phb.patch(PeftModel.from_pretrained(plain, tmp_path / "adapter"), phb.get_balancer(model).config)
-    phb.get_balancer(loaded).load(tmp_path / "adapter")
-    assert_same_duals(loaded, model)
-    assert torch.equal(logits_of(loaded), expected)
     ordinary = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", phi_balance=False)
     with pytest.raises(ValueError, match="is not φ-balanced"):
         phb.get_balancer(ordinary)
@@ -69,46 +65,6 @@ def test_adapter_of_a_model_that_was_never_patched(tmp_path):
         phb.get_balancer(plain)
     flagged = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", phi_balance=True)
     assert phb.get_balancer(flagged).steps == 0
-
-
-@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
-def test_a_bias_goes_with_its_adapter(model_type, tmp_path, warned):
-    """Off while the adapter is, back when it is unloaded, kept when it is merged, and saved and loaded by PEFT with it."""
-    tiny_model(model_type).save_pretrained(tmp_path / "base")
-    of_base = logits_of(tiny_model(model_type))
-    config = {"coef": 0.0, "bias_coef": 0.2}
-
-    def with_adapter():
-        return trained_adapter(tmp_path / "base", {"router": "lora"}, **config)
-
-    model = with_adapter()
-    expected, biases = logits_of(model), phb.get_balancer(model).biases()
-    assert all(bias.abs().max() > 0.05 for bias in biases.values())
-    with model.disable_adapter():
-        assert torch.equal(logits_of(model), of_base)
-        assert not any(bias.any() for bias in phb.get_balancer(model).biases().values())
-    assert torch.equal(logits_of(model), expected)
-    assert_same(phb.get_balancer(model).biases(), biases)
-
-    model.save_pretrained(tmp_path / "adapter")
-    base = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "base", phi_balance=config)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert_same_duals(loaded, model)
-    assert torch.equal(logits_of(loaded), expected)
-    with loaded.disable_adapter():
-        assert torch.equal(logits_of(loaded), of_base)
-    assert not warned.about("is lost on this base")
-    patched_beside = phb.get_balancer(loaded)  # only then does anyone look at what PEFT loads
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    assert warned.about("is lost on this base") and patched_beside.has_bias
-    assert torch.equal(logits_of(plain), logits_of(phb.unpatch(loaded)))
-
-    unloaded = with_adapter().unload()
-    assert torch.equal(logits_of(unloaded), of_base)
-    assert not any(bias.any() for bias in phb.get_balancer(unloaded).biases().values())
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
-    assert_same(phb.get_balancer(merged).biases(), biases)
 
 
 def test_one_balancer_for_several_adapters(tmp_path):

@@ -1,4 +1,4 @@
-"""`attach(trainer, verify=True)` and `doctor(trainer)` leave no trace, and the first ends what would go wrong."""
+"""`attach(trainer, verify=True)` and `doctor(trainer)` leave no trace. The first ends a training that would go wrong."""
 
 import gc
 import random
@@ -18,7 +18,7 @@ import hf_phibalance as phb
 
 
 class Seen(TrainerCallback):
-    """What happens to the user's callbacks and to the model, in order."""
+    """Notes the events of the user's callbacks and the inputs of the model, in order."""
 
     def __init__(self, model):
         self.events, self.fed = [], []
@@ -35,20 +35,12 @@ class Seen(TrainerCallback):
 
 
 def trained(folder, cls, verify=False, doctor=False, **arguments):
-    """Everything that a training leaves, with NEFTune's noise and dropout for whatever draws random numbers."""
+    """Trains with NEFTune's noise and dropout. Returns all that the training leaves."""
     torch.manual_seed(0)
     model = patched(model_args={"attention_dropout": 0.3}, bias_coef=0.05)
     seen = Seen(model)
-    trainer = make_trainer(
-        model,
-        folder,
-        cls,
-        callbacks=[seen],
-        optim="adamw_torch",
-        neftune_noise_alpha=5.0,
-        num_train_epochs=1,
-        **arguments,
-    )
+    arguments |= {"optim": "adamw_torch", "neftune_noise_alpha": 5.0, "num_train_epochs": 1}
+    trainer = make_trainer(model, folder, cls, callbacks=[seen], **arguments)
     callback = phb.attach(trainer, verify=verify)
     before = len(vars(trainer)), dict(vars(trainer.accelerator.gradient_state)), len(trainer.accelerator._dataloaders)
     if doctor:
@@ -93,45 +85,47 @@ def test_training_is_bit_identical(tmp_path, cls, reentrant):
     assert len({row["loss"] for row in logs if "loss" in row}) == 2
 
 
-def test_the_report_is_kept_and_said(tmp_path, warned):
-    """It is that of the second step, since the first has no prices."""
-    model = patched(bias_coef=0.05, coef=0.01)
-    trainer = make_trainer(model, tmp_path)
-    callback = phb.attach(trainer, verify=True)
+def verified(folder, cls=Trainer, model=None, attach=None, **arguments):
+    """Trains with `verify=True`. Returns the report."""
+    trainer = make_trainer(patched(coef=0.01) if model is None else model, folder, cls, **arguments)
+    callback = phb.attach(trainer, verify=True, **(attach or {}))
     trainer.train()
-    assert callback.report.coefficient.ratio == pytest.approx(1, abs=1e-4)
-    assert callback.report.measured == "optimizer step 2 of Trainer, 2 micro-batches"
+    return callback.report
+
+
+def check(report, name):
+    return next(check for check in report.checks if check.name == name)
+
+
+def test_the_report_is_kept_and_said(tmp_path, warned):
+    """The second step is measured, since the first has no prices."""
+    model = patched(bias_coef=0.05, coef=0.01)
+    report = verified(tmp_path, model=model)
+    assert report.coefficient.ratio == pytest.approx(1, abs=1e-4) and report.exit_status() == 0
+    assert report.measured == "optimizer step 2 of Trainer, 2 micro-batches"
     assert len(warned.about("! selection bias")) == 1 and phb.get_balancer(model).steps == 4
-    assert callback.report.exit_status() == 0 and phb.get_balancer(model).forwards.recorder is None
+    assert phb.get_balancer(model).forwards.recorder is None
 
 
 def test_one_step_without_prices_is_all_there_is(tmp_path, warned):
-    trainer = make_trainer(patched(coef=0.01), tmp_path, max_steps=1)
-    callback = phb.attach(trainer, verify=True)
-    trainer.train()
-    assert callback.report.coefficient is None and len(warned.about("all prices are 0")) == 1
+    assert verified(tmp_path, max_steps=1).coefficient is None and len(warned.about("all prices are 0")) == 1
 
 
-def test_calibrated_prices_and_those_of_the_batch_are_measured_at_once(tmp_path):
-    for config, options in (({"method": "switch"}, {}), ({"coef": 0.01}, {"calibrate": 1})):
-        model = phb.patch(tiny_model("mixtral").train(), config)
-        trainer = make_trainer(model, tmp_path)
-        callback = phb.attach(trainer, verify=True, **options)
-        trainer.train()
-        assert callback.report.measured.startswith("optimizer step 1")
-        assert callback.report.coefficient.ratio == pytest.approx(1, abs=1e-4)
+@pytest.mark.parametrize("config, attach", [({"method": "switch"}, {}), ({"coef": 0.01}, {"calibrate": 1})])
+def test_calibrated_prices_and_those_of_the_batch_are_measured_at_once(tmp_path, config, attach):
+    report = verified(tmp_path, model=phb.patch(tiny_model("mixtral").train(), config), attach=attach)
+    assert report.measured.startswith("optimizer step 1")
+    assert report.coefficient.ratio == pytest.approx(1, abs=1e-4)
 
 
 def test_accumulation_over_the_end_of_an_epoch(tmp_path):
-    """Seven batches of a stream whose length nobody knows, four a step: the last step of an epoch goes on in the next one."""
+    """A stream of unknown length with seven batches, four a step: the last step of an epoch goes on in the next one."""
     data = IterableDataset.from_generator(lambda: iter(rows(14).to_list()))
-    trainer = make_trainer(patched(coef=0.01), tmp_path, data=data, max_steps=4, num_train_epochs=1)
-    callback = phb.attach(trainer, verify=True)
-    trainer.train()
-    assert "optimizer step 2 of Trainer, 7 micro-batches" in callback.report.measured, callback.report
-    found = check(callback.report, "coefficient")
+    report = verified(tmp_path, data=data, max_steps=4, num_train_epochs=1)
+    assert "optimizer step 2 of Trainer, 7 micro-batches" in report.measured, report
+    found = check(report, "coefficient")
     assert found.status == "warning" and "goes on over the end of a pass" in found.finding
-    assert callback.report.coefficient.ratio == pytest.approx(1, abs=1e-2)
+    assert report.coefficient.ratio == pytest.approx(1, abs=1e-2)
 
 
 class Halves(Trainer):
@@ -153,28 +147,16 @@ class Trims(Trainer):
         return super().compute_loss(model, {k: v[:, :-2] for k, v in inputs.items()}, **kwargs)
 
 
-class AsksTwice(Trainer):
-    def compute_loss(self, model, inputs, **kwargs):
-        first = super().compute_loss(model, inputs, **kwargs)
-        return first + super().compute_loss(model, inputs, **kwargs)
-
-
 class Elsewhere(Trainer):
     def compute_loss(self, model, inputs, **kwargs):
         return model.lm_head(torch.ones(1, 32)).sum()
 
 
-def check(report, name):
-    return next(check for check in report.checks if check.name == name)
-
-
 def test_problems_end_training_before_the_optimizer_steps(tmp_path):
-    before = []
-    for cls in (Trainer, Halves):
+    left = []
+    for cls, max_steps in ((Trainer, 1), (Halves, 9)):
         model = patched(coef=0.01)
-        trainer = make_trainer(
-            model, tmp_path, cls, gradient_accumulation_steps=1, max_steps=1 if cls is Trainer else 9
-        )
+        trainer = make_trainer(model, tmp_path, cls, gradient_accumulation_steps=1, max_steps=max_steps)
         if cls is Halves:
             trainer.args.learning_rate *= 2  # of half a gradient
             phb.attach(trainer, verify=True)
@@ -184,8 +166,8 @@ def test_problems_end_training_before_the_optimizer_steps(tmp_path):
             trainer.train()
         assert phb.get_balancer(model).steps == 1 and trainer.state.global_step == 1
         assert not phb.get_balancer(model).is_trained_on
-        before.append(weights(model))
-    assert_same(*before)
+        left.append(weights(model))
+    assert_same(*left)
 
 
 @pytest.mark.parametrize(
@@ -206,32 +188,17 @@ def test_what_a_trainer_does_to_tokens_is_found_in_the_first_step(tmp_path, cls,
 
 
 def test_tokens_that_the_trainer_drops(tmp_path):
-    """Each micro-batch gets the share that was announced: the whole is the declared coefficient, its parts are not even."""
-    trainer = make_trainer(patched(coef=0.01), tmp_path, Trims)
-    callback = phb.attach(trainer, verify=True)
-    trainer.train()
-    found = check(callback.report, "announced tokens")
+    """Each micro-batch gets the share that was announced. They sum to the declared coefficient, but differ in size."""
+    report = verified(tmp_path, Trims)
+    found = check(report, "announced tokens")
     announced, seen = map(int, re.findall(r"\d+", found.finding))
     assert found.status == "warning" and seen < announced
-    assert check(callback.report, "coefficient").status == "warning" and not callback.report.problems
-    assert (
-        callback.report.coefficient.ratio == pytest.approx(1, abs=0.1) and callback.report.coefficient.residual > 1e-2
-    )
-
-
-@pytest.mark.parametrize("reentrant", [None, False, True])
-def test_two_forwards_of_a_micro_batch(tmp_path, reentrant):
-    arguments = {"gradient_checkpointing": reentrant is not None}
-    if reentrant is not None:
-        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
-    trainer = make_trainer(patched(coef=0.01), tmp_path, AsksTwice, **arguments)
-    callback = phb.attach(trainer, verify=True)
-    trainer.train()
-    assert callback.report.status == "ok" and callback.report.coefficient.ratio == pytest.approx(1, abs=1e-4)
+    assert check(report, "coefficient").status == "warning" and not report.problems
+    assert report.coefficient.ratio == pytest.approx(1, abs=0.1) and report.coefficient.residual > 1e-2
 
 
 class Peeks(Trainer):
-    """Looks at one more forward, in train mode and with gradients, that has no backward."""
+    """Makes one more forward, in train mode and with gradients, without a backward."""
 
     def compute_loss(self, model, inputs, **kwargs):
         super().compute_loss(model, inputs, **kwargs)
@@ -239,17 +206,15 @@ class Peeks(Trainer):
 
 
 def test_a_forward_without_backward_stays_out(tmp_path):
-    """The recorder keeps it no longer alive than its graph does, and there is no cycle that only the collector would find."""
-    trainer = make_trainer(patched(coef=0.01), tmp_path, Peeks)
-    callback = phb.attach(trainer, verify=True)
+    """The recorder does not keep the forward alive, and makes no cycle that only the garbage collector would find."""
     gc.disable()
     try:
-        trainer.train()
+        report = verified(tmp_path, Peeks)
     finally:
         gc.enable()
-    assert callback.report.status == "ok" and callback.report.coefficient.residual < 1e-4, callback.report
-    labelled = re.search(r"(\d+) of \d+ positions count; (\d+) have labels", str(callback.report))
-    assert labelled[1] == labelled[2]
+    assert report.status == "ok" and report.coefficient.residual < 1e-4, report
+    counted, labelled = re.search(r"(\d+) of \d+ positions count; (\d+) have labels", str(report)).groups()
+    assert counted == labelled
 
 
 def test_a_resumed_training_is_verified_in_its_first_step(tmp_path):
