@@ -23,6 +23,7 @@ TOGETHER = (
     "tests/recipes/test_recipe_sft.py",
     "tests/training/test_launch.py",
     "tests/training/test_layouts.py",
+    "tests/training/test_trackers.py",
 )
 
 
