@@ -14,25 +14,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from ..config import STATISTICS, PhiBalanceConfig
 from ..files import quoted
 from ..maths import max_vio
-from ..routers import RouterSite, find_copies
-from . import adapters, process
-from .counts import Counts
-from .duals import LOGIT_WIDTH, Duals
-from .figures import Figures
+from ..routers import RouterSite, canonical_name, find_copies
+from . import process
+from .checks import LearningReport, describe_router
+from .counts import Counts, Figures
+from .duals import Duals, active_adapter, find_adapter_layer
 from .forwards import Evaluation, Forwards
-from .learning import LearningReport, describe_router
 from .loop import Loop
-from .ranks import Ranks, count_copies
 from .state import check_model, check_state, describe_model, fit_names, read_state, save_state
-from .step import OptimizerStep
-
-
-logger = logging.get_logger(__name__)
+from .step import OptimizerStep, Ranks, count_copies
 
 
 class PhiBalancer:
@@ -58,21 +52,19 @@ class PhiBalancer:
         prefix (`str`): path of the backbone in the model, with a dot at its end, or `""`.
     """
 
-    LOGIT_WIDTH = LOGIT_WIDTH
-
     def __init__(self, config: PhiBalanceConfig, sites: Sequence[RouterSite], duals: Duals, prefix: str) -> None:
         self._config, self.sites, self.duals, self.prefix = config, list(sites), duals, prefix
         duals.balancer = self
         self.forwards = Forwards(self)
         self.group = Ranks()
         self.evaluated: dict[str, float] = {}  # MaxVio of the last evaluation, with and without our own bias
-        self.ignores_bias = False
         self.virtual_tokens: int | None = None  # tokens that PEFT's prompt learning puts in front of each row
         self.pad_token_id: int | None = None
         self._begin()
 
     def _begin(self) -> None:
         """Sets the state of a balancer without a model and without steps."""
+        self.ignores_bias = False
         self._backbone: weakref.ref[nn.Module] | None = None
         self._is_bound = False
         self._root: weakref.ref[nn.Module] | None = None
@@ -82,22 +74,20 @@ class PhiBalancer:
         self.loop = Loop(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = [
-            "_config",
-            "sites",
-            "duals",
-            "prefix",
-            "forwards",
-            "group",
-            "evaluated",
-            "virtual_tokens",
-            "pad_token_id",
-        ]
-        return {name: value for name, value in vars(self).items() if name in kept}
+        begun = (
+            "ignores_bias",
+            "loop",
+            "_backbone",
+            "_is_bound",
+            "_root",
+            "_adapter_layer",
+            "_adapter_names",
+            "_is_held",
+        )
+        return {name: value for name, value in vars(self).items() if name not in begun}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.ignores_bias = False
         self._begin()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PhiBalancer:
@@ -150,21 +140,19 @@ class PhiBalancer:
         """Whether the model around the backbone is known and alive."""
         return self._root is not None and self._root() is not None
 
-    def rename(self, prefix: str) -> None:
-        """Renames the routers for a model that has its backbone at `prefix`."""
-        for site in self.sites:
-            site.name = f"{prefix}{site.name.removeprefix(self.prefix)}"
-        self.prefix = prefix
-
     def bind(self, backbone: nn.Module, root: nn.Module | None = None) -> None:
-        """Makes this the balancer of `backbone` and `root`. A copied balancer is not bound yet."""
+        """Makes this the balancer of `backbone` in the transformers model `root`. A copied balancer is not bound yet."""
         if self.backbone is not backbone or not self._is_bound:
             self._backbone, self._is_bound = weakref.ref(backbone), True
             find_copies(backbone, self.sites, self.prefix)
-            self._adapter_layer = adapters.find_layer(backbone, is_new=True)
+            self._adapter_layer = find_adapter_layer(backbone)
             process.follow(self)
         if root is not None and (self._root is None or self._root() is not root):
             self._root = weakref.ref(root)
+            prefix = prefix_of(backbone, root)
+            for site in self.sites:
+                site.name = f"{prefix}{site.name.removeprefix(self.prefix)}"
+            self.prefix = prefix
             self.group.copies = count_copies(root)
             config = getattr(root, "config", None)
             self.pad_token_id = None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
@@ -191,8 +179,9 @@ class PhiBalancer:
         if names != self._adapter_names:  # PEFT may have copied routers
             self._adapter_names = names
             self.find_copies()
-        self._adapter_layer = adapters.find_layer(self.root, self._adapter_layer)
-        self.duals.use_adapter(adapters.active(self._adapter_layer))
+        if names and (self._adapter_layer is None or self._adapter_layer() is None):
+            self._adapter_layer = find_adapter_layer(self.root)
+        self.duals.use_adapter(active_adapter(self._adapter_layer))
 
     @contextmanager
     def using_adapter(self, adapter: str | None) -> Iterator[None]:
@@ -236,8 +225,7 @@ class PhiBalancer:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sums `values` over the data-parallel ranks, in place, and returns them."""
-        self.group.sum_(values)
-        return values
+        return self.group.sum_(values)
 
     @property
     def layer_names(self) -> list[str]:
@@ -294,7 +282,7 @@ class PhiBalancer:
 
     def metrics(self, per_layer: int = 0, figures: Figures | None = None) -> dict[str, float]:
         """
-        Returns the balance of the last optimizer step, or the mean over several, as plain numbers: see the table in `figures.py`.
+        Returns the balance of the last optimizer step, or the mean over several, as plain numbers: see the table in `counts.py`.
         Reads the device, so call it only when logging. Routers for images only, or in a vision tower, have metrics of their own:
         `vision/max_vio`, ..., and `vision/tokens`, the number of tokens that each of them routed.
 
@@ -370,7 +358,6 @@ class PhiBalancer:
     def reset(self) -> None:
         """Resets to uniform means, zero prices and no selection bias. A family's own bias stays."""
         self.duals.reset()
-        self.duals.has_bias = self.config.bias_coef > 0
         self.loop = Loop(self)
 
     @property
@@ -483,7 +470,7 @@ class PhiBalancer:
 
     # ------------------------------------------------------------------ state
 
-    def _own_names(self) -> list[str]:
+    def names_in_backbone(self) -> list[str]:
         """Names of the routers relative to the backbone."""
         return [name.removeprefix(self.prefix) for name in self.layer_names]
 
@@ -495,7 +482,7 @@ class PhiBalancer:
         self.follow_adapter()
         self.duals.read_native()
         state = {"steps": torch.tensor(self.steps)}
-        for index, (name, site) in enumerate(zip(self._own_names(), self.sites)):
+        for index, (name, site) in enumerate(zip(self.names_in_backbone(), self.sites)):
             for statistic in STATISTICS:
                 state[f"{name}.mean_{statistic}"] = self.duals.mean(statistic)[index, : site.num_experts].cpu().clone()
             if self.has_bias:
@@ -517,7 +504,7 @@ class PhiBalancer:
         biased = any(key.endswith(".bias") for key in state)
         duals = self.duals
         with torch.no_grad():
-            for index, (name, site) in enumerate(zip(self._own_names(), self.sites)):
+            for index, (name, site) in enumerate(zip(self.names_in_backbone(), self.sites)):
                 for statistic in STATISTICS:
                     duals.mean(statistic)[index, : site.num_experts].copy_(state[f"{name}.mean_{statistic}"])
                 if biased or not site.has_native_bias:
@@ -526,11 +513,11 @@ class PhiBalancer:
         if biased:
             duals.write_native()
         duals.steps = int(state.get("steps", 0))
-        duals._set_price()
+        duals.set_price()
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes `phi_balance.state` into `directory` (made if missing) and returns its path."""
-        description = describe_model(self.root, self.sites, self._own_names())
+        description = describe_model(self.root, self.sites, self.names_in_backbone())
         return save_state(self.state_dict(), self.config, description, directory)
 
     def load(self, directory: str | os.PathLike) -> None:
@@ -549,7 +536,7 @@ class PhiBalancer:
 
     def _fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns `state` under this model's names; raises `ValueError` if it does not fit."""
-        names = self._own_names()
+        names = self.names_in_backbone()
         state = fit_names(state, names)
         check_state(state, dict(zip(names, (site.num_experts for site in self.sites))))
         return state
@@ -557,5 +544,11 @@ class PhiBalancer:
     def _read(self, directory: str | os.PathLike) -> dict[str, Tensor]:
         self.find_copies()
         found = read_state(directory)
-        check_model(found.model, describe_model(self.root, self.sites, self._own_names()))
+        check_model(found.model, describe_model(self.root, self.sites, self.names_in_backbone()))
         return found.tensors
+
+
+def prefix_of(backbone: nn.Module | None, root: nn.Module) -> str:
+    """Returns the path of `backbone` in `root`, with a dot at its end, or `""`."""
+    name = canonical_name(next(name for name, module in root.named_modules() if module is backbone))
+    return f"{name}." if name else ""

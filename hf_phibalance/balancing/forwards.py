@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from ..maths import SCORINGS, margin_histogram, price_now, routing_probs, sequence_price
 from ..routers import BiasedTopK, RouterSite, image_tokens
-from . import compiled
 from .counts import Counts
-from .gradient import add_gradient
+from .duals import LOGIT_WIDTH
+from .gradient import add_gradient, new_key
 from .process import backward_node, in_backward, loss_scale, unrecorded
 from .step import Forward
-from .tokens import Tokens, count_mask, count_padding, hidden_shape, packed_sequences
+from .tokens import Tokens, count_mask, count_padding, hidden_of, packed_sequences
 
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 CACHES = ("cache", "past_key_values")  # possible names of a model's cache argument
+EVALUATION = 1  # number of a compiled forward of an evaluation; those of training are even
 
 
 class Evaluation:
@@ -103,14 +104,14 @@ class Forwards:
 
     def _begin(self) -> None:
         self._here = _Here()
-        self._key = compiled.new_key(self)
+        self._key = new_key(self)
         # for compiled code, which cannot read the state of its thread: number of the current forward, labels, replaying
         self._number: Tensor | None = None
         self._labels: Tensor | None = None
         self._replaying = False
         self.evaluation: Evaluation | None = None
         self.watch: Callable[[int, Tensor], None] | None = None  # called with the scores that a router ranks
-        self.recorder: Any = None  # a `StepRecorder` of the room `checkup`, while a step is recorded
+        self.recorder: Any = None  # a `StepRecorder` of the room `diagnosis`, while a step is recorded
 
     def __getstate__(self) -> dict[str, Any]:
         return {"balancer": self.balancer}  # a copy has no current forward
@@ -127,7 +128,7 @@ class Forwards:
     def owner(self) -> nn.Module | None:
         return self.balancer.backbone
 
-    # ------------------------------------------------------------------ a forward of the backbone
+    # ------------------------------------------------------------------ what is set around a forward
 
     @contextmanager
     def labels_of(self, labels: Tensor | None, micro_batch: int | None = None) -> Iterator[None]:
@@ -159,13 +160,23 @@ class Forwards:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Context manager: routers called inside it are told from outside what to select."""
-        here = self._here
-        outer = here.replaying
+        here, outer = self._here, self._here.replaying
         here.replaying = self._replaying = True
         try:
             yield
         finally:
             here.replaying = self._replaying = outer
+
+    @contextmanager
+    def showing_scores(self, watch: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Context manager: inside it routers call `watch(index, scores)` with the scores `(..., E)` before their bias is added."""
+        self.watch = watch
+        try:
+            yield
+        finally:
+            self.watch = None
+
+    # ------------------------------------------------------------------ a forward of the backbone
 
     def run(self, backbone: nn.Module, inner: Callable, inputs: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
         """Runs `inner(*args, **kwargs)`, the forward of `backbone`; `inputs` are its arguments by name."""
@@ -175,7 +186,7 @@ class Forwards:
         here = self._here
         outer = here.forward, here.tokens
         here.forward, here.tokens = self._open(backbone, inputs)
-        self._number = torch.tensor(self._key_of(here.forward))  # for layers that are compiled one by one
+        self._number = torch.tensor(_number_of(here.forward))  # for layers that are compiled one by one
         try:
             output = inner(*args, **kwargs)
             if isinstance(here.forward, Forward) and here.forward.share is None:
@@ -183,8 +194,8 @@ class Forwards:
             return output
         except BaseException:
             BiasedTopK.leave_interrupted()  # Ctrl-C runs no hook of a module
-            if isinstance(here.forward, Forward) and not in_backward():
-                here.forward.step.drop(here.forward)
+            if isinstance(here.forward, Forward) and not in_backward():  # the traceback may keep it alive
+                here.forward.step.alive.pop(here.forward.key, None)
             raise
         finally:
             here.forward, here.tokens = outer
@@ -193,41 +204,47 @@ class Forwards:
         self, backbone: nn.Module, inputs: Mapping[str, Any]
     ) -> tuple[Forward | Evaluation | None, Tokens | None]:
         """Returns the forward that begins with these `inputs`, by the table above, and its tokens."""
-        balancer, node = self.balancer, backward_node()
-        if node is not None and (found := balancer.now.find(node)) is not None:
+        node = backward_node()
+        if node is not None and (found := self.balancer.now.find(node)) is not None:
             return found, found.tokens  # checkpointing recomputes the whole backbone
         training = backbone.training and torch.is_grad_enabled()
         evaluation = None if training else self.evaluation
-        is_cached = any(inputs.get(name) is not None for name in CACHES)
-        if evaluation is not None and evaluation.end_ids is None and is_cached:
+        if evaluation is not None and evaluation.end_ids is None and _has_cache(inputs):
             evaluation = None
         if not training and evaluation is None:
             return None, None
         with unrecorded():
-            mask_BS = self._mask(inputs)
+            mask_BS = self._mask(inputs, must_be_known=training)
             if mask_BS is None:
-                if evaluation is not None:
-                    return None, None  # a second forward of the same batch, for its logits only
-                raise ValueError(self._no_mask(inputs))
+                return None, None  # a second forward of the same batch, for its logits only
             if evaluation is not None and evaluation.end_ids is not None:
                 mask_BS = evaluation.mask_of_generation(inputs, mask_BS)
-            tokens = self._tokens(inputs, mask_BS)
+            tokens = self._tokens(mask_BS, image_tokens(inputs, self.sites), self._packed(inputs))
             if evaluation is not None:
                 evaluation.counts.tokens.add_(tokens.count)
                 return evaluation, tokens
             return self._open_training(tokens, self._padding(inputs, mask_BS)), tokens
 
-    @staticmethod
-    def _key_of(forward: Forward | Evaluation | None) -> int:
-        """Returns the number of a forward in compiled code; -1 for none."""
-        return forward.key if isinstance(forward, Forward) else -1 if forward is None else EVALUATION
-
-    def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        if self.balancer.config.token_mask == "labels" and inputs.get("labels") is None:
+    def _mask(self, inputs: Mapping[str, Any], must_be_known: bool) -> Tensor | None:
+        kind = self.balancer.config.token_mask
+        if kind == "labels" and inputs.get("labels") is None:
             stack = [self._labels] if torch.compiler.is_compiling() else self._here.labels
-            labels = stack[-1] if stack else None
-            inputs = {**inputs, "labels": labels}
-        return count_mask(inputs, self.balancer.config.token_mask, self.balancer.pad_token_id)
+            inputs = {**inputs, "labels": stack[-1] if stack else None}
+        mask_BS = count_mask(inputs, kind, self.balancer.pad_token_id)
+        if mask_BS is None and must_be_known:
+            missing = "labels" if kind == "labels" and hidden_of(inputs) is not None else "input_ids or inputs_embeds"
+            raise ValueError(
+                f"token_mask={kind!r}, but this forward received no {missing}. Pass them to the model, or set another token_mask "
+                "in PhiBalanceConfig."
+            )
+        return mask_BS
+
+    def _packed(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        return packed_sequences(inputs) if self.balancer.config.sequence_coef > 0 else None
+
+    def _tokens(self, mask_BS: Tensor, image: Tensor | None, sequence: Tensor | None) -> Tokens:
+        device = self.balancer.duals.values.device
+        return Tokens(mask_BS.to(device), image, None if sequence is None else sequence.to(device))
 
     def _padding(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tensor | None:
         """Returns the number of pad tokens that count, `()`; `None` if there is an attention mask or no known pad token."""
@@ -236,20 +253,6 @@ class Forwards:
             return None
         return count_padding(ids, mask_BS, pad) if self.balancer.config.token_mask == "attention" else None
 
-    def _no_mask(self, inputs: Mapping[str, Any]) -> str:
-        kind = self.balancer.config.token_mask
-        missing = "labels" if kind == "labels" and hidden_shape(inputs) is not None else "input_ids or inputs_embeds"
-        return (
-            f"token_mask={kind!r}, but this forward received no {missing}. Pass them to the model, or set another token_mask "
-            "in PhiBalanceConfig."
-        )
-
-    def _tokens(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tokens:
-        device = self.balancer.duals.values.device
-        sequence = packed_sequences(inputs) if self.balancer.config.sequence_coef > 0 else None
-        image = image_tokens(inputs, self.sites)
-        return Tokens(mask_BS.to(device), image, None if sequence is None else sequence.to(device))
-
     def _open_training(self, tokens: Tokens, padding: Tensor | None) -> Forward:
         balancer = self.balancer
         balancer.loop.continue_or_begin()
@@ -257,8 +260,7 @@ class Forwards:
         number = tokens.count
         if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.adds_gradient:
             number = balancer.sum_over_ranks(number.clone())  # the step was not announced
-        forward = balancer.now.open(tokens, number, self._here.micro_batch)
-        forward.adapter = balancer.duals.adapter
+        forward = balancer.now.open(tokens, number, self._here.micro_batch, balancer.duals.adapter)
         if self._here.replaying:
             forward.counts.replayed.add_(1)
         if padding is not None:
@@ -301,10 +303,10 @@ class Forwards:
             return carrier
         due = functools.partial(self.due, forward, index, len(logits))
         further = self.further_losses(forward, index, logits)
-        carried = add_gradient(carrier, logits, self.sites[index].scoring, due, *further)
+        replaced = add_gradient(carrier, logits, self.sites[index].scoring, due, *further)
         if self.recorder is not None:
-            self.recorder.follow(carried, logits, own)
-        return carried
+            self.recorder.follow(replaced, logits, own)
+        return replaced
 
     def _count(self, index: int, logits: Tensor, selected: Tensor, counts: Counts, tokens: Tokens) -> None:
         site = self.sites[index]
@@ -317,8 +319,7 @@ class Forwards:
                 "placeholder for each vector of an image, as the processor of the model makes them."
             )
         with unrecorded():
-            probs = routing_probs(logits.detach(), site.scoring)
-            counts.add(index, site, probs, selected.detach(), tokens)
+            counts.add(index, site, routing_probs(logits.detach(), site.scoring), selected.detach(), tokens)
             if site.has_native_bias and counts.extra.numel():
                 by_logits = site.kind.traits.biases == "logits"
                 self._use_scores(index, logits if by_logits else SCORINGS[site.scoring].score(logits.float()))
@@ -326,14 +327,12 @@ class Forwards:
     @torch.no_grad()
     def further_losses(self, forward: Forward, index: int, logits: Tensor) -> tuple[float, Tensor | None]:
         """Returns the coefficient of the z-loss, and the price `(T, E)` of the sequence-wise loss, if there is one."""
-        config, site = self.balancer.config, self.sites[index]
+        config, site, device = self.balancer.config, self.sites[index], logits.device
         if config.sequence_coef == 0:
             return config.z_loss_coef, None
         with unrecorded():
-            mask, sequence = forward.tokens.mask, forward.tokens.sequences()
-            price = sequence_price(
-                logits.detach(), site.scoring, site.top_k, mask.to(logits.device), sequence.to(logits.device)
-            )
+            mask, sequence = forward.tokens.mask.to(device), forward.tokens.sequences().to(device)
+            price = sequence_price(logits.detach(), site.scoring, site.top_k, mask, sequence)
         return config.z_loss_coef, config.sequence_coef * price
 
     # ------------------------------------------------------------------ its backward
@@ -357,8 +356,7 @@ class Forwards:
 
     def _price_of(self, forward: Forward) -> Tensor:
         """Returns the prices q of all routers in `forward`, `(L, E)`."""
-        balancer = self.balancer
-        config, duals = balancer.config, balancer.duals
+        config, duals = self.balancer.config, self.balancer.duals
         if config.coef == 0 or (config.price_from == "previous" and not config.rules.pooled):
             return duals.price
         own, so_far = (getattr(counts, config.track) for counts in (forward.counts, forward.step.counts))
@@ -373,7 +371,7 @@ class Forwards:
                 pooled=config.rules.pooled,
                 ema_rate=config.ema_rate,
                 top_k=self.sites[0].top_k,
-                sum_over_ranks=balancer.sum_over_ranks,
+                sum_over_ranks=self.balancer.sum_over_ranks,
             )
         return price
 
@@ -383,7 +381,6 @@ class Forwards:
         if torch.is_grad_enabled() or index in forward.added or forward.share is None or forward.price is None:
             return None  # gradients on: nothing is added to a backward with `create_graph`
         forward.added.add(index)
-        forward.step.added.add(index)
         site = self.sites[index]
         weight_T = forward.weights(forward.tokens.mask_at(site, routed))
         price_E = forward.price[index, : site.num_experts]
@@ -413,50 +410,35 @@ class Forwards:
         with unrecorded():
             self._use_scores(index, scores.detach())
 
-    @contextmanager
-    def showing_scores(self, watch: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Context manager: inside it routers call `watch(index, scores)` with the scores `(..., E)` before their bias is added."""
-        self.watch = watch
-        try:
-            yield
-        finally:
-            self.watch = None
-
     def _use_scores(self, index: int, scores: Tensor) -> None:
         """Fills the `extra` counts from the scores that router `index` ranks, if a method or an evaluation needs them."""
         if self.watch is not None:
             self.watch(index, scores)
-        here, site = self._here, self.sites[index]
-        if here.forward is None or here.tokens is None:
-            return
-        if not here.forward.counts.extra.numel() or backward_node() is not None:
+        forward, tokens, site = self._here.forward, self._here.tokens, self.sites[index]
+        if forward is None or tokens is None or not forward.counts.extra.numel() or backward_node() is not None:
             return
         scores = scores.reshape(-1, site.num_experts).float()
-        extra = here.forward.counts.extra[index, : site.num_experts]
-        mask = here.tokens.mask_at(site, len(scores))
-        if isinstance(here.forward, Forward):
+        extra = forward.counts.extra[index, : site.num_experts]
+        mask = tokens.mask_at(site, len(scores))
+        if isinstance(forward, Forward):
             bias_E = self.balancer.duals.biases[index, : site.num_experts].to(scores.device)
-            width = site.score_width or self.balancer.LOGIT_WIDTH
+            width = site.score_width or LOGIT_WIDTH
             extra.add_(margin_histogram(scores, bias_E, site.top_k, mask.to(scores.device), width).to(extra.device))
         elif not site.has_native_bias:
             chosen = scores.topk(site.top_k, dim=-1).indices.reshape(-1).to(extra.device)
-            extra[:, 0].scatter_add_(0, chosen, here.tokens.entries_of(mask, site.top_k))
+            extra[:, 0].scatter_add_(0, chosen, tokens.repeated(mask, site.top_k))
 
     # ------------------------------------------------------------------ compiled
 
     def _open_traced(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
         """Opens a forward while the compiler traces: computes its token mask, then calls one operator."""
         training = backbone.training and torch.is_grad_enabled()
-        is_cached = any(inputs.get(name) is not None for name in CACHES)
-        mask_BS = self._mask(inputs)
+        mask_BS = self._mask(inputs, must_be_known=training)
         if mask_BS is None:
-            if training:
-                raise ValueError(self._no_mask(inputs))
             return None
-        sequence = packed_sequences(inputs) if self.balancer.config.sequence_coef > 0 else None
-        image = image_tokens(inputs, self.sites)
+        image, sequence = image_tokens(inputs, self.sites), self._packed(inputs)
         padding = self._padding(inputs, mask_BS) if training else None
-        return torch.ops.phi_balance.open(mask_BS, image, sequence, padding, training, is_cached, self._key)
+        return torch.ops.phi_balance.open(mask_BS, image, sequence, padding, training, _has_cache(inputs), self._key)
 
     def open_compiled(
         self,
@@ -468,16 +450,15 @@ class Forwards:
         is_cached: bool,
     ) -> int:
         """Opens a forward when compiled code runs. Returns its number, -1 if nothing is to be counted."""
-        tokens = Tokens(mask_BS.to(self.balancer.duals.values.device), image, sequence)
         here = self._here  # needed too: where the graph breaks, routers run without the compiler
-        here.forward, here.tokens = None, tokens
+        here.forward, here.tokens = None, self._tokens(mask_BS, image, sequence)
         if training:
-            here.forward = forward = self._open_training(tokens, padding)
+            here.forward = forward = self._open_training(here.tokens, padding)
             forward.step.kept.append(forward)
         elif self.evaluation is not None and not is_cached:
             here.forward = self.evaluation
-            self.evaluation.counts.tokens.add_(tokens.count)
-        return self._key_of(here.forward)
+            self.evaluation.counts.tokens.add_(here.tokens.count)
+        return _number_of(here.forward)
 
     def count_compiled(self, number: int, index: int, logits: Tensor, selected: Tensor) -> None:
         """Counts a call of router `index` in the forward of this number, unless it is a recomputation."""
@@ -486,10 +467,14 @@ class Forwards:
         if number == EVALUATION:
             if self.evaluation is not None and self._here.tokens is not None:
                 self._count(index, logits, selected, self.evaluation.counts, self._here.tokens)
-            return
-        forward = self.balancer.now.numbered.get(number)
-        if forward is not None:
+        elif (forward := self.balancer.now.alive.get(number)) is not None:
             self._count(index, logits, selected, forward.counts, forward.tokens)
 
 
-EVALUATION = 1  # number of a compiled forward of an evaluation; those of training are even
+def _has_cache(inputs: Mapping[str, Any]) -> bool:
+    return any(inputs.get(name) is not None for name in CACHES)
+
+
+def _number_of(forward: Forward | Evaluation | None) -> int:
+    """Returns the number of a forward in compiled code; -1 for none."""
+    return forward.key if isinstance(forward, Forward) else -1 if forward is None else EVALUATION

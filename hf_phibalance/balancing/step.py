@@ -1,5 +1,5 @@
 """
-An optimizer step and its training forwards: the number N of its tokens, and the weight of each token.
+An optimizer step, its training forwards and its ranks: the number N of its tokens, and the weight of each token.
 
 A step begins with the first training forward after the previous step, and ends when an optimizer that owns parameters of the
 model has stepped. Its N is
@@ -14,21 +14,21 @@ where n_k is its announced number of tokens, even if its forwards see other toke
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import sys
 import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.utils import logging
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from .counts import Counts
 from .process import next_node
 from .tokens import Tokens
 
 
-logger = logging.get_logger(__name__)
 _keys = itertools.count(1)
 
 
@@ -42,19 +42,22 @@ class Forward:
         tokens (`Tokens`): its tokens.
         number (`torch.Tensor` of shape `()`): how many of them count, over all ranks.
         micro_batch (`int`, *optional*): the micro-batch that it belongs to, where a Trainer says so.
+        adapter (`str`, *optional*): the active one.
     """
 
-    def __init__(self, step: OptimizerStep, tokens: Tokens, number: Tensor, micro_batch: int | None = None) -> None:
-        self.step, self.tokens, self.number, self.micro_batch = step, tokens, number, micro_batch
+    def __init__(
+        self, step: OptimizerStep, tokens: Tokens, number: Tensor, micro_batch: int | None, adapter: str | None
+    ) -> None:
+        self.step, self.tokens, self.number = step, tokens, number
+        self.micro_batch, self.adapter = micro_batch, adapter
         self.counts = step.counts.like()  # of its routers; added to the step's counts when its backward comes
         self.counts.tokens.copy_(tokens.count)
         self.share: Tensor | None = None  # () weight 1/N of a token, once a backward has come
         self.price: Tensor | None = None  # (L, E) coef · q, once a backward has come
-        self._weights: tuple[Any, dict[int, Tensor]] = (None, {})  # loss scale, and the token weights with it by mask
         self.added: set[int] = set()  # routers that have added their gradient
         self.first_node = next_node()  # number of the first autograd node that it makes
-        self.key = 0  # its number in compiled code
-        self.adapter: str | None = None  # the active one
+        self.key = 2 * next(_keys)  # its number in compiled code
+        self._weights: tuple[Any, dict[int, Tensor]] = (None, {})  # loss scale, and the token weights with it by mask
 
     def weights(self, mask: Tensor) -> Tensor:
         """Returns the weight 1/N of each token of `mask (T,)`, times the loss scale of its step."""
@@ -79,6 +82,7 @@ class OptimizerStep:
         self.expected: Tensor | None = None  # () tokens of all announcements, if all were by batches
         self.parts: list[Tensor] | None = None  # () announced tokens of each micro-batch on this rank, in a Trainer
         self.loss_scale: float | Tensor = 1.0
+        self.scaler: Any = None  # the GradScaler of its loss
         self.settled = 0  # micro-batches whose backward has come
         self.first = 0  # those of them that belong to earlier announcements
         self.left = 1.0  # share of the coefficient that earlier announcements have left
@@ -86,11 +90,8 @@ class OptimizerStep:
         self.served: set[int] = set()  # micro-batches of a Trainer that have got their part of the coefficient
         self.adapter: str | None = None  # the trained one: of the first forward whose backward has come
         self.members: list[set[int]] = []  # for each settled forward, the routers that have added their gradient
-        self.scaler: Any = None  # the GradScaler of its loss
         self.second_order = False  # whether a backward with create_graph came
-        self.added: set[int] = set()  # routers that have added a gradient
-        self._alive: list[weakref.ref[Forward]] = []
-        self.numbered: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()  # for compiled code
+        self.alive: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()  # by `key`, in order
         self.kept: list[Forward] = []  # compiled ones, which their autograd graph does not keep alive
 
     def announce(
@@ -119,22 +120,16 @@ class OptimizerStep:
         self.number, self.tokens, self.parts, self.loss_scale, self.share = number, tokens, parts, loss_scale, share
         self.first, self.served = self.settled, set()
 
-    def open(self, tokens: Tokens, number: Tensor, micro_batch: int | None) -> Forward:
-        forward = Forward(self, tokens, number, micro_batch)
-        self._alive = [reference for reference in self._alive if reference() is not None]
-        self._alive.append(weakref.ref(forward))
-        forward.key = 2 * next(_keys)
-        self.numbered[forward.key] = forward
+    def open(self, tokens: Tokens, number: Tensor, micro_batch: int | None, adapter: str | None) -> Forward:
+        """Begins a forward; see [`Forward`]."""
+        forward = Forward(self, tokens, number, micro_batch, adapter)
+        self.alive[forward.key] = forward
         return forward
-
-    def drop(self, forward: Forward) -> None:
-        """Forgets a forward that raised an exception. The traceback may keep it alive."""
-        self._alive = [reference for reference in self._alive if reference() is not forward]
 
     def find(self, node: int) -> Forward | None:
         """Returns the forward that the autograd node with this number recomputes: the last one begun before it."""
-        begun = [f for reference in self._alive if (f := reference()) is not None and f.first_node <= node]
-        return max(begun, key=lambda f: f.first_node, default=None)
+        begun = [forward for forward in self.alive.values() if forward.first_node <= node]
+        return max(begun, key=lambda forward: forward.first_node, default=None)
 
     def settle(self, forward: Forward) -> list[Forward]:
         """
@@ -146,8 +141,7 @@ class OptimizerStep:
         """
         if forward.share is not None:
             return []
-        alive = [f for reference in self._alive if (f := reference()) is not None and f.share is None]
-        group = [f for f in alive if f.micro_batch == forward.micro_batch]
+        group = [f for f in self.alive.values() if f.share is None and f.micro_batch == forward.micro_batch]
         if forward not in group:
             group.append(forward)
         share = self._share(forward, sum((f.number for f in group[1:]), group[0].number).clamp(min=1))
@@ -181,6 +175,22 @@ class OptimizerStep:
             )
         return scale / (number * tokens)
 
+    @property
+    def added(self) -> set[int]:
+        """Routers that have added a gradient."""
+        return set().union(*self.members)
+
+    @property
+    def complaint(self) -> str | None:
+        """A warning, if the step was announced by number and had another number of backwards."""
+        number, came = self.number or accelerate_steps(), self.settled - self.first
+        if self.tokens is not None or came == number:
+            return None
+        return (
+            f"an optimizer step of {number} announced micro-batches had {came} backwards, so it received "
+            f"{came / number:.2f} of the coefficient. Announce as many as there are: begin_step(batches)."
+        )
+
 
 def accelerate_steps() -> int:
     """Returns the number of micro-batches by which accelerate's `accumulate` divides the loss; 1 without it."""
@@ -190,12 +200,48 @@ def accelerate_steps() -> int:
     return accelerate.GradientState().num_steps
 
 
-def check_numbers(step: OptimizerStep) -> str | None:
-    """Returns a warning if a step that was announced by number had another number of backwards."""
-    number, came = step.number or accelerate_steps(), step.settled - step.first
-    if step.tokens is not None or came == number:
-        return None
-    return (
-        f"an optimizer step of {number} announced micro-batches had {came} backwards, so it received "
-        f"{came / number:.2f} of the coefficient. Announce as many as there are: begin_step(batches)."
-    )
+class Ranks:
+    """The data-parallel ranks of a step, over which statistics are summed and gradients averaged: those of `group`, or all."""
+
+    def __init__(self) -> None:
+        self.copies = 1  # this many ranks hold the same tokens, which count once
+        self.group: dist.ProcessGroup | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of ranks that hold different tokens."""
+        return self._world // self._copies
+
+    @property
+    def _world(self) -> int:
+        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def _copies(self) -> int:
+        return self.copies if self.group is None and self._world > 1 else 1
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sums `values` over the ranks, in place, and returns them. Ranks with the same tokens are summed once."""
+        if self._world > 1:
+            dist.all_reduce(values, group=self.group)
+        return values.div_(self._copies) if self._copies > 1 else values
+
+    def agree(self, text: str, device: torch.device) -> bool:
+        """Whether all ranks call this with the same `text`. Waits for `device`."""
+        if self._world == 1:
+            return True
+        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        bounds = torch.tensor([digest, -digest], device=device)
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(bounds[0] == -bounds[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"copies": self.copies, "group": None}  # a group belongs to this process
+
+
+def count_copies(root: nn.Module) -> int:
+    """Returns how many ranks get the same tokens because transformers has split `root` over them."""
+    if getattr(root, "_device_mesh", None) is None:
+        return 1
+    sizes = getattr(getattr(root, "config", None), "distributed_config", None)  # transformers 5.16 has it only there
+    return getattr(root, "_tp_size", None) or getattr(sizes, "tp_size", None) or 1
