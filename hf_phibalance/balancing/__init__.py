@@ -15,7 +15,7 @@ optimizer steps, not trainers.
 | `forwards` | which forwards count and which get the auxiliary gradient; what the routers do in them |
 | `tokens`, `counts` | which tokens of a forward count; sums over them, and metrics |
 | `gradient` | the auxiliary gradient, also under `torch.compile` |
-| `step` | an optimizer step, its forwards and ranks, and the weight of a token |
+| `step` | an optimizer step, its forwards, and the weight of a token |
 | `loop` | the training loop: announces, ends and gives up steps; warns of silent failures |
 | `duals` | means, prices and biases, and how a step moves them |
 | `process` | hooks and wrappers set in the whole process; private names of torch |

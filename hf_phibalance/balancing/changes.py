@@ -44,8 +44,8 @@ class Undo:
         while self._changes:
             reference, name, old, value = self._changes.pop()
             target = reference()
-            if target is None or (isinstance(value, WrappedMethod) and vars(target).get(name) is not value):
-                continue  # our method was wrapped since; it does nothing any more
+            if target is None or (isinstance(value, WrappedForward) and vars(target).get(name) is not value):
+                continue  # our forward was wrapped since; it does nothing any more
             if old is MISSING:
                 vars(target).pop(name, None)
             else:
@@ -78,42 +78,37 @@ class Undo:
         return twin
 
 
-class WrappedMethod:
+class WrappedForward:
     """
-    Stands in for the method `name` of a module: calls `wrapper(owner, inner, ...)`.
-
-    Args:
-        owner (`torch.nn.Module`): the module.
-        name (`str`): of the method.
-        wrapper (`Callable`): a function of a module, so that it can be pickled.
-        own (`Callable`, *optional*): the instance's own method, if it had one (accelerate sets such).
+    Stands in for the forward of a module: calls `wrapper(owner, inner, ...)`. `wrapper` is a function of a module, so that it can be
+    pickled; `own` is the instance's own forward, if it had one (accelerate sets such).
     """
 
-    def __init__(self, owner: nn.Module, name: str, wrapper: Callable, own: Callable | None = None) -> None:
-        self._owner, self._name, self._wrapper, self.own = weakref.ref(owner), name, wrapper, own
-        method = getattr(type(owner), name)
-        self.__name__, self.__doc__ = name, method.__doc__
+    def __init__(self, owner: nn.Module, wrapper: Callable, own: Callable | None = None) -> None:
+        self._owner, self._wrapper, self.own = weakref.ref(owner), wrapper, own
+        method = type(owner).forward
+        self.__name__, self.__doc__ = "forward", method.__doc__
         self.__func__ = method  # TRL 1.9 reads the signature of `model.forward.__func__`
         self.__signature__ = inspect.signature(functools.partial(method, owner) if own is None else own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner = self._owner()
-        inner = self.own or functools.partial(getattr(type(owner), self._name), owner)
+        owner: Any = self._owner()
+        inner = self.own or functools.partial(type(owner).forward, owner)
         return self._wrapper(owner, inner, *args, **kwargs)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self._owner(), self._name, self._wrapper, self.own)
+        return type(self), (self._owner(), self._wrapper, self.own)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> WrappedMethod:
+    def __deepcopy__(self, memo: dict[int, Any]) -> WrappedForward:
         owner: Any = self._owner()
-        return WrappedMethod(memo.get(id(owner), owner), self._name, self._wrapper, copy.deepcopy(self.own, memo))
+        return WrappedForward(memo.get(id(owner), owner), self._wrapper, copy.deepcopy(self.own, memo))
 
 
 def wrap_forward(owner: nn.Module, wrapper: Callable, undo: Undo) -> None:
     """Replaces `owner.forward(...)` by `wrapper(owner, inner, ...)`, unless that was done already."""
     own = vars(owner).get("forward")
-    if not isinstance(own, WrappedMethod):
-        undo.set(owner, "forward", WrappedMethod(owner, "forward", wrapper, own))
+    if not isinstance(own, WrappedForward):
+        undo.set(owner, "forward", WrappedForward(owner, wrapper, own))
 
 
 # ---------------------------------------------------------------------- the model's own auxiliary loss
@@ -151,11 +146,8 @@ def announce_switched_off() -> None:
 
 class CastHook:
     """
-    Hook before and after a forward that uses a router's weights. In between they are seen in the model's precision.
-
-    Args:
-        dtypes (`dict[str, torch.dtype]`): precision of the model, by the weights' names in the hooked module.
-        before (`bool`): whether this is the hook before the forward.
+    Hook before and after a forward that uses a router's weights. In between they are seen in the model's precision, `dtypes` by the
+    weights' names in the hooked module.
     """
 
     def __init__(self, dtypes: dict[str, torch.dtype], before: bool) -> None:

@@ -112,15 +112,11 @@ def check_first_step(
     config: PhiBalanceConfig, sites: Sequence[RouterSite], counts: Counts, added: set[int], second_order: bool
 ) -> bool:
     """
-    Refuses set-ups in which balancing would silently do nothing. Reads the device once.
+    Refuses set-ups in which balancing would silently do nothing. Reads the device once. Returns whether any token counted, so that
+    there was something to check.
 
-    Args:
-        counts (`Counts`): of the step, over all ranks.
-        added (`set[int]`): routers that have added a gradient.
-        second_order (`bool`): whether a backward was run with `create_graph`, in which no router adds one.
-
-    Returns:
-        `bool`: whether any token counted, so that there was something to check.
+    `counts` are those of the step over all ranks; `added` are the routers that have added a gradient. A backward with
+    `create_graph` is of `second_order`: no router adds one in it.
     """
     if not float(counts.tokens):
         return False
@@ -192,21 +188,15 @@ def warn_of_rounded_routers(sites: Iterable[RouterSite]) -> None:
 @dataclass(frozen=True)
 class RouterLearning:
     """
-    How one router learns.
-
-    Args:
-        name (`str`): name of the router.
-        how (`str`): `"full"` (its own weights), `"lora"` (an adapter on them) or `"frozen"`.
-        parameters (`int`): number of trained weights of the router, including an adapter on it.
-        below (`int`): number of trained parameter tensors below the router, which its balancing gradient reaches.
-        experts (`str`, *optional*): how its experts learn, in the words of `how`; `None` if they were not found.
+    How one router learns: in full, by an adapter (`"lora"`), or not at all (`"frozen"`). `parameters` is the number of its trained
+    weights; `below` the number of trained parameter tensors below it, which its balancing gradient reaches.
     """
 
     name: str
     how: str
     parameters: int
     below: int
-    experts: str | None = None
+    experts: str | None = None  # how its experts learn; None if they were not found
 
     def __str__(self) -> str:
         kind = {"full": "learns in full", "lora": "learns by LoRA", "frozen": "frozen"}[self.how]

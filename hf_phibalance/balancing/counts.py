@@ -34,23 +34,9 @@ COLUMNS = ("max_vio", "gini", "entropy", "dead_experts", "noise_floor", "tokens"
 
 class Counts:
     """
-    Sums over the tokens of a forward, of an optimizer step, or of an evaluation. One flat fp32 buffer holds them all, so that
-    one all-reduce suffices.
-
-    Args:
-        shape (`tuple[int, int]`): (L, E). A router with fewer experts leaves the rest at 0.
-        device (`torch.device`): of the buffer.
-        extra (`int`, *optional*, defaults to `0`): number of further columns per expert, for methods and evaluations.
-
-    Attributes:
-        probs (`torch.Tensor` of shape `(L, E)`): routing probabilities.
-        load (`torch.Tensor` of shape `(L, E)`): top-k selections per expert.
-        tokens (`torch.Tensor` of shape `()`): tokens that count.
-        replayed (`torch.Tensor` of shape `()`): forwards whose selection came from outside.
-        balance (`torch.Tensor` of shape `()`): Σ_routers Σ_tokens ⟨coef · q, p⟩.
-        skipped (`torch.Tensor` of shape `()`): ranks whose optimizer has skipped the step.
-        padding (`torch.Tensor` of shape `()`): pad tokens at the ends of rows among `tokens`, if no attention mask was given.
-        extra (`torch.Tensor` of shape `(L, E, extra)`): the further columns.
+    Sums over the tokens of a forward, of an optimizer step, or of an evaluation. One flat fp32 buffer holds them all, so that one
+    all-reduce suffices. `shape` is (L, E); a router with fewer experts leaves the rest at 0. `extra` is the number of further
+    columns per expert, for methods and evaluations.
     """
 
     def __init__(self, shape: tuple[int, int], device: torch.device, extra: int = 0) -> None:
@@ -59,8 +45,12 @@ class Counts:
             self.flat = torch.zeros((2 + extra) * number + 5, dtype=torch.float32, device=device)
         sums, extras, totals = self.flat.split([2 * number, extra * number, 5])
         self.sums, self.extra = sums.view(2, *shape), extras.view(*shape, extra)
-        self.probs, self.load = self.sums
-        self.tokens, self.replayed, self.balance, self.skipped, self.padding = totals
+        self.probs, self.load = self.sums  # (L, E) routing probabilities, and top-k selections per expert
+        self.tokens = totals[0]  # () tokens that count
+        self.replayed = totals[1]  # () forwards whose selection came from outside
+        self.balance = totals[2]  # () Σ_routers Σ_tokens ⟨coef · q, p⟩
+        self.skipped = totals[3]  # () ranks whose optimizer has skipped the step
+        self.padding = totals[4]  # () pad tokens at the ends of rows among `tokens`, if no attention mask was given
 
     def like(self) -> Counts:
         """Returns empty counts of the same shape."""
@@ -78,19 +68,11 @@ class Counts:
 
 @dataclass
 class Figures:
-    """
-    Metrics summed over optimizer steps. They stay on the device until they are logged.
+    """Metrics summed over optimizer steps. They stay on the device until they are logged."""
 
-    Args:
-        layers_L6 (`torch.Tensor` of shape `(L, 6)`): `COLUMNS` of each router.
-        load_LE (`torch.Tensor` of shape `(L, E)`): top-k selections per expert.
-        totals (`torch.Tensor` of shape `(2,)`): tokens, and the mean of the balance loss over them.
-        steps (`int`, *optional*, defaults to `1`): number of steps.
-    """
-
-    layers_L6: Tensor
-    load_LE: Tensor
-    totals: Tensor
+    layers_L6: Tensor  # (L, 6) `COLUMNS` of each router
+    load_LE: Tensor  # (L, E) top-k selections per expert
+    totals: Tensor  # (2,) tokens, and the mean of the balance loss over them
     steps: int = 1
 
     @classmethod

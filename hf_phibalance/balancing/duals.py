@@ -38,11 +38,6 @@ class Duals(nn.Module):
     After any steps all values are finite, and each mean is a distribution over the experts of its router. No step moves a bias
     farther from its router's mean bias than the span of the scores it is added to: 1 for probabilities, [`LOGIT_WIDTH`] for
     logits. Only a checkpoint can bring a larger one.
-
-    Args:
-        config (`PhiBalanceConfig`): potential, EMA rate, tracked statistics, step size of the bias.
-        sites (`Sequence[RouterSite]`): the routers.
-        device (`torch.device`): of the buffer.
     """
 
     values: Tensor
@@ -133,14 +128,11 @@ class Duals(nn.Module):
     @torch.no_grad()
     def update(self, counts: Counts, may_be_skipped: bool = False) -> None:
         """
-        Moves the duals by one step: m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b by the rule of the method, for φ
-        b <- b - bias_coef · q (arXiv 2605.15403, Algorithm 1).
+        Moves the duals by one step: m <- (1 - η) m + η s, where s is each expert's share of the counts; q = ∇φ(E·m), centred; b by
+        the rule of the method, for φ b <- b - bias_coef · q (arXiv 2605.15403, Algorithm 1).
 
-        Args:
-            counts (`Counts`):
-                Sums over the step's tokens; s is each expert's share of them. A router without tokens stays. Biases stay if any
-                selection came from outside. Everything stays if a sum is not finite or a rank has skipped the step.
-            may_be_skipped (`bool`, *optional*, defaults to `False`): whether only the device knows if the step was skipped.
+        A router without tokens stays. Biases stay if any selection came from outside. Everything stays if a sum is not finite or a
+        rank has skipped the step. `may_be_skipped`: whether only the device knows if it has.
         """
         was_skipped = counts.skipped > 0
         moves = torch.isfinite(counts.flat).all() & ~was_skipped

@@ -46,11 +46,8 @@ EVALUATION = 1  # number of a compiled forward of an evaluation; those of traini
 
 class Evaluation:
     """
-    Counts of the forwards in an open [`~PhiBalancer.evaluation`].
-
-    Args:
-        counts (`Counts`): empty ones. Their `extra` is the load without our selection bias.
-        end_ids (`Sequence[int]`, *optional*): ids that end a row, if generation is counted.
+    Counts of the forwards in an open [`~PhiBalancer.evaluation`]. Their `extra` is the load without our selection bias. `end_ids` end
+    a row, if generation is counted.
     """
 
     def __init__(self, counts: Counts, end_ids: list[int] | None = None) -> None:
@@ -185,9 +182,9 @@ class Forwards:
             return inner(*args, **kwargs)
         here = self._here
         outer = here.forward, here.tokens
-        here.forward, here.tokens = self._open(backbone, inputs)
-        self._number = torch.tensor(_number_of(here.forward))  # for layers that are compiled one by one
         try:
+            self._open(backbone, inputs)
+            self._number = torch.tensor(_number_of(here.forward))  # for layers that are compiled one by one
             output = inner(*args, **kwargs)
             if isinstance(here.forward, Forward) and here.forward.share is None:
                 self._settle_at(output, here.forward)
@@ -200,30 +197,53 @@ class Forwards:
         finally:
             here.forward, here.tokens = outer
 
-    def _open(
-        self, backbone: nn.Module, inputs: Mapping[str, Any]
-    ) -> tuple[Forward | Evaluation | None, Tokens | None]:
-        """Returns the forward that begins with these `inputs`, by the table above, and its tokens."""
-        node = backward_node()
+    def _open(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Makes the forward that begins with these `inputs` the current one, by the table above."""
+        here, node, evaluation = self._here, backward_node(), self.evaluation
+        here.forward = here.tokens = None
         if node is not None and (found := self.balancer.now.find(node)) is not None:
-            return found, found.tokens  # checkpointing recomputes the whole backbone
+            here.forward, here.tokens = found, found.tokens  # checkpointing recomputes the whole backbone
+            return
         training = backbone.training and torch.is_grad_enabled()
-        evaluation = None if training else self.evaluation
-        if evaluation is not None and evaluation.end_ids is None and _has_cache(inputs):
-            evaluation = None
-        if not training and evaluation is None:
-            return None, None
+        generates = evaluation is not None and evaluation.end_ids is not None
+        if not training and (evaluation is None or (_has_cache(inputs) and not generates)):
+            return
         with unrecorded():
             mask_BS = self._mask(inputs, must_be_known=training)
             if mask_BS is None:
-                return None, None  # a second forward of the same batch, for its logits only
-            if evaluation is not None and evaluation.end_ids is not None:
+                return  # a second forward of the same batch, for its logits only
+            if not training and evaluation is not None and generates:
                 mask_BS = evaluation.mask_of_generation(inputs, mask_BS)
-            tokens = self._tokens(mask_BS, image_tokens(inputs, self.sites), self._packed(inputs))
-            if evaluation is not None:
-                evaluation.counts.tokens.add_(tokens.count)
-                return evaluation, tokens
-            return self._open_training(tokens, self._padding(inputs, mask_BS)), tokens
+            self.begin(mask_BS, *self._parts(inputs, mask_BS, training), training)
+
+    def _open_traced(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Does the same while the compiler traces: computes the token mask, then calls one operator."""
+        training = backbone.training and torch.is_grad_enabled()
+        mask_BS = self._mask(inputs, must_be_known=training)
+        if mask_BS is None:
+            return None
+        parts = self._parts(inputs, mask_BS, training)
+        return torch.ops.phi_balance.open(mask_BS, *parts, training, _has_cache(inputs), self._key)
+
+    def begin(
+        self,
+        mask_BS: Tensor,
+        image_T: Tensor | None,
+        sequence_T: Tensor | None,
+        padding: Tensor | None,
+        training: bool,
+        is_cached: bool = False,
+    ) -> int:
+        """Begins a forward with these tokens. Returns its number in compiled code, -1 if nothing is to be counted."""
+        here, device = self._here, self.balancer.duals.values.device
+        sequence_T = None if sequence_T is None else sequence_T.to(device)
+        here.forward, here.tokens = None, Tokens(mask_BS.to(device), image_T, sequence_T)
+        if training:
+            here.forward = self._begin_training(here.tokens, padding)
+        elif self.evaluation is not None and not is_cached:
+            here.forward = self.evaluation
+            self.evaluation.counts.tokens.add_(here.tokens.count)
+        return _number_of(here.forward)
 
     def _mask(self, inputs: Mapping[str, Any], must_be_known: bool) -> Tensor | None:
         kind = self.balancer.config.token_mask
@@ -239,28 +259,24 @@ class Forwards:
             )
         return mask_BS
 
-    def _packed(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        return packed_sequences(inputs) if self.balancer.config.sequence_coef > 0 else None
+    def _parts(
+        self, inputs: Mapping[str, Any], mask_BS: Tensor, training: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns what else [`~Forwards.begin`] needs: image tokens, sequences of packed rows, and the number of pad tokens that count."""
+        config, ids, pad = self.balancer.config, inputs.get("input_ids"), self.balancer.pad_token_id
+        sequence_T, padding = packed_sequences(inputs) if config.sequence_coef > 0 else None, None
+        if training and config.token_mask == "attention" and inputs.get("attention_mask") is None:
+            padding = None if ids is None or pad is None else count_padding(ids, mask_BS, pad)
+        return image_tokens(inputs, self.sites), sequence_T, padding
 
-    def _tokens(self, mask_BS: Tensor, image: Tensor | None, sequence: Tensor | None) -> Tokens:
-        device = self.balancer.duals.values.device
-        return Tokens(mask_BS.to(device), image, None if sequence is None else sequence.to(device))
-
-    def _padding(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tensor | None:
-        """Returns the number of pad tokens that count, `()`; `None` if there is an attention mask or no known pad token."""
-        ids, pad = inputs.get("input_ids"), self.balancer.pad_token_id
-        if ids is None or pad is None or inputs.get("attention_mask") is not None:
-            return None
-        return count_padding(ids, mask_BS, pad) if self.balancer.config.token_mask == "attention" else None
-
-    def _open_training(self, tokens: Tokens, padding: Tensor | None) -> Forward:
+    def _begin_training(self, tokens: Tokens, padding: Tensor | None) -> Forward:
         balancer = self.balancer
         balancer.loop.continue_or_begin()
         balancer.duals.keep_native_fp32()
         number = tokens.count
         if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.adds_gradient:
             number = balancer.sum_over_ranks(number.clone())  # the step was not announced
-        forward = balancer.now.open(tokens, number, self._here.micro_batch, balancer.duals.adapter)
+        forward = Forward(balancer.now, tokens, number, self._here.micro_batch, balancer.duals.adapter)
         if self._here.replaying:
             forward.counts.replayed.add_(1)
         if padding is not None:
@@ -352,7 +368,7 @@ class Forwards:
         self._number = torch.tensor(forward.key)  # for compiled layers that checkpointing recomputes now
         if torch.is_grad_enabled():
             step.second_order = True
-        balancer.loop.has_gradients()
+        balancer.loop.idle_steps = 0
 
     def _price_of(self, forward: Forward) -> Tensor:
         """Returns the prices q of all routers in `forward`, `(L, E)`."""
@@ -427,38 +443,6 @@ class Forwards:
         elif not site.has_native_bias:
             chosen = scores.topk(site.top_k, dim=-1).indices.reshape(-1).to(extra.device)
             extra[:, 0].scatter_add_(0, chosen, tokens.repeated(mask, site.top_k))
-
-    # ------------------------------------------------------------------ compiled
-
-    def _open_traced(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Opens a forward while the compiler traces: computes its token mask, then calls one operator."""
-        training = backbone.training and torch.is_grad_enabled()
-        mask_BS = self._mask(inputs, must_be_known=training)
-        if mask_BS is None:
-            return None
-        image, sequence = image_tokens(inputs, self.sites), self._packed(inputs)
-        padding = self._padding(inputs, mask_BS) if training else None
-        return torch.ops.phi_balance.open(mask_BS, image, sequence, padding, training, _has_cache(inputs), self._key)
-
-    def open_compiled(
-        self,
-        mask_BS: Tensor,
-        image: Tensor | None,
-        sequence: Tensor | None,
-        padding: Tensor | None,
-        training: bool,
-        is_cached: bool,
-    ) -> int:
-        """Opens a forward when compiled code runs. Returns its number, -1 if nothing is to be counted."""
-        here = self._here  # needed too: where the graph breaks, routers run without the compiler
-        here.forward, here.tokens = None, self._tokens(mask_BS, image, sequence)
-        if training:
-            here.forward = forward = self._open_training(here.tokens, padding)
-            forward.step.kept.append(forward)
-        elif self.evaluation is not None and not is_cached:
-            here.forward = self.evaluation
-            self.evaluation.counts.tokens.add_(here.tokens.count)
-        return _number_of(here.forward)
 
     def count_compiled(self, number: int, index: int, logits: Tensor, selected: Tensor) -> None:
         """Counts a call of router `index` in the forward of this number, unless it is a recomputation."""

@@ -35,11 +35,8 @@ def add_gradient(
     If the task's gradient passes the router's own softmax, the price is added to the gradient of the probabilities there. This
     takes one kernel and saves nothing, since the router's own backward does the rest. Else a node of ours adds the closed form.
 
-    Args:
-        output (`torch.Tensor`): an output of the router through which the task's gradient flows back.
-        logits (`torch.Tensor` of shape `(T, E)`), scoring (`str`): of the router.
-        due (`Callable`): see `Due`.
-        z_loss (`float`, *optional*, defaults to `0.0`), sequence_price (`torch.Tensor` of shape `(T, E)`, *optional*): further losses.
+    `output` is an output of the router through which the task's gradient flows back. `due` says what to add (see `Due`). `z_loss`
+    and `sequence_price (T, E)` are further losses.
     """
     plain = scoring == "softmax" and not z_loss and sequence_price is None
     node = _softmax_node(output, logits) if plain else None
@@ -137,7 +134,11 @@ def _open(
 ) -> Tensor:
     """Opens a forward of the backbone with this token mask `(B, S)`; returns its number, -1 if nothing is to be counted."""
     forwards = _forwards[key]()
-    number = -1 if forwards is None else forwards.open_compiled(mask, image, sequence, padding, training, cached)
+    if forwards is None:
+        return torch.tensor(-1)
+    number = forwards.begin(mask, image, sequence, padding, training, cached)
+    if (forward := forwards.balancer.now.alive.get(number)) is not None:
+        forward.step.kept.append(forward)  # its autograd graph does not keep it alive
     return torch.tensor(number)
 
 

@@ -7,12 +7,14 @@ if the optimizer is not torch's, if tokens were announced wrongly, or if statist
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers.utils import logging
 
@@ -50,7 +52,7 @@ class Loop:
     def __init__(self, balancer: PhiBalancer) -> None:
         self.balancer = balancer
         self.is_checked = False  # whether `check_first_step` has passed
-        self._idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
+        self.idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
         self._unseen_steps, self._version = 0, -1  # weight changes without a step of torch's optimizers
         self._ended = 0  # steps
         self._held: set[int] = set()  # ids of the model's parameters that the optimizers hold which have stepped
@@ -90,7 +92,8 @@ class Loop:
         self, micro_batches: Sequence[Any] | int, loss_scale: float | Tensor, by_part: bool, share: float
     ) -> None:
         """See [`PhiBalancer.begin_step`]."""
-        batches = None if isinstance(micro_batches, int) and not isinstance(micro_batches, bool) else micro_batches
+        is_number = isinstance(micro_batches, int) and not isinstance(micro_batches, bool)
+        batches: Any = None if is_number else micro_batches
         if batches is not None and (isinstance(batches, str) or not isinstance(batches, Sequence)):
             one = isinstance(batches, (Mapping, Tensor))
             raise ValueError(
@@ -142,22 +145,17 @@ class Loop:
         probe = next(self._trained(), None)
         self._version = -1 if probe is None else probe._version
 
-    def has_gradients(self) -> None:
-        """Called when a backward has come back through the routers."""
-        self._idle_steps = 0
-
     def discard(self) -> None:
-        """Discards the current step."""
         self._now = None
 
     @contextmanager
     def step_aside(self) -> Iterator[None]:
         """Context manager: inside it another step begins; afterwards the present one continues."""
-        step, idle, self._now = self._now, self._idle_steps, None
+        step, idle, self._now = self._now, self.idle_steps, None
         try:
             yield
         finally:
-            self._now, self._idle_steps = step, idle
+            self._now, self.idle_steps = step, idle
 
     def _trained(self) -> Iterator[Tensor]:
         return (p for p in self.balancer.root.parameters() if p.requires_grad)
@@ -203,15 +201,10 @@ class Loop:
         if not self.is_owned_by(optimizer) and not (self.now.settled and self.balancer.virtual_tokens is not None):
             return
         if self.now.settled == 0:
-            self._idle_steps += 1
-            if self._idle_steps == SILENT:
+            self.idle_steps += 1
+            if self.idle_steps == SILENT:
                 self._say_silence()
         self.end(skipped)
-
-    def scaler_has_updated(self, scaler: Any) -> None:
-        """Called after `GradScaler.update`. If no optimizer has ended the step by then, it was skipped."""
-        if self.now.scaler is scaler:
-            self.end(skipped=True)
 
     def end(self, skipped: Tensor | bool | None = None) -> None:
         """Ends the current step on all ranks. `skipped`: whether this rank's optimizer skipped it, a tensor if only the device knows."""
@@ -247,8 +240,13 @@ class Loop:
     def _check_ranks(self, device: torch.device) -> None:
         """Raises `ValueError` on every rank if routers or configuration are not the same on all of them."""
         config, sites = self.balancer.config, self.balancer.sites
+        if self.balancer.world_size == 1:
+            return
         mine = f"{[(site.name, site.num_experts) for site in sites]} {config.to_dict()}"
-        if not self.balancer.group.agree(mine, device):
+        digest = int.from_bytes(hashlib.sha256(mine.encode()).digest()[:7], "big")
+        bounds = torch.tensor([digest, -digest], device=device)
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.balancer.process_group)
+        if bounds[0] != -bounds[1]:
             raise ValueError(
                 f"the ranks of this optimizer step have different routers or configurations. This one has {len(sites)} "
                 f"router(s), {', '.join(site.name for site in sites[:2])}, ..., and {config}. Patch the whole model with the same "
@@ -291,17 +289,14 @@ class Loop:
         """Warns of wrong announcements and non-finite statistics; a step later, so as not to wait for the device."""
         expected = counts.tokens if step.expected is None else step.expected
         wrong, bad = (counts.tokens - expected).abs() > 0.5, ~torch.isfinite(counts.flat).all()
-        self._say_faults_read()
+        self.say_faults(read=False)
         faults = torch.stack([wrong, bad, counts.padding > 0]).to(torch.float32)
         self._faults = self._faults.to(faults.device) + faults
         self._faults_read = self._faults.to("cpu", non_blocking=True)
 
-    def say_faults(self) -> None:
-        """Warns of the faults so far. Reads the device."""
-        self._faults_read = self._faults.cpu()
-        self._say_faults_read()
-
-    def _say_faults_read(self) -> None:
+    def say_faults(self, read: bool = True) -> None:
+        """Warns of the faults so far. Reads the device, or else takes what was read last."""
+        self._faults_read = self._faults.cpu() if read else self._faults_read
         wrong, bad, padded = self._faults_read.tolist()
         if padded:
             logger.warning_once(PADDED.format(self.balancer.pad_token_id))

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..files import quoted
-from ..maths import SCORINGS, max_vio, price_of_load, routing_probs, score_slope, selection_threshold, step_within
+from ..maths import max_vio, price_of_load, score_slope, selection_threshold, step_within
 from ..routers import find_backbone, image_tokens, mask_of, reading, unwrap
+from .counts import Counts
 from .duals import LOGIT_WIDTH
 from .patching import get_balancer
 from .tokens import count_mask, refuse_virtual_tokens
@@ -145,13 +146,7 @@ class Look:
         return next(p.device for p in self.root.parameters() if p.device.type != "meta")
 
     def forward(self, batch: Batch, with_head: bool = False) -> Any:
-        """
-        Runs the model on `batch`, without its labels.
-
-        Args:
-            batch (`Mapping`): arguments of the model, with `input_ids` or `inputs_embeds`.
-            with_head (`bool`, *optional*, defaults to `False`): whether to go on to the logits of the vocabulary.
-        """
+        """Runs the model on `batch`, without its labels; `with_head`: up to the logits of the vocabulary."""
         if not isinstance(batch, Mapping):
             raise ValueError(
                 f"`batches` must be batches as the model gets them, such as {{'input_ids': ...}}, but one of them is "
@@ -168,7 +163,8 @@ class Look:
         self.mask, self._image = mask_BS.reshape(-1), image_tokens(batch, self.sites)
         self.hidden.clear()
         inputs = {name: part for name, part in batch.items() if name not in OF_TRAINING}
-        return (self._model if with_head else self._headless)(**inputs, use_cache=False)
+        with self.balancer.forwards.labels_of(batch.get("labels")):
+            return (self._model if with_head else self._headless)(**inputs, use_cache=False)
 
     def mask_of(self, index: int, routed: int) -> Tensor:
         """Returns which of the `routed` vectors that reach router `index` count, `(routed,)` as booleans."""
@@ -201,11 +197,7 @@ class Look:
 def looking(model: nn.Module) -> Iterator[Look]:
     """
     Context manager: yields a [`Look`], whose forwards run in eval mode and uncompiled, without gradients. Restores the random
-    numbers.
-
-    Raises:
-        ValueError: if the model is not patched, or PEFT puts virtual tokens in front of its batches.
-        RuntimeError: in the middle of an optimizer step.
+    numbers. Raises `ValueError` if the model is not patched, or PEFT puts virtual tokens in front of its batches.
     """
     balancer = get_balancer(model)
     if balancer.is_trained_on:
@@ -263,61 +255,40 @@ def calibrate(
     if bias:
         batches = repeatable(batches)
         _even_out(model, batches, iterations)
-    counted, names = _count(model, batches), balancer.layer_names
-    balancer.set_means({"probs": dict(zip(names, counted.probs)), "load": dict(zip(names, counted.load))})
-    return Measurement(loads=dict(zip(names, (load.cpu() for load in counted.load))), tokens=int(counted.tokens))
+    counts, _ = _count(model, batches)
+    balancer.duals.set_means({"probs": counts.probs, "load": counts.load})
+    loads = {site.name: row[: site.num_experts].double().cpu() for site, row in zip(balancer.sites, counts.load)}
+    return Measurement(loads=loads, tokens=int(counts.tokens))
 
 
-class _Pass:
-    """Sums over the tokens of a pass over batches: probabilities and assignments per expert, slopes at the threshold, tokens."""
-
-    def __init__(self, look: Look, with_slopes: bool) -> None:
-        self.look, self.with_slopes = look, with_slopes
+def _count(model: nn.Module, batches: Iterable[Batch], with_slopes: bool = False) -> tuple[Counts, list[float]]:
+    """
+    Counts `batches` in an evaluation, over all ranks. With slopes: also returns how steep each router's scores are at its selection
+    threshold, in the geometric mean over the tokens, since a few sure tokens must not set the pace.
+    """
+    with looking(model) as look, look.balancer.evaluation() as counts:
         exact = torch.float32 if look.device.type == "mps" else torch.float64
-        sizes = [site.num_experts for site in look.sites]
-        self.flat = torch.zeros(2 * sum(sizes) + len(sizes) + 1, dtype=exact, device=look.device)
-        probs, load, self.log_slope, tokens = self.flat.split([sum(sizes), sum(sizes), len(sizes), 1])
-        self.probs, self.load, self.tokens = probs.split(sizes), load.split(sizes), tokens[0]
+        log_slopes = torch.zeros(len(look.sites), dtype=exact, device=look.device)
 
-    def add(self, index: int, logits: Tensor, chosen_Tk: Tensor) -> None:
-        """Adds a call of router `index`, which chose `chosen_Tk` by its `logits (T, E)`."""
-        site, mask_T = self.look.sites[index], self.look.mask_of(index, len(logits)).to(logits.device)
-        self.probs[index].add_(routing_probs(logits, site.scoring)[mask_T].to(self.flat).sum(0))
-        self.load[index].add_(torch.bincount(chosen_Tk[mask_T].reshape(-1), minlength=site.num_experts).to(self.flat))
-        if self.with_slopes and site.native_bias:
-            by_logits = site.kind.traits.biases == "logits"
-            self.add_slopes(index, logits if by_logits else SCORINGS[site.scoring].score(logits.float()))
+        def add_slopes(index: int, scores: Tensor) -> None:
+            site, bias_E = look.sites[index], look.choice_bias(index)
+            scores_TE = scores.reshape(-1, site.num_experts).float()
+            scores_NE = scores_TE[look.mask_of(index, len(scores_TE)).to(scores.device)]
+            biased_NE = scores_NE if bias_E is None else scores_NE + bias_E.to(scores_NE)
+            bounded = bool(((scores_NE >= 0) & (scores_NE <= 1)).all())
+            ranked = ("sigmoid" if site.scoring == "sigmoid" else "probs") if bounded else "logits"
+            slope_N1 = score_slope(selection_threshold(biased_NE, site.top_k), ranked)
+            log_slopes[index] += slope_N1.clamp(min=FAINT).log().sum().to(log_slopes)
 
-    def add_slopes(self, index: int, scores: Tensor) -> None:
-        """Adds the logs of the slopes of router `index`, which ranks `scores (..., E)` plus its bias."""
-        site, bias_E = self.look.sites[index], self.look.choice_bias(index)
-        scores_TE = scores.reshape(-1, site.num_experts).float()
-        scores_NE = scores_TE[self.look.mask_of(index, len(scores_TE)).to(scores.device)]
-        biased_NE = scores_NE if bias_E is None else scores_NE + bias_E.to(scores_NE)
-        bounded = bool(((scores_NE >= 0) & (scores_NE <= 1)).all())
-        ranked = ("sigmoid" if site.scoring == "sigmoid" else "probs") if bounded else "logits"
-        slope_N1 = score_slope(selection_threshold(biased_NE, site.top_k), ranked)
-        self.log_slope[index] += slope_N1.clamp(min=FAINT).log().sum().to(self.flat)
-
-    def slopes(self) -> list[float]:
-        """Returns the geometric mean of each router's slopes: a few sure tokens must not set the pace."""
-        routed = [load_E.sum() / site.top_k for load_E, site in zip(self.load, self.look.sites)]
-        return [float((total / number.clamp(min=1)).exp()) for total, number in zip(self.log_slope, routed)]
-
-
-def _count(model: nn.Module, batches: Iterable[Batch], with_slopes: bool = False) -> _Pass:
-    """Runs one pass over `batches`, and sums it over the ranks."""
-    with looking(model) as look:
-        counted = _Pass(look, with_slopes)
-        look.on_choice = counted.add
-        with look.balancer.forwards.showing_scores(counted.add_slopes) if with_slopes else nullcontext():
+        with look.balancer.forwards.showing_scores(add_slopes) if with_slopes else nullcontext():
             for batch in batches:
                 look.forward(batch)
-                counted.tokens += look.mask.sum()
-        look.balancer.sum_over_ranks(counted.flat)
-    if not counted.tokens:
+        look.balancer.sum_over_ranks(counts.flat)
+        look.balancer.sum_over_ranks(log_slopes)
+    if not counts.tokens:
         raise ValueError("there is nothing to calibrate on: `batches` hold no token that counts.")
-    return counted
+    routed = [load_E.sum() / site.top_k for load_E, site in zip(counts.load, look.sites)]
+    return counts, [float((total / number.clamp(min=1)).exp()) for total, number in zip(log_slopes, routed)]
 
 
 def _even_out(model: nn.Module, batches: Iterable[Batch], iterations: int) -> None:
@@ -335,9 +306,9 @@ def _even_out(model: nn.Module, batches: Iterable[Batch], iterations: int) -> No
         balancer.set_biases(biases)
 
     for _ in range(iterations):
-        counted = _count(model, batches, with_slopes=not slopes)
-        slopes = slopes or counted.slopes()
-        ascent.tell(counted.load)
+        counts, found = _count(model, batches, with_slopes=not slopes)
+        slopes = slopes or found
+        ascent.tell([row[: site.num_experts] for row, site in zip(counts.load, sites)])
         move(ascent.ask())
     move(ascent.best)
 

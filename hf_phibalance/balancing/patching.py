@@ -30,7 +30,7 @@ from . import process
 from .balancer import PhiBalancer, prefix_of
 from .changes import (
     Undo,
-    WrappedMethod,
+    WrappedForward,
     announce_switched_off,
     raise_precision,
     restore_precision,
@@ -83,12 +83,7 @@ class Patch:
 
 
 def find_balancers(model: nn.Module) -> list[PhiBalancer]:
-    """
-    Returns the balancers of all patched models inside `model`, which may be wrapped.
-
-    Raises:
-        TypeError: if `model` is no module of torch's.
-    """
+    """Returns the balancers of all patched models inside `model`, which may be wrapped."""
     check_module(model)
     found = []
     for backbone in model.modules():
@@ -110,10 +105,8 @@ def find_balancers(model: nn.Module) -> list[PhiBalancer]:
 
 def find_balancer(model: nn.Module) -> PhiBalancer | None:
     """
-    Returns the balancer of a patched model, which may be wrapped; `None` if it is not patched.
-
-    Raises:
-        ValueError: if `model` holds several patched models of which more than one is trained.
+    Returns the balancer of a patched model, which may be wrapped; `None` if it is not patched. Of several patched models it takes
+    the one that is trained, or raises `ValueError`.
     """
     found = find_balancers(model)
     if len(found) > 1:
@@ -144,9 +137,6 @@ def learning_report(model: nn.Module) -> LearningReport:
     """
     Reports how each router of a patched model learns (in full, by LoRA, or not at all), and which parameters its balancing
     gradient reaches. `print` it for the text that training logs once.
-
-    Raises:
-        ValueError: if the model is not patched.
     """
     return get_balancer(model).learning_report()
 
@@ -233,7 +223,7 @@ def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     backbone = find_backbone(root, sites)
     devices = (p.device for m in sites[0].modules for p in m.parameters() if p.device.type != "meta")
     duals = Duals(config, sites, next(devices, torch.device("cpu")))
-    balancer = PhiBalancer(config, sites, duals, prefix_of(backbone, root))
+    balancer = PhiBalancer(sites, duals, prefix_of(backbone, root))
     patch = vars(backbone)[PATCH] = Patch()
     balancer.bind(backbone, root)
     give_own_config(root)
@@ -263,7 +253,7 @@ def bind_root(balancer: PhiBalancer, root: nn.Module) -> None:
     backbone = balancer.backbone
     assert backbone is not None
     balancer.bind(backbone, root)
-    if root is not backbone and not isinstance(vars(root).get("forward"), WrappedMethod):
+    if root is not backbone and not isinstance(vars(root).get("forward"), WrappedForward):
         _mark(balancer)
 
 
@@ -365,8 +355,8 @@ def wrap_below(balancer: PhiBalancer, wrapper: Callable) -> None:
     """Replaces the backbone's own forward, which ours calls, by `wrapper(backbone, inner, ...)`."""
     backbone = balancer.backbone
     assert backbone is not None
-    ours: WrappedMethod = vars(backbone)["forward"]
-    ours.own = WrappedMethod(backbone, "forward", wrapper, ours.own)
+    ours: WrappedForward = vars(backbone)["forward"]
+    ours.own = WrappedForward(backbone, wrapper, ours.own)
 
 
 def _push_labels(root: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -160,7 +160,8 @@ def loss_scale() -> tuple[Any, Tensor] | None:
 def _update(inner: Callable, scaler: Any, *args: Any, **kwargs: Any) -> None:
     inner(scaler, *args, **kwargs)
     for balancer in balancers():
-        balancer.loop.scaler_has_updated(scaler)
+        if balancer.now.scaler is scaler:  # no optimizer has ended the step, so it was skipped
+            balancer.loop.end(skipped=True)
 
 
 @wraps("transformers", "Trainer", "train")

@@ -1,5 +1,5 @@
 """
-An optimizer step, its training forwards and its ranks: the number N of its tokens, and the weight of each token.
+An optimizer step and its training forwards: the number N of its tokens, and the weight of each token.
 
 A step begins with the first training forward after the previous step, and ends when an optimizer that owns parameters of the
 model has stepped. Its N is
@@ -14,15 +14,13 @@ where n_k is its announced number of tokens, even if its forwards see other toke
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import sys
 import weakref
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .counts import Counts
 from .process import next_node
@@ -35,21 +33,15 @@ _keys = itertools.count(1)
 class Forward:
     """
     One training forward of the backbone. Only its autograd graph keeps it alive: without the graph it neither counts nor adds
-    a gradient.
-
-    Args:
-        step (`OptimizerStep`): the step that it belongs to.
-        tokens (`Tokens`): its tokens.
-        number (`torch.Tensor` of shape `()`): how many of them count, over all ranks.
-        micro_batch (`int`, *optional*): the micro-batch that it belongs to, where a Trainer says so.
-        adapter (`str`, *optional*): the active one.
+    a gradient. `number` () is how many of its `tokens` count, over all ranks.
     """
 
     def __init__(
         self, step: OptimizerStep, tokens: Tokens, number: Tensor, micro_batch: int | None, adapter: str | None
     ) -> None:
         self.step, self.tokens, self.number = step, tokens, number
-        self.micro_batch, self.adapter = micro_batch, adapter
+        self.micro_batch = micro_batch  # that it belongs to, where a Trainer says so
+        self.adapter = adapter  # the active one
         self.counts = step.counts.like()  # of its routers; added to the step's counts when its backward comes
         self.counts.tokens.copy_(tokens.count)
         self.share: Tensor | None = None  # () weight 1/N of a token, once a backward has come
@@ -57,6 +49,7 @@ class Forward:
         self.added: set[int] = set()  # routers that have added their gradient
         self.first_node = next_node()  # number of the first autograd node that it makes
         self.key = 2 * next(_keys)  # its number in compiled code
+        step.alive[self.key] = self
         self._weights: tuple[Any, dict[int, Tensor]] = (None, {})  # loss scale, and the token weights with it by mask
 
     def weights(self, mask: Tensor) -> Tensor:
@@ -103,14 +96,9 @@ class OptimizerStep:
         share: float = 1.0,
     ) -> None:
         """
-        Announces the next micro-batches. Those of an earlier announcement keep their weights.
-
-        Args:
-            number (`int`): of the micro-batches.
-            tokens (`torch.Tensor` of shape `()`, *optional*): tokens that count in them, over all ranks.
-            parts (`list[torch.Tensor]`, *optional*): tokens of each on this rank, if a Trainer says which one is current.
-            loss_scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`): their gradients will be divided by it.
-            share (`float`, *optional*, defaults to `1.0`): share of the coefficient left; below 1 if more will be announced.
+        Announces the next `number` of micro-batches. Those of an earlier announcement keep their weights. `tokens` () is how many
+        count in them, over all ranks; `parts` the tokens of each on this rank, if a Trainer says which one is current. Their
+        gradients will be divided by `loss_scale`. `share` of the coefficient left is below 1 if more will be announced.
         """
         if self.settled:
             self.left *= 1 - self.share
@@ -119,12 +107,6 @@ class OptimizerStep:
             self.expected = tokens
         self.number, self.tokens, self.parts, self.loss_scale, self.share = number, tokens, parts, loss_scale, share
         self.first, self.served = self.settled, set()
-
-    def open(self, tokens: Tokens, number: Tensor, micro_batch: int | None, adapter: str | None) -> Forward:
-        """Begins a forward; see [`Forward`]."""
-        forward = Forward(self, tokens, number, micro_batch, adapter)
-        self.alive[forward.key] = forward
-        return forward
 
     def find(self, node: int) -> Forward | None:
         """Returns the forward that the autograd node with this number recomputes: the last one begun before it."""
@@ -198,50 +180,3 @@ def accelerate_steps() -> int:
     if accelerate is None or not accelerate.GradientState._shared_state:
         return 1
     return accelerate.GradientState().num_steps
-
-
-class Ranks:
-    """The data-parallel ranks of a step, over which statistics are summed and gradients averaged: those of `group`, or all."""
-
-    def __init__(self) -> None:
-        self.copies = 1  # this many ranks hold the same tokens, which count once
-        self.group: dist.ProcessGroup | None = None
-
-    @property
-    def count(self) -> int:
-        """Number of ranks that hold different tokens."""
-        return self._world // self._copies
-
-    @property
-    def _world(self) -> int:
-        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
-
-    @property
-    def _copies(self) -> int:
-        return self.copies if self.group is None and self._world > 1 else 1
-
-    def sum_(self, values: Tensor) -> Tensor:
-        """Sums `values` over the ranks, in place, and returns them. Ranks with the same tokens are summed once."""
-        if self._world > 1:
-            dist.all_reduce(values, group=self.group)
-        return values.div_(self._copies) if self._copies > 1 else values
-
-    def agree(self, text: str, device: torch.device) -> bool:
-        """Whether all ranks call this with the same `text`. Waits for `device`."""
-        if self._world == 1:
-            return True
-        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        bounds = torch.tensor([digest, -digest], device=device)
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(bounds[0] == -bounds[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"copies": self.copies, "group": None}  # a group belongs to this process
-
-
-def count_copies(root: nn.Module) -> int:
-    """Returns how many ranks get the same tokens because transformers has split `root` over them."""
-    if getattr(root, "_device_mesh", None) is None:
-        return 1
-    sizes = getattr(getattr(root, "config", None), "distributed_config", None)  # transformers 5.16 has it only there
-    return getattr(root, "_tp_size", None) or getattr(sizes, "tp_size", None) or 1

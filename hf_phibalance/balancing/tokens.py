@@ -13,12 +13,8 @@ from ..routers import RouterSite, mask_of
 
 class Tokens:
     """
-    The tokens of one forward.
-
-    Args:
-        mask_BS (`torch.Tensor` of shape `(B, S)`): whether each token counts.
-        image_T (`torch.Tensor` of shape `(T,)`, *optional*): image tokens, in models that have other routers for them.
-        sequence_T (`torch.Tensor` of shape `(T,)`, *optional*): the sequence of each token, if rows are packed.
+    The tokens of one forward. `mask_BS (B, S)`: whether each token counts. `image_T (T,)`: image tokens, in models that have
+    other routers for them. `sequence_T (T,)`: the sequence of each token, if rows are packed.
     """
 
     def __init__(self, mask_BS: Tensor, image_T: Tensor | None = None, sequence_T: Tensor | None = None) -> None:
@@ -65,9 +61,6 @@ def count_mask(inputs: Mapping[str, Any], token_mask: str, pad_token_id: int | N
         inputs (`Mapping`): arguments of the model by name.
         token_mask (`str`): `"attention"`, `"labels"` or `"all"`.
         pad_token_id (`int`, *optional*): of the model; packed rows may end with it.
-
-    Raises:
-        ValueError: if `token_mask="attention"` and the attention mask cannot be read.
     """
     if token_mask == "labels":
         labels = inputs.get("labels")
