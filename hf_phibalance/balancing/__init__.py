@@ -27,7 +27,7 @@ optimizer steps, not trainers.
 from . import saving  # noqa: F401  registers its wrappers
 from .balancer import PhiBalancer
 from .changes import announce_switched_off
-from .checks import LearningReport, describe_router, warn_of_rounded_routers
+from .checks import describe_router, warn_of_rounded_routers
 from .counts import Figures
 from .gradient import auxiliary_gradient
 from .observation import Ascent, Batch, Look, Measurement, RandomState, calibrate, evaluating, looking, repeatable
@@ -43,14 +43,13 @@ from .patching import (
 )
 from .process import on_train
 from .state import StateFile, check_model, config_in, fingerprint, read_state
-from .tokens import count_mask, count_padding, refuse_virtual_tokens, virtual_tokens
+from .tokens import count_padding, refuse_virtual_tokens
 
 
 __all__ = [
     "Ascent",
     "Batch",
     "Figures",
-    "LearningReport",
     "Look",
     "Measurement",
     "PhiBalancer",
@@ -61,7 +60,6 @@ __all__ = [
     "calibrate",
     "check_model",
     "config_in",
-    "count_mask",
     "count_padding",
     "describe_router",
     "evaluating",
@@ -78,7 +76,6 @@ __all__ = [
     "refuse_virtual_tokens",
     "repeatable",
     "unpatch",
-    "virtual_tokens",
     "warn_of_rounded_routers",
     "wrap_below",
 ]
