@@ -93,11 +93,10 @@ class Loop:
     ) -> None:
         """See [`PhiBalancer.begin_step`]."""
         is_number = isinstance(micro_batches, int) and not isinstance(micro_batches, bool)
-        batches: Any = None if is_number else micro_batches
-        if batches is not None and (isinstance(batches, str) or not isinstance(batches, Sequence)):
-            one = isinstance(batches, (Mapping, Tensor))
+        if not is_number and (isinstance(micro_batches, str) or not isinstance(micro_batches, Sequence)):
+            one = isinstance(micro_batches, (Mapping, Tensor))
             raise ValueError(
-                f"`micro_batches` must be a list of batches or their number, got a {type(batches).__name__}: "
+                f"`micro_batches` must be a list of batches or their number, got a {type(micro_batches).__name__}: "
                 f"{'pass [batch]' if one else 'draw the batches of the step first, list(...), since counting them would use them up'}."
             )
         number = micro_batches if isinstance(micro_batches, int) else len(micro_batches)
@@ -113,13 +112,13 @@ class Loop:
                 "the end of a pass (epoch) through the data perhaps, and its coefficient is shared. If the optimizer is not "
                 "one of torch's, call balancer.step() after it has stepped; after a step that was given up, discard_step()."
             )
-        parts = [self._tokens_of(batch) for batch in batches or ()]
+        parts = [] if isinstance(micro_batches, int) else [self._tokens_of(batch) for batch in micro_batches]
         counted = [part for part in parts if part is not None]
         if counted and len(counted) == number:
             tokens = self.balancer.sum_over_ranks(torch.stack(counted).sum())
             self.now.announce(number, tokens, counted if by_part else None, loss_scale, share)
             return
-        if batches is not None:
+        if not is_number:
             logger.warning_once(
                 f"The micro-batches do not hold what token_mask={self.balancer.config.token_mask!r} needs; each will get the mean "
                 "over its own tokens instead of its exact share of the step's."
