@@ -14,25 +14,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from ..config import STATISTICS, PhiBalanceConfig
 from ..files import quoted
 from ..maths import max_vio
-from ..routers import RouterSite, find_copies
-from . import adapters, process
-from .counts import Counts
-from .duals import LOGIT_WIDTH, Duals
-from .figures import Figures
+from ..routers import RouterSite, canonical_name, find_copies
+from . import process
+from .checks import LearningReport, describe_router
+from .counts import Counts, Figures
+from .duals import Duals, active_adapter, find_adapter_layer
 from .forwards import Evaluation, Forwards
-from .learning import LearningReport, describe_router
 from .loop import Loop
-from .ranks import Ranks, count_copies
 from .state import check_model, check_state, describe_model, fit_names, read_state, save_state
 from .step import OptimizerStep
-
-
-logger = logging.get_logger(__name__)
 
 
 class PhiBalancer:
@@ -52,27 +46,25 @@ class PhiBalancer:
     ```
 
     Args:
-        config (`PhiBalanceConfig`): its configuration.
         sites (`Sequence[RouterSite]`): the routers, by their names in the model.
         duals (`Duals`): means, prices and biases; a submodule of the backbone.
         prefix (`str`): path of the backbone in the model, with a dot at its end, or `""`.
     """
 
-    LOGIT_WIDTH = LOGIT_WIDTH
-
-    def __init__(self, config: PhiBalanceConfig, sites: Sequence[RouterSite], duals: Duals, prefix: str) -> None:
-        self._config, self.sites, self.duals, self.prefix = config, list(sites), duals, prefix
+    def __init__(self, sites: Sequence[RouterSite], duals: Duals, prefix: str) -> None:
+        self.sites, self.duals, self.prefix = list(sites), duals, prefix
         duals.balancer = self
         self.forwards = Forwards(self)
-        self.group = Ranks()
+        self.copies = 1  # this many ranks hold the same tokens, which count once
         self.evaluated: dict[str, float] = {}  # MaxVio of the last evaluation, with and without our own bias
-        self.ignores_bias = False
         self.virtual_tokens: int | None = None  # tokens that PEFT's prompt learning puts in front of each row
         self.pad_token_id: int | None = None
         self._begin()
 
     def _begin(self) -> None:
         """Sets the state of a balancer without a model and without steps."""
+        self.ignores_bias = False
+        self._group: dist.ProcessGroup | None = None
         self._backbone: weakref.ref[nn.Module] | None = None
         self._is_bound = False
         self._root: weakref.ref[nn.Module] | None = None
@@ -82,22 +74,11 @@ class PhiBalancer:
         self.loop = Loop(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = [
-            "_config",
-            "sites",
-            "duals",
-            "prefix",
-            "forwards",
-            "group",
-            "evaluated",
-            "virtual_tokens",
-            "pad_token_id",
-        ]
+        kept = {"sites", "duals", "prefix", "forwards", "copies", "evaluated", "virtual_tokens", "pad_token_id"}
         return {name: value for name, value in vars(self).items() if name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.ignores_bias = False
         self._begin()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PhiBalancer:
@@ -111,7 +92,7 @@ class PhiBalancer:
     @property
     def config(self) -> PhiBalanceConfig:
         """The configuration. [`patch`] changes it."""
-        return self._config
+        return self.duals.config
 
     @config.setter
     def config(self, config: Any) -> None:
@@ -119,15 +100,15 @@ class PhiBalancer:
             "The configuration of a balancer is not set: phb.patch(model, config) changes it and all that follows from it."
         )
 
-    @property
-    def now(self) -> OptimizerStep:
-        """The current optimizer step."""
-        return self.loop.now
+    def set_config(self, config: PhiBalanceConfig) -> None:
+        """Changes the configuration, also in the middle of a step. For [`patch`], which checks it first."""
+        bins = self.loop.bins
+        self.duals.set_config(config)
+        self.loop.is_checked = False
+        if self.loop.bins != bins:
+            self.discard_step()
 
-    @property
-    def last(self) -> Counts:
-        """Counts of the last step, over all ranks."""
-        return self.loop.last
+    # ------------------------------------------------------------------ its model
 
     @property
     def backbone(self) -> nn.Module | None:
@@ -150,33 +131,22 @@ class PhiBalancer:
         """Whether the model around the backbone is known and alive."""
         return self._root is not None and self._root() is not None
 
-    def rename(self, prefix: str) -> None:
-        """Renames the routers for a model that has its backbone at `prefix`."""
-        for site in self.sites:
-            site.name = f"{prefix}{site.name.removeprefix(self.prefix)}"
-        self.prefix = prefix
-
     def bind(self, backbone: nn.Module, root: nn.Module | None = None) -> None:
-        """Makes this the balancer of `backbone` and `root`. A copied balancer is not bound yet."""
+        """Makes this the balancer of `backbone` in the transformers model `root`. A copied balancer is not bound yet."""
         if self.backbone is not backbone or not self._is_bound:
             self._backbone, self._is_bound = weakref.ref(backbone), True
             find_copies(backbone, self.sites, self.prefix)
-            self._adapter_layer = adapters.find_layer(backbone, is_new=True)
+            self._adapter_layer = find_adapter_layer(backbone)
             process.follow(self)
         if root is not None and (self._root is None or self._root() is not root):
             self._root = weakref.ref(root)
-            self.group.copies = count_copies(root)
+            prefix = prefix_of(backbone, root)
+            for site in self.sites:
+                site.name = f"{prefix}{site.name.removeprefix(self.prefix)}"
+            self.prefix = prefix
+            self.copies = count_copies(root)
             config = getattr(root, "config", None)
             self.pad_token_id = None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
-
-    def set_config(self, config: PhiBalanceConfig) -> None:
-        """Changes the configuration, also in the middle of a step."""
-        bins = self.loop.bins
-        self._config = config
-        self.duals.set_config(config)
-        self.loop.is_checked = False
-        if self.loop.bins != bins:
-            self.discard_step()
 
     def find_copies(self) -> None:
         """Searches the backbone again for the modules of the routers."""
@@ -191,8 +161,9 @@ class PhiBalancer:
         if names != self._adapter_names:  # PEFT may have copied routers
             self._adapter_names = names
             self.find_copies()
-        self._adapter_layer = adapters.find_layer(self.root, self._adapter_layer)
-        self.duals.use_adapter(adapters.active(self._adapter_layer))
+        if names and (self._adapter_layer is None or self._adapter_layer() is None):
+            self._adapter_layer = find_adapter_layer(self.root)
+        self.duals.use_adapter(active_adapter(self._adapter_layer))
 
     @contextmanager
     def using_adapter(self, adapter: str | None) -> Iterator[None]:
@@ -211,14 +182,14 @@ class PhiBalancer:
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """
-        The data-parallel ranks: they average gradients in an optimizer step and hold different tokens. `None` for all ranks.
-        Ranks over which transformers has split one model (`tp_plan`, `DistributedConfig`) hold the same tokens and count once.
+        The data-parallel ranks, which average gradients and hold different tokens. `None` for all ranks. Ranks over which
+        transformers has split one model (`tp_plan`, `DistributedConfig`) hold the same tokens and count once.
 
         In DiLoCo or local SGD each rank steps alone and weights are averaged only now and then. Set
         `balancer.process_group = torch.distributed.new_subgroups(1)[0]`, average `state_dict()` together with the weights, and
         pass the average to `load_state_dict()`.
         """
-        return self.group.group
+        return self._group
 
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
@@ -227,17 +198,23 @@ class PhiBalancer:
                 f"`process_group` must be a torch.distributed.ProcessGroup, got {quoted(group)}. Of a DeviceMesh take "
                 "mesh.get_group(name of the data-parallel dimension)."
             )
-        self.group.group = group
+        self._group = group
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the process group."""
+        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
 
     @property
     def ranks(self) -> int:
-        """Number of data-parallel ranks."""
-        return self.group.count
+        """Number of data-parallel ranks: those that hold different tokens."""
+        return self.world_size // self.copies if self._group is None and self.world_size > 1 else self.world_size
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sums `values` over the data-parallel ranks, in place, and returns them."""
-        self.group.sum_(values)
-        return values
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self._group)
+        return values.div_(self.world_size // self.ranks) if self.ranks < self.world_size else values
 
     @property
     def layer_names(self) -> list[str]:
@@ -260,12 +237,7 @@ class PhiBalancer:
         return self.duals.has_bias
 
     def means(self, statistic: str | None = None) -> dict[str, Tensor]:
-        """
-        EMA m of the routing distribution by layer name, each `(E,)` fp32.
-
-        Args:
-            statistic (`str`, *optional*): `"probs"` or `"load"`; defaults to `config.track`.
-        """
+        """EMA m of the routing distribution, of `"probs"` or `"load"` (default: `config.track`), by layer name, each `(E,)` fp32."""
         statistic = statistic or self.config.track
         if statistic not in STATISTICS:
             raise ValueError(f"`statistic` must be one of {STATISTICS}, got {statistic!r}.")
@@ -289,18 +261,17 @@ class PhiBalancer:
         return {site.name: row[: site.num_experts].clone() for site, row in zip(self.sites, rows_LE)}
 
     def figures(self) -> Figures:
-        """Returns the balance of the last optimizer step, on the device. Sums of several steps can be given to [`~PhiBalancer.metrics`]."""
+        """Returns the balance of the last optimizer step, on the device. A sum over steps can be given to [`~PhiBalancer.metrics`]."""
         return Figures.of(self.last, self.sites)
 
     def metrics(self, per_layer: int = 0, figures: Figures | None = None) -> dict[str, float]:
         """
-        Returns the balance of the last optimizer step, or the mean over several, as plain numbers: see the table in `figures.py`.
-        Reads the device, so call it only when logging. Routers for images only, or in a vision tower, have metrics of their own:
-        `vision/max_vio`, ..., and `vision/tokens`, the number of tokens that each of them routed.
+        Returns the balance of the last optimizer step as plain numbers; the table in `counts.py` says which. Reads the device, so
+        call it only when logging. Routers for images, or in a vision tower, have their own: `vision/max_vio`, `vision/tokens`, ...
 
         Args:
             per_layer (`int`, *optional*, defaults to `0`): at most this many layers, evenly spaced, get metrics of their own.
-            figures (`Figures`, *optional*): sum of the figures of several steps. Defaults to those of the last step.
+            figures (`Figures`, *optional*): sum of the figures of several steps, to get their mean.
         """
         figures = figures or self.figures()
         values = figures.means(self.sites, per_layer)
@@ -318,6 +289,16 @@ class PhiBalancer:
         return LearningReport(self.config.coef, [describe_router(site.name, self.root) for site in self.sites])
 
     # ------------------------------------------------------------------ one optimizer step
+
+    @property
+    def now(self) -> OptimizerStep:
+        """The current optimizer step."""
+        return self.loop.now
+
+    @property
+    def last(self) -> Counts:
+        """Counts of the last step, over all ranks."""
+        return self.loop.last
 
     def begin_step(
         self,
@@ -348,11 +329,9 @@ class PhiBalancer:
 
     def step(self, skipped: bool | None = None) -> None:
         """
-        Ends the optimizer step: sums its statistics over the ranks and moves means, prices and biases. Torch's optimizers call
-        it by themselves, and a second call does nothing. With any other optimizer call it after each step, on every rank.
-
-        Args:
-            skipped (`bool`, *optional*): whether the optimizer step was skipped. Then nothing moves.
+        Ends the optimizer step: sums its statistics over the ranks and moves means, prices and biases; nothing if it was `skipped`.
+        Torch's optimizers call it by themselves, and a second call does nothing. With any other optimizer call it after each
+        step, on every rank.
 
         Raises:
             ValueError: at the first step, if a router was never called or the price gradient reaches nothing.
@@ -370,7 +349,6 @@ class PhiBalancer:
     def reset(self) -> None:
         """Resets to uniform means, zero prices and no selection bias. A family's own bias stays."""
         self.duals.reset()
-        self.duals.has_bias = self.config.bias_coef > 0
         self.loop = Loop(self)
 
     @property
@@ -386,9 +364,9 @@ class PhiBalancer:
     def replaying(self) -> AbstractContextManager[None]:
         """
         Context manager for forwards whose experts are chosen from outside, as in reinforcement learning that replays the experts
-        of its rollout: there the router returns indices that are not its own top-k. These indices count as load, and the price
-        acts on the probabilities as always. The selection bias has no part in this choice, so it does not act here and does not
-        move in this optimizer step. Run only the forwards of the update inside, not those of the rollout:
+        of its rollout: there the router returns indices that are not its own top-k. They count as load, and the price acts on the
+        probabilities as always. The selection bias does not act here, and does not move in this optimizer step. Run only the
+        forwards of the update inside, not those of the rollout:
 
         ```python
         class ReplayingTrainer(GRPOTrainer):
@@ -410,14 +388,16 @@ class PhiBalancer:
         return self.forwards.evaluation is not None
 
     @contextmanager
-    def evaluation(self, generation: bool = False, eos_token_id: int | Sequence[int] | None = None) -> Iterator[None]:
+    def evaluation(
+        self, generation: bool = False, eos_token_id: int | Sequence[int] | None = None
+    ) -> Iterator[Counts]:
         """
-        Context manager: counts forwards without gradients inside it, for [`~PhiBalancer.eval_metrics`].
+        Context manager: counts forwards without gradients inside it, for [`~PhiBalancer.eval_metrics`]. Yields this rank's counts.
 
         Args:
             generation (`bool`, *optional*, defaults to `False`):
-                Whether to count forwards with a cache too, as in `model.generate`. Then each token of a prompt and each new token
-                counts once. Padding and rows that have ended never count.
+                Whether to count forwards with a cache too, as in `model.generate`: each token of a prompt and each new token once,
+                padding and rows that have ended never.
             eos_token_id (`int` or `Sequence[int]`, *optional*): ends a row; defaults to that of the generation config.
         """
         end = None
@@ -428,7 +408,7 @@ class PhiBalancer:
         counts = Counts(self.duals.shape, self.duals.values.device, extra=1)
         outer, self.forwards.evaluation = self.forwards.evaluation, Evaluation(counts, end)
         try:
-            yield
+            yield counts
         finally:
             self.forwards.evaluation = outer
 
@@ -461,13 +441,7 @@ class PhiBalancer:
             self.ignores_bias = had
 
     def set_means(self, sums: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """
-        Sets the means and the prices that follow from them.
-
-        Args:
-            sums (`Mapping[str, Mapping[str, Tensor]]`):
-                For `"probs"` and `"load"` the sum over tokens by layer name, each `(E,)`. A router with sum 0 keeps its mean.
-        """
+        """Sets means and prices by the sums over tokens of `"probs"` and `"load"`, by layer name, each `(E,)`. 0 keeps a mean."""
         self.duals.set_means({statistic: self._rows(by_layer) for statistic, by_layer in sums.items()})
 
     def set_biases(self, biases: Mapping[str, Tensor]) -> None:
@@ -476,16 +450,25 @@ class PhiBalancer:
         self.duals.set_biases(self._rows(biases))
 
     def _rows(self, by_layer: Mapping[str, Tensor]) -> Tensor:
-        rows = torch.zeros_like(self.duals.biases)
-        for row, site in zip(rows, self.sites):
+        rows_LE = torch.zeros_like(self.duals.biases)
+        for row, site in zip(rows_LE, self.sites):
             row[: site.num_experts] = by_layer[site.name].to(row)
-        return rows
+        return rows_LE
 
     # ------------------------------------------------------------------ state
 
-    def _own_names(self) -> list[str]:
+    def names_in_backbone(self) -> list[str]:
         """Names of the routers relative to the backbone."""
         return [name.removeprefix(self.prefix) for name in self.layer_names]
+
+    def _state_rows(self) -> Iterator[tuple[str, RouterSite, Tensor]]:
+        """Yields the name in the state, the router and the row `(E,)` of the duals, of each mean and each bias."""
+        rows = {f"mean_{statistic}": self.duals.mean(statistic) for statistic in STATISTICS} | {
+            "bias": self.duals.biases
+        }
+        for kind, rows_LE in rows.items():
+            for name, site, row in zip(self.names_in_backbone(), self.sites, rows_LE):
+                yield f"{name}.{kind}", site, row[: site.num_experts]
 
     def state_dict(self) -> dict[str, Tensor]:
         """
@@ -494,52 +477,42 @@ class PhiBalancer:
         """
         self.follow_adapter()
         self.duals.read_native()
-        state = {"steps": torch.tensor(self.steps)}
-        for index, (name, site) in enumerate(zip(self._own_names(), self.sites)):
-            for statistic in STATISTICS:
-                state[f"{name}.mean_{statistic}"] = self.duals.mean(statistic)[index, : site.num_experts].cpu().clone()
-            if self.has_bias:
-                state[f"{name}.bias"] = self.duals.biases[index, : site.num_experts].cpu().clone()
-        return state
+        rows = {
+            key: row.cpu().clone() for key, _, row in self._state_rows() if self.has_bias or not key.endswith(".bias")
+        }
+        return {"steps": torch.tensor(self.steps), **rows}
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """
-        Restores the state of [`~PhiBalancer.state_dict`]. Changes nothing if it does not fit. A state without biases sets our
-        selection biases to 0.
-
-        Raises:
-            ValueError: if a tensor is missing, of another type or shape, not finite, no distribution where it has to be one,
-                or belongs to no router of this model.
+        Restores the state of [`~PhiBalancer.state_dict`]. Without biases in it, our selection biases become 0. Changes nothing and
+        raises `ValueError` if a tensor is missing, of another type or shape, not finite, no distribution where it has to be one, or
+        belongs to no router of this model.
         """
         self.find_copies()
         self.follow_adapter()
         state = self._fitted(state)
-        biased = any(key.endswith(".bias") for key in state)
-        duals = self.duals
-        with torch.no_grad():
-            for index, (name, site) in enumerate(zip(self._own_names(), self.sites)):
-                for statistic in STATISTICS:
-                    duals.mean(statistic)[index, : site.num_experts].copy_(state[f"{name}.mean_{statistic}"])
-                if biased or not site.has_native_bias:
-                    duals.biases[index, : site.num_experts] = state[f"{name}.bias"].to(duals.biases) if biased else 0.0
-        duals.has_bias = biased or self.config.bias_coef > 0
-        if biased:
-            duals.write_native()
-        duals.steps = int(state.get("steps", 0))
-        duals._set_price()
+        has_bias = any(key.endswith(".bias") for key in state)
+        for key, site, row in self._state_rows():
+            if key in state:
+                row.copy_(state[key])
+            elif not site.has_native_bias:
+                row.zero_()
+        self.duals.has_bias = has_bias or self.config.bias_coef > 0
+        if has_bias:
+            self.duals.write_native()
+        self.duals.steps = int(state.get("steps", 0))
+        self.duals.set_price()
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes `phi_balance.state` into `directory` (made if missing) and returns its path."""
-        description = describe_model(self.root, self.sites, self._own_names())
+        description = describe_model(self.root, self.sites, self.names_in_backbone())
         return save_state(self.state_dict(), self.config, description, directory)
 
     def load(self, directory: str | os.PathLike) -> None:
         """
-        Restores the file that [`~PhiBalancer.save`] wrote, given its path or its directory.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged or belongs to another model. The state is then unchanged.
+        Restores the file that [`~PhiBalancer.save`] wrote, given its path or its directory. Changes nothing and raises
+        `FileNotFoundError` without a file, or `ValueError` if it is damaged or belongs to another model.
         """
         self.load_state_dict(self._read(directory))
 
@@ -549,7 +522,7 @@ class PhiBalancer:
 
     def _fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns `state` under this model's names; raises `ValueError` if it does not fit."""
-        names = self._own_names()
+        names = self.names_in_backbone()
         state = fit_names(state, names)
         check_state(state, dict(zip(names, (site.num_experts for site in self.sites))))
         return state
@@ -557,5 +530,19 @@ class PhiBalancer:
     def _read(self, directory: str | os.PathLike) -> dict[str, Tensor]:
         self.find_copies()
         found = read_state(directory)
-        check_model(found.model, describe_model(self.root, self.sites, self._own_names()))
+        check_model(found.model, describe_model(self.root, self.sites, self.names_in_backbone()))
         return found.tensors
+
+
+def prefix_of(backbone: nn.Module | None, root: nn.Module) -> str:
+    """Returns the path of `backbone` in `root`, with a dot at its end, or `""`."""
+    name = canonical_name(next(name for name, module in root.named_modules() if module is backbone))
+    return f"{name}." if name else ""
+
+
+def count_copies(root: nn.Module) -> int:
+    """Returns how many ranks get the same tokens because transformers has split `root` over them."""
+    if getattr(root, "_device_mesh", None) is None:
+        return 1
+    sizes = getattr(getattr(root, "config", None), "distributed_config", None)  # transformers 5.16 has it only there
+    return getattr(root, "_tp_size", None) or getattr(sizes, "tp_size", None) or 1

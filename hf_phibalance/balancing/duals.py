@@ -7,6 +7,8 @@ Shapes: L routers, E experts of the widest one; a router with fewer experts leav
 from __future__ import annotations
 
 import itertools
+import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +19,8 @@ from transformers.utils import logging
 from ..config import STATISTICS, PhiBalanceConfig
 from ..maths import bias_step, centred_price, step_within
 from ..routers import RouterSite
-from .adapters import active, find_layer
 from .counts import Counts
+from .process import wrap_imported
 
 
 logger = logging.get_logger(__name__)
@@ -30,19 +32,12 @@ PRICE, BIAS = len(STATISTICS), len(STATISTICS) + 1  # rows after those of the me
 class Duals(nn.Module):
     """
     The submodule `phi_balance` of a backbone. Holds two means m, prices q = ∇φ(E·m) and selection biases b in one fp32 buffer
-    `(4, L, E)`.
-
-    The buffer follows the backbone to another device, into a copy or into an average of models. The state dict has only the
-    bias, if there is one, because the bias changes what the model computes.
+    `(4, L, E)`. The buffer follows the backbone to another device, into a copy or into an average of models. The state dict has
+    only the bias, if there is one, because the bias changes what the model computes.
 
     After any steps all values are finite, and each mean is a distribution over the experts of its router. No step moves a bias
     farther from its router's mean bias than the span of the scores it is added to: 1 for probabilities, [`LOGIT_WIDTH`] for
     logits. Only a checkpoint can bring a larger one.
-
-    Args:
-        config (`PhiBalanceConfig`): potential, EMA rate, tracked statistics, step size of the bias.
-        sites (`Sequence[RouterSite]`): the routers.
-        device (`torch.device`): of the buffer.
     """
 
     values: Tensor
@@ -65,7 +60,7 @@ class Duals(nn.Module):
         self.config, self.potential = config, config.build_potential()
         self.has_bias |= config.bias_coef > 0
         if self.begun:
-            self._set_price()
+            self.set_price()
         self.read_native()
 
     def _initial(self, device: torch.device) -> Tensor:
@@ -84,6 +79,8 @@ class Duals(nn.Module):
         elif self.values is not before:  # rounded by `.to(torch.bfloat16)`, or left empty by `to_empty`
             self.values = before.to(self.values.device)
         return self
+
+    # ------------------------------------------------------------------ what it holds
 
     @property
     def steps(self) -> int:
@@ -113,6 +110,11 @@ class Duals(nn.Module):
         """EMA of `"probs"` or `"load"`, `(L, E)`."""
         return self.values[STATISTICS.index(statistic)]
 
+    @property
+    def own_bias(self) -> bool:
+        """Whether there is a selection bias outside the family's own tensors."""
+        return self.has_bias and not all(site.has_native_bias for site in self.sites)
+
     def blocks(self) -> Iterator[tuple[slice, int]]:
         """Yields runs of neighbouring routers with the same number of experts: their rows, and E."""
         start = 0
@@ -121,17 +123,16 @@ class Duals(nn.Module):
             yield slice(start, stop), experts
             start = stop
 
+    # ------------------------------------------------------------------ how it moves
+
     @torch.no_grad()
     def update(self, counts: Counts, may_be_skipped: bool = False) -> None:
         """
-        Moves the duals by one step: m <- (1 - η) m + η s; q = ∇φ(E·m), centred; b by the rule of the method, for φ
-        b <- b - bias_coef · q (arXiv 2605.15403, Algorithm 1).
+        Moves the duals by one step: m <- (1 - η) m + η s, where s is each expert's share of the counts; q = ∇φ(E·m), centred; b by
+        the rule of the method, for φ b <- b - bias_coef · q (arXiv 2605.15403, Algorithm 1).
 
-        Args:
-            counts (`Counts`):
-                Sums over the step's tokens; s is each expert's share of them. A router without tokens stays. Biases stay if any
-                selection came from outside. Everything stays if a sum is not finite or a rank has skipped the step.
-            may_be_skipped (`bool`, *optional*, defaults to `False`): whether only the device knows if the step was skipped.
+        A router without tokens stays. Biases stay if any selection came from outside. Everything stays if a sum is not finite or a
+        rank has skipped the step. `may_be_skipped`: whether only the device knows if it has.
         """
         was_skipped = counts.skipped > 0
         moves = torch.isfinite(counts.flat).all() & ~was_skipped
@@ -140,14 +141,15 @@ class Duals(nn.Module):
         total = counts.sums.sum(dim=-1, keepdim=True)  # (2, L, 1)
         means = self.values[:PRICE]
         means.lerp_(torch.where((total > 0) & moves, counts.sums / total, means), self.config.ema_rate)
-        self._set_price()
+        self.set_price()
         if self.config.bias_coef > 0:
             self.read_native()
             self._move_biases(counts, moves & (counts.replayed == 0))
             self.write_native()
         self.begun += 1
 
-    def _set_price(self) -> None:
+    def set_price(self) -> None:
+        """Computes the prices from the means."""
         for rows, experts in self.blocks():
             self.price[rows, :experts] = self._priced(self.config.track, rows, experts)
 
@@ -157,7 +159,7 @@ class Duals(nn.Module):
     def _move_biases(self, counts: Counts, moves: Tensor) -> None:
         for rows, experts in self.blocks():
             bias_LE, load_LE = self.biases[rows, :experts], counts.load[rows, :experts]
-            width_L1 = self._by_router([site.score_width or LOGIT_WIDTH for site in self.sites[rows]])
+            width_L1 = self._column([site.score_width or LOGIT_WIDTH for site in self.sites[rows]])
             step_LE = bias_step(
                 self.config.rules.bias_rule,
                 self.config.bias_coef,
@@ -165,27 +167,48 @@ class Duals(nn.Module):
                 self._priced(self.config.bias_track, rows, experts),
                 load_LE,
                 counts.extra[rows, :experts],
-                self._by_router([site.top_k for site in self.sites[rows]]),
+                self._column([site.top_k for site in self.sites[rows]]),
                 width_L1,
             )
-            step_LE = self._held_where_masked(step_LE, counts.probs[rows, :experts], self.sites[rows])
+            if any(site.has_native_bias for site in self.sites[rows]):
+                # A family adds its own bias to a score of 0 too, and would choose such experts in the end. So experts of
+                # probability 0, which are masked, get no step, and that of the others is centred over them.
+                open_LE = counts.probs[rows, :experts] > 0
+                mean_L1 = (step_LE * open_LE).sum(-1, keepdim=True) / open_LE.sum(-1, keepdim=True).clamp(min=1)
+                step_LE = torch.where(open_LE.all(-1, keepdim=True), step_LE, (step_LE - mean_L1) * open_LE)
             moved_LE = step_within(bias_LE, step_LE, width_L1.expand_as(bias_LE))
             bias_LE.copy_(torch.where(moves & (load_LE.sum(-1, keepdim=True) > 0), moved_LE, bias_LE))
 
-    def _held_where_masked(self, step_LE: Tensor, probs_LE: Tensor, sites: Sequence[RouterSite]) -> Tensor:
-        """
-        Returns `step_LE`; where some experts of a router have probability 0, it is 0 for them and centred over the others. A
-        family adds its own bias to a score of 0 too, and would choose such experts in the end.
-        """
-        if not any(site.has_native_bias for site in sites):
-            return step_LE
-        open_LE = probs_LE > 0
-        mean_L1 = (step_LE * open_LE).sum(-1, keepdim=True) / open_LE.sum(-1, keepdim=True).clamp(min=1)
-        return torch.where(open_LE.all(-1, keepdim=True), step_LE, (step_LE - mean_L1) * open_LE)
-
-    def _by_router(self, numbers: Sequence[float]) -> Tensor:
+    def _column(self, numbers: Sequence[float]) -> Tensor:
         """Returns `numbers` as a tensor `(L, 1)`."""
         return torch.tensor(numbers, dtype=torch.float32).unsqueeze(-1).to(self.values.device, non_blocking=True)
+
+    @torch.no_grad()
+    def set_means(self, sums: Mapping[str, Tensor]) -> None:
+        """Sets the means to the shares of `sums`, each `(L, E)`. A router with sum 0 keeps its mean."""
+        for statistic in STATISTICS:
+            total = sums[statistic].sum(-1, keepdim=True)
+            share = sums[statistic] / total.clamp(min=1e-30)
+            mean = self.mean(statistic)
+            mean.copy_(torch.where(total > 0, share.to(mean), mean))
+        self.set_price()
+
+    @torch.no_grad()
+    def set_biases(self, biases_LE: Tensor) -> None:
+        """Sets the selection biases `(L, E)`, a family's own included."""
+        self.biases.copy_(biases_LE)
+        self.has_bias |= bool(biases_LE.any())
+        self.write_native()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Resets everything to before the first step. A family's own bias stays as it is."""
+        self.values.copy_(self._initial(self.values.device))
+        self.steps, self.adapter, self.by_adapter = 0, None, {}
+        self.has_bias = self.config.bias_coef > 0
+        self.read_native()
+
+    # ------------------------------------------------------------------ a family's own selection bias
 
     @torch.no_grad()
     def read_native(self) -> None:
@@ -213,6 +236,8 @@ class Duals(nn.Module):
             if site.has_native_bias:
                 yield self.biases[index, : site.num_experts], site
 
+    # ------------------------------------------------------------------ PEFT adapters, each with the bias it was trained with
+
     @torch.no_grad()
     def use_adapter(self, adapter: str | None) -> None:
         """Puts the bias of `adapter` (`None`: of the model itself) in force. A new adapter begins with the present bias."""
@@ -233,39 +258,12 @@ class Duals(nn.Module):
                 "merged or unloaded."
             )
         self.balancer.bind(backbone)  # a copy may not have been used yet
-        layer = find_layer(backbone, is_new=True)  # still there, since this module is the first in the backbone
-        self.use_adapter(next(iter(adapter_names or ()), active(layer, even_disabled=True)) if merge else None)
+        layer = find_adapter_layer(backbone)  # still there, since this module is the first in the backbone
+        self.use_adapter(next(iter(adapter_names or ()), active_adapter(layer, even_disabled=True)) if merge else None)
         self.adapter, self.by_adapter = None, {}
         return self
 
-    @torch.no_grad()
-    def set_means(self, sums: Mapping[str, Tensor]) -> None:
-        """Sets the means to the shares of `sums`, each `(L, E)`. A router with sum 0 keeps its mean."""
-        for statistic in STATISTICS:
-            total = sums[statistic].sum(-1, keepdim=True)
-            share = sums[statistic] / total.clamp(min=1e-30)
-            mean = self.mean(statistic)
-            mean.copy_(torch.where(total > 0, share.to(mean), mean))
-        self._set_price()
-
-    @torch.no_grad()
-    def set_biases(self, biases_LE: Tensor) -> None:
-        """Sets the selection biases `(L, E)`, a family's own included."""
-        self.biases.copy_(biases_LE)
-        self.has_bias |= bool(biases_LE.any())
-        self.write_native()
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Resets everything to before the first step. A family's own bias stays as it is."""
-        self.values.copy_(self._initial(self.values.device))
-        self.steps, self.adapter, self.by_adapter = 0, None, {}
-        self.read_native()
-
-    @property
-    def own_bias(self) -> bool:
-        """Whether there is a selection bias outside the family's own tensors."""
-        return self.has_bias and not all(site.has_native_bias for site in self.sites)
+    # ------------------------------------------------------------------ weights with our bias among them
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         if self.own_bias:
@@ -273,14 +271,12 @@ class Duals(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         bias = state_dict.get(f"{prefix}bias")
-        if bias is None:
-            return
-        if bias.shape != self.biases.shape:
+        if bias is not None and bias.shape != self.biases.shape:
             errors.append(f"{prefix}bias has shape {tuple(bias.shape)}, the routers need {tuple(self.biases.shape)}.")
-            return
-        with torch.no_grad():
-            self.biases.copy_(bias)
-        self.has_bias = True
+        elif bias is not None:
+            with torch.no_grad():
+                self.biases.copy_(bias)
+            self.has_bias = True
 
     def forget_bias(self) -> None:
         """Sets our selection bias to 0, after weights without one have been loaded."""
@@ -289,3 +285,20 @@ class Duals(nn.Module):
             for index, site in enumerate(self.sites):
                 if not site.has_native_bias:
                     self.biases[index].zero_()
+
+
+def find_adapter_layer(module: nn.Module) -> weakref.ref[nn.Module] | None:
+    """Returns the first PEFT layer in `module`, for [`active_adapter`]; `None` if there is none."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return None
+    wrap_imported()  # PEFT may have been imported since
+    return next((weakref.ref(layer) for layer in module.modules() if isinstance(layer, tuners.BaseTunerLayer)), None)
+
+
+def active_adapter(layer: weakref.ref[nn.Module] | None, even_disabled: bool = False) -> str | None:
+    """Returns the adapter that is switched on in the PEFT `layer`; `None` if there is none, or if it is disabled."""
+    found: Any = None if layer is None else layer()
+    if found is None or (found.disable_adapters and not even_disabled):
+        return None
+    return next(iter(found.active_adapters), None)

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from ..maths import SCORINGS, margin_histogram, price_now, routing_probs, sequence_price
 from ..routers import BiasedTopK, RouterSite, image_tokens
-from . import compiled
 from .counts import Counts
-from .gradient import add_gradient
+from .duals import LOGIT_WIDTH
+from .gradient import add_gradient, new_key
 from .process import backward_node, in_backward, loss_scale, unrecorded
 from .step import Forward
-from .tokens import Tokens, count_mask, count_padding, hidden_shape, packed_sequences
+from .tokens import Tokens, count_mask, count_padding, hidden_of, packed_sequences
 
 
 if TYPE_CHECKING:
@@ -41,15 +41,13 @@ if TYPE_CHECKING:
 
 
 CACHES = ("cache", "past_key_values")  # possible names of a model's cache argument
+EVALUATION = 1  # number of a compiled forward of an evaluation; those of training are even
 
 
 class Evaluation:
     """
-    Counts of the forwards in an open [`~PhiBalancer.evaluation`].
-
-    Args:
-        counts (`Counts`): empty ones. Their `extra` is the load without our selection bias.
-        end_ids (`Sequence[int]`, *optional*): ids that end a row, if generation is counted.
+    Counts of the forwards in an open [`~PhiBalancer.evaluation`]. Their `extra` is the load without our selection bias. `end_ids` end
+    a row, if generation is counted.
     """
 
     def __init__(self, counts: Counts, end_ids: list[int] | None = None) -> None:
@@ -103,14 +101,14 @@ class Forwards:
 
     def _begin(self) -> None:
         self._here = _Here()
-        self._key = compiled.new_key(self)
+        self._key = new_key(self)
         # for compiled code, which cannot read the state of its thread: number of the current forward, labels, replaying
         self._number: Tensor | None = None
         self._labels: Tensor | None = None
         self._replaying = False
         self.evaluation: Evaluation | None = None
         self.watch: Callable[[int, Tensor], None] | None = None  # called with the scores that a router ranks
-        self.recorder: Any = None  # a `StepRecorder` of the room `checkup`, while a step is recorded
+        self.recorder: Any = None  # a `StepRecorder` of the room `diagnosis`, while a step is recorded
 
     def __getstate__(self) -> dict[str, Any]:
         return {"balancer": self.balancer}  # a copy has no current forward
@@ -127,7 +125,7 @@ class Forwards:
     def owner(self) -> nn.Module | None:
         return self.balancer.backbone
 
-    # ------------------------------------------------------------------ a forward of the backbone
+    # ------------------------------------------------------------------ what is set around a forward
 
     @contextmanager
     def labels_of(self, labels: Tensor | None, micro_batch: int | None = None) -> Iterator[None]:
@@ -159,13 +157,23 @@ class Forwards:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Context manager: routers called inside it are told from outside what to select."""
-        here = self._here
-        outer = here.replaying
+        here, outer = self._here, self._here.replaying
         here.replaying = self._replaying = True
         try:
             yield
         finally:
             here.replaying = self._replaying = outer
+
+    @contextmanager
+    def showing_scores(self, watch: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Context manager: inside it routers call `watch(index, scores)` with the scores `(..., E)` before their bias is added."""
+        self.watch = watch
+        try:
+            yield
+        finally:
+            self.watch = None
+
+    # ------------------------------------------------------------------ a forward of the backbone
 
     def run(self, backbone: nn.Module, inner: Callable, inputs: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
         """Runs `inner(*args, **kwargs)`, the forward of `backbone`; `inputs` are its arguments by name."""
@@ -174,91 +182,101 @@ class Forwards:
             return inner(*args, **kwargs)
         here = self._here
         outer = here.forward, here.tokens
-        here.forward, here.tokens = self._open(backbone, inputs)
-        self._number = torch.tensor(self._key_of(here.forward))  # for layers that are compiled one by one
         try:
+            self._open(backbone, inputs)
+            self._number = torch.tensor(_number_of(here.forward))  # for layers that are compiled one by one
             output = inner(*args, **kwargs)
             if isinstance(here.forward, Forward) and here.forward.share is None:
                 self._settle_at(output, here.forward)
             return output
         except BaseException:
             BiasedTopK.leave_interrupted()  # Ctrl-C runs no hook of a module
-            if isinstance(here.forward, Forward) and not in_backward():
-                here.forward.step.drop(here.forward)
+            if isinstance(here.forward, Forward) and not in_backward():  # the traceback may keep it alive
+                here.forward.step.alive.pop(here.forward.key, None)
             raise
         finally:
             here.forward, here.tokens = outer
 
-    def _open(
-        self, backbone: nn.Module, inputs: Mapping[str, Any]
-    ) -> tuple[Forward | Evaluation | None, Tokens | None]:
-        """Returns the forward that begins with these `inputs`, by the table above, and its tokens."""
-        balancer, node = self.balancer, backward_node()
-        if node is not None and (found := balancer.now.find(node)) is not None:
-            return found, found.tokens  # checkpointing recomputes the whole backbone
+    def _open(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Makes the forward that begins with these `inputs` the current one, by the table above."""
+        here, node, evaluation = self._here, backward_node(), self.evaluation
+        here.forward = here.tokens = None
+        if node is not None and (found := self.balancer.now.find(node)) is not None:
+            here.forward, here.tokens = found, found.tokens  # checkpointing recomputes the whole backbone
+            return
         training = backbone.training and torch.is_grad_enabled()
-        evaluation = None if training else self.evaluation
-        is_cached = any(inputs.get(name) is not None for name in CACHES)
-        if evaluation is not None and evaluation.end_ids is None and is_cached:
-            evaluation = None
-        if not training and evaluation is None:
-            return None, None
+        generates = evaluation is not None and evaluation.end_ids is not None
+        if not training and (evaluation is None or (_has_cache(inputs) and not generates)):
+            return
         with unrecorded():
-            mask_BS = self._mask(inputs)
+            mask_BS = self._mask(inputs, must_be_known=training)
             if mask_BS is None:
-                if evaluation is not None:
-                    return None, None  # a second forward of the same batch, for its logits only
-                raise ValueError(self._no_mask(inputs))
-            if evaluation is not None and evaluation.end_ids is not None:
+                return  # a second forward of the same batch, for its logits only
+            if not training and evaluation is not None and generates:
                 mask_BS = evaluation.mask_of_generation(inputs, mask_BS)
-            tokens = self._tokens(inputs, mask_BS)
-            if evaluation is not None:
-                evaluation.counts.tokens.add_(tokens.count)
-                return evaluation, tokens
-            return self._open_training(tokens, self._padding(inputs, mask_BS)), tokens
+            self.begin(mask_BS, *self._parts(inputs, mask_BS, training), training)
 
-    @staticmethod
-    def _key_of(forward: Forward | Evaluation | None) -> int:
-        """Returns the number of a forward in compiled code; -1 for none."""
-        return forward.key if isinstance(forward, Forward) else -1 if forward is None else EVALUATION
-
-    def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        if self.balancer.config.token_mask == "labels" and inputs.get("labels") is None:
-            stack = [self._labels] if torch.compiler.is_compiling() else self._here.labels
-            labels = stack[-1] if stack else None
-            inputs = {**inputs, "labels": labels}
-        return count_mask(inputs, self.balancer.config.token_mask, self.balancer.pad_token_id)
-
-    def _padding(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tensor | None:
-        """Returns the number of pad tokens that count, `()`; `None` if there is an attention mask or no known pad token."""
-        ids, pad = inputs.get("input_ids"), self.balancer.pad_token_id
-        if ids is None or pad is None or inputs.get("attention_mask") is not None:
+    def _open_traced(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Does the same while the compiler traces: computes the token mask, then calls one operator."""
+        training = backbone.training and torch.is_grad_enabled()
+        mask_BS = self._mask(inputs, must_be_known=training)
+        if mask_BS is None:
             return None
-        return count_padding(ids, mask_BS, pad) if self.balancer.config.token_mask == "attention" else None
+        parts = self._parts(inputs, mask_BS, training)
+        return torch.ops.phi_balance.open(mask_BS, *parts, training, _has_cache(inputs), self._key)
 
-    def _no_mask(self, inputs: Mapping[str, Any]) -> str:
+    def begin(
+        self,
+        mask_BS: Tensor,
+        image_T: Tensor | None,
+        sequence_T: Tensor | None,
+        padding: Tensor | None,
+        training: bool,
+        is_cached: bool = False,
+    ) -> int:
+        """Begins a forward with these tokens. Returns its number in compiled code, -1 if nothing is to be counted."""
+        here, device = self._here, self.balancer.duals.values.device
+        sequence_T = None if sequence_T is None else sequence_T.to(device)
+        here.forward, here.tokens = None, Tokens(mask_BS.to(device), image_T, sequence_T)
+        if training:
+            here.forward = self._begin_training(here.tokens, padding)
+        elif self.evaluation is not None and not is_cached:
+            here.forward = self.evaluation
+            self.evaluation.counts.tokens.add_(here.tokens.count)
+        return _number_of(here.forward)
+
+    def _mask(self, inputs: Mapping[str, Any], must_be_known: bool) -> Tensor | None:
         kind = self.balancer.config.token_mask
-        missing = "labels" if kind == "labels" and hidden_shape(inputs) is not None else "input_ids or inputs_embeds"
-        return (
-            f"token_mask={kind!r}, but this forward received no {missing}. Pass them to the model, or set another token_mask "
-            "in PhiBalanceConfig."
-        )
+        if kind == "labels" and inputs.get("labels") is None:
+            stack = [self._labels] if torch.compiler.is_compiling() else self._here.labels
+            inputs = {**inputs, "labels": stack[-1] if stack else None}
+        mask_BS = count_mask(inputs, kind, self.balancer.pad_token_id)
+        if mask_BS is None and must_be_known:
+            missing = "labels" if kind == "labels" and hidden_of(inputs) is not None else "input_ids or inputs_embeds"
+            raise ValueError(
+                f"token_mask={kind!r}, but this forward received no {missing}. Pass them to the model, or set another token_mask "
+                "in PhiBalanceConfig."
+            )
+        return mask_BS
 
-    def _tokens(self, inputs: Mapping[str, Any], mask_BS: Tensor) -> Tokens:
-        device = self.balancer.duals.values.device
-        sequence = packed_sequences(inputs) if self.balancer.config.sequence_coef > 0 else None
-        image = image_tokens(inputs, self.sites)
-        return Tokens(mask_BS.to(device), image, None if sequence is None else sequence.to(device))
+    def _parts(
+        self, inputs: Mapping[str, Any], mask_BS: Tensor, training: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns what else [`~Forwards.begin`] needs: image tokens, sequences of packed rows, and the number of pad tokens that count."""
+        config, ids, pad = self.balancer.config, inputs.get("input_ids"), self.balancer.pad_token_id
+        sequence_T, padding = packed_sequences(inputs) if config.sequence_coef > 0 else None, None
+        if training and config.token_mask == "attention" and inputs.get("attention_mask") is None:
+            padding = None if ids is None or pad is None else count_padding(ids, mask_BS, pad)
+        return image_tokens(inputs, self.sites), sequence_T, padding
 
-    def _open_training(self, tokens: Tokens, padding: Tensor | None) -> Forward:
+    def _begin_training(self, tokens: Tokens, padding: Tensor | None) -> Forward:
         balancer = self.balancer
         balancer.loop.continue_or_begin()
         balancer.duals.keep_native_fp32()
         number = tokens.count
         if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.adds_gradient:
             number = balancer.sum_over_ranks(number.clone())  # the step was not announced
-        forward = balancer.now.open(tokens, number, self._here.micro_batch)
-        forward.adapter = balancer.duals.adapter
+        forward = Forward(balancer.now, tokens, number, self._here.micro_batch, balancer.duals.adapter)
         if self._here.replaying:
             forward.counts.replayed.add_(1)
         if padding is not None:
@@ -301,10 +319,10 @@ class Forwards:
             return carrier
         due = functools.partial(self.due, forward, index, len(logits))
         further = self.further_losses(forward, index, logits)
-        carried = add_gradient(carrier, logits, self.sites[index].scoring, due, *further)
+        replaced = add_gradient(carrier, logits, self.sites[index].scoring, due, *further)
         if self.recorder is not None:
-            self.recorder.follow(carried, logits, own)
-        return carried
+            self.recorder.follow(replaced, logits, own)
+        return replaced
 
     def _count(self, index: int, logits: Tensor, selected: Tensor, counts: Counts, tokens: Tokens) -> None:
         site = self.sites[index]
@@ -317,8 +335,7 @@ class Forwards:
                 "placeholder for each vector of an image, as the processor of the model makes them."
             )
         with unrecorded():
-            probs = routing_probs(logits.detach(), site.scoring)
-            counts.add(index, site, probs, selected.detach(), tokens)
+            counts.add(index, site, routing_probs(logits.detach(), site.scoring), selected.detach(), tokens)
             if site.has_native_bias and counts.extra.numel():
                 by_logits = site.kind.traits.biases == "logits"
                 self._use_scores(index, logits if by_logits else SCORINGS[site.scoring].score(logits.float()))
@@ -326,14 +343,12 @@ class Forwards:
     @torch.no_grad()
     def further_losses(self, forward: Forward, index: int, logits: Tensor) -> tuple[float, Tensor | None]:
         """Returns the coefficient of the z-loss, and the price `(T, E)` of the sequence-wise loss, if there is one."""
-        config, site = self.balancer.config, self.sites[index]
+        config, site, device = self.balancer.config, self.sites[index], logits.device
         if config.sequence_coef == 0:
             return config.z_loss_coef, None
         with unrecorded():
-            mask, sequence = forward.tokens.mask, forward.tokens.sequences()
-            price = sequence_price(
-                logits.detach(), site.scoring, site.top_k, mask.to(logits.device), sequence.to(logits.device)
-            )
+            mask, sequence = forward.tokens.mask.to(device), forward.tokens.sequences().to(device)
+            price = sequence_price(logits.detach(), site.scoring, site.top_k, mask, sequence)
         return config.z_loss_coef, config.sequence_coef * price
 
     # ------------------------------------------------------------------ its backward
@@ -353,12 +368,11 @@ class Forwards:
         self._number = torch.tensor(forward.key)  # for compiled layers that checkpointing recomputes now
         if torch.is_grad_enabled():
             step.second_order = True
-        balancer.loop.has_gradients()
+        balancer.loop.idle_steps = 0
 
     def _price_of(self, forward: Forward) -> Tensor:
         """Returns the prices q of all routers in `forward`, `(L, E)`."""
-        balancer = self.balancer
-        config, duals = balancer.config, balancer.duals
+        config, duals = self.balancer.config, self.balancer.duals
         if config.coef == 0 or (config.price_from == "previous" and not config.rules.pooled):
             return duals.price
         own, so_far = (getattr(counts, config.track) for counts in (forward.counts, forward.step.counts))
@@ -373,7 +387,7 @@ class Forwards:
                 pooled=config.rules.pooled,
                 ema_rate=config.ema_rate,
                 top_k=self.sites[0].top_k,
-                sum_over_ranks=balancer.sum_over_ranks,
+                sum_over_ranks=self.balancer.sum_over_ranks,
             )
         return price
 
@@ -383,7 +397,6 @@ class Forwards:
         if torch.is_grad_enabled() or index in forward.added or forward.share is None or forward.price is None:
             return None  # gradients on: nothing is added to a backward with `create_graph`
         forward.added.add(index)
-        forward.step.added.add(index)
         site = self.sites[index]
         weight_T = forward.weights(forward.tokens.mask_at(site, routed))
         price_E = forward.price[index, : site.num_experts]
@@ -413,71 +426,23 @@ class Forwards:
         with unrecorded():
             self._use_scores(index, scores.detach())
 
-    @contextmanager
-    def showing_scores(self, watch: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Context manager: inside it routers call `watch(index, scores)` with the scores `(..., E)` before their bias is added."""
-        self.watch = watch
-        try:
-            yield
-        finally:
-            self.watch = None
-
     def _use_scores(self, index: int, scores: Tensor) -> None:
         """Fills the `extra` counts from the scores that router `index` ranks, if a method or an evaluation needs them."""
         if self.watch is not None:
             self.watch(index, scores)
-        here, site = self._here, self.sites[index]
-        if here.forward is None or here.tokens is None:
-            return
-        if not here.forward.counts.extra.numel() or backward_node() is not None:
+        forward, tokens, site = self._here.forward, self._here.tokens, self.sites[index]
+        if forward is None or tokens is None or not forward.counts.extra.numel() or backward_node() is not None:
             return
         scores = scores.reshape(-1, site.num_experts).float()
-        extra = here.forward.counts.extra[index, : site.num_experts]
-        mask = here.tokens.mask_at(site, len(scores))
-        if isinstance(here.forward, Forward):
+        extra = forward.counts.extra[index, : site.num_experts]
+        mask = tokens.mask_at(site, len(scores))
+        if isinstance(forward, Forward):
             bias_E = self.balancer.duals.biases[index, : site.num_experts].to(scores.device)
-            width = site.score_width or self.balancer.LOGIT_WIDTH
+            width = site.score_width or LOGIT_WIDTH
             extra.add_(margin_histogram(scores, bias_E, site.top_k, mask.to(scores.device), width).to(extra.device))
         elif not site.has_native_bias:
             chosen = scores.topk(site.top_k, dim=-1).indices.reshape(-1).to(extra.device)
-            extra[:, 0].scatter_add_(0, chosen, here.tokens.entries_of(mask, site.top_k))
-
-    # ------------------------------------------------------------------ compiled
-
-    def _open_traced(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Opens a forward while the compiler traces: computes its token mask, then calls one operator."""
-        training = backbone.training and torch.is_grad_enabled()
-        is_cached = any(inputs.get(name) is not None for name in CACHES)
-        mask_BS = self._mask(inputs)
-        if mask_BS is None:
-            if training:
-                raise ValueError(self._no_mask(inputs))
-            return None
-        sequence = packed_sequences(inputs) if self.balancer.config.sequence_coef > 0 else None
-        image = image_tokens(inputs, self.sites)
-        padding = self._padding(inputs, mask_BS) if training else None
-        return torch.ops.phi_balance.open(mask_BS, image, sequence, padding, training, is_cached, self._key)
-
-    def open_compiled(
-        self,
-        mask_BS: Tensor,
-        image: Tensor | None,
-        sequence: Tensor | None,
-        padding: Tensor | None,
-        training: bool,
-        is_cached: bool,
-    ) -> int:
-        """Opens a forward when compiled code runs. Returns its number, -1 if nothing is to be counted."""
-        tokens = Tokens(mask_BS.to(self.balancer.duals.values.device), image, sequence)
-        here = self._here  # needed too: where the graph breaks, routers run without the compiler
-        here.forward, here.tokens = None, tokens
-        if training:
-            here.forward = forward = self._open_training(tokens, padding)
-            forward.step.kept.append(forward)
-        elif self.evaluation is not None and not is_cached:
-            here.forward = self.evaluation
-            self.evaluation.counts.tokens.add_(tokens.count)
-        return self._key_of(here.forward)
+            extra[:, 0].scatter_add_(0, chosen, tokens.repeated(mask, site.top_k))
 
     def count_compiled(self, number: int, index: int, logits: Tensor, selected: Tensor) -> None:
         """Counts a call of router `index` in the forward of this number, unless it is a recomputation."""
@@ -486,10 +451,14 @@ class Forwards:
         if number == EVALUATION:
             if self.evaluation is not None and self._here.tokens is not None:
                 self._count(index, logits, selected, self.evaluation.counts, self._here.tokens)
-            return
-        forward = self.balancer.now.numbered.get(number)
-        if forward is not None:
+        elif (forward := self.balancer.now.alive.get(number)) is not None:
             self._count(index, logits, selected, forward.counts, forward.tokens)
 
 
-EVALUATION = 1  # number of a compiled forward of an evaluation; those of training are even
+def _has_cache(inputs: Mapping[str, Any]) -> bool:
+    return any(inputs.get(name) is not None for name in CACHES)
+
+
+def _number_of(forward: Forward | Evaluation | None) -> int:
+    """Returns the number of a forward in compiled code; -1 for none."""
+    return forward.key if isinstance(forward, Forward) else -1 if forward is None else EVALUATION

@@ -1,23 +1,19 @@
-"""Putting φ-balancing into a model and taking it out again."""
+"""Patches a model, finds the balancer of a patched one, and takes the patch out again."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import PhiBalanceConfig
-from ..files import STATE_NAME, find_state
+from ..files import STATE_NAME
 from ..routers import (
     arguments_by_name,
     canonical_name,
@@ -31,14 +27,19 @@ from ..routers import (
     unwrap,
 )
 from . import process
-from .adapters import virtual_tokens
-from .balancer import PhiBalancer
-from .built_in_loss import announce_switched_off, switch_off_built_in_loss
+from .balancer import PhiBalancer, prefix_of
+from .changes import (
+    Undo,
+    WrappedForward,
+    announce_switched_off,
+    raise_precision,
+    restore_precision,
+    switch_off_built_in_loss,
+    wrap_forward,
+)
+from .checks import LearningReport, refuse_impossible
 from .duals import NAME, Duals
-from .learning import LearningReport
-from .precision import raise_precision, restore_precision
-from .refusals import refuse_impossible
-from .undo import Undo, WrappedMethod, wrap_method
+from .tokens import virtual_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -54,15 +55,20 @@ class Patch:
     frozen: list[str] = field(default_factory=list)  # names of the router parameters that were frozen
     others: list[str] = field(default_factory=list)  # names of the other parameters that were trained then
 
+    @staticmethod
+    def of(balancer: PhiBalancer) -> Patch:
+        return vars(balancer.backbone)[PATCH]
+
     def freeze(self, balancer: PhiBalancer) -> None:
         """Freezes the routers if the method asks for that."""
         if balancer.config.rules.freezes:
-            own = {id(p) for site in balancer.sites for m in site.modules for p in m.parameters() if p.requires_grad}
+            own = {id(p) for site in balancer.sites for m in site.modules for p in m.parameters()}
             for name, parameter in balancer.root.named_parameters():
-                if id(parameter) in own:
+                if parameter.requires_grad and id(parameter) in own:
                     parameter.requires_grad_(False)
                     self.frozen.append(canonical_name(name))
-            self.others = [canonical_name(n) for n, p in balancer.root.named_parameters() if p.requires_grad]
+                elif parameter.requires_grad:
+                    self.others.append(canonical_name(name))
 
     def thaw(self, balancer: PhiBalancer) -> None:
         """Lets the routers be trained again, unless the whole model was frozen since (by PEFT, for instance)."""
@@ -70,47 +76,37 @@ class Patch:
         if not self.others or any(parameters[name].requires_grad for name in self.others if name in parameters):
             for name in self.frozen:
                 parameters[name].requires_grad_(True)
-        self.frozen = []
+        self.frozen, self.others = [], []
+
+
+# ---------------------------------------------------------------------- finding
 
 
 def find_balancers(model: nn.Module) -> list[PhiBalancer]:
-    """
-    Returns the balancers of all patched models inside `model`, which may be wrapped.
-
-    Raises:
-        TypeError: if `model` is no module of torch's.
-    """
+    """Returns the balancers of all patched models inside `model`, which may be wrapped."""
     check_module(model)
     found = []
     for backbone in model.modules():
         duals = backbone._modules.get(NAME)
         if isinstance(duals, Duals):
             balancer: PhiBalancer = duals.balancer
-            root = _find_root(model, backbone) if balancer.backbone is not backbone or not balancer.has_root else None
+            is_new = balancer.backbone is not backbone or not balancer.has_root
             balancer.bind(backbone)
-            if root is not None:
-                _adopt(balancer, root)
+            if is_new:
+                holders = (m for m in unwrap(model)[-1].modules() if isinstance(m, PreTrainedModel))
+                root = next((m for m in holders if any(inner is backbone for inner in m.modules())), backbone)
+                bind_root(balancer, root)
             in_front = virtual_tokens(model)
             balancer.virtual_tokens = balancer.virtual_tokens if in_front is None else in_front
             found.append(balancer)
-    process.follow_peft()
+    process.wrap_imported()
     return found
-
-
-def _find_root(model: nn.Module, backbone: nn.Module) -> nn.Module:
-    """Returns the outermost transformers model in `model` that holds `backbone`."""
-    for module in unwrap(model)[-1].modules():
-        if isinstance(module, PreTrainedModel) and any(inner is backbone for inner in module.modules()):
-            return module
-    return backbone
 
 
 def find_balancer(model: nn.Module) -> PhiBalancer | None:
     """
-    Returns the balancer of a patched model, which may be wrapped; `None` if it is not patched.
-
-    Raises:
-        ValueError: if `model` holds several patched models of which more than one is trained.
+    Returns the balancer of a patched model, which may be wrapped; `None` if it is not patched. Of several patched models it takes
+    the one that is trained, or raises `ValueError`.
     """
     found = find_balancers(model)
     if len(found) > 1:
@@ -141,11 +137,11 @@ def learning_report(model: nn.Module) -> LearningReport:
     """
     Reports how each router of a patched model learns (in full, by LoRA, or not at all), and which parameters its balancing
     gradient reaches. `print` it for the text that training logs once.
-
-    Raises:
-        ValueError: if the model is not patched.
     """
     return get_balancer(model).learning_report()
+
+
+# ---------------------------------------------------------------------- patching
 
 
 def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None) -> nn.Module:
@@ -174,7 +170,7 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
         raise ValueError(
             "`config` is False, but patch balances: leave out the call, or undo it by phb.unpatch(model)."
         )
-    if present is not None and _has_other_experts(present):
+    if present is not None and has_other_experts(present):
         logger.warning("Experts or layers were added or removed since the model was patched: balancing begins anew.")
         unpatch(model)
         present = None
@@ -182,13 +178,13 @@ def patch(model: nn.Module, config: PhiBalanceConfig | dict | bool | None = None
         present = _install(_find_target(model), config)
         get_balancer(model)
     else:
-        _follow_root(present, model)
+        follow_root(present, model)
         _reconfigure(present, config)
     if config.fp32_routers:
         raise_precision(present.sites)
     else:
         restore_precision(present.root)
-    if config.is_on and switch_off_built_in_loss(present.root, _patch_of(present).built_in):
+    if config.is_on and switch_off_built_in_loss(present.root, Patch.of(present).built_in):
         announce_switched_off()
     return model
 
@@ -198,18 +194,16 @@ def _find_target(model: nn.Module) -> nn.Module:
     inner = unwrap(model)[-1]
     if isinstance(inner, PreTrainedModel):
         return inner
-    outermost: list[nn.Module] = []
-    for module in inner.modules():
-        inside = any(module is child for other in outermost for child in other.modules())
-        if isinstance(module, PreTrainedModel) and not inside:
-            outermost.append(module)
+    inside: set[nn.Module] = set()  # modules of the outermost transformers models
     balanceable = []
-    for module in outermost:
-        try:
-            find_routers(module)
-        except ValueError:
-            continue
-        balanceable.append(module)
+    for module in inner.modules():
+        if isinstance(module, PreTrainedModel) and module not in inside:
+            inside.update(module.modules())
+            try:
+                find_routers(module)
+            except ValueError:
+                continue
+            balanceable.append(module)
     if len(balanceable) > 1:
         raise ValueError(
             f"{type(inner).__name__} holds {len(balanceable)} models with routers, {type(balanceable[0]).__name__} and others. "
@@ -229,67 +223,58 @@ def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     backbone = find_backbone(root, sites)
     devices = (p.device for m in sites[0].modules for p in m.parameters() if p.device.type != "meta")
     duals = Duals(config, sites, next(devices, torch.device("cpu")))
-    balancer = PhiBalancer(config, sites, duals, _prefix_of(backbone, root))
-    patch = Patch()
-    vars(backbone)[PATCH] = patch
+    balancer = PhiBalancer(sites, duals, prefix_of(backbone, root))
+    patch = vars(backbone)[PATCH] = Patch()
     balancer.bind(backbone, root)
     give_own_config(root)
     patch.freeze(balancer)
     install_hooks(balancer.forwards)
     backbone._modules = {NAME: duals, **backbone._modules}  # first, so that PEFT unloads it before its own layers
     backbone.register_load_state_dict_pre_hook(_before_loading)
-    wrap_method(backbone, "forward", _forward_of_backbone, patch.undo)
+    wrap_forward(backbone, _forward_of_backbone, patch.undo)
     _mark(balancer)
     forget_compiled_code()
     return balancer
 
 
-def _prefix_of(backbone: nn.Module | None, root: nn.Module) -> str:
-    """Returns the path of `backbone` in `root`, with a dot at its end, or `""`."""
-    name = canonical_name(next(name for name, module in root.named_modules() if module is backbone))
-    return f"{name}." if name else ""
-
-
 def _mark(balancer: PhiBalancer) -> None:
     """Makes the model around the backbone pass on its labels, and save the configuration."""
-    root, undo = balancer.root, _patch_of(balancer).undo
+    root, undo = balancer.root, Patch.of(balancer).undo
     if root is not balancer.backbone:
         root.register_forward_pre_hook(_push_labels, with_kwargs=True)
         root.register_forward_hook(_pop_labels, always_call=True)
-        wrap_method(root, "forward", _forward_with_labels, undo)  # PEFT calls it around the hooks
+        wrap_forward(root, _forward_with_labels, undo)  # PEFT calls it around the hooks
     if hasattr(root, "config"):
         undo.set(root.config, "phi_balance", balancer.config.to_dict())
 
 
-def _adopt(balancer: PhiBalancer, root: nn.Module) -> None:
+def bind_root(balancer: PhiBalancer, root: nn.Module) -> None:
     """Binds `balancer` to the transformers model `root`: another one around the same backbone, or a copy."""
     backbone = balancer.backbone
-    balancer.rename(_prefix_of(backbone, root))
-    balancer.bind(cast(nn.Module, backbone), root)
-    if root is not backbone and not isinstance(vars(root).get("forward"), WrappedMethod):
+    assert backbone is not None
+    balancer.bind(backbone, root)
+    if root is not backbone and not isinstance(vars(root).get("forward"), WrappedForward):
         _mark(balancer)
 
 
-def _follow_root(balancer: PhiBalancer, model: nn.Module) -> None:
+def follow_root(balancer: PhiBalancer, model: nn.Module) -> None:
     """Binds `balancer` to the transformers model in `model`, if that is another one around the backbone."""
     inner = unwrap(model)[-1]
     if isinstance(inner, PreTrainedModel) and inner not in (balancer.backbone, balancer.root):
-        _adopt(balancer, inner)
+        bind_root(balancer, inner)
 
 
 def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
     """Changes the configuration, and hooks the modules that wrappers have added since."""
     balancer.find_copies()
     hook_adapters(balancer.forwards)
-    backbone = balancer.backbone
+    patch, backbone = Patch.of(balancer), balancer.backbone
     assert backbone is not None
-    if not isinstance(vars(backbone).get("forward"), WrappedMethod):  # accelerate has put its own back
-        wrap_method(backbone, "forward", _forward_of_backbone, _patch_of(balancer).undo)
+    wrap_forward(backbone, _forward_of_backbone, patch.undo)  # accelerate may have put its own back
     if config == balancer.config:
         return
     refuse_impossible(balancer.root, balancer.sites, config)
     balancer.set_config(config)
-    patch = _patch_of(balancer)
     patch.thaw(balancer)
     patch.freeze(balancer)
     if not config.is_on:
@@ -299,14 +284,10 @@ def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
     forget_compiled_code()
 
 
-def _has_other_experts(balancer: PhiBalancer) -> bool:
+def has_other_experts(balancer: PhiBalancer) -> bool:
     """Whether experts or layers were added or removed since the model was patched."""
     now, then = ({(s.name, s.num_experts, s.top_k) for s in x} for x in (find_routers(balancer.root), balancer.sites))
     return now != then
-
-
-def _patch_of(balancer: PhiBalancer) -> Patch:
-    return vars(balancer.backbone)[PATCH]
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -319,11 +300,10 @@ def unpatch(model: nn.Module) -> nn.Module:
         `torch.nn.Module`: `model` itself.
     """
     for balancer in find_balancers(model):
-        backbone = balancer.backbone
+        patch, backbone = Patch.of(balancer), balancer.backbone
         assert backbone is not None
         balancer.follow_adapter()
         balancer.duals.use_adapter(None)
-        patch = _patch_of(balancer)
         remove_hooks(balancer.root, _push_labels, _pop_labels)
         restore_precision(balancer.root)
         forget_compiled_code()
@@ -331,9 +311,8 @@ def unpatch(model: nn.Module) -> nn.Module:
         patch.undo.restore()
         patch.thaw(balancer)
         hooks: dict[int, Any] = backbone._load_state_dict_pre_hooks
-        for key, hook in list(hooks.items()):
-            if hook.hook is _before_loading:
-                del hooks[key]
+        for key in [key for key, hook in hooks.items() if hook.hook is _before_loading]:
+            del hooks[key]
         del vars(backbone)[PATCH], backbone._modules[NAME]
         process.forget(balancer)
     return model
@@ -350,6 +329,9 @@ def give_own_config(root: nn.Module) -> None:
         own = twins.get(id(vars(module).get("config")))
         if own is not None:
             module.config = own
+
+
+# ---------------------------------------------------------------------- what runs in a patched model
 
 
 def _forward_of_backbone(backbone: nn.Module, inner: Callable, *args, **kwargs) -> Any:
@@ -373,36 +355,33 @@ def wrap_below(balancer: PhiBalancer, wrapper: Callable) -> None:
     """Replaces the backbone's own forward, which ours calls, by `wrapper(backbone, inner, ...)`."""
     backbone = balancer.backbone
     assert backbone is not None
-    ours: WrappedMethod = vars(backbone)["forward"]
-    ours.own = WrappedMethod(backbone, "forward", wrapper, ours.own)
+    ours: WrappedForward = vars(backbone)["forward"]
+    ours.own = WrappedForward(backbone, wrapper, ours.own)
 
 
 def _push_labels(root: nn.Module, args: tuple, kwargs: dict) -> None:
     """Pre-forward hook of a model with a head: stores its labels, which the backbone does not get."""
-    duals = _duals_below(root)
+    duals = _labelled_duals(root)
     if duals is not None:
         duals.balancer.forwards.push_labels(arguments_by_name(root, args, kwargs).get("labels"))
 
 
-def _pop_labels(root: nn.Module, args: tuple, output: Any) -> None:
-    duals = _duals_below(root)
+def _pop_labels(root: nn.Module, args: tuple = (), output: Any = None) -> None:
+    duals = _labelled_duals(root)
     if duals is not None:
         duals.balancer.forwards.pop_labels()
 
 
 def _forward_with_labels(root: nn.Module, inner: Callable, *args, **kwargs) -> Any:
     """Does the same around the model's forward, which PEFT calls without its hooks."""
-    duals = _duals_below(root)
-    if duals is None:
-        return inner(*args, **kwargs)
-    duals.balancer.forwards.push_labels(arguments_by_name(root, args, kwargs).get("labels"))
+    _push_labels(root, args, kwargs)
     try:
         return inner(*args, **kwargs)
     finally:
-        duals.balancer.forwards.pop_labels()
+        _pop_labels(root)
 
 
-def _duals_below(root: nn.Module) -> Any:
+def _labelled_duals(root: nn.Module) -> Any:
     """Returns the duals of the backbone of `root` if `token_mask="labels"`, else `None`."""
     duals: Any = getattr(root, "base_model", root)._modules.get(NAME)
     return duals if duals is not None and duals.balancer.config.token_mask == "labels" else None
@@ -413,85 +392,8 @@ def _before_loading(backbone: nn.Module, state_dict: Mapping[str, Any], prefix: 
     duals: Any = backbone._modules.get(NAME)
     if duals is None or any(key.startswith(f"{prefix}{NAME}.") for key in state_dict):
         return
-    first = duals.balancer._own_names()[0]
+    first = duals.balancer.names_in_backbone()[0]
     others = ("lora_", "modules_to_save")  # of an adapter
     keys = (key for key in state_dict if first.rpartition(".")[2] in key and not any(part in key for part in others))
     if any(canonical_name(key).startswith(f"{canonical_name(prefix)}{first}.") for key in keys):
         duals.forget_bias()
-
-
-def _save_with_state(root: PreTrainedModel, inner: Callable, *args, **kwargs) -> Any:
-    """`save_pretrained`: writes the state next to the weights. These have no bias, and the config is as without balancing."""
-    balancer = find_balancer(root)
-    if balancer is None:
-        return inner(*args, **kwargs)
-    _follow_root(balancer, root)
-    if _has_other_experts(balancer):
-        balancer = get_balancer(patch(root))
-    given = inspect.signature(inner).bind(*args, **kwargs).arguments
-    if given.get("is_main_process", True) and not (dist.is_initialized() and dist.get_rank()):
-        balancer.save(given["save_directory"])
-        _warn_about_plain_load(balancer)
-    bias, saving = f"{_prefix_of(balancer.backbone, root)}{NAME}.bias", Undo()
-    saving.set(root, "_keys_to_ignore_on_save", {*(root._keys_to_ignore_on_save or ()), bias})
-    try:
-        with _patch_of(balancer).built_in.suspended():
-            return inner(*args, **kwargs)
-    finally:
-        saving.restore()
-
-
-def _warn_about_plain_load(balancer: PhiBalancer) -> None:
-    """Warns once that a plain load loses the selection bias; once more, with figures, after an evaluation."""
-    biases = balancer.biases()
-    lost = [site.name for site in balancer.sites if not site.native_bias and bool(biases[site.name].any())]
-    if balancer.has_bias and lost:
-        found, figures = balancer.evaluated, ""
-        if found:
-            figures = (
-                f" (MaxVio {found['plain_max_vio']:.3f} instead of {found['max_vio']:.3f} in the last evaluation)"
-            )
-        logger.warning_once(
-            f"The selection bias of {len(lost)} routers ({lost[0]!r}, ...) is kept in {STATE_NAME}, not in the weights: "
-            f"loading this model without the phi_balance flag loses it and routes some tokens to other experts{figures}. "
-            "For engines that do not know it: phb.fold(model, batches) puts it into the weights, `phibalance export` (phb.export) "
-            "writes a checkpoint and measures what that costs."
-        )
-
-
-def _save_with_adapter(model: Any, folder: str | os.PathLike) -> None:
-    """Called before `PeftModel.save_pretrained`: writes a state next to each adapter that has one."""
-    balancer = find_balancer(model)
-    if balancer is None or (dist.is_initialized() and dist.get_rank()):
-        return
-    balancer.follow_adapter()
-    for name in [balancer.duals.adapter, *(other for other in balancer.duals.by_adapter if other is not None)]:
-        with balancer.using_adapter(name):
-            balancer.save(folder if name in (None, "default") else Path(folder, name))
-    if balancer.has_bias and any(bool(bias.any()) for bias in balancer.biases().values()):
-        logger.warning_once(
-            f"The selection bias that was trained with this adapter is in {STATE_NAME} beside it, not in the adapter: an engine, or "
-            "PeftModel on a base that was loaded without phi_balance=True, routes without it. Load it with "
-            "from_pretrained of phb's auto classes (phb.AutoModelForCausalLM, ...), or make a checkpoint of it with `phibalance export`."
-        )
-
-
-def _load_with_adapter(model: Any, source: str, name: str, **kwargs: Any) -> None:
-    """Called after `PeftModel.load_adapter`: loads the state that was saved next to the adapter."""
-    path = find_state(source, kwargs)
-    if path is None:
-        return
-    balancer = find_balancer(model)
-    if balancer is None:
-        logger.warning(
-            f"{source} has a {STATE_NAME}: the adapter was trained φ-balanced, and a selection bias in that file is lost on this "
-            "base. Load the base with phi_balance=True."
-        )
-        return
-    with balancer.using_adapter(name):
-        balancer.load(path)
-
-
-process.around_save.append(_save_with_state)
-process.on_peft_save.append(_save_with_adapter)
-process.on_peft_load.append(_load_with_adapter)

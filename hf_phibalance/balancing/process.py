@@ -3,12 +3,11 @@ Everything that φ-balancing sets in the process outside the patched models, and
 
 | what | why |
 |---|---|
-| a step hook of all torch optimizers | a step ends when an optimizer that owns parameters of a patched model has stepped |
+| step hooks of all torch optimizers | a step ends when an optimizer that owns parameters of a patched model has stepped |
 | wrappers on `GradScaler.scale` and `.update` | to find the scale of a loss at the root of its backward, and to notice a skipped step |
 | a wrapper on `transformers.Trainer.train` | a Trainer whose model is patched announces the tokens of its steps |
-| a wrapper on `PreTrainedModel.save_pretrained` | writes the state next to the weights |
-| a wrapper on `PushToHubMixin._get_files_timestamps` | `save_pretrained(push_to_hub=True)` uploads the state too |
-| wrappers on `PeftModel.save_pretrained`, its `load_adapter` and that of transformers' models | keep a selection bias with the adapter that it was trained with |
+| wrappers on `save_pretrained` of models, and on `PushToHubMixin._get_files_timestamps` | writes the state next to the weights, and uploads it |
+| wrappers on `save_pretrained` of PEFT models, and on `load_adapter` | keep a selection bias with the adapter that it was trained with |
 | `torch._dynamo.config.skip_nnmodule_hook_guards = False` | else a patched model may run code that was compiled without the patch |
 
 [`follow`] sets them when the first model is patched; [`forget`] removes them when none is left.
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -30,22 +28,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..files import STATE_NAME
-
 
 if TYPE_CHECKING:
     from .balancer import PhiBalancer
 
 
+is_stepping = False  # whether an optimizer of torch's is stepping; it may run closures
+on_train: list[Callable[[Any], None]] = []  # called with a Trainer that begins to train
 _balancers: list[weakref.ref[PhiBalancer]] = []  # in the order of patching, which is the same on all ranks
 _undo: list[Callable[[], None]] = []
-is_stepping = False  # whether an optimizer of torch's is stepping; it may run closures
+_wrappers: list[tuple[str, str, str, Callable]] = []  # module, class and method, and what to call instead
+_waiting: list[tuple[str, str, str, Callable]] = []  # those of classes that are not imported yet
 _scales: dict[int, tuple[Any, Tensor]] = {}  # GradScaler and scale of the loss, by number of the running backward
-# Callbacks of other modules and their arguments:
-on_train: list[Callable[[Any], None]] = []  # a Trainer that begins to train
-around_save: list[Callable] = []  # a model and its `save_pretrained`, then the arguments of the call
-on_peft_save: list[Callable[[Any, str], None]] = []  # a `PeftModel` and the folder it will be saved to
-on_peft_load: list[Callable[..., None]] = []  # a `PeftModel`, the adapter loaded into it, its name; other arguments
 
 
 def balancers() -> list[PhiBalancer]:
@@ -57,35 +51,46 @@ def follow(balancer: PhiBalancer) -> None:
     """Makes optimizers, scalers and trainers of this process report to `balancer`."""
     _balancers[:] = [weakref.ref(other) for other in balancers() if other is not balancer] + [weakref.ref(balancer)]
     if not _undo:
-        _install()
+        _waiting[:] = _wrappers
+        _undo.append(register_optimizer_step_pre_hook(_before_optimizer).remove)
+        _undo.append(register_optimizer_step_post_hook(_after_optimizer).remove)
+        scalers: Any = (torch.amp.GradScaler, *torch.amp.GradScaler.__subclasses__())
+        for scaler in scalers:
+            _wrap(scaler, "scale", _scale)
+            _wrap(scaler, "update", _update)
+        if torch._dynamo.config.skip_nnmodule_hook_guards:
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            _undo.append(functools.partial(setattr, torch._dynamo.config, "skip_nnmodule_hook_guards", True))
+    wrap_imported()
 
 
 def forget(balancer: PhiBalancer) -> None:
     """Stops reporting to `balancer`. Restores the process if no balancer is left."""
     _balancers[:] = [weakref.ref(other) for other in balancers() if other is not balancer]
     if not _balancers:
+        _waiting.clear()
         while _undo:
             _undo.pop()()
 
 
-def _install() -> None:
-    _undo.append(register_optimizer_step_pre_hook(_before_optimizer).remove)
-    _undo.append(register_optimizer_step_post_hook(_after_optimizer).remove)
-    scalers: Any = (torch.amp.GradScaler, *torch.amp.GradScaler.__subclasses__())
-    for scaler in scalers:
-        _wrap(scaler, "scale", _scale)
-        _wrap(scaler, "update", _update)
-    from transformers import PreTrainedModel, Trainer
-    from transformers.integrations import PeftAdapterMixin
-    from transformers.utils import PushToHubMixin
+def wraps(module: str, cls: str, name: str) -> Callable[[Callable], Callable]:
+    """Decorator of a function that is called as `function(inner, self, ...)` instead of a class's method `inner`."""
 
-    _wrap(Trainer, "train", _train)
-    _wrap(PreTrainedModel, "save_pretrained", _save_model)
-    _wrap(PushToHubMixin, "_get_files_timestamps", _files_before)
-    _wrap(PeftAdapterMixin, "load_adapter", _load_adapter_into)
-    if torch._dynamo.config.skip_nnmodule_hook_guards:
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
-        _undo.append(functools.partial(setattr, torch._dynamo.config, "skip_nnmodule_hook_guards", True))
+    def register(outer: Callable) -> Callable:
+        _wrappers.append((module, cls, name, outer))
+        return outer
+
+    return register
+
+
+def wrap_imported() -> None:
+    """Wraps the methods of classes that have been imported since the last call, such as PEFT's."""
+    for entry in list(_waiting):
+        module, name, method, outer = entry
+        cls = getattr(sys.modules.get(module), name, None)
+        if cls is not None:
+            _waiting.remove(entry)
+            _wrap(cls, method, outer)
 
 
 def _wrap(cls: type, name: str, outer: Callable) -> None:
@@ -108,34 +113,7 @@ def _wrap(cls: type, name: str, outer: Callable) -> None:
     _undo.append(restore)
 
 
-def follow_peft() -> None:
-    """Wraps the saving and loading of adapters, if PEFT is imported and a model is patched."""
-    cls: Any = getattr(sys.modules.get("peft"), "PeftModel", None)
-    if cls is not None and _undo:
-        _wrap(cls, "save_pretrained", _save_adapter)
-        _wrap(cls, "load_adapter", _load_adapter)
-
-
-def _save_adapter(inner: Callable, model: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-    for save in on_peft_save if kwargs.get("is_main_process", True) else ():
-        save(model, save_directory)
-    return inner(model, save_directory, *args, **kwargs)
-
-
-def _load_adapter(inner: Callable, model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    result = inner(model, model_id, adapter_name, *args, **kwargs)
-    for load in on_peft_load:
-        load(model, model_id, adapter_name, **kwargs)
-    return result
-
-
-def _load_adapter_into(inner: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
-    result = inner(model, *args, **kwargs)
-    given = inspect.signature(inner).bind(model, *args, **kwargs).arguments
-    if given.get("peft_model_id") is not None:
-        for load in on_peft_load:
-            load(model, given["peft_model_id"], given.get("adapter_name") or "default")
-    return result
+# ---------------------------------------------------------------------- optimizers, scalers, trainers
 
 
 @torch.compiler.disable
@@ -182,24 +160,11 @@ def loss_scale() -> tuple[Any, Tensor] | None:
 def _update(inner: Callable, scaler: Any, *args: Any, **kwargs: Any) -> None:
     inner(scaler, *args, **kwargs)
     for balancer in balancers():
-        balancer.loop.scaler_has_updated(scaler)
+        if balancer.now.scaler is scaler:  # no optimizer has ended the step, so it was skipped
+            balancer.loop.end(skipped=True)
 
 
-def _save_model(inner: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
-    save = functools.partial(inner, model)
-    for outer in around_save:
-        save = functools.partial(outer, model, save)
-    return save(*args, **kwargs)
-
-
-def _files_before(inner: Callable, saved: Any, folder: Any) -> dict[str, float]:
-    """Lists the files that `save_pretrained(push_to_hub=True)` need not upload. The state is not one: it was just written."""
-    times = inner(saved, folder)
-    if any(balancer.root is saved for balancer in balancers()):
-        times.pop(STATE_NAME, None)
-    return times
-
-
+@wraps("transformers", "Trainer", "train")
 def _train(inner: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     own = vars(trainer).get("train")
     if balancers():
@@ -209,6 +174,9 @@ def _train(inner: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     if vars(trainer).get("train") is not own:
         return trainer.train(*args, **kwargs)  # a callback has just wrapped it, for this call too
     return inner(trainer, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------- the running backward
 
 
 def in_backward() -> bool:

@@ -102,11 +102,8 @@ def checksum(state: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
 
 def read_state(directory: str | os.PathLike) -> StateFile:
     """
-    Reads the file that [`save_state`] wrote, given its path or its directory.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or was written by another program or in another format.
+    Reads the file that [`save_state`] wrote, given its path or its directory. Raises `FileNotFoundError` without a file, and
+    `ValueError` if it is damaged, or was written by another program or in another format.
     """
     path = Path(directory)
     path = state_in(path) or path / STATE_NAME if path.is_dir() else path
@@ -125,24 +122,15 @@ def read_state(directory: str | os.PathLike) -> StateFile:
     if not whole:
         raise _damaged(path, "its checksum does not fit its content")
     try:
-        config = parse_json(header["config"])
-        model = parse_json(header["model"])
+        config, model = parse_json(header["config"]), parse_json(header["model"])
     except ValueError as error:
         raise _damaged(path, f"its header holds no JSON: {error}") from error
-    if not isinstance(config, dict) or not _describes_model(model):
+    kinds = {"type": str, "routers": dict, "weights": str}
+    is_whole = isinstance(config, dict) and isinstance(model, dict)
+    is_whole = is_whole and all(isinstance(model.get(name), kind) for name, kind in kinds.items())
+    if not is_whole or not all(isinstance(r, list) and len(r) == 3 for r in model["routers"].values()):
         raise _damaged(path, "it does not say what configuration, model and routers it belongs to")
     return StateFile(tensors, model, config)
-
-
-def _describes_model(model: Any) -> bool:
-    """Whether `model` has the form of [`describe_model`]."""
-    return (
-        isinstance(model, dict)
-        and isinstance(model.get("type"), str)
-        and isinstance(model.get("weights"), str)
-        and isinstance(model.get("routers"), dict)
-        and all(isinstance(router, list) and len(router) == 3 for router in model["routers"].values())
-    )
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
@@ -170,7 +158,7 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
 
 
 def config_in(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the configuration in a state file. An adapter has no config.json for it. Raises as [`read_state`]."""
+    """Returns the configuration in a state file. An adapter has no config.json for it."""
     return read_state(path).config
 
 
@@ -180,31 +168,19 @@ def fit_names(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     vision-language model in front.
     """
     saved, own = {key.rpartition(".")[0] for key in state if "." in key}, set(names)
-    if saved & own:
-        return dict(state)
-    for inner, outer in ((own, saved), (saved, own)):
-        first = min(inner, default="")
-        prefixes = {name.removesuffix(first) for name in outer if name.endswith(f".{first}")}
-        for prefix in prefixes if first else ():
-            if all(f"{prefix}{name}" in outer for name in inner):
-                renamed = {f"{prefix}{name}": name for name in inner}
-                if inner is saved:
-                    renamed = {name: longer for longer, name in renamed.items()}
-                return {
-                    ".".join([renamed[key.rpartition(".")[0]], key.rpartition(".")[2]]) if "." in key else key: value
-                    for key, value in state.items()
-                    if "." not in key or key.rpartition(".")[0] in renamed
-                }
+    for short, long in ((own, saved), (saved, own)) if saved and not saved & own else ():
+        first = min(short, default="")
+        for prefix in {name.removesuffix(first) for name in long if name.endswith(f".{first}")}:
+            longer = {f"{prefix}{name}": name for name in short}
+            if longer.keys() <= long:
+                renamed = longer if short is own else {name: full for full, name in longer.items()}
+                parts = [(*key.rpartition("."), value) for key, value in state.items()]
+                return {f"{renamed.get(r, r)}{dot}{kind}": v for r, dot, kind, v in parts if not r or r in renamed}
     return dict(state)
 
 
 def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """
-    Refuses the state of another model, even one whose routers have the same names and sizes. Raises `ValueError`.
-
-    Args:
-        saved (`Mapping`), present (`Mapping`): results of [`describe_model`] when it was written, and now.
-    """
+    """Refuses the state of another model, by the results of [`describe_model`] when it was saved and at present."""
     remedy = "Load the state that was saved with this model, or start with fresh duals."
     if saved["type"] != present["type"]:
         raise ValueError(
@@ -231,11 +207,8 @@ def check_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
 
 def check_state(state: Mapping[str, Tensor], experts: Mapping[str, int]) -> None:
     """
-    Refuses a state that does not fit the routers, or that cannot come from a training. Raises `ValueError` naming the tensor.
-
-    Args:
-        state (`Mapping[str, Tensor]`): a [`PhiBalancer.state_dict`].
-        experts (`Mapping[str, int]`): number of experts of each router, by its name in the state.
+    Refuses a [`PhiBalancer.state_dict`] that does not fit the routers, or that cannot come from a training. Raises `ValueError`
+    naming the tensor. `experts`: number of experts of each router, by its name in the state.
     """
     names, kinds = list(experts), [f"mean_{statistic}" for statistic in STATISTICS]
     for key in state:

@@ -21,40 +21,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from .counts import Counts
 from .process import next_node
 from .tokens import Tokens
 
 
-logger = logging.get_logger(__name__)
 _keys = itertools.count(1)
 
 
 class Forward:
     """
     One training forward of the backbone. Only its autograd graph keeps it alive: without the graph it neither counts nor adds
-    a gradient.
-
-    Args:
-        step (`OptimizerStep`): the step that it belongs to.
-        tokens (`Tokens`): its tokens.
-        number (`torch.Tensor` of shape `()`): how many of them count, over all ranks.
-        micro_batch (`int`, *optional*): the micro-batch that it belongs to, where a Trainer says so.
+    a gradient. `number` () is how many of its `tokens` count, over all ranks.
     """
 
-    def __init__(self, step: OptimizerStep, tokens: Tokens, number: Tensor, micro_batch: int | None = None) -> None:
-        self.step, self.tokens, self.number, self.micro_batch = step, tokens, number, micro_batch
+    def __init__(
+        self, step: OptimizerStep, tokens: Tokens, number: Tensor, micro_batch: int | None, adapter: str | None
+    ) -> None:
+        self.step, self.tokens, self.number = step, tokens, number
+        self.micro_batch = micro_batch  # that it belongs to, where a Trainer says so
+        self.adapter = adapter  # the active one
         self.counts = step.counts.like()  # of its routers; added to the step's counts when its backward comes
         self.counts.tokens.copy_(tokens.count)
         self.share: Tensor | None = None  # () weight 1/N of a token, once a backward has come
         self.price: Tensor | None = None  # (L, E) coef · q, once a backward has come
-        self._weights: tuple[Any, dict[int, Tensor]] = (None, {})  # loss scale, and the token weights with it by mask
         self.added: set[int] = set()  # routers that have added their gradient
         self.first_node = next_node()  # number of the first autograd node that it makes
-        self.key = 0  # its number in compiled code
-        self.adapter: str | None = None  # the active one
+        self.key = 2 * next(_keys)  # its number in compiled code
+        step.alive[self.key] = self
+        self._weights: tuple[Any, dict[int, Tensor]] = (None, {})  # loss scale, and the token weights with it by mask
 
     def weights(self, mask: Tensor) -> Tensor:
         """Returns the weight 1/N of each token of `mask (T,)`, times the loss scale of its step."""
@@ -79,6 +75,7 @@ class OptimizerStep:
         self.expected: Tensor | None = None  # () tokens of all announcements, if all were by batches
         self.parts: list[Tensor] | None = None  # () announced tokens of each micro-batch on this rank, in a Trainer
         self.loss_scale: float | Tensor = 1.0
+        self.scaler: Any = None  # the GradScaler of its loss
         self.settled = 0  # micro-batches whose backward has come
         self.first = 0  # those of them that belong to earlier announcements
         self.left = 1.0  # share of the coefficient that earlier announcements have left
@@ -86,11 +83,8 @@ class OptimizerStep:
         self.served: set[int] = set()  # micro-batches of a Trainer that have got their part of the coefficient
         self.adapter: str | None = None  # the trained one: of the first forward whose backward has come
         self.members: list[set[int]] = []  # for each settled forward, the routers that have added their gradient
-        self.scaler: Any = None  # the GradScaler of its loss
         self.second_order = False  # whether a backward with create_graph came
-        self.added: set[int] = set()  # routers that have added a gradient
-        self._alive: list[weakref.ref[Forward]] = []
-        self.numbered: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()  # for compiled code
+        self.alive: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()  # by `key`, in order
         self.kept: list[Forward] = []  # compiled ones, which their autograd graph does not keep alive
 
     def announce(
@@ -102,14 +96,9 @@ class OptimizerStep:
         share: float = 1.0,
     ) -> None:
         """
-        Announces the next micro-batches. Those of an earlier announcement keep their weights.
-
-        Args:
-            number (`int`): of the micro-batches.
-            tokens (`torch.Tensor` of shape `()`, *optional*): tokens that count in them, over all ranks.
-            parts (`list[torch.Tensor]`, *optional*): tokens of each on this rank, if a Trainer says which one is current.
-            loss_scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`): their gradients will be divided by it.
-            share (`float`, *optional*, defaults to `1.0`): share of the coefficient left; below 1 if more will be announced.
+        Announces the next `number` of micro-batches. Those of an earlier announcement keep their weights. `tokens` () is how many
+        count in them, over all ranks; `parts` the tokens of each on this rank, if a Trainer says which one is current. Their
+        gradients will be divided by `loss_scale`. `share` of the coefficient left is below 1 if more will be announced.
         """
         if self.settled:
             self.left *= 1 - self.share
@@ -119,22 +108,10 @@ class OptimizerStep:
         self.number, self.tokens, self.parts, self.loss_scale, self.share = number, tokens, parts, loss_scale, share
         self.first, self.served = self.settled, set()
 
-    def open(self, tokens: Tokens, number: Tensor, micro_batch: int | None) -> Forward:
-        forward = Forward(self, tokens, number, micro_batch)
-        self._alive = [reference for reference in self._alive if reference() is not None]
-        self._alive.append(weakref.ref(forward))
-        forward.key = 2 * next(_keys)
-        self.numbered[forward.key] = forward
-        return forward
-
-    def drop(self, forward: Forward) -> None:
-        """Forgets a forward that raised an exception. The traceback may keep it alive."""
-        self._alive = [reference for reference in self._alive if reference() is not forward]
-
     def find(self, node: int) -> Forward | None:
         """Returns the forward that the autograd node with this number recomputes: the last one begun before it."""
-        begun = [f for reference in self._alive if (f := reference()) is not None and f.first_node <= node]
-        return max(begun, key=lambda f: f.first_node, default=None)
+        begun = [forward for forward in self.alive.values() if forward.first_node <= node]
+        return max(begun, key=lambda forward: forward.first_node, default=None)
 
     def settle(self, forward: Forward) -> list[Forward]:
         """
@@ -146,8 +123,7 @@ class OptimizerStep:
         """
         if forward.share is not None:
             return []
-        alive = [f for reference in self._alive if (f := reference()) is not None and f.share is None]
-        group = [f for f in alive if f.micro_batch == forward.micro_batch]
+        group = [f for f in self.alive.values() if f.share is None and f.micro_batch == forward.micro_batch]
         if forward not in group:
             group.append(forward)
         share = self._share(forward, sum((f.number for f in group[1:]), group[0].number).clamp(min=1))
@@ -181,6 +157,22 @@ class OptimizerStep:
             )
         return scale / (number * tokens)
 
+    @property
+    def added(self) -> set[int]:
+        """Routers that have added a gradient."""
+        return set().union(*self.members)
+
+    @property
+    def complaint(self) -> str | None:
+        """A warning, if the step was announced by number and had another number of backwards."""
+        number, came = self.number or accelerate_steps(), self.settled - self.first
+        if self.tokens is not None or came == number:
+            return None
+        return (
+            f"an optimizer step of {number} announced micro-batches had {came} backwards, so it received "
+            f"{came / number:.2f} of the coefficient. Announce as many as there are: begin_step(batches)."
+        )
+
 
 def accelerate_steps() -> int:
     """Returns the number of micro-batches by which accelerate's `accumulate` divides the loss; 1 without it."""
@@ -188,14 +180,3 @@ def accelerate_steps() -> int:
     if accelerate is None or not accelerate.GradientState._shared_state:
         return 1
     return accelerate.GradientState().num_steps
-
-
-def check_numbers(step: OptimizerStep) -> str | None:
-    """Returns a warning if a step that was announced by number had another number of backwards."""
-    number, came = step.number or accelerate_steps(), step.settled - step.first
-    if step.tokens is not None or came == number:
-        return None
-    return (
-        f"an optimizer step of {number} announced micro-batches had {came} backwards, so it received "
-        f"{came / number:.2f} of the coefficient. Announce as many as there are: begin_step(batches)."
-    )

@@ -13,7 +13,7 @@ from training import TRAINERS, make_trainer, patched, rows
 from transformers import TrainerCallback
 
 import hf_phibalance as phb
-from hf_phibalance.balancing import figures as balancing_figures
+from hf_phibalance.balancing import counts as balancing_counts
 
 
 class Loads(TrainerCallback):
@@ -103,7 +103,7 @@ def test_a_log_has_few_keys_and_each_is_explained(tmp_path):
     phb.attach(trainer)
     trainer.train()
     table = [
-        line.split("|")[1].strip(" `") for line in balancing_figures.__doc__.splitlines() if line.startswith("| `")
+        line.split("|")[1].strip(" `") for line in balancing_counts.__doc__.splitlines() if line.startswith("| `")
     ]
     assert set(figures(trainer.state.log_history[0], "moe/")) == set(table) and len(table) == 10
 
