@@ -12,7 +12,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import hf_phibalance as phb
-from hf_phibalance.balancing.figures import COLUMNS
+from hf_phibalance.balancing.counts import COLUMNS
 from hf_phibalance.cli import main
 from hf_phibalance.models import train_tokenizer
 from hf_phibalance.tasks import make_splits

@@ -229,7 +229,9 @@ def test_signed_files_that_no_training_has_left(model, good, change, remedy, tmp
 
 
 @pytest.mark.parametrize(
-    "change", [heading(checksum="0"), heading(note="x"), heading(config=json.dumps({"coef": 0.25}))], ids=["checksum", "note", "config"]
+    "change",
+    [heading(checksum="0"), heading(note="x"), heading(config=json.dumps({"coef": 0.25}))],
+    ids=["checksum", "note", "config"],
 )
 def test_the_header_is_under_the_checksum(model, good, change, tmp_path):
     tensors, header = dict(good[1]), dict(good[2])
