@@ -22,7 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compare import pictures, tables  # of the folder beside this file: a package goes before a module
+from compare import pictures, tables  # the package compare/ beside this file: Python prefers packages to modules
 from compare.harness import Plan, Results, execute, load_plans
 
 from hf_phibalance.files import replace_unprintable
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def chosen(plans: list[Plan], args: argparse.Namespace) -> list[Plan]:
-    """Returns the plans, and the part of each, that the options ask for."""
+    """Returns the plans, reduced to what the options select."""
     if args.plans:
         unknown = sorted(set(args.plans) - {plan.name for plan in plans})
         if unknown:

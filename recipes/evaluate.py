@@ -4,7 +4,7 @@ Evaluate a model with lm-evaluation-harness on GSM8K, HumanEval, or any other of
 # GSM8K: 5 shots from the training rows, greedy, 256 new tokens
 python recipes/evaluate.py --model_name_or_path results/x --task gsm8k
 
-# HumanEval: it runs what the model has written, in a sandbox, which you must allow
+# HumanEval runs the model's code, in a sandbox. You must allow it
 python recipes/evaluate.py --model_name_or_path results/x --task humaneval --confirm_run_unsafe_code
 
 # pass@1 and pass@10 from 20 samples
@@ -23,8 +23,8 @@ accelerate launch recipes/evaluate.py --model_name_or_path results/x
 python recipes/evaluate.py --model_name_or_path results/x --backend vllm --model_args gpu_memory_utilization=0.9
 
 The model may be a folder or a name on the Hub, also of a PEFT adapter. A model that was saved with φ-balancing is patched
-again, so that a selection bias routes as in training. Results and samples are written to `--output_path`, by default the
-folder `eval` of a local model. After an interruption, the same command continues with the greedy completions from there.
+again, so that its selection bias applies. Results and samples are written to `--output_path`, by default the folder
+`eval` of a local model. After an interruption, the same command reuses the greedy completions from there.
 """
 
 import json

@@ -8,7 +8,7 @@ from hf_phibalance.evaluation import GSM8K_STOPS, extract_strict, normalise_answ
 
 class Examiner(TrainerCallback):
     """
-    Greedy answers without shots, scored by GSM8K's strict match. As a callback it logs `eval_exact_match` at every evaluation.
+    Scores greedy zero-shot answers by GSM8K's strict match. As a callback, logs `eval_exact_match` in evaluations.
 
     Args:
         trainer ([`~transformers.Trainer`]): Its model is examined.
@@ -57,5 +57,5 @@ class Examiner(TrainerCallback):
         return accelerator.reduce(right).item() / max(len(rows), 1)
 
     def on_evaluate(self, training_args, state, control, metrics, **kwargs):
-        if "eval_loss" in metrics:  # not of the test problems
+        if "eval_loss" in metrics:  # not an evaluation of the test problems
             self.trainer.log({"eval_exact_match": self.exact_match(self.dataset, self.rows)})

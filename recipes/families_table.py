@@ -19,7 +19,7 @@ MARKERS = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)
 
 
 def table() -> str:
-    """Returns the families as markdown, one line for those that are alike."""
+    """Returns the families as a Markdown table, similar ones on one line."""
     families = [(family, 0) for family in phb.supported_families().values()]
     families += [(family, 1) for family in phb.supported_families(images=True).values()]
 

@@ -4,13 +4,12 @@ Parameters and memory of the recipes, computed from the published architectures 
 python recipes/memory.py
 python recipes/memory.py --processes 4 --models olmoe-1b-7b deepseek-moe-16b
 
-Counted exactly, per process: weights, gradients and the two moments of AdamW, as they lie in memory after a step. LoRA leaves the
-weights in bf16 and trains fp32 adapters; full fine-tuning trains fp32 weights. Sharded (FSDP2, ZeRO-3), each process holds its
-part, and the largest block (a decoder layer, or embeddings with the head) gathered in bf16.
+Exact, per process: weights, gradients and the two moments of AdamW after a step. LoRA keeps the weights in bf16 and
+trains fp32 adapters. Full fine-tuning trains fp32 weights. With sharding (FSDP2, ZeRO-3), each process holds its part,
+and the largest block (a decoder layer, or embeddings with the head) gathered in bf16.
 
-Counted by formula, in bf16 unless said: with activation checkpointing, the input of every layer, and the logits of a micro-batch
-with their fp32 softmax and gradient. Not counted: the recomputation of one layer, the workspace of kernels, the fragmentation of
-the allocator.
+By formula, in bf16 unless noted, with activation checkpointing: the input of every layer, and the logits of a
+micro-batch with their fp32 softmax and gradient. Not counted: recomputation, kernel workspace, fragmentation.
 """
 
 import argparse
@@ -36,7 +35,7 @@ class Size:
     """Numbers of parameters of a model, and its shape."""
 
     total: int  # of the base model
-    active: int  # that a token meets: of the routed experts only the chosen ones
+    active: int  # used by a token: of the routed experts only the chosen ones
     adapters: int  # of LoRA
     block: int  # of the largest part that sharded training gathers at a time
     layers: int
@@ -79,14 +78,14 @@ def count(module):
 
 
 def state_bytes(size, full, processes=1):
-    """Bytes of weights, gradients and AdamW's moments that each of `processes` holds; 1: a whole copy."""
+    """Returns the bytes of weights, gradients and AdamW's moments in each of `processes`."""
     trained = (size.total if full else size.adapters) * 4 * FP32  # weight, gradient, two moments
     held = trained if full else size.total * BF16 + trained
     return held / processes + (size.block * BF16 if processes > 1 else 0)
 
 
 def activation_bytes(size, rows, length):
-    """Bytes of the inputs of all layers and of the logits, for a micro-batch of `rows` of `length` tokens."""
+    """Returns the bytes of all layer inputs and of the logits, for a micro-batch of `rows` of `length` tokens."""
     tokens = rows * length
     return tokens * size.layers * size.hidden * BF16 + tokens * size.vocab * (BF16 + FP32 + FP32)
 

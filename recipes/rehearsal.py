@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 
-# Options that --tiny stands for. The command line overrides them, the YAML file does not.
+# Options that --tiny sets. The command line overrides them, the YAML file does not.
 OPTIONS = [
     *("--dataset_path", "toy", "--train_problems", "16", "--validation_problems", "4", "--test_problems", "4"),
     *("--max_steps", "2", "--global_batch_size", "4", "--per_device_train_batch_size", "2", "--logging_steps", "1"),

@@ -15,7 +15,7 @@ from hf_phibalance.files import replace_unprintable
 
 
 TARGET = Path(__file__).parent.parent / "model_cards"
-LARGEST_PICTURE = 60_000  # bytes; a card of a tiny model should not outweigh the code
+LARGEST_PICTURE = 60_000  # bytes
 
 
 def main(args):
@@ -35,7 +35,7 @@ def main(args):
 
 
 def shrink(path):
-    """Saves a picture with fewer colours, which take most of a PNG's size."""
+    """Reduces the number of colours in a picture, to make the file smaller."""
     from PIL import Image
 
     picture = Image.open(path).convert("RGB")

@@ -1,9 +1,9 @@
 """
-Print the rooms of the package: what each is for, its size, what it imports, and what it may import.
+Print the subpackages: purpose, size, imports, and allowed imports.
 
 python recipes/rooms.py            # needs pip install -e ".[dev]" and Python 3.11
 
-A room may import the layers below its own in pyproject.toml, to which `lint-imports` holds the package.
+A subpackage may import only the layers below its own in pyproject.toml. `lint-imports` enforces this.
 """
 
 import ast
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def layers() -> list[list[str]]:
-    """Returns the rooms from the top down, those of one layer side by side."""
+    """Returns the subpackages of each layer, from the top layer down."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     found = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     return [[room.strip() for room in layer.split("|")] for layer in found]

@@ -7,8 +7,8 @@ python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml
 # Any option of the YAML file can be given on the command line
 python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml --coef 0.05 --potential log_cosh --output_dir results/cosh
 
-# A real model on several GPUs, see recipes/README.md. With --tiny: a miniature of the model on the CPU, whose results go to
-# a folder beside the real ones, "...-rehearsal"
+# A real model on several GPUs, see recipes/README.md. With --tiny: a miniature of the model on the CPU, whose results
+# go to the folder "...-rehearsal"
 accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml recipes/sft.py \
     --config recipes/mixtral-8x7b/gsm8k/phibalance.yaml
 python recipes/sft.py --config recipes/mixtral-8x7b/gsm8k/phibalance.yaml --tiny
@@ -120,7 +120,7 @@ def main(args, balance, training_args, model_args):
     from hf_phibalance.hub import Run, print_summary, write_report
     from hf_phibalance.models import register_deepseek_moe
 
-    datasets.disable_progress_bars()  # dozens of lines about seconds of work
+    datasets.disable_progress_bars()  # dozens of lines for seconds of work
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     check(args, training_args, model_args)
@@ -145,7 +145,7 @@ def main(args, balance, training_args, model_args):
 
 
 def check(args, training_args, model_args):
-    """Refuses options that contradict each other or would do nothing, and sets the accumulation."""
+    """Raises for options that contradict each other or do nothing. Sets the gradient accumulation."""
     name = model_args.model_name_or_path
     if (args.model_type is None) == (name is None):
         raise ValueError(
@@ -211,8 +211,8 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress_callback())
 
-    # With several processes, a trainer that has evaluated does not wrap its model for training any more. Each process
-    # would then train by its own gradients.
+    # With several processes, a trainer that has evaluated no longer wraps its model for training. Each process would
+    # then train with its own gradients.
     is_alone = training_args.world_size == 1
     before = trainer.evaluate(datasets["test"], metric_key_prefix="untrained") if is_alone else None
     untrained = examiner.exact_match(datasets["test"], problems["test"])
@@ -236,7 +236,7 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
 
 
 def what_is_trained(model, args, options, problems):
-    """Returns the model and its data in two lines."""
+    """Returns two lines that describe the model and its data."""
     sites = phb.get_balancer(model).sites
     sizes = sorted({(site.num_experts, site.top_k) for site in sites})
     experts = " or ".join(f"{experts} experts, top-{top_k}" for experts, top_k in sizes)
@@ -360,7 +360,7 @@ def parse(argv=None):
     parser = TrlParser((Arguments, BalanceArguments, SFTConfig, ModelArguments))
     parsed = parser.parse_args_and_config([*(rehearsal.OPTIONS if "--tiny" in argv else ()), *argv])
     if parsed[0].tiny and not any(word.split("=")[0] == "--output_dir" for word in argv):
-        parsed[2].output_dir += "-rehearsal"  # beside the results of the recipe, which stay
+        parsed[2].output_dir += "-rehearsal"  # keeps the results of the recipe
     return parsed
 
 

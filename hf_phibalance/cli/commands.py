@@ -52,7 +52,7 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
     if args.ignore_phi_balance:
         inspection.notes.append(f"{STATE_NAME} was ignored (--ignore_phi_balance).")
     words = list(map(printable, command))
-    with ExitStack() as reports:  # runs each of them, the last first, even if another one fails
+    with ExitStack() as reports:  # runs all, the last first, even if one fails
         reports.callback(print_inspection, inspection, console, args.top)
         if args.html:
             reports.callback(lambda: _write(html_report(inspection, args.top, words), args.html))
@@ -131,7 +131,7 @@ def _check_numbers(args: argparse.Namespace, **least: int) -> None:
 
 
 def _check_file(option: str, path: str | None) -> None:
-    """Refuses a file that cannot be written, and makes its folder."""
+    """Raises if the file cannot be written. Makes its folder."""
     if not path or path == "-":
         return
     if Path(path).is_dir():
@@ -144,7 +144,7 @@ def _check_file(option: str, path: str | None) -> None:
 
 
 def _check_model(args: argparse.Namespace) -> None:
-    """Refuses a model that is neither a folder nor on the Hub."""
+    """Raises if the model is neither a folder nor on the Hub."""
     if Path(args.model).exists():
         return
     try:
@@ -152,7 +152,7 @@ def _check_model(args: argparse.Namespace) -> None:
         if any(find_file(args.model, name, _loading_options(args)) for name in names):
             return
         reason = ""
-    except (OSError, ValueError) as error:  # of the Hub: the name, the revision or the access
+    except (OSError, ValueError) as error:  # from the Hub: wrong name, revision or access
         reason = f" ({str(error).strip().splitlines()[0]})"
     raise ValueError(
         f"there is no folder {quoted(args.model)}, and the Hub has no such model or cannot be reached{reason}. Check the name. "
@@ -172,7 +172,7 @@ def _write_json(figures: dict[str, Any], path: str | None) -> None:
 
 
 def _write(text: str, path: str) -> None:
-    """Writes UTF-8, with escapes for what is no Unicode."""
+    """Writes UTF-8. Escapes invalid Unicode."""
     Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -204,8 +204,8 @@ def _load_model(args: argparse.Namespace, phi_balance: bool | None, is_trainable
 
 def _load_to_train(args: argparse.Namespace) -> Any:
     """
-    Loads the model as for training, with a trainable adapter. Its balancing is the saved one, changed by the options. A damaged
-    or foreign state is left out.
+    Loads the model for training, with a trainable adapter. The options override its saved balancing. A damaged or
+    foreign state is ignored.
     """
     from ..balancing import get_balancer, patch
     from ..config import PhiBalanceConfig
@@ -215,7 +215,7 @@ def _load_to_train(args: argparse.Namespace) -> Any:
     PhiBalanceConfig(**given)  # bad values fail before the weights are loaded
     try:
         model = _load_model(args, phi_balance=True, is_trainable=True)
-    except ValueError:  # of the state: the report names it. Other faults come up again in `patch`
+    except ValueError:  # from the state: the report names it. `patch` raises other errors again
         saved = PhiBalanceConfig.of_checkpoint(args.model) or PhiBalanceConfig()
         model = patch(_load_model(args, phi_balance=False, is_trainable=True), saved)
     if given:

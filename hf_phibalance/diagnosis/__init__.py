@@ -1,10 +1,10 @@
 """
-Diagnosis: finds what is wrong with a set-up by one optimizer step. Knows steps, not trainers.
+Finds what is wrong with a set-up from one optimizer step. Does not import trainers.
 
 | module | what it holds |
 |---|---|
 | `recorder` | records a real step, and measures the coefficient that it received |
-| `checks` | each problem by name, with its remedy |
+| `checks` | one check for each problem, with its remedy |
 | `report` | the findings as text, JSON and a table |
 """
 

@@ -1,4 +1,4 @@
-"""All checks, in one table: `CHECKS`. Each returns its status, what it found and a remedy, or `None` if it does not apply."""
+"""All checks, listed in `CHECKS`. Each returns status, finding and remedy, or `None` if it does not apply."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .report import PRECISE, Check, Status
 
 
 Result = tuple[Status, str, str]
-VANISHING = 1e-200  # coefficients up to this stand for 0
+VANISHING = 1e-200  # coefficients up to this count as 0
 EVEN, COLLAPSED = 0.9, 0.5  # effective experts, as a share of all
 ASSIGNED = 10  # with fewer selections per expert, loads say little
-ENOUGH = 1000  # with fewer selections in the step, the share that rounding changes is chance
+ENOUGH = 1000  # with fewer selections in the step, the share that rounding changes is noise
 VERIFY = "phb.attach(trainer, verify=True), which measures a step of the training itself"
 TRAIN_ROUTERS = (
     "phb.lora_config(model, router='lora') (--lora router=lora), or coef=0 and bias_coef, which needs no gradient"
@@ -33,7 +33,7 @@ TRAIN_ROUTERS = (
 
 @dataclass
 class Subject:
-    """The model, the recorded step and the trainer that are examined."""
+    """The model, the recorded step and the trainer to check."""
 
     root: nn.Module  # the transformers model
     balancer: Any = None  # a `PhiBalancer`; `None` if the model is not patched
@@ -55,7 +55,7 @@ class Subject:
 
     @property
     def idle(self) -> list[str]:
-        """Routers of images that had nothing to route."""
+        """Image routers that received no tokens."""
         loads = {} if self.seen is None else self.seen.loads
         return [site.name for site in self.balancer.sites if not site.sees_all and not loads.get(site.name)]
 
@@ -124,7 +124,7 @@ def _judge(seen: Any) -> Result:
     off = {name: ratio for name, ratio in found.by_router.items() if not abs(ratio - 1) <= bound}
     if not off and abs(found.ratio - 1) <= bound and found.residual <= 10 * bound:
         return _ok(text)
-    if all(abs(kept - 1) <= bound for kept in seen.kept.values()):  # the loop is innocent
+    if all(abs(kept - 1) <= bound for kept in seen.kept.values()):  # the training loop is not the cause
         if seen.goes_on:
             return _warning(
                 f"{text}. The step goes on over the end of a pass through the data, so its tokens were counted in two parts",
@@ -160,7 +160,7 @@ def _first_step(subject: Subject) -> Result | None:
 
 
 def _attention_mask(subject: Subject) -> Result | None:
-    """Looks for padding that counts, and for tokens that do not."""
+    """Checks that padding does not count, and that all tokens with labels do."""
     seen, kind, batches = subject.seen, subject.balancer.config.token_mask, subject.batches
     if not seen.forwards:
         return None
@@ -271,7 +271,7 @@ def _routers_that_learn(subject: Subject) -> Result | None:
 
 
 def _loads(subject: Subject) -> Result | None:
-    """Looks for routers with even probabilities and collapsed loads: a price on probabilities cannot see that."""
+    """Looks for even probabilities with collapsed loads, which a price on probabilities cannot see."""
     seen, balancer, config, collapsed = subject.seen, subject.balancer, subject.balancer.config, []
     if not seen.forwards or not (config.track == "probs" and config.coef > 0 and config.bias_coef == 0):
         return None
@@ -418,7 +418,7 @@ def _parallelism(subject: Subject) -> Result | None:
 
 
 def _selection_bias(subject: Subject) -> Result | None:
-    """Warns if a plain load loses the selection bias, or if an engine does not get it."""
+    """Warns if plain `from_pretrained` loses the selection bias, or if an engine does not get it."""
     balancer = subject.balancer
     if not balancer.has_bias:
         return None

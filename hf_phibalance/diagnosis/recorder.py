@@ -43,14 +43,12 @@ class Call:
 
 @dataclass
 class Weight:
-    """The weight `(E, H)` of a router that is one linear layer, and the gradient that it should have: Σ gᵀx over the step."""
+    """The weight `(E, H)` of a router that is one linear layer, and its expected gradient: Σ gᵀx over the step."""
 
     owner: nn.Module
     name: str
     gradient: Tensor
-    error: float = (
-        0.0  # square of the rounding error to expect in the real gradient, from its inputs and its partial sums
-    )
+    error: float = 0.0  # squared rounding error to expect in the real gradient, from inputs and partial sums
 
     @property
     def parameter(self) -> Any:
@@ -80,30 +78,30 @@ class StepRecorder:
         self.batches: list[Mapping[str, Any]] = []  # micro-batches as the loop has them; the caller fills this
         self.error: str | None = None  # exception that ended the step; the caller sets this
         self.forwards: list[Any] = []  # `Tokens` of the step's training forwards
-        self.tokens = 0.0  # that count, over all ranks
-        self.announced: float | None = None  # tokens that the step was announced with, over all ranks
-        self.goes_on = False  # announced in several parts, over the end of a pass through the data
-        self.by_part = False  # each micro-batch gets the share that it was announced with
+        self.tokens = 0.0  # counted tokens, over all ranks
+        self.announced: float | None = None  # tokens announced for the step, over all ranks
+        self.goes_on = False  # announced in several parts, because the epoch ends within the step
+        self.by_part = False  # each micro-batch is weighted by its announced share
         self.loads: dict[str, float] = {}  # selections of each router on this rank
         self.added: list[str] = []  # routers that added a gradient on this rank
         self.sums = torch.empty(0)  # probabilities and loads over all ranks (2, L, E)
         self.coefficient: Coefficient | None = None
         self.unmeasured = ""  # why there is no coefficient
-        self.is_early = False  # ... because there are no prices yet
+        self.is_early = False  # ... since there are no prices yet
         self.is_finite = True  # gradients of the logits and of the weights
-        # By router, where it is neither negligible nor rounding: the gradient at the logits that comes neither from the router's
-        # output nor from balancing, relative to that of balancing. `None` if not measured.
+        # By router: the gradient at the logits that comes neither from the router's output nor from balancing,
+        # relative to that of balancing. Leaves out negligible values and rounding. `None` if not measured.
         self.foreign: dict[str, float] | None = None
-        self.kept: dict[str, float] = {}  # gradient of each weight at the end, projected on that of the backward
+        self.kept: dict[str, float] = {}  # final gradient of each weight, projected on its gradient in the backward
         self._calls: dict[int, Call] = {}
         self._plain: dict[int, Tensor] = {}  # top-k without the selection bias (T, k), of the first call
         self._weights: dict[int, Weight] = {}
         self._is_precise = self._is_followed = True
-        # by forward and router: weights and price that it adds, until the gradient of its logits comes
+        # (forward, router): weights and price that it adds, kept until the gradient of its logits arrives
         self._due: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._done: set[tuple[int, int]] = set()
-        # Σ a², a·d, d², r², e² by router: a is what was added at the logits, d is declared (without coef / N), r is the rest, e is
-        # the rounding in f
+        # Σ a², a·d, d², r², e² by router: a is the gradient added at the logits, d the declared one (without coef /
+        # N), r the rest, e the rounding in f
         self._products = torch.zeros(len(balancer.sites), 5, dtype=torch.float64)
         # Σ f, Σ a over the tokens, by router: f is the part of r that does not come from the router's output
         self._sums = torch.zeros(len(balancer.sites), 2, balancer.duals.shape[1], dtype=torch.float64)
@@ -120,12 +118,15 @@ class StepRecorder:
     def saw(
         self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, own: list[Tensor]
     ) -> None:
-        """Router `index` made `logits (T, E)` from `hidden`, in `forward` or in its recomputation. [`follow`] fills `own`."""
+        """
+        Called when router `index` has computed `logits (T, E)` from `hidden`, in `forward` or its recomputation.
+        [`follow`] fills `own`.
+        """
         if index not in self._calls:
             self._calls[index] = self._look(forward, index, hidden, logits, selected)
         if logits.requires_grad:
             inputs = hidden.detach() if hidden is not None and index in self._weights else None
-            # detached: a hook that holds its own tensor is a cycle, and would keep the forward alive without its graph
+            # detached: a hook that holds its own tensor is a cycle, which would keep the forward alive
             logits.register_hook(functools.partial(self._reached, forward, index, inputs, logits.detach(), own))
 
     def follow(self, output: Tensor, logits: Tensor, own: list[Tensor]) -> None:
@@ -143,15 +144,15 @@ class StepRecorder:
             frontier = {after for node in frontier for after, _ in node.next_functions} - seen - {None, logits.grad_fn}
 
     def settles(self, forward: Any) -> None:
-        """A backward has reached `forward`, so it belongs to the step."""
+        """Called when a backward has reached `forward`, which then belongs to the step."""
         self.forwards.append(forward.tokens)
 
     def adds(self, forward: Any, index: int, weight_T: Tensor, price_E: Tensor) -> None:
-        """Router `index` adds the gradient of Σ_t weight_t ⟨price, p_t⟩ in the running backward."""
+        """Called when router `index` adds the gradient of Σ_t weight_t ⟨price, p_t⟩ in the running backward."""
         self._due[forward.key, index] = weight_T, price_E
 
     def _ranked(self, index: int, scores: Tensor) -> None:
-        """Router `index` ranked `scores (..., E)` plus its selection bias."""
+        """Called when router `index` has ranked `scores (..., E)` plus its selection bias."""
         if index not in self._plain:
             site = self.balancer.sites[index]
             self._plain[index] = torch.ops.aten.topk(scores.reshape(-1, site.num_experts), site.top_k)[1]
@@ -202,7 +203,7 @@ class StepRecorder:
                 declared = self._declared(forward, index, logits)
                 rest = gradient.float() - added
                 foreign = gradient.float() - sum(part.float() for part in own) if own else torch.zeros_like(rest)
-                error = torch.finfo(gradient.dtype).eps * gradient.float() * (len(own) > 1)  # of a sum of several
+                error = torch.finfo(gradient.dtype).eps * gradient.float() * (len(own) > 1)  # rounding of the sum
                 self._is_followed &= found is None or bool(own)
                 for sum_, values in zip(self._sums[index], (foreign, added)):
                     sum_[: values.shape[-1]] += values.sum(0).cpu()
@@ -224,14 +225,14 @@ class StepRecorder:
 
     @property
     def _keeps_prices(self) -> bool:
-        """True if a step uses the prices of the previous one, and does not compute them from its own tokens."""
+        """True if a step uses the previous step's prices instead of computing them from its own tokens."""
         return self.balancer.config.price_from == "previous" and not self.balancer.config.rules.pooled
 
     # ------------------------------------------------------------------ the end of the step
 
     @torch.no_grad()
     def finish(self, loss_scale: float | None = None) -> StepRecorder:
-        """Ends the recording and measures; all ranks must call it. `loss_scale`: by which the loop will divide gradients."""
+        """Ends the recording and measures. All ranks must call it. The loop will divide gradients by `loss_scale`."""
         balancer, step, names = self.balancer, self.balancer.now, self.balancer.layer_names
         self.stop()
         self.goes_on = step.first > 0
@@ -282,12 +283,12 @@ class StepRecorder:
 
     def _compare_weights(self, products: Tensor, rounding: float) -> tuple[Tensor, float]:
         """
-        Compares the gradient of each weight with Σ gᵀx, both averaged over the ranks. Leaves out weights whose gradients have
-        cancelled, so that their rounding error is larger than `rounding`, relative to Σ gᵀx.
+        Compares the gradient of each weight with Σ gᵀx, both averaged over the ranks. Skips weights whose gradients
+        cancel so much that their rounding error exceeds `rounding`, relative to Σ gᵀx.
 
         Returns:
-            By router `(L,)` the projection of the first on the second, 1 where it was not compared; and the largest norm of the
-            difference, relative to Σ gᵀx.
+            The projection of the first on the second for each router `(L,)`, 1 if not compared; and the largest norm
+            of the difference, relative to Σ gᵀx.
         """
         balancer, device = self.balancer, self.balancer.duals.values.device
         loop, left = torch.ones(len(products), dtype=torch.float64), 0.0
@@ -297,7 +298,7 @@ class StepRecorder:
             is_lost = weight.error > float(weight.gradient.norm() * rounding) ** 2
             is_plain[index] = float(gradient is not None and gradient.shape == weight.gradient.shape and not is_lost)
         is_plain = balancer.sum_over_ranks(is_plain) == balancer.ranks
-        # without a gradient of the task, the model does not use these logits
+        # no gradient of the task: the model does not use these logits
         has_task = products[:, 3] > 1e-6 * products[:, 0]
         for index in (is_plain.cpu() & (has_task | products.isnan().any(-1))).nonzero().flatten().tolist():
             weight = self._weights[index]
@@ -321,17 +322,17 @@ class StepRecorder:
 
     @property
     def positions(self) -> int:
-        """Positions of the forwards on this rank."""
+        """Number of positions in the forwards on this rank."""
         return sum(tokens.mask.numel() for tokens in self.forwards)
 
     @property
     def counted(self) -> int:
-        """Positions of the forwards on this rank that count as tokens."""
+        """Number of positions in the forwards on this rank that count as tokens."""
         return sum(int(tokens.mask.sum()) for tokens in self.forwards)
 
     @property
     def is_cut(self) -> bool:
-        """True if the step was announced with another number of tokens than the model saw."""
+        """True if the model saw another number of tokens than announced."""
         return self.announced not in (None, self.tokens)
 
     @property

@@ -1,5 +1,5 @@
 """
-Looks into the routers of a MoE model: which experts the tokens of some domains of text choose, without training or patching.
+Shows which experts the tokens of each text domain choose, without training or patching the model.
 
 ```python
 from hf_phibalance.inspection import html_report, inspect_model, parse_domains

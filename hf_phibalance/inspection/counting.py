@@ -131,7 +131,7 @@ class RouterCounter:
             self.is_idle = True
 
     def choice_bias(self, index: int) -> Tensor | None:
-        """Returns the bias in force in the selection of router `index`, for routers that do not return their selection."""
+        """Returns the selection bias in force at router `index`, for routers that do not return their selection."""
         if self.balancer is not None:
             return self.balancer.forwards.choice_bias(index)
         bias = self.sites[index].read_native_bias()
@@ -171,7 +171,7 @@ class RouterCounter:
 
 
 def _checked_length(counter: RouterCounter, seq_len: int | None) -> int:
-    """Returns `seq_len`, or by default the smaller of 512 and what the model takes. Refuses more than the model takes."""
+    """Returns `seq_len`, by default the smaller of 512 and the model's limit. Raises if it exceeds the limit."""
     config = cast(Any, counter.root.config).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if seq_len is not None and limit and seq_len > limit:
@@ -212,7 +212,7 @@ def _count(
 
 
 def _checked_layers(counter: RouterCounter) -> list[Layer]:
-    """Returns the layers that were called, on the CPU. Refuses routers that were bypassed, and logits that are not finite."""
+    """Returns the layers that were called, on the CPU. Raises if routers were bypassed or logits are not finite."""
     layers = [
         replace(layer, halves=layer.halves.cpu(), confidence=layer.confidence.double().cpu())
         for layer in counter.layers

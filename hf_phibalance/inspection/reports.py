@@ -32,8 +32,8 @@ HEADINGS = {
 IN_TERMINAL = [name for name in HEADINGS if name != "chosen_probability"]  # 80 columns hold no more
 FIGURES_WIDTH = 70  # characters of the figures in a row of the terminal's tables
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-FEWEST = 5.0  # a lift is shown only if so many assignments were to be expected
-OPEN_LAYERS = 8  # layers whose domains are shown unfolded
+FEWEST = 5.0  # a lift is shown only from this many expected assignments
+OPEN_LAYERS = 8  # number of layers whose domains are unfolded
 
 
 def print_inspection(inspection: Inspection, console: Console, top: int = 5) -> None:
@@ -202,6 +202,6 @@ def _shade(value: float, reach: float) -> int:
 
 
 def _lifts(counts_DE: Tensor) -> list[list[float]]:
-    """Returns the lift of each expert in each domain, NaN where too few assignments were to be expected."""
+    """Returns the lift of each expert in each domain, NaN where too few assignments are expected."""
     expected_DE = counts_DE.double().sum(1, keepdim=True) * counts_DE.sum(0) / counts_DE.sum()
     return lift(counts_DE).where(expected_DE >= FEWEST, math.nan).tolist()

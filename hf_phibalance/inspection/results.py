@@ -18,7 +18,7 @@ from ..maths import DEAD_THRESHOLD, mutual_information, mutual_information_bias,
 
 BALANCE = ("max_vio", "gini", "cv", "normalised_entropy")
 CONFIDENCE = ("top1_probability", "chosen_probability", "entropy_bits")  # means over tokens
-MIN_STANDARD_ERRORS = 3.0  # between an expert's share in a domain and in the others, to call it a specialist
+MIN_STANDARD_ERRORS = 3.0  # by which a specialist's share in its domain exceeds its share in the others
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Layer:
 @dataclass
 class Inspection:
     """
-    What the routers of a model did with some texts.
+    Expert choices of all routers of a model on some texts.
 
     Args:
         model (`dict`): Name, type and size of the model.
@@ -75,7 +75,7 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
 
     def scopes(self) -> list[str]:
-        """Returns the names that figures are given for: `"overall"`, then each domain if there are several."""
+        """Returns the scopes that figures exist for: `"overall"`, then each domain if there are several."""
         return ["overall", *(self.domains if len(self.domains) > 1 else [])]
 
     def halves(self, layer: Layer, scope: str) -> Tensor:
@@ -212,8 +212,8 @@ def balance_figures(halves_HE: Tensor, top_k: int) -> dict[str, Any]:
             - `dead`: the experts with less than a twentieth of the fair share, and `dead_experts`, their number;
             - `chance`: [`chance_figures`] of as many independent tokens;
             - `design_effect`, and `chance_in_text`: [`chance_figures`] of the tokens divided by it;
-            - `noise`: for each figure, whether `chance_in_text` is at least as far from balance. Dead experts are noise where the
-              tokens are so few that chance alone may leave an expert without any.
+            - `noise`: for each figure, whether `chance_in_text` is at least as far from balance. Dead experts are
+              noise if chance alone may leave an expert without tokens.
     """
     counts_E = halves_HE.sum(0)
     experts, tokens = counts_E.numel(), int(counts_E.sum()) / top_k

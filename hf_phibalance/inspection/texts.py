@@ -27,7 +27,7 @@ PIECE = 1 << 16  # characters to tokenize at once
 
 @dataclass(frozen=True)
 class Domain:
-    """Files under one name. `fields` name the text in their rows; if empty, the usual fields are tried."""
+    """Files under one name. `fields` are the columns with text; if empty, the usual ones are tried."""
 
     name: str
     files: tuple[Path, ...]
@@ -36,12 +36,12 @@ class Domain:
 
 def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Domain]:
     """
-    Returns the domains of arguments such as `math=gsm8k/*.jsonl`, in the order of their first mention.
+    Parses arguments like `math=gsm8k/*.jsonl` into domains, in the order of their first mention.
 
     Args:
         texts (`Sequence[str]`):
             `name=path`, or `path`, whose stem is then the name. A path is a file, a glob (`**` descends), or a folder: its files that
-            end in one of `IN_FOLDERS` are read. A name may come several times. The files of a domain are shuffled with a fixed seed.
+            end in one of `IN_FOLDERS` are read. Names may repeat. A domain's files are shuffled with a fixed seed.
         fields (`Sequence[str]`, *optional*): `field` for all domains, or `name=field` for one.
 
     Raises:
@@ -130,7 +130,7 @@ class TextStream:
                 return
 
     def _texts(self) -> Iterator[Iterable[str]]:
-        """Yields each text as its parts: a row, or the lines of a file. Skips rows without text, but refuses a bad first row."""
+        """Yields each text in parts: a row, or a file's lines. Skips rows without text. Raises for a bad first row."""
         for path in self.domain.files:
             self.files += 1
             if _suffix(path) not in LOADERS:
@@ -146,7 +146,7 @@ class TextStream:
                         raise ValueError(f"{quoted(str(path))}, first row: {error}") from error
                     self.skipped += 1
                     continue
-                if self.prefix:  # a chat template may have written it already
+                if self.prefix:  # a chat template may already have added it
                     text = text.removeprefix(self.tokenizer.decode(self.prefix))
                 yield [text, "\n"] if self.packing else [text]
 
@@ -194,7 +194,7 @@ def padding_of(tokenizer: Any) -> int:
 
 
 def _pieces(strings: Iterable[str]) -> Iterator[str]:
-    """Joins `strings` to pieces of at least `PIECE` characters."""
+    """Joins `strings` into pieces of at least `PIECE` characters."""
     held = ""
     for string in strings:
         held += string
@@ -205,7 +205,7 @@ def _pieces(strings: Iterable[str]) -> Iterator[str]:
 
 
 def _suffix(path: Path) -> str:
-    """Returns the suffix of a file's name without that of its compression."""
+    """Returns the suffix of a file's name, without a compression suffix."""
     return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix.lower()
 
 
@@ -221,7 +221,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         return
     try:
         yield from load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
-    except Exception as error:  # each loader and codec has its own
+    except Exception as error:  # each loader and codec raises its own
         reason = f"{quoted(str(path))} cannot be read as {loader}: {quoted(str(error))}"
         raise ValueError(f"{reason}. Repair it, or leave it out of `--texts`.") from error
 
@@ -258,8 +258,8 @@ def _text(row: Mapping[str, Any], fields: tuple[str, ...], tokenizer: Any) -> st
             f"field {quoted(fields[0])} holds messages, but the tokenizer {quoted(tokenizer.name_or_path)} has no chat "
             "template: name a tokenizer with one (`--tokenizer`), or a field of plain text (`--field`)."
         )
-    try:  # a table has every key in each of its messages, with null where there was none
+    try:  # tables fill in missing keys of messages with null
         messages = [{k: v for k, v in message.items() if v is not None} for value in values for message in value]
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates may raise anything
         raise ValueError(f"the tokenizer's chat template does not take the messages: {quoted(str(error))}.") from error

@@ -1,1 +1,1 @@
-"""φ-balancing in tools that people train or serve with from a YAML or a command line. One module per tool; each imports its tool."""
+"""Integrations of training and serving tools. One module per tool; each imports its tool."""

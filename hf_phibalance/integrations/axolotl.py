@@ -1,10 +1,10 @@
 """
-Axolotl: `plugins: [hf_phibalance.integrations.axolotl.PhiBalancePlugin]` and `phi_balance: {coef: 0.01}` in the YAML.
+Axolotl YAML: `plugins: [hf_phibalance.integrations.axolotl.PhiBalancePlugin]` and `phi_balance: {coef: 0.01}`.
 
 `phi_balance` takes the fields of [`PhiBalanceConfig`], `true` for the defaults, or `false` for no balancing.
 
-Axolotl ignores a plugin that it cannot import, and trains without it. So this module imports the package inside its methods, whose
-errors end the run.
+Axolotl ignores a plugin that it cannot import, and trains without it. This module imports the package inside its
+methods, whose errors end the run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PhiBalanceArgs(BaseModel):
 
     @model_validator(mode="after")
     def refuse_impossible(self) -> Any:
-        """Refuses other settings of the YAML under which the coefficient would not be exact."""
+        """Raises if other YAML settings would make the coefficient inexact."""
         from ..config import PhiBalanceConfig
 
         asked: Any = self
@@ -113,8 +113,9 @@ class PhiBalancePlugin(BasePlugin):
 
 def _keep_attention_mask(trainer: Any) -> None:
     """
-    Axolotl pads packed rows and drops their attention mask, so that attention separates the samples by position. The padding would
-    count. Here the mask stays in the batch until the tokens are counted, and is dropped before the backbone's own forward.
+    Axolotl pads packed rows and drops their attention mask, so that attention separates the samples by position.
+    Padding would then count. Here the mask stays in the batch until the tokens are counted. It is dropped before the
+    backbone's own forward.
     """
     from ..balancing import get_balancer, wrap_below
 

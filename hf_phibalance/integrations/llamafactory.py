@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def run(run_exp: Any) -> None:
-    """Calls `run_exp` of LLaMA-Factory with the config of the command line, balanced as its `phi_balance` says."""
+    """Calls `run_exp` of LLaMA-Factory with the config of the command line, balanced by its `phi_balance`."""
     from llamafactory.hparams import read_args
 
     options = read_args()
@@ -59,7 +59,7 @@ def run(run_exp: Any) -> None:
 
 
 def refuse_impossible(options: dict[str, Any], config: PhiBalanceConfig) -> None:
-    """Refuses `options` of LLaMA-Factory under which the coefficient would not be exact."""
+    """Raises if `options` of LLaMA-Factory would make the coefficient inexact."""
     if config.is_on and options.get("moe_aux_loss_coef"):
         raise ValueError(
             f"moe_aux_loss_coef: {options['moe_aux_loss_coef']} adds a second auxiliary loss to {KEY}. Remove one of them."

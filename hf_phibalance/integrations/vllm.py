@@ -1,9 +1,9 @@
 """
-vLLM: install this package beside it, and a checkpoint with `phi_balance.state` is served with its selection bias.
+Plugin for vLLM: serves checkpoints with a `phi_balance.state` with their selection bias. Only needs to be installed.
 
-A general plugin of vLLM, which calls [`register`] in each of its processes. When a worker loads a checkpoint with a bias, each MoE
-layer of the model gets a `custom_routing_function`, vLLM's own way to choose experts by another rule. It chooses as the patched
-model does, and weighs as the family does. Families that keep a bias in their weights are served as they are.
+vLLM calls [`register`] in each of its processes. When a worker loads a checkpoint with a bias, each MoE layer gets a
+`custom_routing_function`, vLLM's interface for other selection rules. It selects experts as the patched model does,
+and weights them as the family does. Families that keep a bias in their weights need nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..balancing import StateFile
 
 
-# By type of the language model: the bias is added to these scores. Only families that were compared with vLLM's own code.
+# Model type of the language model: the scores that the bias is added to. Only families compared with vLLM's own code.
 RANKED = {
     "gpt_oss": "logits",
     "granitemoe": "logits",
@@ -40,7 +40,7 @@ REMEDY = (
     "`phibalance export` writes a checkpoint that needs no selection bias; without the state beside the weights "
     f"({STATE_NAME}), vLLM serves this one without its bias."
 )
-logger = logging.getLogger("vllm.hf_phibalance")  # below vLLM's, whose handler it uses
+logger = logging.getLogger("vllm.hf_phibalance")  # a child of vLLM's logger, so it uses its handler
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def register() -> None:
 
 @functools.cache
 def _wrap_loaders() -> None:
-    """Makes the loaders of this process give the biases to the model."""
+    """Wraps the model loaders of this process so that they add the biases."""
     from vllm.model_executor.model_loader import BaseModelLoader
 
     for loader in (BaseModelLoader, *BaseModelLoader.__subclasses__()):
@@ -86,7 +86,7 @@ def _loading_biased(load: Any) -> Any:
 
 
 def find_biases(model_config: Any, download_dir: str | None) -> StateFile | None:
-    """Returns the state beside a checkpoint if it has biases. A draft model is left alone: biases would only improve its guesses."""
+    """Returns the state of a checkpoint if it has biases. `None` for a draft model, which works without them."""
     if model_config.runner_type == "draft" or not model_config.get_num_experts():
         return None
     from ..balancing import read_state
@@ -94,7 +94,7 @@ def find_biases(model_config: Any, download_dir: str | None) -> StateFile | None
     from ..files import find_state
 
     path = None
-    with contextlib.suppress(OSError, ValueError):  # neither a folder nor the name of a repository: a GGUF file, say
+    with contextlib.suppress(OSError, ValueError):  # neither a folder nor a repository name, e.g. a GGUF file
         path = find_state(model_config.model, {"revision": model_config.revision, "cache_dir": download_dir})
     if path is None:
         said = getattr(model_config.hf_config, "phi_balance", None)
@@ -110,8 +110,8 @@ def find_biases(model_config: Any, download_dir: str | None) -> StateFile | None
 
 class BiasedChoice:
     """
-    The `custom_routing_function` of one MoE layer: chooses the experts with the highest score + bias, and weighs them by their
-    probabilities. `ranked` is `"probs"` or `"logits"`, the scores to which the bias is added.
+    The `custom_routing_function` of one MoE layer. Selects the experts with the highest score + bias, and weights them
+    by their probabilities. `ranked`: the scores that the bias is added to, `"probs"` or `"logits"`.
     """
 
     def __init__(self, ranked: str) -> None:
@@ -135,7 +135,7 @@ class BiasedChoice:
 @contextlib.contextmanager
 def choosing_with_bias(model_config: Any) -> Iterator[None]:
     """
-    Context manager: MoE layers that are made inside it get a [`BiasedChoice`], except in families with a bias of their own.
+    Context manager: MoE layers made inside it get a [`BiasedChoice`], except in families with their own bias.
 
     Raises:
         ValueError: if the family is not in `RANKED`, or a layer chooses by another rule than softmax and top-k.
@@ -171,7 +171,7 @@ def choosing_with_bias(model_config: Any) -> Iterator[None]:
 
 
 def refuse_other_rules(options: dict[str, Any]) -> None:
-    """Refuses `options` of a vLLM router that are more than a softmax and a top-k."""
+    """Raises if `options` of a vLLM router are more than softmax and top-k."""
     groups, custom = options.get("num_expert_group") or 1, options.get("custom_routing_function")
     other = {
         "scoring_func": options.get("scoring_func", "softmax") != "softmax",
@@ -204,7 +204,7 @@ def hand_out(state: StateFile, model: nn.Module, model_config: Any, stages: int)
         return  # it is in the weights
     runners = {_layer_index(name): runner for name, runner in layers.items()}
     biases = {_layer_index(key): key for key in state.tensors if key.endswith(".bias")}
-    if stages > 1:  # this worker has one stage of a pipeline
+    if stages > 1:  # this worker holds one stage of a pipeline
         biases = {index: key for index, key in biases.items() if index in runners}
     if runners.keys() != biases.keys() or len(runners) < len(layers):
         raise ValueError(

@@ -1,18 +1,18 @@
 """
-Which parameters of a Mixture-of-Experts model an adapter trains: a `peft.LoraConfig` from two words, for every family.
+Makes a `peft.LoraConfig` for any MoE family from two options: `router` and `targets`.
 
-The names are found in the model, not listed by hand. Inside the stack of decoder layers that holds the routers,
+Module names are found in the model, not listed by hand. Inside the stack of decoder layers with routers,
 
-- a *router* is what [`find_routers`] finds, with everything inside it;
+- a *router* is a module found by [`find_routers`], with its submodules;
 - *experts* are the feed-forward weights: routed experts, shared experts, and the dense MLPs that some families have in
   their first layers or beside the experts;
 - *attention* are the linear layers that mix tokens: attention, linear attention, state-space or convolution layers.
 
 The rest is left alone: embeddings, the output head, norms, biases, convolutions, the indexers of sparse attention (no gradient
-reaches them), gates with a single output, routers by hashes, hyper-connections, projectors, and vision towers unless asked for.
+reaches them), gates with a single output, hash routers, hyper-connections, projectors, and (by default) vision towers.
 
-Some modules read the weight of a module inside them, and do not call that module. An adapter on it would silently do nothing.
-In attention such a weight is left alone (`out_proj` of Mamba). In routers and experts it is refused.
+Some modules read the weight of a submodule without calling it. An adapter on that submodule would silently do nothing.
+In attention it is skipped (`out_proj` of Mamba). In routers and experts it is an error.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ TARGETS = ("all", "experts", "attention")
 ATTENTION = re.compile(r"(^|_)(attn|attention|mamba|mixer|conv)$")
 FEED_FORWARD = re.compile(r"(^|_)(mlps?|ffn|feed_forward|moe|experts?)$|shared")
 LEFT_ALONE = re.compile(r"indexer|layernorm|hyper_connection")
-# In some families PEFT takes modules of these names for experts as transformers 4 had them, see `names_rewritten_by_peft`
+# In some families PEFT mistakes these module names for the experts of transformers 4, see `names_rewritten_by_peft`
 NAMES_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-# Values that are possible for parameters without a linear layer of their own; the first is PEFT's default
+# Values allowed for parameters without a linear layer of their own; the first is PEFT's default
 FOR_PARAMETERS: dict[str, tuple[Any, ...]] = {
     "lora_dropout": (0.0,),
     "use_dora": (False,),
@@ -86,16 +86,17 @@ def lora_config(
             Whether the layers and routers of a vision tower are trained too. Experts for images in the language model's own layers
             (ERNIE 4.5 VL) are trained in any case.
         kwargs:
-            further fields of `peft.LoraConfig`. `modules_to_save` is added to the routers of `"full"`. `task_type` is that of the
-            model's class unless given; with it PEFT also trains and saves the head of a classifier.
+            further fields of `peft.LoraConfig`. The routers of `"full"` are added to `modules_to_save`. `task_type`
+            defaults to that of the model's class. It makes PEFT also train and save the head of a classifier.
 
     Returns:
         `peft.LoraConfig`: for `get_peft_model(model, ...)` or a trainer's `peft_config`.
 
     Raises:
-        ValueError: if an option is unknown or would do nothing, if PEFT cannot do it for parameters (`lora_dropout`,
-            `init_lora_weights="pissa"`), if the model has no router or nothing of the kind asked for, if a matrix is quantised
-            that must not be, if the routers are to learn that `method="frozen"` freezes, or if the model already has an adapter.
+        ValueError: if an option is unknown, has no effect, or PEFT does not support it for parameters (`lora_dropout`,
+            `init_lora_weights="pissa"`); if the model has no router or no module of the chosen kind; if a parameter to
+            train is quantised; if routers should train that `method="frozen"` freezes; or if the model already has an
+            adapter.
     """
     from peft import LoraConfig
 
@@ -127,7 +128,7 @@ def lora_config(
 
 
 def _task_type(root: nn.Module) -> str | None:
-    """Returns PEFT's name of the task of a model; `None` for a class that transformers does not know."""
+    """Returns PEFT's task type for a model; `None` for a class that transformers does not know."""
     config: Any = getattr(root, "config", None)
     auto_class = config and find_auto_class(config.model_type, [cls.__name__ for cls in type(root).__mro__])
     return HEADS[auto_class][1] if auto_class else None
@@ -245,13 +246,13 @@ def _find_parts(root: nn.Module, layers: _Layers) -> dict[str, tuple[list[str], 
 
 
 class _Layers:
-    """Tells the part of each module in the layers with routers and in the layers of `towers`."""
+    """Maps modules of the decoder layers and of `towers` to their part: router, experts or attention."""
 
     def __init__(self, root: nn.Module, sites: list[RouterSite], towers: list[str]) -> None:
         self._classes = {name: type(module).__name__ for name, module in root.named_modules()}
         names = {id(module): name for name, module in root.named_modules()}
         routers = [site.name for site in sites]
-        # prefixes of names: those of the layers without their numbers, of the routers, and of the blocks around them
+        # name prefixes: of the layers (without their numbers), of the routers, and of the routers' parents
         self._stacks = {match[1] for name in routers if (match := re.match(r"(.*?\.)\d+\.", name))}
         self._stacks |= {f"{tower}." for tower in towers}
         self._routers = tuple(f"{name}." for name in routers)
@@ -260,7 +261,7 @@ class _Layers:
         self._blocks = tuple(f"{name}." for name in blocks if self._path(name))  # in gemma4 the parent is the layer
 
     def _path(self, name: str) -> tuple[str, ...]:
-        """Returns the steps of `name` inside its layer; `()` for a layer itself, and outside the layers."""
+        """Returns the components of `name` below its layer; `()` for the layer itself and outside the layers."""
         stack = next((stack for stack in self._stacks if name.startswith(stack)), None)
         return tuple(name.removeprefix(stack).split(".")[1:]) if stack else ()
 
@@ -270,7 +271,7 @@ class _Layers:
         if f"{name}.".startswith(self._routers):
             return "router"
         if path in self._router_paths or any(LEFT_ALONE.search(step) for step in path):
-            return None  # the first: a router by hashes in another layer
+            return None  # left alone, or the same path in another layer is a router (here a hash router)
         if f"{name}.".startswith(self._blocks):
             return "experts"
         for length, step in enumerate(path, start=1):
@@ -291,25 +292,25 @@ def _plain_forwards() -> set[Any]:
 
 
 def _matrices(module: nn.Module) -> Iterator[str]:
-    """Yields the names of the parameters of `module` itself that are one matrix, or one per expert."""
+    """Yields the names of the module's own parameters that are one matrix, or one matrix per expert."""
     for name, parameter in module.named_parameters(recurse=False):
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty one between forwards
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 `shape` is empty between forwards
         if len(shape) == 3 or (len(shape) == 2 and shape[0] > 1 and not name.endswith("bias")):
             yield name
 
 
 def _is_read_from_outside(root: nn.Module, name: str, parameter: str) -> bool:
-    """True if the module around `name` reads its `parameter` (not just the dtype or shape) and does not call `name`."""
+    """True if the parent of `name` reads its `parameter` (not just dtype or shape) without calling `name`."""
     outer, _, leaf = name.rpartition(".")
     try:
         source = class_source(cast(Hashable, type(root.get_submodule(outer))))
-    except (OSError, TypeError):  # made in a notebook or at run time
+    except (OSError, TypeError):  # no source: defined in a notebook or at run time
         return False
     return re.search(rf"\bself\.{leaf}\.{parameter}\b(?!\.(dtype|device|shape|size|ndim)\b)", source) is not None
 
 
 def _endings(wanted: list[str], names: list[str]) -> list[str]:
-    """Returns short endings by which PEFT finds all of `wanted`, and nothing else among `names`; sorted."""
+    """Returns short name endings, sorted, that match all of `wanted` and nothing else in `names`."""
     exact, found = set(wanted), set()
     for name in wanted:
         steps = name.split(".")

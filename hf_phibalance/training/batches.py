@@ -1,6 +1,6 @@
 """
-The batches of a trainer before it trains on them: draws the first ones of its dataloader without a trace, calibrates on them, and
-finds what trl's GRPO and RLOO have generated for a step.
+Reads a trainer's batches before it trains on them: calibrates on the first ones, and finds the text that trl's GRPO
+and RLOO have generated for a step.
 """
 
 from __future__ import annotations
@@ -106,14 +106,14 @@ class CalibrateFirst(TrainerCallback):
 
 @contextmanager
 def leaving_order(loader: Iterable) -> Iterator[None]:
-    """Context manager: draw batches from `loader` inside it. Afterwards it and all random numbers are as before."""
+    """Context manager to draw batches from `loader`. Restores the loader and all random states afterwards."""
     random, generators = RandomState(), {id(g): g for g in _generators(loader)}.values()
     states = [g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for g in generators]
     iteration = getattr(loader, "iteration", None)
     try:
         yield
     finally:
-        if iteration is not None:  # of accelerate, which else believes that it is still inside this loader
+        if iteration is not None:  # otherwise accelerate believes that it is still inside this loader
             loader.iteration = iteration  # type: ignore[attr-defined]
             loader.end()  # type: ignore[attr-defined]
         random.restore()

@@ -36,7 +36,7 @@ class PhiBalanceCallback(TrainerCallback):
     model is patched; [`attach`] adds it earlier, with options.
 
     Args:
-        per_layer (`int`, *optional*, defaults to `0`): at most so many layers get a MaxVio of their own in the log.
+        per_layer (`int`, *optional*, defaults to `0`): at most this many layers get a MaxVio of their own in the log.
 
     Attributes:
         history (`list[dict]`): at each logging step `{"step": int, "load": {layer name: [relative load per expert]}}`, over the
@@ -58,7 +58,7 @@ class PhiBalanceCallback(TrainerCallback):
         self._every = 1  # logging steps per entry of `history`
         self._logged = 0
         self._figures: Figures | None = None  # sum over the steps since the last log
-        self._steps = 0  # of the balancer, at its last figures
+        self._steps = 0  # balancer steps when `_figures` was last updated
         self._reports_learning = False
 
     @property
@@ -89,7 +89,7 @@ class PhiBalanceCallback(TrainerCallback):
         if balancer is not self._balancer:
             self._balancer, self._figures, self._steps = balancer, None, 0
         skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
-        balancer.step(skipped=skipped)  # for optimizers that are not torch's; else it has ended already
+        balancer.step(skipped=skipped)  # for optimizers outside torch; others have already ended the step
         if balancer.duals.begun != self._steps:  # not skipped; the figures stay on the device
             self._steps, figures = balancer.duals.begun, balancer.figures()
             self._figures = figures if self._figures is None else self._figures + figures
@@ -129,7 +129,7 @@ class PhiBalanceCallback(TrainerCallback):
             self._every *= 2
 
     def _report_learning(self, state: Any) -> None:
-        """Logs once which routers and experts learn. A warning unless all learn in full, as without an adapter."""
+        """Logs once which routers and experts learn: a warning if some are frozen or adapted, otherwise info."""
         self._reports_learning = False
         if state.is_world_process_zero and self.balancer.config.coef > 0 and self.balancer.virtual_tokens is None:
             report = self.balancer.learning_report()
@@ -162,7 +162,7 @@ def find_callback(trainer: Any) -> PhiBalanceCallback | None:
 
 
 def _refuse_trained_routers(balancer: PhiBalancer) -> None:
-    """Refuses adapters on the routers with `method="frozen"`, which freezes only their own parameters."""
+    """Raises if routers have adapters under `method="frozen"`, which freezes only their own parameters."""
     if not balancer.config.rules.freezes:
         return
     rows = [describe_router(name, balancer.root) for name in balancer.layer_names]

@@ -23,17 +23,17 @@ from .callback import PhiBalanceCallback, find_callback
 logger = logging.get_logger(__name__)
 FAILURES = (ValueError, RuntimeError, TypeError, KeyError)
 WORSE = {"ok": 0, "warning": 1, "problem": 2}
-ROWS, LONGEST = 4, 32  # of a made batch
+ROWS, LONGEST = 4, 32  # of a random batch
 
 
 def doctor(
     subject: nn.Module | Trainer, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
 ) -> DoctorReport:
     """
-    Examines a set-up before a long training: runs the forward and backward of one step with known prices, measures the
-    coefficient that it receives, and names every problem with its remedy. Restores weights, gradients, random numbers, duals,
-    trainer and data. `attach(trainer, verify=True)` also measures a step of the training itself, and so what the trainer's own
-    loop does to tokens and gradients.
+    Checks a set-up before a long training. Runs forward and backward of one step with known prices, measures the
+    coefficient that it receives, and lists every problem with its remedy. Restores weights, gradients, random numbers,
+    duals, trainer and data. Use `attach(trainer, verify=True)` to measure a real training step, including what the
+    trainer's loop does to tokens and gradients.
 
     ```python
     report = phb.doctor(trainer)  # before trainer.train(); on every rank
@@ -229,7 +229,7 @@ def _subject_of(trainer: Any, balancer: PhiBalancer | None) -> Subject:
 
 
 def refuse_unknown_scaling(trainer: Any, process_group: dist.ProcessGroup | None) -> None:
-    """Refuses trainers whose divisor of the gradients, or whose data-parallel ranks, are not known. Raises `ValueError`."""
+    """Raises `ValueError` if the trainer's gradient scaling or its data-parallel ranks are unknown."""
     sizes = (("cp_size", trainer.get_cp_size()), ("sp_size", trainer.get_sp_size()))
     cut = ", ".join(f"{name}={size}" for name, size in sizes if size > 1)
     if cut:
@@ -275,9 +275,9 @@ def _of_all_ranks(report: DoctorReport) -> DoctorReport:
 @contextmanager
 def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer | None, inputs: Any) -> Iterator[None]:
     """
-    Context manager around the training on a micro-batch. Runs the first steps uncompiled and records them, until one has prices and
-    finite gradients. After its last micro-batch and before its optimizer it sets `callback.report`, or raises `ValueError` if there
-    is a problem.
+    Context manager around one micro-batch of training. Records the first steps, uncompiled, until one has prices and
+    finite gradients. After that step's last micro-batch, before the optimizer, sets `callback.report`, or raises
+    `ValueError` if there is a problem.
     """
     if balancer is not None and callback.report is None and not balancer.is_trained_on:  # the step begins
         StepRecorder(balancer, f"optimizer step {trainer.state.global_step + 1} of {type(trainer).__name__}").start()

@@ -79,7 +79,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """What a cell showed: effective over declared coefficient, and the relative residual."""
+    """The result of a cell: effective over declared coefficient, and the relative residual."""
 
     cell: Cell
     ratio: float
@@ -183,13 +183,13 @@ def collate(rows: Sequence[dict[str, list[int]]], length: int | None = None) -> 
 
 
 def padded_length(token_mask: str) -> int | None:
-    """Where padding counts as well, every split must hold equally much of it."""
+    """Returns one fixed length if padding counts, so that every split has equally much padding."""
     return LONGEST if token_mask == "all" else None
 
 
 @functools.cache
 def build_tokenizer() -> Any:
-    """Returns a tokenizer, which `SFTTrainer` asks for although the rows are token ids already."""
+    """Returns a tokenizer. `SFTTrainer` requires one although the rows are token ids already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -213,7 +213,7 @@ class Reference:
 
 @functools.cache
 def reference(model_type: str, token_mask: str = "attention") -> Reference:
-    """The definition at random prices: autograd on the unpatched model, from the logits that its routers return."""
+    """Computes the definition at random prices, by autograd on the router logits of the unpatched model."""
     model = build_model(model_type)
     duals, prices = random_duals(model)
     scoring = phb.supported_families()[model_type].scoring
@@ -405,7 +405,7 @@ def measure_all(cells: Iterable[Cell], model_type: str) -> list[Result]:
 
 
 def prepare_process() -> None:
-    """Silences the trainers, and keeps the garbage collection that each begins with from taking most of the time."""
+    """Silences the trainers. Freezes present objects, since each trainer's garbage collection takes long."""
     import trl.trainer.sft_trainer  # noqa: F401  # before the freeze
     from transformers.utils import logging
 
@@ -424,10 +424,10 @@ IMPORTED = [
 
 def in_ranks(function: Callable, ranks: int, *args: Any) -> list[Any]:
     """
-    Runs `function(*args)` in `ranks` gloo processes on this machine and returns what it returned, by rank.
+    Runs `function(*args)` in `ranks` gloo processes on this machine and returns the results by rank.
 
-    `function` must be importable (it is pickled by name) and return plain data: tensors die with their process, numpy arrays do
-    not. The first process that fails takes the others with it. All are forked from one process that has imported what they need.
+    `function` must be importable (it is pickled by name) and return plain data: tensors die with their process, numpy
+    arrays do not. The first process that fails ends the others. All are forked from one that has their imports.
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -460,7 +460,7 @@ def _in_group(function: Callable, *args: Any) -> Any:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The table of HOW_IT_WORKS.md: a row for each trainer, checkpointing and precision, a column for each split."""
+    """Returns the table of HOW_IT_WORKS.md: rows are trainer, checkpointing and precision; columns are splits."""
     splits = list(itertools.product(RANKS, ACCUMULATION))
     head = ["training", "checkpointing", "precision", *(f"{r}×{a}" for r, a in splits)]
     lines = [head, ["---"] * 3 + ["--:"] * len(splits)]
@@ -477,7 +477,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Worst deviation and residual for each precision."""
+    """Returns the worst deviation and residual for each precision."""
     lines = []
     for precision in PRECISIONS:
         chosen = [r for r in results if r.cell.precision == precision and r.cell.balancing == "phi"]
@@ -490,7 +490,6 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Machine and versions."""
     import accelerate
     import transformers
     import trl

@@ -64,7 +64,7 @@ SWEEPS = {
 
 
 class Bench:
-    """A model that is patched for one method after the other, and its batch. `light`: with stand-ins for its body."""
+    """A model and its batch, to be patched for each method. `light`: with stand-ins for attention and experts."""
 
     def __init__(self, args: argparse.Namespace, light: bool = False) -> None:
         torch.manual_seed(0)
@@ -261,7 +261,7 @@ def key_of(shape: dict[str, Any]) -> str:
 
 
 def present(args: argparse.Namespace, methods: Sequence[str], points: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Writes what each method adds to a step, and keeps per layer for the backward pass, as a table and a picture."""
+    """Writes a table and a picture: time added to a step, and bytes kept per layer for the backward, by method."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(SWEEPS), figsize=(4 * len(SWEEPS), 4), sharey=True, layout="constrained")

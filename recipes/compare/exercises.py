@@ -1,7 +1,7 @@
 """
-The tasks that are fine-tuned on: exercises of a prompt and a completion, and functions that are made here.
+Fine-tuning tasks: exercises of a prompt and a completion, some of them generated.
 
-Made functions have the form of HumanEval: a prompt, a body, and checks that run it.
+Generated functions have the form of HumanEval: a prompt, a body, and checks that run it.
 
     def sum_even_times_3(values):
         \"\"\"Return the sum of the values that are even, each times 3.\"\"\"
@@ -24,12 +24,12 @@ from hf_phibalance.tasks.made import draw_problem
 
 
 HELD_OUT = 128  # exercises of each task
-CHECKS = 4  # calls that a made function must answer
+CHECKS = 4  # calls that a generated function must answer
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """`reference` is what an answer is scored by: GSM8K's answer, or checks that call the function."""
+    """`reference` scores the answer: GSM8K's answer, or checks that call the function."""
 
     prompt: str
     completion: str
@@ -38,20 +38,20 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Task:
-    """Exercises in two parts; made ones of the two differ in their numbers or pieces."""
+    """Training and held-out exercises. Generated ones differ in their numbers or pieces between the two."""
 
     train: list[Exercise]
     held_out: list[Exercise]
     grade: str = ""  # "answer" (exact match by GSM8K's strict rule), "function" (pass@1), or none
-    base: list[Exercise] = field(default_factory=list)  # exercises of its kind in the text of the bases
+    base: list[Exercise] = field(default_factory=list)  # similar exercises in the bases' training text
 
 
-# ---------------------------------------------------------------------- made functions
+# ---------------------------------------------------------------------- generated functions
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a function: in its name, in its docstring, in its code, and what it computes."""
+    """A piece of a function: its part of the name, docstring and code, and what it computes."""
 
     name: str
     said: str
@@ -89,7 +89,7 @@ ENDS = (
 
 
 def draw_functions(count: int, pieces: int, seed: int, without: frozenset[str] = frozenset()) -> list[Exercise]:
-    """Draws different functions that filter or change (1 of the `pieces`) or do both (2), none with a prompt of `without`."""
+    """Draws distinct functions with a filter or a change (`pieces` 1) or both (2). None has a prompt in `without`."""
     if pieces == 1:
         kinds = itertools.chain(itertools.product(FILTERS, (NO_CHANGE,)), itertools.product((NO_FILTER,), CHANGES))
     else:
@@ -118,7 +118,7 @@ def _write(end: Piece, kept: Piece, change: Piece, rng: random.Random) -> Exerci
 
 
 def made_problems(count: int, templates: range, seed: int, without: frozenset[tuple[int, ...]] = frozenset()):
-    """Draws different word problems of some templates. Returns them by their keys (template and numbers)."""
+    """Draws distinct word problems from some templates. Returns them by key (template and numbers)."""
     rng, task = random.Random(f"problems {seed}"), TASKS["gsm8k"]
     drawn: dict[tuple[int, ...], Exercise] = {}
     while len(drawn) < count:

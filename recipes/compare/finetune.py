@@ -1,8 +1,9 @@
 """
-Fine-tuning: a run tunes a small trained model, the base, on one task and measures what it learnt, forgot and rerouted.
+Fine-tuning: a run tunes a small trained model, the base, on one task. It measures what the model learnt and forgot,
+and how its routing changed.
 
-Bases are trained once, on text of several domains and easy exercises, and kept in the output folder. A file of plans has, beside
-what [`harness`] says:
+Bases are trained once, on text of several domains and easy exercises, and kept in the output folder. A file of plans
+has these fields besides those of [`harness`]:
 
 ```yaml
 kind: finetune
@@ -49,14 +50,14 @@ LONGEST = 256  # tokens of an exercise; longer ones are left out
 GRADED = 96  # held-out exercises of a task whose answers are generated and scored
 GRADED_AT_ONCE = 48
 MOST_NEW_TOKENS = {"answer": 110, "function": 40}
-EXERCISES_SHARE = 0.4  # of a base's windows; exercises are easily learnt and weigh less than their number of domains
-FIRST_STEPS = 50  # every step's figures of these are kept
+EXERCISES_SHARE = 0.4  # of a base's windows; exercises are learnt easily and get less than their share of the domains
+FIRST_STEPS = 50  # figures of each of these steps are kept
 IGNORED = -100
 ADAPTED = {
     "LoRA": "frozen",
     "LoRA, router by LoRA": "lora",
     "LoRA, router full": "full",
-}  # the routers beside adapters
+}  # router policy by way
 WAYS = ("full", *ADAPTED, "router")  # "router": the routers' weights and nothing else
 
 
@@ -76,7 +77,7 @@ Row = tuple[list[int], int]  # ids of prompt, completion and end of text; length
 
 @dataclass(frozen=True)
 class Encoded:
-    """A task as tokens. `graded` are ids of prompts with what their answers are scored by."""
+    """A task as tokens. `graded`: ids of prompts, each with the reference that scores its answer."""
 
     train: list[Row]
     held_out: list[Row]
@@ -86,7 +87,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Material:
-    """All that is trained on and measured with."""
+    """All data for training and measuring."""
 
     train: dict[str, Tensor]  # windows `(N, WINDOW)` of the bases' text, by domain
     validation: dict[str, Tensor]
@@ -104,8 +105,8 @@ class Material:
 @functools.lru_cache
 def build_material(source: str, cache: Path) -> Material:
     """
-    Reads the texts, draws what is made and tokenises all, or loads what an earlier call left in the folder `cache`. `source`: a folder
-    with `gsm8k/`, `mbpp/` and `wikitext2/`, or `"built-in"` for tasks that need no data.
+    Reads the texts, generates exercises and tokenises all, or loads the result of an earlier call from the folder
+    `cache`. `source`: a folder with `gsm8k/`, `mbpp/` and `wikitext2/`, or `"built-in"` for tasks that need no data.
     """
     data = None if source == text.BUILT_IN else Path(source)
     tasks = {name: make(data) for name, make in EXERCISES.items() if data is not None or name in MADE}
@@ -137,7 +138,7 @@ def build_material(source: str, cache: Path) -> Material:
 
 
 def load_material(fingerprint: str, cache: Path) -> Material:
-    """Loads what [`build_material`] left in `cache`."""
+    """Loads the result of [`build_material`] from `cache`."""
     fields = text.load_tensors(cache / f"material-{fingerprint}.pt")
     return Material(**{**fields, "tasks": {name: Encoded(**task) for name, task in fields["tasks"].items()}})
 
@@ -182,16 +183,16 @@ class Base:
     name: str
     model: str  # a key of `models.MODELS`
     method: dict[str, Any]  # arguments of PhiBalanceConfig
-    model_fields: dict[str, Any] = field(default_factory=dict)  # of the model's config, where `MODELS` has others
+    model_fields: dict[str, Any] = field(default_factory=dict)  # config fields that replace those in `MODELS`
     steps: int = 3000
-    rows: int = 8  # windows of a step
+    rows: int = 8  # windows per step
     learning_rate: float = 0.003  # peak
     seed: int = 0
     material: str = ""  # fingerprint of the text
 
     @property
     def key(self) -> str:
-        """Digest of all but the name and the text, which the file of weights names too."""
+        """Digest of all fields but name and material. The file name of the weights has all three."""
         fields = {**dataclasses.asdict(self), "method": harness.method_settings(self.method)}
         return harness.key_of({name: value for name, value in fields.items() if name not in ("name", "material")})
 
@@ -221,7 +222,7 @@ class Base:
         text.save_tensors(model.state_dict(), self.path(output))
 
     def batches(self, material: Material) -> Iterator[list[Batch]]:
-        """Yields windows `(rows, WINDOW)` of all domains without end, drawn by the domains' shares."""
+        """Yields endless batches of windows `(rows, WINDOW)`, drawn by the domains' shares."""
         rng = random.Random(f"base {self.seed}")
         domains = list(material.train)
         others = (1 - EXERCISES_SHARE) / (len(domains) - 1)
@@ -237,8 +238,8 @@ class Base:
 @dataclass(kw_only=True)
 class Run(harness.Run):
     """
-    A run of fine-tuning: the fields of [`harness.Run`] and these. `method` may have `calibrate`, a number of batches that the means are
-    found by before step 1, and `calibrate_bias`, whether they find the bias too.
+    A fine-tuning run. `method` may also have `calibrate`, the number of batches that calibrate the means before step
+    1, and `calibrate_bias`, whether they calibrate the bias too.
     """
 
     own_arguments: ClassVar[tuple[str, ...]] = ("calibrate", "calibrate_bias")
@@ -247,9 +248,9 @@ class Run(harness.Run):
     task: str  # a key of `EXERCISES`
     way: str  # one of `WAYS`
     steps: int = 150
-    tokens: int = 1000  # of a step, about, without padding; the number of rows follows from it
+    tokens: int = 1000  # approximate tokens per step, without padding; determines the number of rows
     micro_batches: int = 1
-    learning_rates: dict[str, float] = field(default_factory=dict)  # peak by way
+    learning_rates: dict[str, float] = field(default_factory=dict)  # peak, by way
     weight_decay: float = 0.0  # of matrices only
     rank: int = 8  # of adapters
 
@@ -266,13 +267,13 @@ class Run(harness.Run):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As in [`harness.Run`]; the base by its key, and only the learning rate that is used."""
+        """As in [`harness.Run`], but with the base's key and only the learning rate in use."""
         own = {"base": self.base.key, "learning_rates": {self.way: self.learning_rates[self.way]}}
         return super().settings | own
 
     @property
     def reference(self) -> Run:
-        """The base as it is, on the same task: a run of no steps."""
+        """Returns a run of 0 steps on the same task, which measures the base."""
         nothing = {"steps": 0, "tokens": 0, "rank": 0, "seed": 0, "way": "full", "learning_rates": {"full": 0.0}}
         return dataclasses.replace(self, method={"method": "none"}, **nothing)
 
@@ -340,7 +341,7 @@ def tune(run: Run, material: Material, output: Path) -> dict[str, Any]:
 
 
 def prepare(model: nn.Module, way: str, rank: int, seed: int) -> nn.Module:
-    """Returns a patched model with the parameters of a way ready to train: itself, or with adapters that are scaled by 4."""
+    """Makes the parameters of `way` trainable. Returns the model, or the model with adapters (scale 4)."""
     if way in ADAPTED:
         from peft import get_peft_model
 
@@ -355,7 +356,7 @@ def prepare(model: nn.Module, way: str, rank: int, seed: int) -> nn.Module:
 
 
 def exercises(task: Encoded, run: Run) -> Iterator[list[Row]]:
-    """Yields the exercises of each step. All come once before any comes again."""
+    """Yields the exercises of each step, in random order. All come once before any repeats."""
     rng = random.Random(f"tune {run.seed}")
     rows = max(1, round(run.tokens / statistics.fmean(len(ids) for ids, _ in task.train)))
     ahead: list[Row] = []
@@ -397,7 +398,10 @@ def choices_on(model: nn.Module, task: Encoded) -> list[Tensor]:
 
 @torch.no_grad()
 def examine(model: nn.Module, task: Encoded, material: Material, before: list[Tensor]) -> dict[str, float]:
-    """Loss, score and balance on held-out exercises, where the base chose `before`; loss and balance on the bases' text."""
+    """
+    Measures loss, score and balance on held-out exercises, and loss and balance on the bases' text. `before`: the
+    base's choices on the exercises.
+    """
     balancer = phb.get_balancer(model)
     model.eval()
     total = count = 0.0
@@ -419,7 +423,7 @@ def examine(model: nn.Module, task: Encoded, material: Material, before: list[Te
 
 @torch.no_grad()
 def score(model: nn.Module, task: Encoded, tokenizer) -> float:
-    """Share of the graded exercises whose greedy answer is right."""
+    """Returns the share of the graded exercises with a right greedy answer."""
     was_training = model.training
     model.eval()
     judge = {"answer": is_answer, "function": is_function}[task.grade]
@@ -462,7 +466,7 @@ def is_function(prompt: str, answer: str, reference: str) -> bool:
     return _passes(f"{prompt}{body}\n", reference, name)
 
 
-@functools.lru_cache(maxsize=100_000)  # most bodies are written again and again
+@functools.lru_cache(maxsize=100_000)  # most bodies repeat
 def _passes(program: str, checks: str, name: str) -> bool:
     try:
         compile(program, "candidate", "exec")

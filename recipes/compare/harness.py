@@ -1,15 +1,15 @@
 """
-The harness: a YAML file of plans becomes runs; each run is one process and leaves one line of a results file.
+Turns a YAML file of plans into runs. Each run is one process and writes one line of a results file.
 
 ```yaml
-kind: scratch                         # module of this package that trains; "scratch" unless said
+kind: scratch                         # module of this package that trains; "scratch" by default
 output: results/compare/main          # folder of results.jsonl, tables, pictures and tokenised text
 defaults: {steps: 500}                # fields of every plan
 plans:
   eta:                                # --plans eta
     question: Which η?
-    baseline: none                    # label of the method that the others are compared with; the first unless said
-    models: [mixtral]                 # an axis of the kind; all of its values unless said
+    baseline: none                    # label of the method that others are compared with; by default the first
+    models: [mixtral]                 # an axis of the kind; by default all of its values
     seeds: [0, 1, 2]
     methods:
       - {label: none, method: none}
@@ -20,8 +20,8 @@ A plan is the product of its methods, the values of its axes and its seeds. A me
 `PhiBalanceConfig`. Methods of one entry are one `family`, which pictures join by a line. All other fields of a plan are those
 of the kind's `Run`.
 
-A kind is a module of `KINDS` with `Run`, a subclass of [`Run`]; `axes(content)`, which returns the values of each axis by name; and
-`KEYS`, what its files hold beside the above.
+A kind is a module in `KINDS`. It has `Run`, a subclass of [`Run`]; `axes(content)`, which returns the values of each
+axis by name; and `KEYS`, the additional keys of its YAML files.
 """
 
 from __future__ import annotations
@@ -52,25 +52,25 @@ KINDS = ("scratch", "finetune")
 
 # ---------------------------------------------------------------------- runs
 
-# Fields of PhiBalanceConfig that a result depends on even if the plan does not set them. Others enter a key only where a plan
-# sets them, so that a new field, or a new default that a run does not read, leaves finished runs finished.
+# Fields of PhiBalanceConfig that enter a run's key even if the plan does not set them. Others enter it only if set, so
+# that a new field, or a new default that a run does not read, keeps finished runs valid.
 READ_BY_ALL = ("method", "coef", "bias_coef", "token_mask")
 READ_BY_PHI = ("potential", "potential_kwargs", "ema_rate")
 READ_WITH = {"coef": ("track", "price_from"), "bias_coef": ("bias_track",)}  # only where that coefficient is not 0
-# Fields of runs that did not exist at first: at these values a key is what it was without them.
+# Fields added later. At these values they do not enter a key.
 LATER = {"portable": False, "device": "cpu", "precision": "fp32"}
 
 
 @dataclass(kw_only=True)
 class Run:
-    """A run: everything that its result depends on."""
+    """All settings that the result of a run depends on."""
 
-    own_arguments: ClassVar[tuple[str, ...]] = ()  # arguments of methods that are not those of PhiBalanceConfig
+    own_arguments: ClassVar[tuple[str, ...]] = ()  # arguments of methods beyond those of PhiBalanceConfig
 
     seed: int = 0  # of the weights and of the order of the data
     method: dict[str, Any] = field(default_factory=dict)  # arguments of PhiBalanceConfig
     steps: int = 500
-    portable: bool = False  # whether models with a selection bias are measured without it, too
+    portable: bool = False  # whether to measure models with a selection bias without it, too
     corpus: str = ""  # fingerprint of the text
 
     @property
@@ -99,7 +99,7 @@ class Run:
 
     @property
     def reference(self) -> Run | None:
-        """The run whose figures this run's are compared with in [`figures`], if any."""
+        """The run to compare with in [`figures`], if any."""
         return None
 
     def figures(self, results: Results) -> dict[str, float] | None:
@@ -111,15 +111,15 @@ class Run:
 
     @classmethod
     def prepare(cls, data: str, settings: Mapping[str, Any], output: Path) -> str:
-        """Makes the text ready in `output` and returns its fingerprint."""
+        """Prepares the text in `output` and returns its fingerprint."""
         raise NotImplementedError
 
     def needs(self, output: Path) -> list[Any]:
-        """Returns what has to be trained before and is not there yet: objects with `key` and `train`."""
+        """Returns what must be trained first and does not exist yet: objects with `key` and `train`."""
         return []
 
     def train(self, output: Path) -> dict[str, Any] | None:
-        """Trains, and returns `metrics` and what else belongs into the line of the result."""
+        """Trains. Returns `metrics` and the other entries of the result's line."""
         raise NotImplementedError
 
 
@@ -133,7 +133,7 @@ def method_settings(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def key_of(settings: dict[str, Any]) -> str:
-    """Digest of [`Run.settings`] without the text."""
+    """Returns a digest of [`Run.settings`] without the text."""
     told = {n: value for n, value in settings.items() if n != "corpus" and (n not in LATER or value != LATER[n])}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -149,7 +149,7 @@ class Method:
 
 
 def expand(entry: dict[str, Any]) -> Iterator[Method]:
-    """Yields the methods of one entry: the product of its lists, with `{field}` filled in in the label."""
+    """Yields the methods of one entry: the product of its lists. Fills in `{field}` in the label."""
     arguments = dict(entry)
     if "label" not in arguments:
         raise ValueError(f"a method has no `label`: {entry}")
@@ -167,7 +167,7 @@ def expand(entry: dict[str, Any]) -> Iterator[Method]:
 class Plan:
     """A question and the runs that answer it."""
 
-    name: str  # of its tables and pictures, too
+    name: str  # also of its tables and pictures
     kind: str
     axes: dict[str, dict[str, Any]]  # chosen values by name: {"models": {"mixtral": "mixtral"}, ...}
     methods: list[Method]
@@ -175,7 +175,7 @@ class Plan:
     question: str = ""
     baseline: str = ""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    data: str = "built-in"  # `--data` goes before it
+    data: str = "built-in"  # `--data` overrides it
 
     def __post_init__(self) -> None:
         labels = [method.label for method in self.methods]
@@ -199,7 +199,7 @@ class Plan:
 
     @property
     def cells(self) -> list[tuple[str, ...]]:
-        """All combinations of names, one of each axis."""
+        """Returns all combinations of names, one from each axis."""
         return list(itertools.product(*self.axes.values()))
 
     def run(self, method: Method, cell: Sequence[str], seed: int) -> Run:
@@ -207,12 +207,12 @@ class Plan:
         return self.run_class(seed=seed, method=method.arguments, **at, **self.settings)
 
     def runs(self) -> Iterator[Run]:
-        """Yields the runs of all methods, seed after seed, so that an interrupted plan has whole comparisons."""
+        """Yields the runs of all methods, seed by seed, so that an interrupted plan has complete comparisons."""
         for seed, cell, method in itertools.product(self.seeds, self.cells, self.methods):
             yield self.run(method, cell, seed)
 
     def all_runs(self) -> list[Run]:
-        """Returns the runs that the others are measured against, then those of the methods."""
+        """Returns the reference runs, then those of the methods."""
         runs = list(self.runs())
         return [run.reference for run in runs if run.reference is not None] + runs
 
@@ -222,7 +222,7 @@ def kind_module(kind: str) -> Any:
 
 
 def load_plans(path: Path) -> tuple[Path, list[Plan]]:
-    """Returns the output folder and the plans of a YAML file. A ValueError names the plan, and what does not fit."""
+    """Returns the output folder and the plans of a YAML file. Raises `ValueError` for an invalid plan."""
     import yaml
 
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -276,8 +276,7 @@ def load_plans(path: Path) -> tuple[Path, list[Plan]]:
 
 class Results:
     """
-    Finished runs by their settings, from a file of one JSON line each. A line that is cut short or damaged is left out with a warning,
-    and its run is done again.
+    Finished runs by their settings, from a file of one JSON line each. Damaged lines are skipped with a warning.
     """
 
     def __init__(self, path: Path) -> None:
@@ -316,7 +315,7 @@ class Results:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends a result, on a line of its own even after a line that was cut short. Other processes may do so meanwhile."""
+    """Appends a result on a line of its own, even after an incomplete line. Other processes may append, too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(dict(record), sort_keys=True).encode() + b"\n"
     with open(path, "ab+") as file:
@@ -348,8 +347,8 @@ def finished(plan: Plan, results: Results) -> Cells:
 
 # ---------------------------------------------------------------------- processes
 
-ATTEMPTS = 3  # a run whose process was killed is tried so often
-# glibc keeps freed memory: giving it back and faulting it in again costs up to a third of such small steps
+ATTEMPTS = 3  # tries of a run whose process is killed
+# Keeps freed memory in glibc: to return it and fault it in again takes up to a third of such small steps.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 
 
@@ -401,6 +400,6 @@ def work(job: Any, output: Path) -> None:
 
 
 def end_with_parent() -> None:
-    """A process must not go on alone when the command was killed."""
+    """Ends this process when the command is killed."""
     connection.wait([parent_process().sentinel])
     os._exit(1)

@@ -23,7 +23,7 @@ CURVE_POINTS = 50
 
 
 class _Choices:
-    """A `RouterReader` that keeps what every router chooses."""
+    """A `RouterReader` that records the choices of every router."""
 
     is_idle = False
 
@@ -52,7 +52,7 @@ def recorded_choices(balancer: PhiBalancer) -> Iterator[list[Tensor]]:
 
 
 def mean_max_vio(loads: Sequence[Tensor] | Tensor) -> float:
-    """MaxVio of each layer's loads `(E,)`, averaged over layers."""
+    """Returns the mean over layers of the MaxVio of their loads `(E,)`."""
     return float(max_vio(torch.stack(list(loads)).float()).mean())
 
 
@@ -66,7 +66,7 @@ def count_by_window(choices: Sequence[Tensor], windows: int, num_experts: int) -
 
 
 def changed_share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Share of the (token, layer) top-k assignments in `before` that are not in `after`. The order within k is ignored."""
+    """Returns the share of (token, layer) top-k assignments in `before` that are not in `after`. Order is ignored."""
     kept = total = 0
     for old, new in zip(before, after):
         kept += int((old.unsqueeze(-1) == new.unsqueeze(-2)).any(-1).sum())
@@ -76,8 +76,8 @@ def changed_share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 def domain_information(counts_DLE: Tensor) -> Tensor:
     """
-    Mutual information of domain and expert in bits, `(L,)`, with equal weight for each domain: 0 if all domains use the experts
-    alike, log2 D if no two domains share an expert.
+    Returns the mutual information of domain and expert in bits, `(L,)`, with equal weight for each domain: 0 if all
+    domains use the experts alike, log2 D if no two domains share an expert.
     """
     shares_DLE = counts_DLE.double() / counts_DLE.sum(-1, keepdim=True)
     return mutual_information(shares_DLE.transpose(0, 1))
@@ -85,8 +85,8 @@ def domain_information(counts_DLE: Tensor) -> Tensor:
 
 def balance_figures(counts_DWLE: Tensor, rows: int) -> dict[str, float]:
     """
-    Balance on held-out text, from the assignments of each window. Figures are means over layers; dead experts are summed. A batch has
-    `rows` windows, of all domains (`max_vio_mixed_batch`) or of one (`max_vio_domain_batch`).
+    Returns balance on held-out text, from the assignments of each window. Figures are means over layers; dead experts
+    are summed. A batch has `rows` windows, of all domains (`max_vio_mixed_batch`) or of one (`max_vio_domain_batch`).
     """
     domains, windows, _, _ = counts_DWLE.shape
     load_LE = counts_DWLE.sum((0, 1))
@@ -147,8 +147,9 @@ def examine_text(
 
 def steps_to_recover(values: Sequence[float], switch: int, within: float = 1.25, smooth: int = 10) -> int:
     """
-    Counts the steps after `switch` until the mean of `smooth` steps is within `within` times the mean over the second half of the steps
-    before. 0 if it never rose that high; all steps after `switch` if it does not come back.
+    Counts the steps after `switch` until the mean of `smooth` steps is at most `within` times the level before (the
+    mean over the second half of the steps before `switch`). 0 if it is never above; all steps after `switch` if it
+    stays above.
     """
     before = values[switch // 2 : switch]
     limit = within * math.fsum(before) / len(before)
@@ -161,8 +162,8 @@ def steps_to_recover(values: Sequence[float], switch: int, within: float = 1.25,
 
 def thin(values: Sequence[float], multiple: int = 1, points: int = CURVE_POINTS) -> list[float]:
     """
-    Averages `values` over consecutive stretches of equal length, at most `points` of them, rounded to 5 digits. The length is a multiple of
-    `multiple`, the number of domains, so that stretches of a blocked stream hold equally much of each.
+    Averages `values` over at most `points` consecutive stretches of equal length, rounded to 5 digits. The length is a
+    multiple of `multiple` (the number of domains), so that stretches of a blocked stream have all domains equally.
     """
     stretch = math.ceil(len(values) / points / multiple) * multiple
     pieces = [values[start : start + stretch] for start in range(0, len(values), max(1, stretch))]

@@ -1,7 +1,7 @@
 """
-The models that are compared: four router families at a size of 1.4 million parameters and less.
+The compared models: four router families with 1.4 million parameters or less.
 
-All parameters beside attention and embeddings sit in routed experts, so that routing matters.
+All parameters except attention and embeddings are in routed experts, so that routing matters.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def build_model(name: str, vocab_size: int, seed: int, **fields: Any):
     """
-    Builds a model in fp32 and training mode. The same `seed` gives the same weights. `fields` are those of the config that differ from
-    `MODELS`; a ValueError names one that the config does not have.
+    Builds a model in fp32 and training mode. The same `seed` gives the same weights. `fields` override those in
+    `MODELS`. Raises `ValueError` for a field that the config does not have.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

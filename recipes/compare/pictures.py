@@ -46,8 +46,8 @@ def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
 
 def draw_frontier(plan: Plan, panels: Mapping[str, Cells], names: Sequence[str], title: str):
     """
-    Draws differences to the baseline over MaxVio, a column for each of `panels` and a row for each figure of `names`. Bars are
-    standard errors. Lines join the methods of a family in the order of the plan.
+    Draws differences to the baseline over MaxVio, with a column for each of `panels` and a row for each figure in
+    `names`. Bars are standard errors. Lines join the methods of a family in the order of the plan.
     """
     from matplotlib import colormaps, ticker
     from matplotlib import pyplot as plt

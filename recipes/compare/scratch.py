@@ -34,16 +34,16 @@ def axes(content: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 @dataclass(kw_only=True)
 class Run(harness.Run):
-    """A run from scratch: the fields of [`harness.Run`] and these."""
+    """A run from scratch."""
 
     model: str  # a key of `models.MODELS`
     stream: str  # one of `text.STREAMS`
     rows: int = 9  # windows of a step, sorted by domain
     window: int = 64  # tokens
-    micro_batches: int = 1  # parts of a step; with as many as domains, each part of a mixed step holds one domain
+    micro_batches: int = 1  # per step; if as many as domains, each micro-batch of a mixed step holds one domain
     learning_rate: float = 0.003  # peak
     weight_decay: float = 0.1  # of matrices only
-    model_fields: dict[str, Any] = field(default_factory=dict)  # of the model's config, where `MODELS` has others
+    model_fields: dict[str, Any] = field(default_factory=dict)  # config fields that replace those in `MODELS`
     vocab_size: int = 1024
     validation_windows: int = 192  # held-out windows of each domain
     device: str = "cpu"
@@ -143,7 +143,7 @@ def choose(model: nn.Module, balancer: phb.PhiBalancer, ids: Tensor) -> list[Ten
 
 
 def moved_by_bias(model: nn.Module, balancer: phb.PhiBalancer, ids: Tensor, before: Mapping[str, Tensor]) -> float:
-    """Share of the choices for `ids` that differ between the present biases and those of `before`."""
+    """Returns the share of the choices for `ids` that differ between the present biases and those in `before`."""
     after, chosen = balancer.biases(), choose(model, balancer, ids)
     balancer.set_biases(before)
     chosen_before = choose(model, balancer, ids)

@@ -15,9 +15,9 @@ A document marks a table by `<!-- table: PLAN; WHAT -->` ... `<!-- /table -->`. 
 | `full; first` | the first steps |
 | `full; A against B` | two methods against each other |
 
-Means have the standard deviation over seeds; differences are paired by cell and seed. In tables of one cell they have the standard
-deviation of the pairs; in the others, over cells, the standard error. `*` marks differences that a paired t-test at 5% tells
-from 0.
+Means are ± standard deviation over seeds. Differences are paired by cell and seed: ± the standard deviation of the
+pairs in tables of one cell, ± the standard error in tables over cells. `*` marks differences that are significant in a
+paired t-test at 5%.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NONE = "–"
 
 # ---------------------------------------------------------------------- statistics
 
-# Two-sided 95% quantiles of Student's t by degrees of freedom, for up to 25 pairs; beyond, 2 is near enough.
+# Two-sided 95% quantiles of Student's t by degrees of freedom, for up to 25 pairs. Above, 2 is close enough.
 T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179),
     *(2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064),
@@ -50,7 +50,7 @@ T95 = (
 
 
 def is_told(mean: float, spread: float, count: int) -> bool:
-    """True if a two-sided t-test at 5% tells the mean of `count` values with this standard deviation from 0."""
+    """True if the mean of `count` values with this standard deviation differs from 0 in a two-sided t-test at 5%."""
     if count < 2:
         return False
     quantile = T95[count - 2] if count - 2 < len(T95) else 2.0
@@ -77,7 +77,7 @@ def show_mean(pairs: Pairs, name: str, form: str) -> str:
 
 
 def show_difference(pairs: Pairs, name: str, form: str, error: bool = True) -> str:
-    """Mean difference ± standard error (or standard deviation), with a star if it is told from 0."""
+    """Mean difference ± standard error (or standard deviation), with a star if it is significant."""
     differences = [own[name] - base[name] for own, base in pairs if name in own and name in base]
     if not differences:
         return NONE
@@ -102,7 +102,7 @@ def pairs_of(found: Cells, label: str, other: str, where: Callable[[tuple], bool
 
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str:
-    """A table whose first `names` columns are text. Rows without a figure are left out."""
+    """Returns a table whose first `names` columns are text. Leaves out rows without figures."""
     lines = [heading, *(row for row in rows if set(row[names:]) - {NONE})]
     made = ["| " + " | ".join(line) + " |" for line in lines]
     made.insert(1, "|" + "---|" * names + "---:|" * (len(heading) - names))
@@ -113,7 +113,7 @@ def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]], names: int =
 
 
 def refresh(document: str, plans: Sequence[Plan], results: Results) -> str:
-    """Returns `document` with its marked tables made anew. A ValueError names a mark of which no run is finished."""
+    """Returns `document` with its marked tables updated. Raises `ValueError` for a mark without a finished run."""
     by_name = {plan.name: plan for plan in plans}
     found = functools.cache(lambda name: finished(by_name[name], results))
 
@@ -149,7 +149,7 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
 
 
 def make(plan: Plan, results: Results, what: str, found: Cells, more: bool = False) -> str:
-    """Returns the table that a mark of `plan` asks for, empty if there is none. `more`: with rarer figures of a cell."""
+    """Returns the table of a mark of `plan`, empty if there is none. `more` adds rarer figures of a cell."""
     at = tuple(what.split("; "))
     if not found:
         return ""
@@ -177,7 +177,7 @@ def make(plan: Plan, results: Results, what: str, found: Cells, more: bool = Fal
 
 @dataclass(frozen=True)
 class Column:
-    """A figure: its heading, how it is printed, whether its difference to the baseline is shown too."""
+    """A figure: its heading, its format, and whether to show its difference to the baseline."""
 
     name: str
     heading: str
@@ -221,7 +221,7 @@ MORE_COLUMNS = (
 
 
 def cell_table(plan: Plan, rows: Mapping[str, Mapping[int, Figures]], more: bool = False) -> str:
-    """A row for each method that has a finished run, with the columns that any run has."""
+    """Returns a table with a row for each method that has a finished run, and the columns that any run has."""
     wanted = (*COLUMNS[plan.kind], *MORE_COLUMNS * more)
     columns = [c for c in wanted if any(c.name in figures for seeds in rows.values() for figures in seeds.values())]
     heading = ["method", "n"]
@@ -243,7 +243,7 @@ def cell_table(plan: Plan, rows: Mapping[str, Mapping[int, Figures]], more: bool
 
 
 def plain_table(found: Cells) -> str:
-    """Models as served without their selection bias: in each cell, and over all against the same run with its bias."""
+    """Compares models served without their selection bias with the same runs with it, by cell and over all cells."""
     labels = list(dict.fromkeys(label for rows in found.values() for label in rows))
     made, summary = [], []
     for label in labels:
@@ -269,7 +269,7 @@ def _plain_figures(runs: Sequence[Figures], prefix: str) -> str:
 
 
 def _kept(runs: Sequence[Figures], variant: str) -> Iterator[str]:
-    """What a variant keeps of the runs with their bias."""
+    """Yields what a variant keeps of the runs with their bias."""
     losses = [run[f"{variant}_loss"] - run["loss"] for run in runs]
     ratios = [run[f"{variant}_max_vio_global"] / run["max_vio_global"] for run in runs]
     kept = [run[f"{variant}_domain_information"] / run["domain_information"] for run in runs]

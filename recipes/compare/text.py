@@ -1,4 +1,4 @@
-"""Text of three domains: read, split into training and held-out documents, tokenised, and dealt out as batches."""
+"""Text of three domains: reads it, splits it into training and held-out documents, tokenises it and makes batches."""
 
 from __future__ import annotations
 
@@ -102,8 +102,9 @@ def split_documents(
     documents: Sequence[str], held_out: float = 0.1, most_characters: int = 1_200_000
 ) -> tuple[list[str], list[str]]:
     """
-    Splits one domain into training and held-out documents, without duplicates. At least one document, and the share `held_out` of the
-    characters, is held out. Documents are ordered by a digest of their text, so each keeps its place when others come or go.
+    Splits one domain into training and held-out documents, without duplicates. Holds out at least one document, and
+    the share `held_out` of the characters. Orders documents by a digest of their text, so that each keeps its place
+    when others change.
     """
     unique = sorted({text[:LONGEST_DOCUMENT] for text in documents if text.strip()}, key=digest_of)
     if len(unique) < 2:
@@ -129,7 +130,7 @@ def digest_of(text: str) -> bytes:
 
 
 def train_tokenizer(parts: Sequence[Sequence[str]], vocab_size: int, digits_alone: bool = False):
-    """Trains a byte-level BPE tokenizer on equally many characters of each part. `digits_alone`: a token a digit."""
+    """Trains a byte-level BPE tokenizer on equally many characters per part. `digits_alone`: one token per digit."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     share = min(sum(map(len, texts)) for texts in parts)
@@ -174,7 +175,7 @@ def spread_over(rows: Tensor, count: int, domain: str) -> Tensor:
 
 
 def save_tensors(fields: dict[str, Any], path: Path) -> None:
-    """Writes `fields` for [`load_tensors`]. A killed process leaves no half-written file under that name."""
+    """Writes `fields` for [`load_tensors`]. A killed process leaves no partial file under that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     torch.save(fields, partial)
@@ -187,7 +188,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
         return torch.load(path, weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # of as many kinds as there are ways to be damaged
+    except Exception as error:  # damaged files raise many kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} cannot be read ({reason}); remove it, and it is made again.") from error
 
@@ -203,7 +204,7 @@ class Corpus:
 
 
 def build_corpus(source: str, window: int, vocab_size: int, validation_windows: int, cache: Path) -> Corpus:
-    """Reads, splits and tokenises the text, or loads what an earlier call left in the folder `cache`."""
+    """Reads, splits and tokenises the text, or loads the result of an earlier call from the folder `cache`."""
     splits = {domain: split_documents(texts) for domain, texts in read_documents(source).items()}
     digest = hashlib.sha256(f"{window} {vocab_size} {validation_windows}".encode())
     for text in itertools.chain.from_iterable(itertools.chain(*splits.values())):
@@ -221,7 +222,7 @@ def build_corpus(source: str, window: int, vocab_size: int, validation_windows: 
 
 
 def load_corpus(fingerprint: str, cache: Path) -> Corpus:
-    """Loads what [`build_corpus`] left in `cache`."""
+    """Loads the result of [`build_corpus`] from `cache`."""
     path = cache / f"corpus-{fingerprint}.pt"
     try:
         return Corpus(**load_tensors(path))
@@ -234,9 +235,9 @@ def load_corpus(fingerprint: str, cache: Path) -> Corpus:
 
 def batches(corpus: Corpus, stream: str, steps: int, rows: int, seed: int) -> Iterator[Tensor]:
     """
-    Yields the token ids `(rows, window)` of every optimizer step. Balancing has no influence on them.
+    Yields the token ids `(rows, window)` of every optimizer step. They do not depend on balancing.
 
-    Each domain is shuffled by `seed`. All its windows come once before any comes again.
+    Each domain is shuffled by `seed`. All its windows come once before any repeats.
     """
     sources = [_endless(corpus.train[domain], f"{seed} {domain}") for domain in DOMAINS]
     for counts in schedule(stream, steps, rows):
@@ -252,7 +253,7 @@ def _endless(rows: Tensor, seed: str) -> Iterator[Tensor]:
 
 def schedule(stream: str, steps: int, rows: int) -> list[tuple[int, ...]]:
     """
-    Returns the rows of each domain in every optimizer step, in the order of `DOMAINS`. Each step has `rows` in all.
+    Returns the number of rows of each domain (in the order of `DOMAINS`) in every step. They add up to `rows`.
 
     - `"mixed"`: all domains in every step, as equally as whole rows allow.
     - `"blocked"`: one domain a step, in turn.
@@ -269,7 +270,7 @@ def schedule(stream: str, steps: int, rows: int) -> list[tuple[int, ...]]:
         shares = equal if stream == "mixed" else before if step < steps // 2 else after
         owed = [have + rows * share for have, share in zip(owed, shares)]
         counts = [max(1, int(have + 1e-9)) for have in owed]
-        while sum(counts) != rows:  # whole rows: the domain that is owed most (or least) gives way
+        while sum(counts) != rows:  # round to whole rows: change the domain that is furthest from its share
             sign = 1 if sum(counts) < rows else -1
             open_to = [domain for domain in range(count) if counts[domain] + sign >= 1]
             counts[max(open_to, key=lambda domain: sign * (owed[domain] - counts[domain]))] += sign

@@ -1,4 +1,4 @@
-"""Optimizer steps, the same in all comparisons, and what remains of a model without its selection bias."""
+"""Optimizer steps, the same in all comparisons, and measurements of models served without their selection bias."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import hf_phibalance as phb
 from .measures import mean_max_vio
 
 
-FITTED = 30  # training batches that the bias is folded by, the last ones
+FITTED = 30  # last training batches, by which the bias is folded
 REBALANCE = 3  # iterations; more take layers of low r² too far, at a cost in loss
 PLAIN = ("dropped", "folded", "rebalanced")
 
@@ -47,8 +47,8 @@ def optimize(
     """
     Trains a patched model by AdamW, and yields the figures of each step. Raises `Diverged` if the loss is not finite.
 
-    `batches` holds the micro-batches of each step, on the model's device. A micro-batch without `num_items_in_batch` has the weight of its
-    rows. Matrices alone have weight decay. `precision="bf16"` is autocast over fp32 weights.
+    `batches` holds the micro-batches of each step, on the model's device. A micro-batch without `num_items_in_batch`
+    is weighted by its rows. Weight decay applies to matrices only. `precision="bf16"` is autocast over fp32 weights.
     """
     balancer, device = phb.get_balancer(model), model.device.type
     groups = parameter_groups(model, weight_decay)
@@ -84,7 +84,7 @@ def clock(device: str) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, other parameters without. Frozen parameters are in neither group."""
+    """Returns two groups: matrices with weight decay, other parameters without. Leaves out frozen parameters."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in learned if p.ndim > 1], "weight_decay": weight_decay},
@@ -105,7 +105,7 @@ def served_plainly(
     model: nn.Module, batches: Sequence[Batch], examine: Callable[[nn.Module], dict[str, float]]
 ) -> dict[str, float]:
     """
-    Measures copies of a patched model as an engine would serve them that knows no selection bias: `<variant>_<figure>`, for the bias
+    Measures a patched model as served by an engine without selection biases. Returns `<variant>_<figure>` for the bias
     `dropped`, `folded` into the routers' weights by the last training batches, and folded with the loads `rebalanced`.
     """
     found = {}

@@ -1,5 +1,5 @@
 """
-Environments made from scratch, with what works in them: older versions of transformers, and the tools people train in.
+Tests in fresh environments: older versions of transformers, and the tools people train in.
 
 nox -f recipes/environments/noxfile.py                                # all of them, in turn
 nox -f recipes/environments/noxfile.py -s "core(transformers-5.6)"    # one set of versions: every family, the core's tests
@@ -8,9 +8,9 @@ nox -f recipes/environments/noxfile.py -s oldest_torch deepspeed      # the olde
 nox -f recipes/environments/noxfile.py -s peers                       # transformers' and PEFT's own tests, on balanced models
 nox -f recipes/environments/noxfile.py -s wheel                       # the wheel with its declared dependencies and nothing else
 
-`core` leaves results/environments/NAME.json, `tool` results/environments/tools/NAME.xml (not with arguments of your own after
-`--`, for pytest); `python recipes/environments/table.py` makes the guides' tables of them. The CPU build of torch is installed
-first, so that nothing else pulls in a CUDA build.
+`core` writes results/environments/NAME.json. `tool` writes results/environments/tools/NAME.xml, unless you pass
+arguments for pytest after `--`. `python recipes/environments/table.py` makes the guides' tables from them. The CPU
+build of torch is installed first, so that nothing else pulls in a CUDA build.
 """
 
 import os
@@ -33,7 +33,7 @@ TOOLS = {
     "llamafactory": "test_llamafactory.py",
     "vllm": "test_vllm.py",
 }
-# Tests of others that run on balanced models; `PROJECT_CHECKOUT` names the folder that they are in.
+# Other projects whose tests run on balanced models; `PROJECT_CHECKOUT` is the folder of the checkout.
 FAMILIES = "dbrx deepseek_v3 glm4_moe gpt_oss granitemoe jamba mixtral olmoe qwen2_moe qwen3_moe qwen3_next"
 PEERS = {
     "transformers": [f"tests/models/{family}/test_modeling_{family}.py" for family in FAMILIES.split()],
@@ -44,10 +44,7 @@ nox.options.default_venv_backend = "venv"
 
 
 def install(session: nox.Session, name: str) -> None:
-    """
-    Installs NAME.txt, and, where there are such files, of NAME-alone.txt the packages without what they ask for; what
-    NAME-without.txt names goes again.
-    """
+    """Installs NAME.txt. Then installs NAME-alone.txt without dependencies and uninstalls NAME-without.txt, if any."""
     session.install(TORCH)
     session.install("-r", str(HERE / f"{name}.txt"), TORCH)
     alone = HERE / f"{name}-alone.txt"
@@ -62,7 +59,7 @@ def install(session: nox.Session, name: str) -> None:
 @nox.session
 @nox.parametrize("versions", VERSIONS, ids=VERSIONS)
 def core(session: nox.Session, versions: str) -> None:
-    """Every family of this version of transformers, and the core's tests; arguments after `--` go to examine.py."""
+    """Runs every family of this transformers version, and the core's tests. Arguments after `--` go to examine.py."""
     install(session, versions)
     session.run("python", str(HERE / "examine.py"), versions, str(RESULTS), *session.posargs, env=OFFLINE)
 
@@ -70,7 +67,7 @@ def core(session: nox.Session, versions: str) -> None:
 @nox.session
 @nox.parametrize("name", list(TOOLS), ids=list(TOOLS))
 def tool(session: nox.Session, name: str) -> None:
-    """The tests of an integration, with the tool that it is for."""
+    """Runs the tests of an integration with its tool."""
     install(session, name)
     for libraries in Path(session.virtualenv.location).glob("lib/*/site-packages/torchaudio/lib"):
         shutil.rmtree(libraries)  # for CUDA; torchaudio imports without them
@@ -81,7 +78,7 @@ def tool(session: nox.Session, name: str) -> None:
 
 @nox.session
 def oldest_torch(session: nox.Session) -> None:
-    """Steps, gradients and copies on the oldest torch that pyproject.toml promises (a CUDA build, of several GB)."""
+    """Tests steps, gradients and copies on the oldest torch in pyproject.toml (a CUDA build of several GB)."""
     session.install("torch==2.6.0", "transformers==5.24.0", "peft", "trl>=1.16,<2", "-r", str(HERE / "tests.txt"))
     session.install("-e", str(ROOT))
     files = ["test_steps.py", "test_process.py", "test_copies.py", "test_phi_gradient.py"]
@@ -102,7 +99,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def deepspeed(session: nox.Session) -> None:
-    """The recipes under ZeRO-2 and ZeRO-3, on two processes."""
+    """Runs the recipes under ZeRO-2 and ZeRO-3, on two processes."""
     session.install(TORCH)
     session.install("-e", f"{ROOT}[dev]", "setuptools", "wheel", "hjson", "py-cpuinfo", "msgpack", "einops", "ninja")
     session.install("--no-deps", "--no-build-isolation", "deepspeed==0.19.8")
@@ -113,8 +110,8 @@ def deepspeed(session: nox.Session) -> None:
 @nox.parametrize("project", list(PEERS), ids=list(PEERS))
 def peers(session: nox.Session, project: str) -> None:
     """
-    The tests of transformers and PEFT on balanced models (see `peers.py`). TRANSFORMERS_CHECKOUT and PEFT_CHECKOUT name git
-    checkouts, whose versions are installed. Arguments after `--` go to pytest.
+    Runs the tests of transformers and PEFT on balanced models (see `peers.py`). TRANSFORMERS_CHECKOUT and
+    PEFT_CHECKOUT are git checkouts. Their versions are installed. Arguments after `--` go to pytest.
     """
     name = f"{project.upper()}_CHECKOUT"
     if name not in os.environ:
@@ -122,7 +119,7 @@ def peers(session: nox.Session, project: str) -> None:
     checkout = os.environ[name]
     session.install(TORCH)
     session.install("-r", str(HERE / "peers.txt"), checkout, "-e", str(ROOT), TORCH)
-    # in place of those of the checkout
+    # replace the settings of the checkout
     settings = ["addopts=", "filterwarnings=", "log_cli=false", f"cache_dir={session.create_tmp()}"]
     own = ["-q", "-p", "peers", *(part for setting in settings for part in ("-o", setting))]
     env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(HERE)}

@@ -1,11 +1,11 @@
 """
-Pytest plugin that φ-balances every model that a test builds or loads. With it, transformers' and PEFT's own tests run on patched
-models; `noxfile.py` does so in their checkouts.
+Pytest plugin that φ-balances every model that a test builds or loads. With it, transformers' and PEFT's own tests run
+on patched models. `noxfile.py` runs it in their checkouts.
 
-pytest -p peers --plain tests/models/mixtral/test_modeling_mixtral.py  # without balancing: which tests fail anyhow?
-pytest -p peers tests/models/mixtral/test_modeling_mixtral.py          # with balancing, without those
+pytest -p peers --plain tests/models/mixtral/test_modeling_mixtral.py  # without balancing: records which tests fail
+pytest -p peers tests/models/mixtral/test_modeling_mixtral.py          # with balancing: skips those
 
-The second run passes if balancing changes the outcome of no test but those of `EXPLAINED`. These must fail.
+The second run passes if balancing changes only the outcome of the tests in `EXPLAINED`, which must fail.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ FAILED = "peers/failed"  # in pytest's cache: ids of the tests that fail without
 
 
 class Depth:
-    """Number of constructors and `from_pretrained` that are running. A model inside another one is patched with it."""
+    """Counts the constructors and `from_pretrained` calls in progress. A model is patched with the outermost one."""
 
     running = 0
 
@@ -53,7 +53,7 @@ class Depth:
 
 @contextlib.contextmanager
 def leaving_alone_without_routers():
-    """Ignores the error of a model that has no router. Other refusals are raised."""
+    """Ignores the error of a model that has no router. Raises other errors."""
     try:
         yield
     except ValueError as error:
@@ -62,7 +62,7 @@ def leaving_alone_without_routers():
 
 
 def balance_built(cls):
-    """Wraps the constructor of the model class `cls`: patches what it has built."""
+    """Makes the constructor of the model class `cls` patch the model."""
     build = cls.__init__
 
     @functools.wraps(build)
@@ -77,7 +77,7 @@ def balance_built(cls):
 
 
 def balance_all():
-    """Makes all model classes that are defined from now on, and `from_pretrained`, return patched models."""
+    """Makes `from_pretrained`, and all model classes defined from now on, return patched models."""
     define = PreTrainedModel.__init_subclass__.__func__
 
     def init_subclass(cls, **kwargs):

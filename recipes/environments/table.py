@@ -1,5 +1,5 @@
 """
-Writes the tables of versions (guides/FAMILIES.md) and of tools (guides/TOOLS.md) anew, from what the environments have left:
+Rewrites the tables of versions (guides/FAMILIES.md) and of tools (guides/TOOLS.md) from their results:
 
 nox -f recipes/environments/noxfile.py && python recipes/environments/table.py
 """
@@ -19,7 +19,7 @@ RESULTS = ROOT / "results" / "environments"
 
 
 def versions_table() -> str:
-    """A row per environment, the oldest first."""
+    """Returns a row per environment, the oldest first."""
     rows = [
         "| transformers | accelerate | peft | trl | families that pass | cannot be had there | core's tests |",
         "|---|---|---|---|---:|---|---|",
@@ -37,7 +37,7 @@ def versions_table() -> str:
 
 
 def tools_table() -> str:
-    """A row per test of a tool that has measured something."""
+    """Returns a row per test of a tool that has measured something."""
     rows = [
         "| tool | transformers | model | trains | batches | effective / declared coefficient | resumed run | `-k` |",
         "|---|---|---|---|---|---|---|---|",
@@ -52,7 +52,7 @@ def tools_table() -> str:
 
 
 def noted_rows(report: Path) -> Iterator[dict[str, str]]:
-    """Yields the figures that the passed tests of a report of pytest have noted."""
+    """Yields the figures that the passed tests recorded in a pytest report."""
     for test in ElementTree.parse(report).getroot().iter("testcase"):
         noted = {str(entry.get("name")): str(entry.get("value")) for entry in test.iter("property")}
         if noted and test.find("failure") is None and test.find("error") is None:

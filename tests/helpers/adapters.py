@@ -1,4 +1,4 @@
-"""Tiny models under PEFT, with adapters that already do something."""
+"""Tiny models under PEFT, with adapters that have an effect."""
 
 import copy
 import re
@@ -30,7 +30,7 @@ WRAPPER = re.compile(r"base_model\.model\.|base_layer\.|modules_to_save\.default
 
 @torch.no_grad()
 def fill(model, pattern, spread):
-    """Gives the parameters of the adapter whose names have `pattern` random values; a fresh one does nothing."""
+    """Gives random values to the adapter's parameters whose names match `pattern`. A fresh adapter does nothing."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if pattern in name:
@@ -38,14 +38,14 @@ def fill(model, pattern, spread):
 
 
 def adapted(model, adapter):
-    """`model` under PEFT with one of `ADAPTERS`."""
+    """Returns `model` under PEFT with one of `ADAPTERS`."""
     model = get_peft_model(model, copy.deepcopy(ADAPTERS[adapter]))
     fill(model, "lora_", 0.2)
     return model.train()
 
 
 def balanced(model, **policy):
-    """`model` under PEFT with what `lora_config` makes of `policy`, patched."""
+    """Returns `model` under PEFT with `lora_config(**policy)`, patched."""
     model = get_peft_model(model, phb.lora_config(model, **policy))
     fill(model, "lora_B", 0.1)
     phb.patch(model.train(), {"coef": COEF})
@@ -54,7 +54,7 @@ def balanced(model, **policy):
 
 
 def assert_all_learn(model):
-    """Every trainable parameter gets a gradient from one step of task and prices."""
+    """Asserts that every trainable parameter gets a gradient from one step of task and prices."""
     model(**tiny_batch(model, batch=4, seq=16)).loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

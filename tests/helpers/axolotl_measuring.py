@@ -1,6 +1,6 @@
-"""A plugin of Axolotl that compares what the optimizer received with the definition, in the first step of any run.
+"""An Axolotl plugin that compares the gradient the optimizer received in the first step with the definition.
 
-To be named in the YAML after hf_phibalance's. It writes `measured.json` into `output_dir` and ends the process.
+Name it in the YAML after hf_phibalance's plugin. It writes `measured.json` into `output_dir` and ends the process.
 """
 
 import copy
@@ -67,7 +67,7 @@ class Measuring(TrainerCallback):
         os._exit(0)
 
     def gradient(self):
-        """Of all trainable parameters, which are left without one."""
+        """Returns the gradient of all trainable parameters, and clears it."""
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).double() for p in parameters]
@@ -76,7 +76,7 @@ class Measuring(TrainerCallback):
         return flat
 
     def definition(self):
-        """Gradient of `coef * sum_layers mean_tokens <q, p>` of the unpatched model, by autograd."""
+        """Returns the gradient of `coef * sum_layers mean_tokens <q, p>` of the unpatched model, by autograd."""
         self.trainer.model.gradient_checkpointing_disable()
         logits: dict[str, torch.Tensor] = {}
         for site in self.sites:
@@ -88,7 +88,7 @@ class Measuring(TrainerCallback):
         ]
         tokens = sum(int(mask.sum()) for mask in counted)
         for batch, mask in zip(self.batches, counted):
-            # a packed row without a mask, as Axolotl means it
+            # a packed row has no mask in Axolotl
             names = ("input_ids", "position_ids") if "position_ids" in batch else ("input_ids", "attention_mask")
             self.trainer.model(**{name: batch[name] for name in names})
             paid = [

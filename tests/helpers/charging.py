@@ -1,4 +1,4 @@
-"""One forward and backward of a patched model: what the prices add to its gradient, and what they should."""
+"""Compares what the prices add to the gradient of a patched model with what they should add, in one step."""
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ def collect(model):
 
 
 def gradients(model, batch):
-    """Gradient of each trainable parameter of one forward and backward, by the name in `model`."""
+    """Returns the gradient of each trainable parameter after one forward and backward, by its name in `model`."""
     model.zero_grad()
     torch.manual_seed(0)  # some routers sample
     model(**batch).loss.backward()
@@ -30,7 +30,7 @@ def gradients(model, batch):
 
 
 def by_definition(model, batch):
-    """Gradient of COEF · Σ_layers mean over counted tokens of ⟨q, p⟩, by autograd, from what the routers returned."""
+    """Returns the gradient of COEF · Σ_layers mean over counted tokens of ⟨q, p⟩, by autograd on router outputs."""
     balancer = phb.get_balancer(model)
     logits, handles = {}, []
     for site in balancer.sites:
@@ -57,7 +57,7 @@ def by_definition(model, batch):
 
 def by_weights(model, batch, gates, scoring):
     """
-    The same gradient of a model without patch, from the inputs of modules and the weights of their routers.
+    The same gradient of an unpatched model, from the inputs of modules and the weights of their routers.
 
     `gates` are `(module with the router's input, weight (E, H), price (E,))`, `scoring` is "softmax" or "sigmoid".
     """
@@ -80,7 +80,7 @@ def by_weights(model, batch, gates, scoring):
 
 
 def assert_charged_as_defined(model, batch):
-    """The gradient with prices minus the one without == the definition's."""
+    """Asserts that the gradient with prices minus the one without equals the definition's."""
     charged = gradients(model, batch)
     phb.patch(model, {"coef": 0.0})
     task = gradients(model, batch)

@@ -1,4 +1,4 @@
-"""What several tests check: equal tensors, and whether a model is patched."""
+"""Checks that several tests share: equal tensors, and whether a model is patched."""
 
 import copy
 import io
@@ -9,7 +9,7 @@ import hf_phibalance as phb
 
 
 def assert_same(left, right):
-    """Bitwise equality of two (nested) dicts of tensors."""
+    """Asserts that two (nested) dicts of tensors are equal bit for bit."""
     assert left.keys() == right.keys()
     for key, value in left.items():
         if isinstance(value, dict):
@@ -27,7 +27,7 @@ def is_patched(model):
 
 
 def ours(model):
-    """Our hooks on any module of `model`."""
+    """Returns our hooks on all modules of `model`."""
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     return [hook for hook in hooks if type(hook).__module__.startswith("hf_phibalance")]
 
@@ -38,7 +38,7 @@ def assert_same_duals(left, right):
 
 
 def rebuilt(model, how):
-    """A copy of `model`, by `"deepcopy"` or `"pickle"`."""
+    """Returns a copy of `model`, by `"deepcopy"` or `"pickle"`."""
     if how == "deepcopy":
         return copy.deepcopy(model)
     file = io.BytesIO()

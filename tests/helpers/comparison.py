@@ -1,4 +1,4 @@
-"""The modules of recipes/compare, and a run of a second."""
+"""The modules of recipes/compare, and a run that takes a second."""
 
 # ruff: noqa: F401
 
@@ -8,13 +8,13 @@ import sys
 from paths import ROOT
 
 
-sys.path.append(str(ROOT / "recipes"))  # last, since some scripts there have the names of libraries
+sys.path.append(str(ROOT / "recipes"))  # last, since some scripts there are named like libraries
 
 from compare import exercises, finetune, harness, measures, models, scratch, tables, text, training
 
 
 def load_command():
-    """Returns the module of recipes/compare.py, whose name the package beside it has."""
+    """Returns the module recipes/compare.py. The package beside it has the same name."""
     spec = importlib.util.spec_from_file_location("compare_command", ROOT / "recipes" / "compare.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -57,7 +57,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArg
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_phibalance import attach, get_balancer, last_checkpoint, patch  # lazy: imported here, once for all forks
+from hf_phibalance import attach, get_balancer, last_checkpoint, patch  # lazy imports, done here once for all forks
 from hf_phibalance.files import STATE_NAME, replace_unprintable, versions
 
 
@@ -67,9 +67,7 @@ KILLS_OF_A_RUN = 3
 STEPS, EVERY, ACCUMULATION, VOCAB = 6, 2, 2, 512
 DEADLINE = 300  # seconds, for anything to happen
 DISK_ERRORS = ("No space left", "File too large", "file write failed", "enforce fail")  # of safetensors and torch too
-FORK = multiprocessing.get_context(
-    "fork"
-)  # what is imported here need not be imported by each of a thousand processes
+FORK = multiprocessing.get_context("fork")  # imported once here instead of in each of a thousand processes
 FIELDS = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -92,9 +90,9 @@ class Trap:
     """
     Args:
         moment (`str`): One of `MOMENTS`.
-        seed (`int`): Seed for what is left open (the step, the module, ...).
-        told (`int`), tell (`int`): Ends of the pipe by which a killing parent learns that its delay begins.
-        file_limit (`int`, *optional*): Bytes that no file may exceed.
+        seed (`int`): Seed for the random choices (the step, the module, ...).
+        told (`int`), tell (`int`): Ends of the pipe that tells a killing parent to begin its delay.
+        file_limit (`int`, *optional*): Largest size of a file in bytes.
     """
 
     moment: str
@@ -129,7 +127,7 @@ class Trap:
 
 
 def countdown(calls: int, action: Callable[[], Any] = lambda: os.kill(os.getpid(), signal.SIGKILL)) -> Callable:
-    """Returns a function that does `action` at one of its calls."""
+    """Returns a function that runs `action` at its `calls`-th call."""
     left = iter(range(calls - 1, -1, -1))
 
     def count() -> None:
@@ -140,7 +138,7 @@ def countdown(calls: int, action: Callable[[], Any] = lambda: os.kill(os.getpid(
 
 
 def writer_of(trainer: Trainer, what: str) -> tuple[Any, str]:
-    """Returns whose method, and which, writes a checkpoint or the duals."""
+    """Returns the owner and the name of the method that writes a checkpoint or the duals."""
     return (trainer, "_save_checkpoint") if what == "checkpoint" else (get_balancer(trainer.model), "save")
 
 
@@ -155,7 +153,7 @@ def before_calls(owner: Any, name: str, before: Callable[[], None]) -> None:
 
 
 class Disk:
-    """A small file system in memory where it may be mounted; else a limit to the size of files stands in for it."""
+    """A small file system in memory if it can be mounted, otherwise a limit on the size of files."""
 
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as name:
@@ -165,7 +163,7 @@ class Disk:
 
     @contextlib.contextmanager
     def under(self, home: Path, moment: str, size: int) -> Iterator[Path]:
-        """Yields where a run writes: a disk of `size` bytes for the moment `"disk"`, and `home` for others."""
+        """Yields the folder that a run writes to: a disk of `size` bytes for the moment `"disk"`, otherwise `home`."""
         if moment != "disk" or not self.is_there:
             yield home
             return
@@ -204,7 +202,7 @@ def _mount(folder: Path, size: int) -> bool:
 
 
 def rows(count: int = 80) -> list[dict[str, list[int]]]:
-    """Returns token sequences of unequal lengths, with few tokens and many, so that loads are uneven."""
+    """Returns token sequences of unequal lengths. Low token ids are more frequent, so that loads are uneven."""
     rng = random.Random(0)
     drawn = [[int(VOCAB * rng.random() ** 2) for _ in range(rng.randint(4, 24))] for _ in range(count)]
     return [{"input_ids": ids, "labels": ids} for ids in drawn]
@@ -218,7 +216,7 @@ def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def build_trainer(folder: Path, seed: int, keep: int | None) -> Trainer:
-    """Returns an attached trainer that writes into `folder`. `seed`: of the weights, which a checkpoint must overwrite."""
+    """Returns an attached trainer that writes into `folder`. `seed`: for weights that a checkpoint must overwrite."""
     torch.manual_seed(seed)
     model = MixtralForCausalLM(MixtralConfig(**FIELDS))
     patch(model, {"coef": 0.5, "bias_coef": 0.05})
@@ -242,7 +240,7 @@ def build_trainer(folder: Path, seed: int, keep: int | None) -> Trainer:
 
 
 def train(output: Path, home: Path, rank: int, ranks: int, port: int, trap: Trap | None, keep: int | None) -> None:
-    """Starts the run in `output`, or resumes it, and writes to `home` what it ended with."""
+    """Starts the run in `output`, or resumes it, and writes its final state to `home`."""
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -262,8 +260,8 @@ def train(output: Path, home: Path, rank: int, ranks: int, port: int, trap: Trap
         traceback.print_exc()
         os._exit(1)
     if trap is not None and trap.by_parent:
-        signal.pause()  # the kill is on its way
-    os._exit(0)  # as a kill would; nothing is left to do
+        signal.pause()  # wait for the kill
+    os._exit(0)  # like a kill: skips all clean-up
 
 
 def outcome(trainer: Trainer) -> dict[str, Any]:
@@ -281,7 +279,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
 
 
 def time_writing(trainer: Trainer) -> dict[str, float]:
-    """Returns a dict that will hold the longest seconds of writing a checkpoint, and the duals: bounds of random delays."""
+    """Returns a dict, filled later, of the longest times of writing a checkpoint and the duals: bounds of delays."""
     seconds = {"checkpoint": 0.0, "state": 0.0}
 
     def timed(what: str, owner: Any, name: str) -> None:
@@ -301,7 +299,7 @@ def time_writing(trainer: Trainer) -> dict[str, float]:
 
 @dataclass
 class Run:
-    """A run of `ranks` processes that may die and be started again. `output` is its output folder, `home` is ours."""
+    """A run of `ranks` processes that may die and restart. `output` is its output folder, `home` is ours."""
 
     home: Path
     output: Path
@@ -314,7 +312,7 @@ class Run:
 
     @property
     def newest(self) -> int:
-        """The step that it would resume from."""
+        """The step that the run would resume from."""
         newest = last_checkpoint(self.output)
         return 0 if newest is None else step_of(newest)
 
@@ -324,8 +322,8 @@ class Run:
 
     def start(self, trap: Trap | None = None, victim: int = 0, delay: float = 0.0, others: float = 0.0) -> list[int]:
         """
-        Starts it and lets `trap` kill the rank `victim`; where the parent kills, `delay` seconds after the trap says so. The other
-        rank is killed `others` seconds after the first has died. Returns the exit codes by rank.
+        Starts the run and lets `trap` kill the rank `victim`. If the parent kills, it does so `delay` seconds after
+        the trap tells it. The other rank is killed `others` seconds after the first death. Returns all exit codes.
         """
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
@@ -356,7 +354,6 @@ class Run:
         return [process.exitcode for process in processes]
 
     def start_and_end(self) -> None:
-        """Starts it, and lets nothing happen to it."""
         codes = self.start()
         if any(codes):
             raise RuntimeError(f"a run that nobody touched ended with exit codes {codes}:\n{self.log[-3000:]}")
@@ -372,7 +369,7 @@ def step_of(checkpoint: str | Path) -> int:
 
 
 def contents_of(checkpoint: Path) -> dict[str, Any]:
-    """Returns all that a run resumes from, by file."""
+    """Returns everything that a run resumes from, by file."""
     tensors = [*checkpoint.glob("*.safetensors"), checkpoint / STATE_NAME]
     contents: dict[str, Any] = {path.name: load_file(path) for path in tensors}
     for path in checkpoint.glob("*.pt*"):  # .pt and .pth
@@ -381,7 +378,7 @@ def contents_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def difference(left: Any, right: Any, where: str = "") -> str | None:
-    """Says where two nested values first differ, by a bit; `None` if nowhere."""
+    """Returns where two nested values first differ in a bit; `None` if they are equal."""
     if type(left) is not type(right):
         return f"{where} differs in type"
     if isinstance(left, (list, tuple)):
@@ -400,13 +397,13 @@ def difference(left: Any, right: Any, where: str = "") -> str | None:
 
 @dataclass
 class Untouched:
-    """What the run that nobody kills wrote and ended with, and how long that takes."""
+    """The checkpoints, final state and timings of a run that is never killed."""
 
     checkpoints: dict[int, dict[str, Any]]
     ends: list[dict[str, Any]]
     seconds: dict[str, float]
-    size: int  # bytes of a checkpoint
-    largest: int  # of a file in it
+    size: int  # of a checkpoint, in bytes
+    largest: int  # of a file in it, in bytes
 
     @classmethod
     def of(cls, ranks: int) -> Untouched:
@@ -427,14 +424,14 @@ class Untouched:
 
 @dataclass
 class Tally:
-    """What came of killing runs of `ranks` processes at `moment`."""
+    """The outcome of killing runs of `ranks` processes at `moment`."""
 
     moment: str
     ranks: int
     kills: int = 0
-    unfinished: int = 0  # kills after which the newest checkpoint by number was not whole
+    unfinished: int = 0  # kills after which the newest checkpoint by number was incomplete
     runs: int = 0
-    identical: int = 0  # runs that ended as the untouched one
+    identical: int = 0  # runs that ended like the untouched one
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -443,7 +440,7 @@ class Tally:
 
 
 def kill_runs(moment: str, ranks: int, kills: int, untouched: Untouched, disk: Disk, rng: random.Random) -> Tally:
-    """Kills runs until there were `kills`, each up to three times before it is left to its end."""
+    """Kills runs until `kills` is reached. Kills each run up to three times, then lets it finish."""
     tally = Tally(moment, ranks)
     while tally.kills < kills:
         with tempfile.TemporaryDirectory() as name, disk.under(Path(name), moment, untouched.size * 4) as place:
@@ -457,7 +454,7 @@ def kill_runs(moment: str, ranks: int, kills: int, untouched: Untouched, disk: D
                     tally.kills += 1
                     check_checkpoints(run, before, untouched, tally)
                 run.start_and_end()
-            except RuntimeError as error:  # it could not be started again
+            except RuntimeError as error:  # it could not restart
                 tally.faults.append(str(error))
                 return tally
             if fault := difference(run.ends, untouched.ends):
@@ -468,7 +465,7 @@ def kill_runs(moment: str, ranks: int, kills: int, untouched: Untouched, disk: D
 
 
 def kill(run: Run, moment: str, untouched: Untouched, disk: Disk, rng: random.Random) -> bool:
-    """Lets `run` die at `moment`. Returns whether it did; a disk may turn out large enough."""
+    """Lets `run` die at `moment`. Returns whether it died, since a full disk may turn out large enough."""
     victim = 0 if moment in ("state", "disk") else rng.randrange(run.ranks)  # rank 0 writes the duals
     reader, writer = os.pipe()
     trap = Trap(moment, rng.getrandbits(32), reader, writer)
@@ -493,7 +490,7 @@ def kill(run: Run, moment: str, untouched: Untouched, disk: Disk, rng: random.Ra
 
 
 def check_checkpoints(run: Run, before: int, untouched: Untouched, tally: Tally) -> None:
-    """Notes whether the newest checkpoint is whole, what the untouched run wrote, and no older than `before`."""
+    """Checks that the newest checkpoint is complete, equals the untouched run's, and is no older than `before`."""
     theirs = get_last_checkpoint(run.output) if run.output.is_dir() else None
     newest = run.newest
     tally.unfinished += theirs is not None and step_of(theirs) != newest
@@ -517,7 +514,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    logging.set_verbosity_error()  # what is passed over is counted instead
+    logging.set_verbosity_error()  # skipped checkpoints are counted instead
     python_logging.getLogger("hf_phibalance").setLevel(python_logging.ERROR)
     disk, rng, tallies = Disk(), random.Random(options.seed), []
     if "disk" in options.moments and not disk.is_there:

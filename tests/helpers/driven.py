@@ -1,4 +1,4 @@
-"""Duals without a model: routers of given sizes, the counts of made steps, and means in exact enough arithmetic."""
+"""Duals without a model: routers of given sizes, the counts of made-up steps, and reference means in float64."""
 
 import torch
 
@@ -11,7 +11,7 @@ from hf_phibalance.routers import RouterSite
 
 
 def make_duals(config, sizes, top_k=2, width=1.0):
-    """Duals of a router for each of `sizes` (numbers of experts), whose scores span `width` (`None`: logits)."""
+    """Returns duals of a router for each of `sizes` (numbers of experts). Scores span `width` (`None`: logits)."""
     sites = [
         RouterSite(f"router.{i}", None, size, min(top_k, size - 1) or 1, "softmax", score_width=width)
         for i, size in enumerate(sizes)
@@ -21,12 +21,12 @@ def make_duals(config, sizes, top_k=2, width=1.0):
 
 
 def rows_of(duals, values_LE):
-    """Of each router, what is not padding in `(L, E)`."""
+    """Returns the values `(L, E)` of each router without padding."""
     return [row[: site.num_experts] for row, site in zip(values_LE, duals.sites)]
 
 
 def counts_of(duals, probs, load, scores=()):
-    """The counts of a step: `probs` and `load`, `(E,)` of each router; for quantile balancing also its `scores (T, E)`."""
+    """Returns a step's counts from each router's `probs (E,)` and `load (E,)`. Quantile: also `scores (T, E)`."""
     counts = Counts(duals.shape, torch.device("cpu"), BINS if duals.config.rules.bias_rule == "quantile" else 0)
     for index, site in enumerate(duals.sites):
         counts.probs[index, : site.num_experts] = probs[index]
@@ -40,7 +40,7 @@ def counts_of(duals, probs, load, scores=()):
 
 
 class ExactMeans:
-    """The means in float64, router by router, by their definition."""
+    """Computes the means in float64, router by router, by their definition."""
 
     def __init__(self, duals):
         self.rate, self.duals = duals.config.ema_rate, duals

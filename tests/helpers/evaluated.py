@@ -30,7 +30,7 @@ FIELDS = {
 
 
 def biased_mixtral():
-    """`(model, tokenizer)`: a tiny random Mixtral, patched, whose selection bias prefers its first expert."""
+    """Returns `(model, tokenizer)`: a tiny random patched Mixtral whose selection bias prefers its first expert."""
     rows = make_splits(300, 0, 20)
     tokenizer = train_tokenizer(f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows["train"])
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ FUNCTIONS = {
 
 
 def completed_functions():
-    """Three problems in HumanEval's form, and their solutions."""
+    """Returns three problems in HumanEval's form, and their solutions."""
     problems = [
         {
             "task_id": f"HumanEval/{number}",
@@ -63,7 +63,7 @@ def completed_functions():
 
 
 def recorded(answers):
-    """Returns a stand-in for a model in lm-evaluation-harness. It keeps the prompts and gives the answers in turn."""
+    """Returns a stand-in for a model of lm-evaluation-harness. It records prompts and returns `answers` in turn."""
     from lm_eval.api.model import LM
 
     class Recorded(LM):
@@ -84,7 +84,7 @@ def recorded(answers):
 
 
 def llama_like():
-    """A tokenizer like Llama's: a space is a mark on the token, and decoding takes off the first one."""
+    """Returns a tokenizer like Llama's: spaces are marks on tokens, and decoding drops the first space."""
     pieces = ["<unk>", "<s>", "</s>", "\n", "▁", "▁▁", "▁▁▁▁", *(chr(code) for code in range(33, 127))]
     merges = [("▁", "▁"), ("▁▁", "▁▁")]
     inner = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>"))

@@ -1,4 +1,4 @@
-"""Processes of their own that need not import what all import: forked from one that has done only that, as `in_ranks` does."""
+"""Runs code in a new process without importing everything again: forks it from a process that has the imports."""
 
 import multiprocessing
 import os
@@ -12,12 +12,12 @@ from invariance import IMPORTED
 
 
 def run_script(script, *arguments, cwd=None, env=None, timeout=300):
-    """As `subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)`, in half the time."""
+    """Like `subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)`, but faster."""
     return call(_run, str(script), [*map(str, arguments)], cwd=cwd, env=env, timeout=timeout)
 
 
 def call(function, *args, cwd=None, env=None, timeout=300):
-    """`function(*args)`, of a module that can be imported; how its process ended, and what it wrote."""
+    """Runs `function(*args)` of an importable module. Returns its process's exit code and output."""
     multiprocessing.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]

@@ -1,4 +1,4 @@
-"""Content that nobody should trust: damaged bytes, any JSON, and a pickle that would be noticed if it were run."""
+"""Untrusted content: damaged bytes, any JSON, and a pickle that shows if it was loaded."""
 
 import os
 
@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 
-# The same examples each time, so that the tests are as reliable as any; PHB_EXAMPLES=1000 tries more.
+# The same examples each time, so that the tests are deterministic; PHB_EXAMPLES=1000 tries more.
 CALM = settings(
     derandomize=True,
     max_examples=int(os.environ.get("PHB_EXAMPLES", 25)),
@@ -28,7 +28,7 @@ json_values = st.recursive(
 
 @st.composite
 def damaged(draw, content, smallest=0):
-    """`content` with bits flipped, cut off, lengthened, or with a piece that is overwritten, moved or missing."""
+    """Draws `content` with bits flipped, cut off, lengthened, or with a piece overwritten, moved or removed."""
     content = bytearray(content)
     for kind in draw(
         st.lists(st.sampled_from(["flip", "cut", "add", "overwrite", "remove", "double"]), min_size=1, max_size=3)

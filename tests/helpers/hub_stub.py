@@ -1,4 +1,4 @@
-"""As much of the Hub as an upload and a download need, on loopback: repositories, LFS, commits; and faults on demand."""
+"""A local stub of the Hub for uploads and downloads: repositories, LFS, commits, and faults on demand."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ DROP = "drop"  # a fault: the connection is lost in the middle of the request
 
 
 def contents(folder):
-    """Files of a folder by path, as `HubStub.files` has those of a repository."""
+    """Returns the files of a folder by path, in the form of `HubStub.files`."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -28,7 +28,7 @@ class HubStub:
     A server thread; use it as a context manager.
 
     Attributes:
-        files: Contents by path, by repository; a commit changes them.
+        files: Contents by repository and path. Commits change them.
         commits: Every commit as `(repository, message, paths)`.
         requests: Every request as `(method, path)`.
     """
@@ -40,7 +40,7 @@ class HubStub:
         self._lock = threading.Lock()
 
     def fail(self, method, pattern, fault, times=1):
-        """Lets the next `times` requests whose path has `pattern` fail: an HTTP status or `DROP`."""
+        """Makes the next `times` requests whose path matches `pattern` fail with an HTTP status or `DROP`."""
         self._faults += [[method, re.compile(pattern), fault]] * times
 
     def recover(self):
@@ -82,7 +82,7 @@ class HubStub:
         return 200, {"url": f"{self.endpoint}/{name}", "name": name, "id": name}
 
     def validate(self, body):
-        """The rules of the Hub that a card of ours could break."""
+        """Checks the rules of the Hub that our model card could break."""
         errors = []
         match = re.match(r"---\n(.*?)\n---\n", body["content"], re.DOTALL)
         data = yaml.safe_load(match[1]) if match else {}
@@ -159,7 +159,7 @@ class HubStub:
         return 200, answer | ({"pullRequestUrl": f"{self.endpoint}/{name}/discussions/1"} if create_pr else {})
 
     def head(self, name):
-        """The last commit of a repository: as in git, of the same content the same."""
+        """Returns the last commit of a repository. Equal content has an equal commit, as in git."""
         content = "".join(
             f"{path} {hashlib.sha1(file).hexdigest()}\n" for path, file in sorted(self.files[name].items())
         )
@@ -172,7 +172,6 @@ class HubStub:
         ]
 
     def download(self, name, path):
-        """A file of a repository."""
         files = self.files[name]
         commit = self.head(name) if files else "0" * 40
         if path not in files:

@@ -1,6 +1,6 @@
 """
-Uses an installed package without its checkout: `python installed.py FOLDER`. Saves a tiny model, lets `phibalance doctor` examine
-it, and writes its model card. Needs nothing that the package does not declare.
+Uses the installed package without its checkout: `python installed.py FOLDER`. Saves a tiny model, runs `phibalance
+doctor` on it, and writes its model card. Needs only the declared dependencies.
 """
 
 import subprocess

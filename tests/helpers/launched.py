@@ -1,8 +1,8 @@
 """
 Runs `recipes/sft.py` several times in the processes that `accelerate launch` started: one list of options each, as JSON.
 
-accelerate knows FSDP and DeepSpeed for accelerators only. To try them on the CPU, it is told here that the processes
-have one, whose device is the CPU; what it does then is its own.
+accelerate runs FSDP and DeepSpeed on accelerators only. To try them on the CPU, this script makes accelerate believe
+that the CPU is an accelerator.
 """
 
 import json
@@ -21,7 +21,7 @@ def pretend_accelerator():
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed.comm.torch
 
-        deepspeed.comm.torch.build_shm_op = lambda: None  # kernels for the CPU, which take minutes to compile
+        deepspeed.comm.torch.build_shm_op = lambda: None  # CPU kernels, which take minutes to compile
 
 
 if __name__ == "__main__":

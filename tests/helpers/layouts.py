@@ -1,6 +1,6 @@
 """
-Layouts: models that transformers spreads over processes (FSDP2, HSDP, tensor and expert parallelism). Measures the coefficient that
-their optimizer gets, and the tokens that they count.
+Layouts: models that transformers spreads over processes (FSDP2, HSDP, tensor and expert parallelism). Measures the
+coefficient that the optimizer gets, and the number of tokens counted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Layout:
 
     @property
     def batches(self) -> int:
-        """How many ranks, or groups of them, hold a batch of their own."""
+        """Number of ranks, or groups of ranks, with a batch of their own."""
         return self.sizes.get("fsdp_size", 1) * self.sizes.get("dp_replicate_size", 1)
 
     @property
@@ -71,7 +71,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """Effective over declared coefficient, the relative residual, and tokens counted over tokens there are."""
+    """Effective over declared coefficient, the relative residual, and counted over existing tokens."""
 
     layout: str
     trainer: str
@@ -88,7 +88,7 @@ def save_models(folder: Path, model_types: Iterable[str]) -> None:
 
 
 def measure_layouts(names: Iterable[str], trainers: Iterable[str], folder: str, model_type: str) -> list[LayoutResult]:
-    """Measures the layouts `names` by each of `trainers`, in the present process group."""
+    """Measures each layout in `names` with each of `trainers`, in the present process group."""
     wanted = [layout for layout in LAYOUTS if layout.name in names]
     return [measure_layout(layout, trainer, Path(folder), model_type) for layout in wanted for trainer in trainers]
 
@@ -105,7 +105,7 @@ def measure_layout(layout: Layout, trainer: str, folder: Path, model_type: str, 
 def layout_gradient(
     layout: Layout, trainer: str, checkpoint: Path, accumulation: int, duals: dict[str, Tensor] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the gradient that the optimizer receives, and the loads; balanced if there are `duals`."""
+    """Returns the gradient that the optimizer receives, and the loads. Balances if there are `duals`."""
     model = load_spread(layout, checkpoint)
     balancer = None
     if duals is not None:
@@ -142,7 +142,7 @@ def load_spread(layout: Layout, checkpoint: Path) -> nn.Module:
 
 @contextlib.contextmanager
 def _pretended_accelerator() -> Iterator[None]:
-    """Tells accelerate, which spreads tensors over accelerators only, that the CPU is this process's accelerator."""
+    """Makes accelerate believe that the CPU is this process's accelerator, since it spreads tensors only on those."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 

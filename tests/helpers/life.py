@@ -1,8 +1,8 @@
 """
-The life of a patched model as a hypothesis state machine, beside a plain model that is never patched.
+The life of a patched model as a hypothesis state machine, compared with a plain model that is never patched.
 
-Whatever happens to the model (adapters, copies, files, types) happens to the plain one as well. What balancing should do
-there is written out: the price term is part of the loss, a bias is added by a forward of the router spelt out
+Everything that happens to the model (adapters, copies, files, types) also happens to the plain one. The expected
+effect of balancing is written out: the price term is part of the loss, a router's forward adds the bias
 (`references.select_with`), and the duals follow from the recorded choices in float64.
 """
 
@@ -49,15 +49,15 @@ NOT_COMPARED = {"_name_or_path", "transformers_version"}  # of a config: where a
 
 
 class Reference:
-    """What should hold of a model that is balanced by `config`, `None` for one that is not; `model` is never patched."""
+    """The expected state of a model balanced by `config` (`None`: not balanced). `model` itself is never patched."""
 
     def __init__(self, model):
         self.model, self.config, self.steps = model, None, 0
         self.means, self.prices, self.biases = {}, {}, {}
-        self.adapter, self.by_adapter = None, {}  # whose the bias is that acts, and the biases of others
+        self.adapter, self.by_adapter = None, {}  # the adapter whose bias is in force, and the biases of the others
 
     def routers(self):
-        """By the names that they have without adapters."""
+        """Returns the routers by their names without adapters."""
         return {"model." + re.search(r"layers\.\d+\.mlp\.gate", name)[0]: r for name, r in routers(self.model).items()}
 
     @property
@@ -65,7 +65,7 @@ class Reference:
         return hasattr(next(iter(self.routers().values())), "e_score_correction_bias")
 
     def patch(self, config):
-        """A new configuration goes on from the duals of the present one."""
+        """A new configuration continues with the present duals."""
         experts = self.model.config.num_local_experts
         before, self.config = self.config, config
         if before is None:
@@ -77,12 +77,12 @@ class Reference:
         self.set_prices()
 
     def unpatch(self):
-        """A family's own bias stays: that of the model itself."""
+        """A native bias stays, that of the model itself."""
         self.follow(None)
         self.config, self.biases = None, {}
 
     def follow(self, adapter):
-        """Puts the bias of `adapter` in force, `None` for that of the model itself; that of a new one begins as the present one."""
+        """Puts the bias of `adapter` (`None`: the model's) in force. A new adapter starts with the present bias."""
         if self.config is None or adapter == self.adapter:
             return
         native = {
@@ -104,7 +104,7 @@ class Reference:
 
     @contextlib.contextmanager
     def selecting(self):
-        """The routers select with the bias, by a forward written out where the family has none of its own."""
+        """Context manager: routers select with the bias, by a replaced forward in families without a native bias."""
         biased = {} if self.has_native_bias else self.biases
         for name, bias in biased.items():
             select_with(self.routers()[name], bias.float())
@@ -113,7 +113,7 @@ class Reference:
             del self.routers()[name].forward
 
     def step(self, batches):
-        """Gradients of an optimizer step by name; the duals move."""
+        """Returns the gradients of an optimizer step by name, and moves the duals."""
         self.model.zero_grad()
         labels, tokens = (sum(int(count(batch)) for batch in batches) for count in (count_labels, count_tokens))
         sums = {name: {"probs": 0.0, "load": 0.0} for name in self.routers()}
@@ -160,7 +160,7 @@ def count_tokens(batch):
 
 
 def footprint(model):
-    """What a patch could leave behind: attributes, hooks and wrapped methods of every module, the config, who is trained."""
+    """Returns everything a patch could leave behind: attributes, hooks, wrapped methods, config, what is trainable."""
     tables = [f"_{kind}{suffix}" for kind in ("forward_hooks", "forward_pre_hooks") for suffix in ("", "_with_kwargs")]
     modules = {
         name: (type(module), sorted(vars(module)), [len(getattr(module, table)) for table in tables])
@@ -171,7 +171,7 @@ def footprint(model):
 
 
 def everything(model):
-    """A model's weights, and its duals if it has any."""
+    """Returns a model's weights, and its duals if it has any."""
     found = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if is_patched(model):
         found |= {f"duals/{name}": value for name, value in phb.get_balancer(model).state_dict().items()}
@@ -186,7 +186,7 @@ def assert_as_before(model, before):
 
 
 def assert_near(found, expected, tolerance):
-    """Of tensors by name; relative to the longest of them, so that what should be 0 has a scale."""
+    """Compares tensors by name, relative to the longest of them, so that expected zeros have a scale."""
     assert found.keys() == expected.keys()
     scale = max([1e-2, *(float(value.abs().max()) for value in expected.values())])
     for name, value in expected.items():
@@ -194,10 +194,10 @@ def assert_near(found, expected, tolerance):
 
 
 class Life(RuleBasedStateMachine):
-    """Subclasses say of which `model_type`."""
+    """Subclasses set `model_type`."""
 
     model_type: str
-    tried: ClassVar[Counter] = Counter()  # what has happened, over all examples
+    tried: ClassVar[Counter] = Counter()  # number of tries of each event, over all examples
 
     @initialize(name=st.sampled_from(["both", "both", *sorted(CONFIGS), None]))
     def begin(self, name):
@@ -210,7 +210,7 @@ class Life(RuleBasedStateMachine):
         if name is not None:
             self.patch(name)
 
-    # ------------------------------------------------------------------ what is so at any time
+    # ------------------------------------------------------------------ invariants
 
     @property
     def plain(self):
@@ -225,13 +225,13 @@ class Life(RuleBasedStateMachine):
         return [tiny_batch(self.model, 2, 6, seed=self.seed - i) for i in range(count)]
 
     def both(self, change):
-        """The same to the model and to the plain one."""
+        """Changes the model and the plain one in the same way."""
         self.model = change(self.model)
         self.reference.model = change(self.plain)
 
     @invariant()
     def a_step_goes_on_as_it_should(self):
-        """After most events a step is trained; after some not, so that they follow each other."""
+        """Trains a step after two of three events. The others follow each other directly."""
         self.events += 1
         if self.events % 3:
             self.tried["train, afterwards"] += 1
@@ -293,9 +293,7 @@ class Life(RuleBasedStateMachine):
     @rule(parts=st.integers(1, 2), between=st.sampled_from(["evaluate", "generate", "copy", "served"]))
     def train_while(self, parts, between):
         if self.has_adapter and between == "served":
-            between = (
-                "generate"  # PEFT changes the class of a module while it computes an adapted parameter, in all threads
-            )
+            between = "generate"  # PEFT changes a module's class in all threads while it computes an adapted parameter
         self.tried[f"train, {between}"] += 1
         self.step(self.batches(parts), between)
 
@@ -304,13 +302,13 @@ class Life(RuleBasedStateMachine):
         place=st.sampled_from(["self_attn", "mlp.gate", "mlp.experts"]),
     )
     def train_after(self, error, place):
-        """A step that was given up, and another one."""
+        """Gives up a step, then trains another one."""
         self.tried[f"train, {error.__name__}"] += 1
         self.fail(self.batches(2), error, place)
         self.step(self.batches(1))
 
     def step(self, batches, between="nothing"):
-        """Gradients and loads are those of the reference, whatever happens in between."""
+        """Checks that gradients and loads match the reference, whatever happens in between."""
         labels = torch.tensor(sum(int(count_labels(batch)) for batch in batches))
         self.model.zero_grad()
         patched = is_patched(self.model)
@@ -324,7 +322,7 @@ class Life(RuleBasedStateMachine):
                 elif between == "generate":
                     self.generate()
                 loss.backward()
-        if between == "copy":  # of which nothing of the step under way is part
+        if between == "copy":  # the copy has no open step
             twin = copy.deepcopy(self.model)
             assert not patched or not phb.get_balancer(twin).is_open
         found = collect(self.model)
@@ -345,12 +343,12 @@ class Life(RuleBasedStateMachine):
         assert_near(found, {n: gradient for n, gradient in expected.items() if not self.is_frozen(n)}, 1e-4)
 
     def is_frozen(self, name):
-        """Whether the method stops this parameter: routers, but no adapter that somebody puts on them (a trainer refuses it)."""
+        """True if the method freezes this parameter: a router, but not an adapter on it (a trainer refuses that)."""
         config = self.reference.config
         return config is not None and config.method == "frozen" and ".mlp.gate." in name and "lora_" not in name
 
     def fail(self, batches, error, place):
-        """A step that is given up in the middle of its forward."""
+        """Gives up a step in the middle of its forward."""
 
         def stop(*_):
             raise error("stopped")
@@ -388,7 +386,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def evaluate(self):
-        """Logits are those of the plain model, and what is counted is that of this batch."""
+        """Checks that logits match the plain model's, and that only this batch is counted."""
         self.tried["evaluate"] += 1
         batch = tiny_batch(self.model, 3, 5, seed=1000)
         opened = phb.get_balancer(self.model).evaluation() if is_patched(self.model) else contextlib.nullcontext()
@@ -405,7 +403,7 @@ class Life(RuleBasedStateMachine):
     )
     @rule()
     def trainer_twice(self):
-        """`train()` twice of one optimizer step each."""
+        """Calls `train()` twice, for one optimizer step each."""
         self.tried["trainer twice"] += 1
         recorder = Recorder(self.model)
         with tempfile.TemporaryDirectory() as folder:
@@ -426,7 +424,7 @@ class Life(RuleBasedStateMachine):
                     for name, parameter in now.items():
                         plain[name].copy_(parameter)
                 assert phb.get_balancer(self.model).steps == self.reference.steps, time
-            # what a trainer leaves on a model is not ours
+            # let a trainer leave its own traces on the plain model, too
             still = make_trainer(self.plain, folder, **{**settings, "learning_rate": 0.0})
             still.remove_callback(PrinterCallback)
             still.train()
@@ -482,7 +480,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.has_adapter)
     @rule(keep=st.booleans())
     def end_adapters(self, keep):
-        """Merged into the weights, or taken out; then the whole model is trained, but for routers that we hold frozen."""
+        """Merges or removes the adapters. Then trains the whole model except frozen routers."""
         self.tried["end adapters"] += 1
         if not keep:
             self.reference.follow(None)

@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 class Exact:
-    """The definition of the duals (negative entropy) in float64, fed with what the router of `model` returns."""
+    """Computes the duals (negative entropy) in float64 from the outputs of the router of `model`."""
 
     def __init__(self, model: MixtralForCausalLM, config: phb.PhiBalanceConfig) -> None:
         self.config, experts = config, model.config.num_local_experts
@@ -75,7 +75,7 @@ class Exact:
         self.mask: torch.Tensor | None = None  # (T,) of the current forward
         self.sums = {kind: torch.zeros_like(mean) for kind, mean in self.means.items()}
         self.errors = {"mean": 0.0, "price": 0.0, "bias": 0.0}  # largest so far
-        self.rounding = 0.0  # of a bias, in one step, at most
+        self.rounding = 0.0  # upper bound of a bias's rounding in one step
         model.model.layers[0].mlp.gate.register_forward_hook(self._look)
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ def price_of(mean: torch.Tensor) -> torch.Tensor:
 
 
 class Readings:
-    """Time and memory of a run. Room for all of it is taken before the run begins."""
+    """Time and memory of a run. Allocates all its room before the run begins."""
 
     def __init__(self, steps: int) -> None:
         self.every = max(5, steps // 200)  # steps between two readings of the memory
@@ -145,14 +145,13 @@ class Readings:
 
 
 def quarters(values: Sequence[float]) -> tuple[float, float]:
-    """Medians of the first and of the last quarter, without the first twentieth, in which caches fill."""
+    """Returns the medians of the first and last quarter, without the first twentieth, in which caches fill."""
     values = values[len(values) // 20 :]
     count = max(len(values) // 4, 1)
     return statistics.median(values[:count]), statistics.median(values[-count:])
 
 
 def run(steps: int, ema_rate: float = 0.3, seed: int = 0) -> list[Row]:
-    """Trains for so many steps."""
     torch.manual_seed(seed)
     config = phb.PhiBalanceConfig(coef=0.01, bias_coef=0.001, ema_rate=ema_rate)
     model = phb.patch(MixtralForCausalLM(MixtralConfig(**SHAPE)), config).train()
@@ -160,7 +159,7 @@ def run(steps: int, ema_rate: float = 0.3, seed: int = 0) -> list[Row]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     readings = Readings(steps)
     gc.collect()
-    gc.freeze()  # what was there before is not looked through again and again
+    gc.freeze()  # keeps existing objects out of every collection
     tracemalloc.start()
     try:
         for step in range(1, steps + 1):
@@ -196,7 +195,7 @@ def run(steps: int, ema_rate: float = 0.3, seed: int = 0) -> list[Row]:
 
 
 def draw() -> dict[str, torch.Tensor]:
-    """Random rows of unequal length."""
+    """Returns random rows of unequal length."""
     ids = torch.randint(1, SHAPE["vocab_size"], (ROWS, WIDTH))
     mask = (torch.arange(WIDTH) < torch.randint(2, WIDTH + 1, (ROWS, 1))).long()
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}

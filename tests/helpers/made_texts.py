@@ -1,4 +1,4 @@
-"""Made-up texts of one token per word, `w3` to `w127`, and their tokenizer."""
+"""Generated texts with one token per word, `w3` to `w127`, and their tokenizer."""
 
 import torch
 from tiny import FIRST_PLAIN_ID, SHRINK
@@ -17,7 +17,6 @@ def words(count, first=FIRST_PLAIN_ID, last=SHRINK["vocab_size"], seed=0):
 
 
 def make_tokenizer(bos=False):
-    """One token per word, `w3` to `w127`."""
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(FIRST_PLAIN_ID, SHRINK["vocab_size"])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

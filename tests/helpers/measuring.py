@@ -1,14 +1,14 @@
 """
-How much of the declared coefficient an optimizer received.
+Measures how much of the declared coefficient an optimizer received.
 
-A run is made twice, with balancing and without, and a `Watch` keeps what the optimizer got in each step. The
-difference of the two gradients is compared with the gradient of
+A run is made twice, with and without balancing. A `Watch` records the gradients of each step. The difference of the
+two gradients is compared with the gradient of
 
     coef * sum over layers of the mean over tokens of <q, p>
 
-which autograd computes on an ordinary model (`charge`): the same weights, inputs and random numbers, the prices q as
-constants. Nothing of hf_phibalance takes part in that but the prices, which are read off and taken as given. Runs have
-a learning rate of 0, so that the weights of both stay the same.
+which autograd computes on an ordinary model (`charge`) with the same weights, inputs and random numbers, and constant
+prices q. Only the prices are read from hf_phibalance. The learning rate is 0, so that the weights of both runs stay
+the same.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ TWO_LAYERS = {
     "qwen3_moe": {"num_experts": 4, "mlp_only_layers": []},
     "deepseek_v3": {"n_routed_experts": 4, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
 }
-KEPT = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")  # of the inputs of a backbone
+KEPT = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")  # inputs of a backbone to keep
 
 # ---------------------------------------------------------------------- models
 
@@ -43,18 +43,18 @@ def sizes(family: str, **fields) -> dict:
 
 
 def ordinary(family: str = "mixtral", **fields):
-    """A random model of two layers and four experts in eval mode, as `from_pretrained` returns it."""
+    """Returns a random model of two layers and four experts in eval mode, as `from_pretrained` does."""
     return tiny_model(family, **sizes(family, **fields))
 
 
 def ordinary_scorer(family: str = "mixtral"):
-    """The same with a head of one score, as reward models have it."""
+    """Returns the same with a head of one score, as in reward models."""
     return random_model(AutoModelForSequenceClassification, tiny_config(family, **sizes(family, num_labels=1)), 0)
 
 
 @functools.lru_cache
 def saved(family: str) -> Path:
-    """The folder of `ordinary(family)`, saved once."""
+    """Returns the folder of `ordinary(family)`, saved once."""
     SAVED.append(tempfile.TemporaryDirectory())
     ordinary(family).save_pretrained(SAVED[-1].name)
     return Path(SAVED[-1].name)
@@ -64,14 +64,14 @@ SAVED: list[tempfile.TemporaryDirectory] = []
 
 
 def loaded(family: str, balanced: bool, **config):
-    """`ordinary(family)` as users load it, with the flag if `balanced`."""
+    """Returns `ordinary(family)` loaded from its folder, with the flag if `balanced`."""
     if not balanced:
         return AutoModelForCausalLM.from_pretrained(saved(family))
     return priced(phb.AutoModelForCausalLM.from_pretrained(saved(family), phi_balance={"coef": COEF, **config}))
 
 
 def priced(model):
-    """A balanced model whose prices are not 0, as after some steps."""
+    """Returns a balanced model with non-zero prices, as after some steps."""
     set_prices(model, seed=1)
     return model
 
@@ -80,7 +80,7 @@ def priced(model):
 
 
 def batches(count: int, rows: int = 2, length: int = 10, seed: int = 3) -> list[dict]:
-    """Batches of right-padded random tokens, neighbours of unequal numbers of tokens."""
+    """Returns batches of right-padded random tokens. Neighbours have unequal numbers of tokens."""
     generator, found = torch.Generator().manual_seed(seed), []
     for number in range(count):
         ids = torch.randint(FIRST_PLAIN_ID, 128, (rows, length), generator=generator)
@@ -91,7 +91,7 @@ def batches(count: int, rows: int = 2, length: int = 10, seed: int = 3) -> list[
 
 
 def tokens_of(inputs: dict) -> Tensor:
-    """Mask `(B, S)` of the tokens that count: the attention mask, or else all but the padding token."""
+    """Returns the token mask `(B, S)`: the attention mask, or else all but the padding token."""
     mask = inputs.get("attention_mask")
     return inputs["input_ids"] != 0 if mask is None else mask.bool()
 
@@ -100,7 +100,7 @@ def tokens_of(inputs: dict) -> Tensor:
 
 
 def take_steps(model, count: int = 3, learning_rate: float = 0.1, seed: int = 3):
-    """Trains what is trainable of `model` in a plain loop that calls nothing of ours; returns it."""
+    """Trains the trainable parameters of `model` in a plain loop that calls nothing of ours. Returns the model."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     model.train()
     for batch in batches(count, seed=seed):
@@ -111,7 +111,7 @@ def take_steps(model, count: int = 3, learning_rate: float = 0.1, seed: int = 3)
 
 
 def logits(model) -> Tensor:
-    """What `model` says in eval mode of a batch that nothing else uses."""
+    """Returns the logits of `model` in eval mode for a batch that nothing else uses."""
     with torch.no_grad():
         return model.eval()(**batches(1, rows=4, seed=7)[0]).logits
 
@@ -121,21 +121,21 @@ def logits(model) -> Tensor:
 
 @dataclasses.dataclass
 class Step:
-    """One optimizer step: gradients as the optimizer saw them, and the forwards, weights and prices behind them."""
+    """One optimizer step: the gradients that the optimizer got, and the forwards, weights and prices behind them."""
 
     gradients: dict[str, Tensor]
     forwards: list[dict]
     weights: dict[str, Tensor]
     prices: dict[str, Tensor] | None
-    logged: float | None = None  # tokens of the step, as the balancer tells them afterwards
+    logged: float | None = None  # tokens of the step, as the balancer reports them afterwards
 
 
 class Watch:
     """
-    Keeps the optimizer steps of `model` until it is closed.
+    Records the optimizer steps of `model` until it is closed.
 
     Args:
-        by_itself: if False, the loop calls `take` where gradients are complete: its optimizer calls a closure first.
+        by_itself: False if the loop calls `take` when gradients are complete, since its optimizer calls a closure.
     """
 
     def __init__(self, model, by_itself: bool = True):
@@ -161,7 +161,7 @@ class Watch:
 
     def _optimizer(self, optimizer, args, kwargs):
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} & self._names.keys()
-        overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer is called even then
+        overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer is called even on overflow
         if own and overflow is not None and float(overflow):
             self._read_tokens()
             self.forget()
@@ -169,14 +169,14 @@ class Watch:
             self.take(own, getattr(optimizer, "grad_scale", None))
 
     def take(self, own=None, scale: Tensor | None = None):
-        """Notes complete gradients: of the parameters with the ids `own`, or of all. They are divided by `scale`."""
+        """Records complete gradients, of the parameters with the ids `own` or of all. Divides them by `scale`."""
         gradients = {
             self._names[id(p)]: p.grad.detach().clone() / (1.0 if scale is None else scale)
             for p in self.model.parameters()
             if p.grad is not None and (own is None or id(p) in own)
         }
         if self.steps and not self._forwards and not gradients.keys() & self.steps[-1].gradients.keys():
-            self.steps[-1].gradients.update(gradients)  # of another optimizer of the same step
+            self.steps[-1].gradients.update(gradients)  # from another optimizer of the same step
             return
         self._read_tokens()
         prices = None
@@ -186,7 +186,7 @@ class Watch:
         self._forwards = []
 
     def forget(self):
-        """The forwards since the last step are given up."""
+        """Drops the forwards since the last step."""
         self._forwards = []
 
     def _read_tokens(self):
@@ -201,7 +201,7 @@ class Watch:
 
     @property
     def moves(self) -> int:
-        """How often the duals have moved."""
+        """Number of times that the duals have moved."""
         return self.balancer.steps - self._before
 
 
@@ -212,12 +212,12 @@ def charge(
     model, task: Step, prices: dict[str, Tensor], counts: Callable = tokens_of, evenly: bool = False, autocast=None
 ) -> dict[str, Tensor]:
     """
-    Gradient of `sum over layers of the mean over tokens of <q, p>` in the step `task`, by autograd on `model`.
+    Returns the gradient of `sum over layers of the mean over tokens of <q, p>` in step `task`, by autograd on `model`.
 
     Args:
         model: an ordinary model of the same architecture.
-        counts: mask of the tokens that count, from the inputs of a forward.
-        evenly: each forward counts alike, not each token.
+        counts: makes the mask of the tokens that count from the inputs of a forward.
+        evenly: weights forwards equally, instead of tokens.
         autocast: data type of the forwards.
     """
     assert not [hook for module in model.modules() for hook in module._forward_hooks.values()], "not an ordinary model"
@@ -255,8 +255,8 @@ def charge(
 
 def received(balanced: dict, plain: dict, right: dict) -> tuple[float, float]:
     """
-    Returns which multiple of `right` balancing has added to the gradient, and the relative length of the rest of what
-    it has added, which points elsewhere.
+    Returns the multiple of `right` that balancing has added to the gradient, and the length of the rest of what it
+    added, relative to `right`.
     """
     assert balanced.keys() == plain.keys() and plain.keys() >= right.keys()
     added = torch.cat([(balanced[name] - plain[name]).reshape(-1).double() for name in plain])
@@ -266,7 +266,7 @@ def received(balanced: dict, plain: dict, right: dict) -> tuple[float, float]:
 
 
 def coefficients(balanced: Watch, plain: Watch, build: Callable = ordinary, **how) -> list[tuple[float, float]]:
-    """For each step of both runs the share of COEF that arrived, and the relative length of the rest."""
+    """Returns, for each step, the received share of COEF and the relative length of the rest."""
     assert len(balanced.steps) == len(plain.steps) > 0
     model, found = build(), []
     state = torch.get_rng_state()
@@ -292,8 +292,8 @@ def assert_declared(
 
     Args:
         tolerance: of the coefficient.
-        rest: how long what points elsewhere may be; five times the tolerance if not said.
-        moves: how often, if not once in each step that was watched.
+        rest: largest relative length of the rest; by default five times the tolerance.
+        moves: number of moves of the duals; by default one for each recorded step.
     """
     found = coefficients(balanced, plain, build, counts=counts, **how)
     allowed = 5 * tolerance if rest is None else rest

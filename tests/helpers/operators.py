@@ -1,4 +1,4 @@
-"""Which operators of torch run."""
+"""Counts the operators of torch that run."""
 
 from collections import Counter
 
@@ -6,8 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run."""
-
     def __init__(self):
         super().__init__()
         self.seen = Counter()

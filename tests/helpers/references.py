@@ -1,8 +1,8 @@
 """
-Naive references, on *unpatched* models: what the routers did, and what each method makes of it by its paper.
+Naive references on *unpatched* models: what the routers did, and what each balancing method does in its paper.
 
-A reference reads the logits and the choice of every router, builds the loss of its paper with autograd, and leaves the
-derivative to torch; a bias is made to select by the router's own forward, written out.
+A reference reads the logits and choices of every router, builds the paper's loss, and lets autograd differentiate it.
+For a bias it replaces the router's forward.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def routers(model):
 
 @contextlib.contextmanager
 def routed(model):
-    """`{router name: [(logits, chosen)]}` of the forwards inside."""
+    """Context manager: yields `{router name: [(logits, chosen)]}` of the forwards inside it."""
     seen = {name: [] for name in routers(model)}
     handles = [
         router.register_forward_hook(lambda module, args, out, name=name: seen[name].append((out[0], out[2])))
@@ -67,7 +67,7 @@ class Routed:
 
 
 def forward(model, batch, token_mask="attention_mask"):
-    """Loss of the task, and `{router name: Routed}`."""
+    """Returns the loss of the task, and `{router name: Routed}`."""
     mask = batch["labels"] != -100 if token_mask == "labels" else batch["attention_mask"].bool()
     sigmoid = model.config.model_type == "deepseek_v3"
     with routed(model) as seen:
@@ -76,7 +76,7 @@ def forward(model, batch, token_mask="attention_mask"):
 
 
 # ---------------------------------------------------------------------- losses
-# Each takes the micro-batches of the step so far, `[{router name: Routed}]`, and returns the loss of the last one.
+# Each takes the micro-batches so far in the step, `[{router name: Routed}]`, and returns the loss of the last one.
 
 
 def share(counts):
@@ -98,7 +98,7 @@ def global_batch_loss(so_far):
 
 
 def pooled_loss(so_far):
-    """E Σ_e f_e P_e, the tokens of all layers in one pool, f summing to k; as `load_balancing_loss_func`."""
+    """E Σ_e f_e P_e over the tokens of all layers pooled, f summing to k, as in `load_balancing_loss_func`."""
     layers = list(so_far[-1].values())
     tokens = sum(int(r.mask.sum()) for r in layers)
     f = sum(r.counts for r in layers) / tokens
@@ -175,7 +175,7 @@ EXTRAS = {"z_loss_coef": z_loss, "sequence_coef": sequence_loss}
 
 
 def select_with(router, bias):
-    """Makes an unpatched router select with `bias`: through its own buffer, or by Mixtral's forward written out."""
+    """Makes an unpatched router select with `bias`: by its own buffer, or by replacing Mixtral's forward."""
     if hasattr(router, "e_score_correction_bias"):
         router.e_score_correction_bias.copy_(bias)
         return
@@ -191,7 +191,7 @@ def select_with(router, bias):
 
 
 def start_with(model, bias):
-    """Gives an unpatched model with a native bias that bias."""
+    """Sets the native bias of an unpatched model."""
     for router in routers(model).values():
         if hasattr(router, "e_score_correction_bias"):
             router.e_score_correction_bias.copy_(bias)
@@ -205,7 +205,7 @@ def loss_free_step(bias, counts, rate):
 
 def quantile_bounds(scores, bias, k):
     """
-    Quantile balancing: between which two order statistics of (cutoff − score) the k/E quantile of each expert lies.
+    Quantile balancing: returns the two order statistics of (cutoff − score) around the k/E quantile of each expert.
 
     Args: scores (T, E) of the counted tokens, T divisible by E/k; bias (E,). cutoff: the (k+1)-th largest s + b.
     """
@@ -213,7 +213,7 @@ def quantile_bounds(scores, bias, k):
     assert tokens * k % experts == 0
     cutoff = (scores + bias).sort(-1, descending=True).values[:, k]
     ordered = (cutoff[:, None] - scores).sort(0).values  # (T, E)
-    rank = tokens * k // experts  # so many tokens may choose an expert
+    rank = tokens * k // experts  # number of tokens that may choose an expert
     return ordered[rank - 1], ordered[rank]
 
 
@@ -230,7 +230,7 @@ def probabilities(model, logits):
 def naive_training(model, steps, config, lr):
     """
     The definition as a plain SGD loop over an *unpatched* model: the price term is part of the loss, the duals follow
-    from the recorded router outputs. Trains `model` in place; returns the duals after each step.
+    from the recorded router outputs. Trains `model` in place. Returns the duals after each step.
     """
     experts = model.config.num_local_experts
     coef, rate = config.coef, config.ema_rate
@@ -279,7 +279,7 @@ def naive_training(model, steps, config, lr):
 
 
 def naive_figures(loads):
-    """Some of the logged metrics, from `{layer: counts}`, by hand."""
+    """Computes some of the logged metrics from `{layer: counts}`."""
     figures = {"max_vio": [], "entropy": [], "gini": []}
     dead = 0
     for counts in loads.values():

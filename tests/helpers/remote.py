@@ -1,4 +1,4 @@
-"""Tiny models of remote code: the gates that the first DeepSeek-MoE and Moonlight ship."""
+"""Tiny models of remote code, with the gates of the first DeepSeek-MoE and of Moonlight."""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ class RemoteConfig(PreTrainedConfig):
 
 
 class MoEGate(nn.Module):
-    """The contract of the gate that the first DeepSeek-MoE and Moonlight ship, not their code."""
+    """Has the interface of the gates of the first DeepSeek-MoE and of Moonlight, not their code."""
 
     def __init__(self, config):
         super().__init__()
@@ -56,7 +56,7 @@ class MoEGate(nn.Module):
 
 
 class AddAuxiliaryLoss(torch.autograd.Function):
-    """Adds the gradient of `loss` to the backward of `x`; like the original it cannot do without a loss."""
+    """Adds the gradient of `loss` to the backward of `x`. Requires a loss, like the original."""
 
     @staticmethod
     def forward(ctx, x, loss):

@@ -1,4 +1,4 @@
-"""Routers that do not choose: they return the experts that a rollout recorded, with the weights of those experts."""
+"""Routers that replay the experts recorded in a rollout, with those experts' weights."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ from references import routers
 
 
 def weigh(router, logits, chosen):
-    """The weights that the families tried here give the experts `chosen (T, k)`."""
+    """Returns the weights of the experts `chosen (T, k)`, for the families tested here."""
     if hasattr(router, "e_score_correction_bias"):  # DeepSeek-V3
         values = logits.sigmoid().gather(-1, chosen)
         return values / (values.sum(-1, keepdim=True) + 1e-20) * router.routed_scaling_factor
@@ -18,7 +18,7 @@ def weigh(router, logits, chosen):
 
 @contextlib.contextmanager
 def replayed(model, choices):
-    """While open, router `name` returns `choices[name] (T, k)`, whatever its logits and biases say."""
+    """Context manager: router `name` returns `choices[name] (T, k)`, whatever its logits and biases."""
 
     def forward_of(router, chosen):
         def forward(hidden):
@@ -37,10 +37,10 @@ def replayed(model, choices):
 
 
 class Rollouts:
-    """Records what the routers of `model` choose while it generates, row by row; hands it out for the same rows."""
+    """Records the routers' choices while `model` generates, row by row, and returns them for the same rows."""
 
     def __init__(self, model):
-        self.rows = {}  # the tokens of a row -> {router name: (S - 1, k)}: the last token has chosen nothing
+        self.rows = {}  # tokens of a row: {router name: (S - 1, k)}; the last token has no choice
         self._calls = None
         for name, router in routers(model).items():
             router.register_forward_hook(lambda _, args, out, name=name: self._note(name, out[2]))
@@ -63,6 +63,6 @@ class Rollouts:
         return ids
 
     def of(self, input_ids):
-        """`{router name: (B·S, k)}` of rows that were generated; the last token of each gets what the one before it got."""
+        """Returns `{router name: (B·S, k)}` of generated rows. The last token of each repeats the one before it."""
         found = [self.rows[tuple(row)] for row in input_ids.tolist()]
         return {name: torch.cat([torch.cat([row[name], row[name][-1:]]) for row in found]) for name in found[0]}

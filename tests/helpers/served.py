@@ -1,6 +1,6 @@
 """
-What vLLM answers: `python served.py FOLDER ...` serves one checkpoint after the other, asks for the log-probabilities of the rows in
-FOLDER/rows.json and for GREEDY tokens more, and writes both to FOLDER/answers.json.
+Gets answers of vLLM: `python served.py FOLDER ...` serves one checkpoint after the other. Asks for the
+log-probabilities of the rows in FOLDER/rows.json and for GREEDY more tokens, and writes both to FOLDER/answers.json.
 """
 
 import json

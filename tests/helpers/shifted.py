@@ -1,4 +1,4 @@
-"""Mixtral routers whose logits are shifted: an expert that takes all tokens, one that is masked, numbers that are none."""
+"""Mixtral routers with shifted logits: an expert that takes all tokens, a masked expert, non-finite numbers."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from references import routers
 
 @contextlib.contextmanager
 def shifted(model, expert, by):
-    """While open, the logits of `expert` have `by` added in every router; the rest of its forward, written out."""
+    """Context manager: adds `by` to the logits of `expert` in every router. The rest of the forward is unchanged."""
     for router in routers(model).values():
 
         def forward(hidden_states, router=router):

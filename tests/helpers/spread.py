@@ -1,4 +1,4 @@
-"""What two or four gloo ranks do with models that are spread over them, batches that are not, and steps of their own."""
+"""Scenarios for two or four gloo ranks: spread models, uneven batches, and local steps."""
 
 import copy
 import logging
@@ -20,7 +20,7 @@ from hf_phibalance import PhiBalanceConfig
 
 
 TRAINERS = ("raw loop", "Trainer")
-RUNS = {  # rows and arguments; two ranks, two rows a micro-batch
+RUNS = {  # number of rows, and arguments; two ranks, two rows per micro-batch
     "repeated": (11, {}),  # accelerate fills up the last batches with rows of the first
     "uneven": (11, {"accelerator_config": {"even_batches": False}}),
     "uneven steps": (13, {"accelerator_config": {"even_batches": False}, "gradient_accumulation_steps": 2}),
@@ -31,11 +31,11 @@ LOCAL = PhiBalanceConfig(coef=2.0, bias_coef=0.01)
 LOCAL_STEPS, LOCAL_RATE = 3, 0.1
 
 
-# ---------------------------------------------------------------------- batches that are not even
+# ---------------------------------------------------------------------- uneven batches
 
 
 class Noting(torch.optim.SGD):
-    """Changes no weight; notes the gradients it is handed."""
+    """Records the gradients it gets. Changes no weights."""
 
     def __init__(self, model):
         super().__init__(model.parameters(), lr=0.0)
@@ -48,7 +48,7 @@ class Noting(torch.optim.SGD):
 
 
 def train(run, folder, balanced):
-    """Gradients, prices and this rank's rows of every step."""
+    """Returns the gradients, prices and this rank's rows of every step."""
     count, arguments = RUNS[run]
     model = tiny_model("mixtral").train()
     optimizer, seen, prices = Noting(model), [], []
@@ -75,7 +75,7 @@ def train(run, folder, balanced):
 
 
 def train_unevenly(folder):
-    """By run: for each step, what balancing added to the gradient, the prices, and the rows of each micro-batch."""
+    """Returns, by run and step, what balancing added to the gradient, the prices, and the rows of each micro-batch."""
     found = {}
     for run in RUNS:
         plain, _, _ = train(run, folder, balanced=False)
@@ -86,11 +86,11 @@ def train_unevenly(folder):
     return found
 
 
-# ---------------------------------------------------------------------- steps of their own
+# ---------------------------------------------------------------------- local steps
 
 
 def train_locally():
-    """Three steps that each rank takes alone, against the naive loop on its own batches; then the average of both."""
+    """Takes three steps on each rank alone, checks them against the naive loop, then averages both."""
     rank = dist.get_rank()
     model = tiny_model("mixtral").train()
     steps = [[tiny_batch(model, 2 + rank, 8, seed=10 * rank + step)] for step in range(LOCAL_STEPS)]
@@ -142,8 +142,8 @@ def _numpy(by_name):
 
 def sharded_gradient(balanced):
     """
-    Gradient of a model whose experts are sharded by themselves, where rank 1 has two tokens; the prices, and how many experts of
-    a layer have no token on this rank, at least.
+    Returns the gradient of a model with separately sharded experts, where rank 1 has two tokens; the prices; and the
+    smallest number of experts in a layer without a token on this rank.
     """
     model = tiny_model("mixtral", **WITH_IDLE_EXPERTS).train()
     for layer in model.model.layers:
@@ -157,14 +157,14 @@ def sharded_gradient(balanced):
     if balanced:
         balancer = set_prices(phb.patch(model, {"coef": 5.0}))
         prices = balancer.prices()
-    model(**batch).loss.backward()  # not announced: one backward in a step needs no begin_step(), on ranks neither
+    model(**batch).loss.backward()  # one backward per step needs no begin_step(), on several ranks either
     if balanced:
         balancer.step()
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
     return gradients, prices, min(idle)
 
 
-WITH_IDLE_EXPERTS = {"num_local_experts": 8}  # two of them for each token
+WITH_IDLE_EXPERTS = {"num_local_experts": 8}  # each token chooses two of them
 
 
 def batches_of_ranks(model):
@@ -182,7 +182,7 @@ def train_with_idle_experts():
 
 
 class Gather(torch.autograd.Function):
-    """The parts of all ranks side by side; each part gets the gradients that it has on all of them."""
+    """Concatenates the parts of all ranks. Each part gets the sum of its gradients on all ranks."""
 
     @staticmethod
     def forward(ctx, part):
@@ -198,7 +198,7 @@ class Gather(torch.autograd.Function):
 
 
 def attend_to_all_parts(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Causal attention of the queries of this rank to the keys of all, as context parallelism has it."""
+    """Causal attention of this rank's queries to the keys of all ranks, as in context parallelism."""
     key, value = (Gather.apply(part.contiguous()) for part in (key, value))
     start, width = dist.get_rank() * query.shape[2], key.shape[2]
     queries = torch.arange(start, start + query.shape[2])
@@ -209,7 +209,7 @@ def attend_to_all_parts(module, query, key, value, attention_mask, scaling, **kw
 
 
 def gradient_of_parts(balanced):
-    """Averaged over the ranks, each of which has one half of the columns of the batch; the prices, the balancer."""
+    """Returns the gradient averaged over ranks, each with half of the batch's columns; the prices; the balancer."""
     AttentionInterface.register("parts", attend_to_all_parts)
     model = tiny_model("mixtral", num_key_value_heads=4).train()
     model.set_attn_implementation("parts")
@@ -256,7 +256,7 @@ def patch_stage_of_transformers(folder):
 
 
 class Stage(torch.nn.Module):
-    """Some layers of a model, called one by one; the last ones end in a loss-like number per token."""
+    """Some layers of a model, called one by one."""
 
     def __init__(self, model, first):
         super().__init__()
@@ -273,7 +273,7 @@ class Stage(torch.nn.Module):
 
 
 def train_in_a_pipeline(steps=8):
-    """What is said of it; the steps that moved the duals."""
+    """Returns the logged messages, and the number of steps that moved the duals."""
     rank, model = dist.get_rank(), tiny_model("mixtral").train()
     phb.patch(model, {"coef": 1.0})
     optimizer, said = torch.optim.SGD(model.parameters(), lr=1e-3), []
@@ -285,7 +285,7 @@ def train_in_a_pipeline(steps=8):
     ids = tiny_batch(model, 4, 8, padded=False)["input_ids"]
     for _ in range(steps):
         schedule.step(ids) if rank == 0 else schedule.step(target=ids.float())
-        assert any(p.grad is not None for p in model.parameters())  # it has trained, without us
+        assert any(p.grad is not None for p in model.parameters())  # training works without our step
         optimizer.step()
         optimizer.zero_grad()
     logging.getLogger("hf_phibalance").removeHandler(handler)
@@ -293,7 +293,7 @@ def train_in_a_pipeline(steps=8):
 
 
 def train_different_models(other_coef, layers):
-    """Rank 1 has another configuration, or fewer layers."""
+    """Trains with another configuration, or with fewer layers, on rank 1."""
     rank = dist.get_rank()
     model = tiny_model("mixtral").train()
     if rank == 1:

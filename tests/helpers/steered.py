@@ -1,4 +1,4 @@
-"""Models with a selection bias that matters."""
+"""Models whose selection bias changes the choices."""
 
 import torch
 from tiny import tiny_model
@@ -7,7 +7,7 @@ import hf_phibalance as phb
 
 
 def with_bias(model_type, width=0.05, **overrides):
-    """A patched tiny model whose selection bias matters."""
+    """Returns a patched tiny model whose selection bias changes the choices."""
     model = phb.patch(tiny_model(model_type, **overrides), {"bias_coef": 0.003})
     balancer = phb.get_balancer(model)
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""Optimizer steps of several micro-batches: the gradient of a patched model, and that of a formula."""
+"""Optimizer steps of several micro-batches: the gradient of a patched model, and the gradient of a formula."""
 
 import torch
 from charging import collect
@@ -22,7 +22,7 @@ def micro_batches(model, shapes=SHAPES, seed=0):
 
 
 def dealt(batch, sizes):
-    """`batch` row by row in several micro-batches, all of its width."""
+    """Returns `batch` split by rows into micro-batches of `sizes` rows, all of its width."""
     start = 0
     for size in sizes:
         yield {name: tensor[start : start + size] for name, tensor in batch.items()}
@@ -30,7 +30,7 @@ def dealt(batch, sizes):
 
 
 def many_tokens(model, seed=0):
-    """One padded micro-batch whose tokens are a multiple of 8 experts / top-2, so that a fair share is whole."""
+    """Returns one padded micro-batch. Its number of tokens makes the fair share (8 experts, top-2) a whole number."""
     batch = tiny_batch(model, 16, 64, seed=seed)
     while batch["attention_mask"].sum() % 4:
         row = int(batch["attention_mask"].sum(1).argmax())
@@ -48,7 +48,7 @@ def build(model_type, checkpointing="none", **overrides):
 
 
 def build_for(config, model_type, **overrides):
-    """As `build`; quantile balancing refuses groups."""
+    """Like `build`. Removes groups for quantile balancing, which refuses them."""
     grouped = model_type == "deepseek_v3" and config.get("method") == "quantile"
     return build(model_type, **(UNGROUPED if grouped else {}), **overrides)
 
@@ -58,7 +58,7 @@ def router_parameters(model):
 
 
 def step_gradient(model, batches, announce=None, close=True):
-    """Gradient of an optimizer step of the task, with what a patch adds."""
+    """Returns the gradient of an optimizer step, including what a patch adds."""
     model.zero_grad()
     balancer = phb.get_balancer(model) if is_patched(model) else None
     if balancer is not None:
@@ -71,7 +71,7 @@ def step_gradient(model, batches, announce=None, close=True):
 
 
 def loss_gradient(model, batches, losses, shares=None, token_mask="attention_mask"):
-    """Gradient of Σ_j share_j Σ coef · loss(micro-batches 1..j) on an unpatched model; `losses` is `[(coef, loss)]`."""
+    """Gradient of Σ_j share_j Σ coef · loss(micro-batches 1..j) on an unpatched model. `losses`: `[(coef, loss)]`."""
     assert not is_patched(model)
     model.zero_grad()
     routed = [forward(model, batch, token_mask)[1] for batch in batches]
@@ -90,7 +90,7 @@ def difference(left, right):
 
 
 def assert_gradient(actual, expected, tolerance=1e-4, parts=(True, False)):
-    """Of the routers (True), and of everything below them (False): the relative residual is that of float32."""
+    """Asserts float32 accuracy by the relative residual: of the routers (True), of everything below them (False)."""
     for part in parts:
         names = [name for name in expected if bool(ROUTER.search(name)) is part]
         assert names
@@ -105,7 +105,7 @@ def assert_gradient(actual, expected, tolerance=1e-4, parts=(True, False)):
 
 
 def added_gradient(model, config, batches, prepare=None, announce=None):
-    """What the patch adds to the task gradient; `model` is left patched."""
+    """Returns what the patch adds to the task gradient. Leaves `model` patched."""
     plain = step_gradient(model, batches)
     phb.patch(model, config)
     if prepare is not None:

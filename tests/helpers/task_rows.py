@@ -1,4 +1,4 @@
-"""A well-formed row of each task, and files of rows."""
+"""A valid row of each task, and files of rows."""
 
 import json
 

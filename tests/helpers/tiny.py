@@ -21,10 +21,10 @@ import hf_phibalance as phb
 
 
 def _has_routers(model_type: str) -> bool:
-    """Whether the modelling file declares the recorder or (before transformers 5.20) chooses experts; reading it avoids 60 imports."""
+    """True if the modelling file declares the recorder or (before 5.20) chooses experts. Saves 60 imports."""
     name = model_type_to_module_name(model_type)
     path = Path(transformers.__file__).parent / "models" / name / f"modeling_{name}.py"
-    if not path.is_file():  # a type that has another's model class
+    if not path.is_file():  # a type that uses another's model class
         model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], None)
         path = Path(inspect.getfile(model_class)) if model_class else path
     source = path.read_text() if path.is_file() else ""
@@ -36,7 +36,7 @@ def _has_routers(model_type: str) -> bool:
 MODEL_TYPES: list[str] = sorted(filter(_has_routers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 ROUTER = re.compile(r"\.(gate|router|router_gate)\.")  # in the names of router parameters
-FIRST_PLAIN_ID = 3  # below are pad, bos and eos; other special ids of composite models lie beyond the tiny vocabulary
+FIRST_PLAIN_ID = 3  # pad, bos and eos are below; other special ids of composite models are beyond the tiny vocabulary
 
 # Model types that cannot be built or run tiny, with the reason.
 UNBUILDABLE: dict[str, str] = {}
@@ -93,7 +93,7 @@ SHRINK = {
 HYBRID_LAYERS = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 GROUPS = {"n_group": 4, "topk_group": 2}
 
-# What differs, by model type (a composite model type: what it needs besides `text_config`).
+# Differences by model type (for a composite model type: besides `text_config`).
 OVERRIDES: dict[str, dict] = {
     "axk1": GROUPS,
     "bailing_hybrid": HYBRID_LAYERS | {"num_expert_group": 4, "topk_group": 2},
@@ -189,7 +189,7 @@ OVERRIDES: dict[str, dict] = {
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
 }
 
-# What differs besides in transformers before the version. Can go with them.
+# Further differences in transformers before the version. Remove them with support for it.
 OLDER: dict[str, dict[str, dict]] = {
     "5.20": {"qwen4_exp_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}},
     "5.14": {
@@ -207,7 +207,7 @@ for _version, _overrides in OLDER.items():
 
 
 def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
-    """The config of `model_type`, shrunk; `overrides` are fields of it (of its text config where it is composite)."""
+    """Returns a small config of `model_type`. `overrides` are fields of it (of its text config if composite)."""
     cls = CONFIG_MAPPING[model_type]
     if "text_config" in cls.sub_configs:
         text_config = tiny_config(cls.sub_configs["text_config"].model_type, **overrides)
@@ -216,7 +216,7 @@ def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
 
 
 def shrunk(cls: type[PreTrainedConfig], *sizes: dict) -> PreTrainedConfig:
-    """A config of `cls` with the fields in `sizes`, later ones first; the first may hold some that it does not have."""
+    """Returns a config of `cls` with the fields in `sizes`; later ones win. `cls` may lack fields of the first."""
     # in transformers 5.0 configs are ordinary classes
     fields = (
         {f.name for f in dataclasses.fields(cls)}
@@ -235,7 +235,7 @@ def shrunk(cls: type[PreTrainedConfig], *sizes: dict) -> PreTrainedConfig:
 
 def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
     """
-    A random model of `model_type` in eval mode, the same for the same `seed`; `overrides` as in `tiny_config`.
+    Returns a random model of `model_type` in eval mode, the same for the same `seed`. `overrides` as in `tiny_config`.
 
     Every trainable parameter is random. Selection biases are not trainable and keep their initial value, mostly zero.
     """
@@ -244,7 +244,7 @@ def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float3
 
 
 def random_model(auto, config: PreTrainedConfig, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of the class that `auto` has for `config`, every trainable parameter of it random."""
+    """Returns a model of the class in `auto` for `config`, with every trainable parameter random."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = auto.from_config(config, dtype=dtype)
@@ -257,7 +257,7 @@ def random_model(auto, config: PreTrainedConfig, seed: int, dtype: torch.dtype =
             if not param.requires_grad:
                 continue
             noise = torch.randn(param.shape)
-            if param.ndim < 2:  # norms, biases, decays: stay near what the family chose
+            if param.ndim < 2:  # norms, biases, decays stay near their initial values
                 param.add_(0.1 * noise)
             else:
                 param.copy_(noise * (0.5 if ROUTER.search(name) else 0.2))
@@ -284,7 +284,7 @@ def tiny_batch(model: PreTrainedModel, batch: int = 2, seq: int = 8, padded: boo
 
 
 def set_prices(model: PreTrainedModel, seed: int = 0) -> phb.PhiBalancer:
-    """Puts uneven means, and so known prices, into force in a patched model; returns its balancer."""
+    """Sets uneven means, and so known prices, in a patched model. Returns its balancer."""
     balancer = phb.get_balancer(model)
     generator = torch.Generator().manual_seed(seed)
     state = balancer.state_dict()

@@ -1,8 +1,8 @@
 """Tiny random MoE models that read images, one for every such model type, and real images with text for them.
 
-The vision tower has two layers of width 32 over patches of 4 x 4 pixels; the language model is that of [`tiny`]. Pixel
-values come from the family's own image processor, or, where that one needs torchvision, are cut as it would cut them. The
-text gets one placeholder for each feature that the tower makes of them, as the family's processor would write it.
+The vision tower has two layers of width 32 over patches of 4 x 4 pixels. The language model is that of [`tiny`]. Pixel
+values come from the family's image processor; if it needs torchvision, images are cut in the same way. The text has
+one placeholder per feature of the tower, as from the family's processor.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ SHRINK_AUDIO = {
     "mel_vocab_size": 8,
 }
 _SAM = {"output_channels": 8, "downsample_channels": [8, 32], "window_size": 2, "global_attn_indexes": [1]}
-# What differs, by model type of the part, or of the whole.
+# Differences by model type, of the part or of the whole.
 PARTS: dict[str, dict] = {
     "deepseek_ocr2_sam_vision_model": _SAM,
     "dots3_note_vision_encoder": {"per_layer_config": {}},
@@ -104,7 +104,7 @@ PARTS: dict[str, dict] = {
     "llama4_vision_model": {"intermediate_size": 128},
     "muse_spark_audio": {"patch_sizes": [4], "hidden_sizes": [32], "depths": [1], "out_hidden_size": 32},
     "muse_spark_text": {"moe_hidden_size": 32},
-    "qwen3_vl_moe_text": {"pad_token_id": 0},  # which 5.0 reads and does not declare
+    "qwen3_vl_moe_text": {"pad_token_id": 0},  # 5.0 reads it but does not declare it
     "radio": {"video_temporal_patch_size": 2, "patch_dim": 48, "video_patch_dim": 96, "num_registers": 1},
     "step3p5": {"share_expert_dim": 16, "sliding_window": 4},
     "unlimited_ocr_sam_vision_model": _SAM,
@@ -113,17 +113,17 @@ COMPOSITES: dict[str, dict] = {
     "aria": {"projector_patch_to_query_dict": {49: 8}},
     "diffusion_gemma": {"vision_config": "gemma4_vision"},  # `None` unless asked for
     "gemma4": {"vision_config": "gemma4_vision"},
-    "internvl": {"text_config": "qwen3_moe"},  # one of those whose config takes any language model
+    "internvl": {"text_config": "qwen3_moe"},  # one of those that take any language model
     "kimi_k25": {"projection_hidden_size": 32},
     "minimax_m3_vl": {"projector_hidden_size": 32},
     "muse_spark": {"projector_hidden_size": 32, "out_hidden_size": 128},
-    "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},  # which its code reads and its config does not declare
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},  # its code reads it, its config does not declare it
     "nemotron_h_omni": {"projector_hidden_size": 32, "vision_hidden_size": 32},
 }
 
 
 def tiny_image_config(model_type: str, **overrides) -> PreTrainedConfig:
-    """The config of `model_type`, shrunk; `overrides` are fields of its text config."""
+    """Returns a small config of `model_type`. `overrides` are fields of its text config."""
     cls = CONFIG_MAPPING[model_type]
     own, parts = dict(COMPOSITES.get(model_type, {})), {}
     default = cls()
@@ -147,7 +147,7 @@ def _shrunk_part(cls: type[PreTrainedConfig], name: str, overrides: dict) -> Pre
 
 
 def _reads_images_with_experts(model_type: str) -> bool:
-    """Whether its modelling file, or that of its language model, declares or (before transformers 5.20) has routers."""
+    """True if the modelling file, or that of its language model, has routers."""
     parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
     if "text_config" not in parts or "vision_config" not in parts:
         return False
@@ -164,7 +164,7 @@ IMAGE_TEXT_TYPES: list[str] = sorted(filter(_reads_images_with_experts, MODEL_FO
 
 
 def tiny_image_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
-    """A random model of `model_type` in eval mode; `overrides` are fields of its text config."""
+    """Returns a random model of `model_type` in eval mode. `overrides` are fields of its text config."""
     model = random_model(AutoModelForImageTextToText, tiny_image_config(model_type, **overrides), seed)
     if model_type == "llama4":
         model.language_model.register_forward_hook(_without_images)
@@ -178,7 +178,7 @@ def _without_images(module, args, output) -> None:
 
 # ---------------------------------------------------------------------- images
 
-# Model types that declare no image processor of their own, or one that needs torchvision: whose patches are alike.
+# Model types without an image processor, or with one that needs torchvision, and a type with the same patches.
 SEEN_AS = dict.fromkeys(
     (
         *("kimi_k25", "minimax_m3_vl", "muse_spark", "nemotron_h_omni", "qwen3_omni_moe_thinker", "qwen3_vl_moe"),
@@ -202,7 +202,7 @@ SEEING: dict[str, dict] = {
 
 
 def draw(width: int, height: int) -> Image.Image:
-    """A picture: a red disc on a blue ground, with a white line across."""
+    """Draws a red disc on a blue ground, with a white line across."""
     picture = Image.new("RGB", (width, height), "navy")
     pen = ImageDraw.Draw(picture)
     pen.ellipse((width // 4, height // 4, width - 2, height - 2), fill="crimson")
@@ -211,7 +211,7 @@ def draw(width: int, height: int) -> Image.Image:
 
 
 def image_processor(model_type: str):
-    """The image processor of `model_type` for patches of 4 x 4 pixels, or `None` if it needs torchvision."""
+    """Returns the image processor of `model_type` for patches of 4 x 4 pixels, or `None` if it needs torchvision."""
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
     names = IMAGE_PROCESSOR_MAPPING_NAMES.get(SEEN_AS.get(model_type, model_type)) or {}
@@ -226,17 +226,17 @@ def image_processor(model_type: str):
 
 
 def tiles(picture: Image.Image, side: int) -> torch.Tensor:
-    """Squares of a picture, `(N, side, side, 3)` in [-1, 1]."""
+    """Returns the squares of a picture, `(N, side, side, 3)` in [-1, 1]."""
     width, height = picture.size
     pixels = torch.tensor(list(picture.tobytes())).view(height, width, 3).float() / 127.5 - 1
     return pixels.unfold(0, side, side).unfold(1, side, side).permute(0, 1, 3, 4, 2).reshape(-1, side, side, 3)
 
 
 def see(model_type: str, picture: Image.Image) -> dict[str, torch.Tensor]:
-    """What a model of `model_type` is given of a picture."""
+    """Returns the inputs that a model of `model_type` gets for a picture."""
     width, height = picture.size
     processor = image_processor(model_type)
-    if model_type.startswith("inkling2"):  # squares of 2 x 2 patches, and how many
+    if model_type.startswith("inkling2"):  # squares of 2 x 2 patches, and their number
         return {"pixel_values": tiles(picture, 8), "image_grid_thw": torch.tensor([[1, height // 8, width // 8]])}
     if model_type == "inkling_mm_model":  # each patch twice, as a video of two frames
         return {"pixel_values": tiles(picture, 4).unsqueeze(1).repeat(1, 2, 1, 1, 1)}
@@ -251,7 +251,7 @@ def see(model_type: str, picture: Image.Image) -> dict[str, torch.Tensor]:
 
 
 def count_features(model: PreTrainedModel, seen: dict) -> int:
-    """How many vectors the tower of `model` makes of what it is given: as many as there have to be placeholders."""
+    """Returns the number of features that the tower of `model` makes, which is the number of placeholders."""
     reader = model if hasattr(model, "get_image_features") else model.model
     takes = inspect.signature(reader.get_image_features).parameters
     if "vision_feature_select_strategy" in takes:  # llama4, before transformers 5.14
@@ -259,14 +259,14 @@ def count_features(model: PreTrainedModel, seen: dict) -> int:
     with torch.no_grad():
         output = reader.get_image_features(**{name: value for name, value in seen.items() if name in takes})
     features = getattr(output, "pooler_output", None)
-    features = output.last_hidden_state if features is None else features  # of llama4
+    features = output.last_hidden_state if features is None else features  # llama4
     features = features if isinstance(features, (tuple, list)) else [features]
     return sum(part.numel() // part.shape[-1] for part in features)
 
 
 def image_batch(model: PreTrainedModel, pictures=((24, 16), None, (16, 32)), words: int = 4, seed: int = 0) -> dict:
     """
-    Rows of `words` tokens before and after a picture of a given width and height, or of text alone; padded on the right.
+    Returns right-padded rows: `words` tokens before and after a picture (width, height), or text alone.
     """
     generator = torch.Generator().manual_seed(seed)
     model_type, config = model.config.model_type, model.config
@@ -299,7 +299,7 @@ def image_batch(model: PreTrainedModel, pictures=((24, 16), None, (16, 32)), wor
 
 
 def _joined(values: list[torch.Tensor]) -> torch.Tensor:
-    """Pictures of different sizes below each other, padded on the right and below."""
+    """Stacks pictures of different sizes, padded on the right and below."""
     if values[0].ndim == 4 and values[0].shape[1] == 3:
         sides = [max(value.shape[axis] for value in values) for axis in (2, 3)]
         values = [torch.nn.functional.pad(v, (0, sides[1] - v.shape[3], 0, sides[0] - v.shape[2])) for v in values]

@@ -1,4 +1,4 @@
-"""Commands of the tools that people train with: what they are given, how they are run, and what their optimizer got."""
+"""Runs the commands of training tools: their inputs, their processes, and the gradients of their optimizers."""
 
 import json
 import os
@@ -29,11 +29,11 @@ SHAPE = {
     "initializer_range": 0.15,
 }
 FAMILIES = {"mixtral": {"num_local_experts": 8}, "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16}}
-PAD = 0  # of `train_tokenizer`, which is no other token as well
+PAD = 0  # of `train_tokenizer`; no other token has this id
 
 
 def write_inputs(folder: Path) -> list[dict[str, str]]:
-    """A tiny random model of each family in `folder`; returns made problems of very different lengths."""
+    """Writes a tiny random model of each family to `folder`. Returns generated problems of very different lengths."""
     rows = make_splits(24)["train"]
     tokenizer = train_tokenizer([row["question"] + row["answer"] for row in rows], vocab_size=320)
     for family, fields in FAMILIES.items():
@@ -44,7 +44,7 @@ def write_inputs(folder: Path) -> list[dict[str, str]]:
 
 
 def run(command: list[str], folder: Path, record: bool = False, **environment: str) -> str:
-    """Runs `command` in `folder`; returns what it printed. With `record` the optimizer's gradients go to `folder/OUT/rec`."""
+    """Runs `command` in `folder`, returns its output. `record`: writes the optimizer's gradients to `OUT/rec`."""
     paths = [str(ROOT)]
     if record:
         paths.insert(0, str(HELPERS / "recorder"))
@@ -62,7 +62,7 @@ def run(command: list[str], folder: Path, record: bool = False, **environment: s
 
 @dataclass
 class Effective:
-    """What balancing added to the gradient that an optimizer got, against the definition."""
+    """Compares what balancing added to an optimizer's gradient with the definition."""
 
     ratio: float
     residual: float
@@ -72,12 +72,12 @@ class Effective:
 
 def effective(model: Path, balanced: Path, plain: Path, checkpoint: Path, means: bool = False) -> Effective:
     """
-    Compares step 2 of two recorded runs at learning rate 0, one balanced and one of the tool alone, by autograd on the
-    unpatched model with the prices that step 1 has left in `checkpoint`.
+    Compares step 2 of two recorded runs at learning rate 0, one balanced and one of the tool alone. The definition is
+    computed by autograd on the unpatched model, with the prices of step 1 in `checkpoint`.
 
     Args:
-        means (`bool`): whether the definition weighs every micro-batch alike, instead of every token: where a trainer makes
-            its micro-batches one after the other, so that nobody knows the tokens of the step beforehand.
+        means (`bool`): whether the definition weights micro-batches equally instead of tokens. For trainers that make
+            micro-batches one by one, so that the step's number of tokens is not known in advance.
     """
     ours, theirs = ([torch.load(path) for path in sorted(run.glob("records/2-*.pt"))] for run in (balanced, plain))
     forwards = [inputs for rank in ours for inputs in rank["forwards"]]
@@ -119,8 +119,8 @@ def effective(model: Path, balanced: Path, plain: Path, checkpoint: Path, means:
 
 def assert_merged(base: Path, adapter: Path, merged: Path, *moved: str) -> None:
     """
-    The model in `merged`, loaded as any other, computes what `base` and `adapter` do, and chooses the same experts; training has
-    moved its parameters that end in `moved`.
+    Asserts that the model in `merged` computes what `base` and `adapter` do, and chooses the same experts. Training
+    must have moved its parameters whose names end in `moved`.
     """
     from peft import PeftModel
 
@@ -139,7 +139,7 @@ def assert_merged(base: Path, adapter: Path, merged: Path, *moved: str) -> None:
 
 
 def prices_of(model, checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The prices by router that the state file in `checkpoint` stands for; `model` is left unpatched."""
+    """Returns the prices by router from the state file in `checkpoint`. Leaves `model` unpatched."""
     phb.patch(model, {"coef": COEF})
     balancer = phb.get_balancer(model)
     balancer.load(checkpoint)
@@ -149,6 +149,5 @@ def prices_of(model, checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def log_of(folder: Path) -> list[dict]:
-    """The log of the last checkpoint in `folder`."""
     newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     return json.loads((newest / "trainer_state.json").read_text())["log_history"]

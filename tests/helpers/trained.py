@@ -1,4 +1,4 @@
-"""Patched tiny models after some optimizer steps, and what they hold."""
+"""Patched tiny models after some optimizer steps, and their duals."""
 
 import torch
 from tiny import tiny_batch, tiny_model
@@ -13,7 +13,7 @@ RESELECTING = ["mixtral", "gpt_oss", "deepseek_v2"]
 
 
 def trained(model_type, config, steps=2, **overrides):
-    """A patched model after some optimizer steps, in eval mode."""
+    """Returns a patched model after some optimizer steps, in eval mode."""
     model = phb.patch(tiny_model(model_type, **overrides).train(), config)
     balancer = phb.get_balancer(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -31,7 +31,7 @@ def logits_of(model):
 
 
 def duals(model):
-    """Everything a balancer carries from step to step, `{kind/layer: tensor}`."""
+    """Returns everything that a balancer carries from step to step, `{kind/layer: tensor}`."""
     balancer = phb.get_balancer(model)
     tensors = {"steps": torch.tensor(balancer.steps)}
     for kind, by_layer in (

@@ -1,4 +1,4 @@
-"""Tiny training runs: unequal padded batches, trainers over them, and what they were fed."""
+"""Tiny training runs: unequal padded batches, trainers for them, and a recorder of their inputs."""
 
 import torch
 from datasets import Dataset
@@ -14,7 +14,7 @@ TRAINERS = [Trainer, SFTTrainer]
 
 
 def rows(count=11, shortest=3, longest=9, seed=0):
-    """Token sequences of unequal lengths."""
+    """Returns token sequences of unequal lengths."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
     draw = torch.randint(FIRST_PLAIN_ID, SHRINK["vocab_size"], (count, longest), generator=generator).tolist()
@@ -22,7 +22,7 @@ def rows(count=11, shortest=3, longest=9, seed=0):
 
 
 def pad(examples):
-    """Right-padded batch of `examples`, labels -100 on the padding."""
+    """Returns a right-padded batch of `examples`, with labels -100 on the padding."""
     ids = [torch.as_tensor(example["input_ids"]) for example in examples]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=SHRINK["pad_token_id"])
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
@@ -36,12 +36,12 @@ def tokenizer():
 
 
 def patched(model_type="mixtral", seed=0, model_args=None, **config):
-    """A patched tiny model with a price gradient strong enough to be seen in every weight."""
+    """Returns a patched tiny model with a price gradient strong enough to show in every weight."""
     return phb.patch(tiny_model(model_type, seed, **(model_args or {})).train(), {"coef": 5.0, **config})
 
 
 def make_trainer(model, folder, cls=Trainer, data=None, callbacks=(), eval_dataset=None, **arguments):
-    """A quiet CPU trainer: 2 rows a micro-batch, 4 micro-batches a step, 11 rows: the second step of an epoch has two."""
+    """Returns a quiet CPU trainer: 11 rows, 2 a micro-batch, 4 micro-batches a step. An epoch's second step has 2."""
     sft = issubclass(cls, SFTTrainer)
     arguments = {
         "per_device_train_batch_size": 2,
@@ -57,7 +57,7 @@ def make_trainer(model, folder, cls=Trainer, data=None, callbacks=(), eval_datas
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
-        **({"bf16": False} if sft else {}),  # gradient checkpointing is on, as TRL has it
+        **({"bf16": False} if sft else {}),  # TRL turns gradient checkpointing on
         **arguments,
     }
     args = (SFTConfig if sft else TrainingArguments)(str(folder), **arguments)
@@ -67,7 +67,7 @@ def make_trainer(model, folder, cls=Trainer, data=None, callbacks=(), eval_datas
 
 
 class Recorder(TrainerCallback):
-    """The micro-batches of every optimizer step as the model received them, and the duals that the step left."""
+    """Records the micro-batches of every optimizer step as the model received them, and the duals after it."""
 
     def __init__(self, model):
         self.steps, self.duals = [], []
@@ -89,5 +89,5 @@ class Recorder(TrainerCallback):
 
 
 def weights(model):
-    """Without the selection bias, which belongs to the duals."""
+    """Returns the weights without the selection bias, which belongs to the duals."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "phi_balance." not in name}

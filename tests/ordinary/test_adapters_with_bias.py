@@ -1,6 +1,6 @@
 """
-A selection bias that is trained with an adapter is that adapter's: switched, unloaded, merged, saved and loaded with it.
-In a family without a bias of its own, and in one whose own bias it is. Loops are plain and call nothing of ours.
+A selection bias trained with an adapter belongs to that adapter: it is switched, unloaded, merged, saved and loaded
+with it. Tested with and without a native bias. Loops are plain and call nothing of ours.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ DATA = batches(6)
 
 
 def lora(**options):
-    """LoRA on attention and routers."""
     return LoraConfig(r=4, target_modules=["o_proj"], target_parameters=["mlp.gate.weight"], **options)
 
 
@@ -35,12 +34,12 @@ def base(family):
 
 
 def adapted(family, name="default"):
-    """A patched model with an adapter on which three steps were taken."""
+    """Returns a patched model with an adapter, after three steps."""
     return take_steps(get_peft_model(base(family), lora(), adapter_name=name))
 
 
 def two_adapters(family):
-    """... with two, `first` and `second`, trained one after the other, and the logits with each."""
+    """Returns a model with adapters `first` and `second`, trained one after the other, and the logits with each."""
     model = adapted(family, "first")
     found = {"first": logits(model)}
     model.add_adapter("second", lora())
@@ -62,7 +61,7 @@ def moved(model):
 
 @FAMILIES
 def test_without_its_adapter_the_base_is_back(family):
-    """As TRL computes its reference, and as `unload` returns the model; switched on again, the bias is there again."""
+    """TRL switches the adapter off for its reference; `unload` removes it. The bias comes back with the adapter."""
     of_base, model = logits(ordinary(family)), adapted(family)
     expected, own = logits(model), biases(model)
     assert moved(model) and not torch.equal(expected, of_base)
@@ -82,7 +81,7 @@ def off(model):
 
 @contextlib.contextmanager
 def other(model):
-    """TRL has a reference that is an adapter too."""
+    """In TRL the reference can be another adapter."""
     model.set_adapter("reference")
     yield
     model.set_adapter("default")
@@ -91,7 +90,7 @@ def other(model):
 @pytest.mark.parametrize("reference", [off, other], ids=["disabled", "another adapter"])
 @FAMILIES
 def test_a_reference_between_forward_and_step_changes_nothing(family, reference):
-    """The policy has gone forward, the reference follows, then come backward and step: DPO in TRL's order."""
+    """In TRL's DPO, the reference's forward comes between the policy's forward and its backward."""
     runs = []
     for asks_reference in (True, False):
         torch.manual_seed(0)
@@ -119,7 +118,7 @@ def test_a_reference_between_forward_and_step_changes_nothing(family, reference)
 
 
 def test_dpo_with_an_adapter_keeps_its_reference(tmp_path):
-    """TRL switches the adapter off for the reference; the first loss is ln 2, and the base is the base afterwards."""
+    """TRL switches the adapter off for the reference. The first loss is ln 2, and the base stays unchanged."""
     words = ["w64 w65 w66", "w70 w71 w72 w73", "w80 w81"]
     rows = [{"prompt": f"w1{i} w20 w3{i}", "chosen": words[i % 3], "rejected": words[(i + 1) % 3]} for i in range(8)]
     arguments = DPOConfig(
@@ -147,7 +146,7 @@ def test_dpo_with_an_adapter_keeps_its_reference(tmp_path):
 
 @FAMILIES
 def test_two_adapters_have_a_bias_each(family):
-    """Each comes back when it is set; a step of one leaves the other; without either the base is there."""
+    """Each bias comes back with its adapter. A step with one leaves the other unchanged."""
     model, expected = two_adapters(family)
     assert not torch.equal(expected["first"], expected["second"])
     for name in ("first", "second", "first"):
@@ -163,7 +162,7 @@ def test_two_adapters_have_a_bias_each(family):
 
 @FAMILIES
 def test_two_adapters_are_loaded_one_after_the_other(family, tmp_path):
-    """`load_adapter` of the second leaves the first, in use, as it is."""
+    """Loading the second adapter leaves the first one in use and unchanged."""
     model, expected = two_adapters(family)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base(family), tmp_path / "first", adapter_name="first")
@@ -187,7 +186,7 @@ def after_a_reference(model):
 
 
 def after_another_adapter(model):
-    """The merged one was set, but has not gone forward since."""
+    """The adapter to merge is set again, but has had no forward since."""
     model.add_adapter("other", lora())
     model.set_adapter("other")
     take_steps(model, 2, seed=11)
@@ -195,7 +194,6 @@ def after_another_adapter(model):
 
 
 def in_a_copy(model):
-    """... and neither has its copy."""
     after_another_adapter(model)
     return copy.deepcopy(model)
 
@@ -203,7 +201,7 @@ def in_a_copy(model):
 @pytest.mark.parametrize("before", [as_it_is, after_a_reference, after_another_adapter, in_a_copy])
 @FAMILIES
 def test_a_merged_model_has_the_bias_of_its_adapter(family, before, tmp_path):
-    """Whatever went forward last; saved and loaded with the flag it is still the trained model, its duals included."""
+    """The last forward does not matter. Saved and loaded with the flag, the model keeps its bias and duals."""
     model = adapted(family)
     expected, own = logits(model), biases(model)
     merged = (before(model) or model).merge_and_unload()
@@ -230,7 +228,7 @@ def test_an_unpickled_model_says_what_to_do_before_it_is_merged():
 
 @FAMILIES
 def test_an_adapter_added_after_the_balancer_was_taken_is_saved_with_its_bias(family, tmp_path):
-    """`balancer = get_balancer(model)`, then LoRA, then PEFT's `save_pretrained`: the state lies beside the adapter."""
+    """The order is `get_balancer(model)`, LoRA, PEFT's `save_pretrained`. The state is saved with the adapter."""
     model = base(family)
     balancer = phb.get_balancer(model)
     model = take_steps(get_peft_model(model, lora()))
@@ -242,7 +240,7 @@ def test_an_adapter_added_after_the_balancer_was_taken_is_saved_with_its_bias(fa
 
 
 def test_a_plain_base_loses_the_bias_and_that_is_said(tmp_path, warned):
-    """When the adapter is saved, and where PEFT loads it on a base without balancing; our own class loads it whole."""
+    """Warns when the adapter is saved, and when PEFT loads it on an unbalanced base. Our own class loads the bias."""
     ordinary().save_pretrained(tmp_path / "base")
     model = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "base", phi_balance=CONFIG)
     model = take_steps(get_peft_model(model, lora()))
@@ -268,7 +266,7 @@ def test_a_plain_base_loses_the_bias_and_that_is_said(tmp_path, warned):
 
 @FAMILIES
 def test_whole_routers_added_after_the_first_step(family, tmp_path):
-    """PEFT copies the routers, with a family's own bias in them: the copy that acts gets the bias that moves."""
+    """PEFT copies whole routers, native bias included. The copy in use gets the updated bias."""
     model = take_steps(base(family), 1)
     config = LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["gate"])
     before, start = logits(model), biases(model)

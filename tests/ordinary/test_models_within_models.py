@@ -1,6 +1,6 @@
 """
-A balanced model inside another module, beside another model, or with other experts than it was made with: the declared
-coefficient arrives, each token counts once, and what does not train is not moved.
+A balanced model inside another module, together with another model, or with changed experts: the declared coefficient
+arrives, each token counts once, and untrained models do not move.
 """
 
 import copy
@@ -44,7 +44,7 @@ def patched(model, **config):
 
 
 def both(run, build=ordinary):
-    """`run(model, watch)` on a balanced and on an ordinary model."""
+    """Runs `run(model, watch)` on a balanced and on an ordinary model."""
     watches = []
     for balanced in (True, False):
         model = build().train()
@@ -63,16 +63,16 @@ def one_step(trained, loss):
 
 
 def train(model, folder, accumulation, **options):
-    """Two steps of a plain `Trainer` to which nothing is attached."""
+    """Takes two steps with a plain `Trainer`. Nothing is attached."""
     options = {"max_steps": 2, "gradient_accumulation_steps": accumulation, "learning_rate": 0.0, **options}
     make_trainer(model, folder, **options).train()
 
 
-# ---------------------------------------------------------------------- modules of one's own
+# ---------------------------------------------------------------------- custom modules
 
 
 class Retriever(nn.Module):
-    """Two texts of equal shape, and arguments that a backbone would not have."""
+    """Encodes two texts of equal shape. Its arguments are not those of a backbone."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -86,7 +86,7 @@ class Retriever(nn.Module):
 
 
 class ByForward(Retriever):
-    """As sentence-transformers calls it: not the module, but its `forward`."""
+    """Calls the backbone's `forward` directly, as sentence-transformers does. This skips all hooks."""
 
     def embed(self, tokens, mask):
         return self.encoder.forward(input_ids=tokens, attention_mask=mask).last_hidden_state.pow(2).mean()
@@ -107,7 +107,7 @@ def texts():
 
 @pytest.mark.parametrize("wrap", [Retriever, ByForward, lambda model: Outer(Outer(ByForward(model)))])
 def test_a_module_with_arguments_of_its_own(wrap):
-    """Each of two forwards of one shape has its own mask. Hooks do not run where `forward` is called, ours included."""
+    """Two forwards of one shape have different masks."""
 
     def run(model, watch):
         wrapped = wrap(model)
@@ -121,7 +121,7 @@ def test_a_module_with_arguments_of_its_own(wrap):
 
 
 def test_patched_inside_and_again_outside():
-    """As a message of ours may ask: there is one balancer for a router, and one set of hooks."""
+    """Our messages may ask for this. A router still has one balancer and one set of hooks."""
 
     def run(model, watch):
         wrapped = Outer(Retriever(model))
@@ -138,7 +138,7 @@ def test_patched_inside_and_again_outside():
 
 
 def test_patched_from_outside_only():
-    """The names of routers are those in the transformers model, whatever is around it."""
+    """Routers are named as in the transformers model, whatever contains it."""
     wrapped = phb.patch(Outer(Retriever(backbone())), {"coef": COEF})
     assert phb.get_balancer(wrapped) is phb.get_balancer(wrapped.inner.encoder)
     assert phb.get_balancer(wrapped).layer_names == ["layers.0.mlp.gate", "layers.1.mlp.gate"]
@@ -149,7 +149,7 @@ def test_patched_from_outside_only():
 
 
 def scorer_on(model, dropped):
-    """A reward model on the backbone of `model`, a causal LM that is gone afterwards if `dropped`; and what is kept."""
+    """Returns a reward model on the backbone of `model`, and a list that keeps the causal LM unless `dropped`."""
     scorer = ordinary_scorer().train()
     scorer.model = model.model
     return scorer, [] if dropped else [model]
@@ -157,7 +157,7 @@ def scorer_on(model, dropped):
 
 @pytest.mark.parametrize("dropped", [True, False])
 def test_a_reward_model_on_a_patched_backbone(dropped, tmp_path):
-    """It trains, is saved with its state, and can be unpatched."""
+    """It trains, saves its state, and can be unpatched."""
     watches = []
     for balanced in (False, True):
         scorer, kept = scorer_on(patched(ordinary()) if balanced else ordinary(), dropped)
@@ -179,7 +179,7 @@ def test_a_reward_model_on_a_patched_backbone(dropped, tmp_path):
 
 @pytest.mark.parametrize("dropped", [True, False])
 def test_what_is_saved_of_that_reward_model(dropped, tmp_path):
-    """Weights that any engine loads, without a bias of ours in them, and the flag in the config."""
+    """Any engine can load the weights: they hold no bias of ours. The config has the flag."""
     scorer, kept = scorer_on(take_steps(phb.patch(ordinary(), {"coef": COEF, "bias_coef": 0.5})), dropped)
     gc.collect()
     assert phb.get_balancer(scorer).steps == 3 and len(kept) == 1 - dropped
@@ -190,7 +190,7 @@ def test_what_is_saved_of_that_reward_model(dropped, tmp_path):
 
 
 class Distiller(nn.Module):
-    """A student beside its teacher; with `looks`, the teacher's forward keeps a graph, as some write it."""
+    """A student with its teacher. With `looks`, the teacher's forward keeps a graph."""
 
     def __init__(self, student, teacher, looks=False):
         super().__init__()
@@ -204,7 +204,7 @@ class Distiller(nn.Module):
 
 
 def make_teacher():
-    """Balanced, its bias included, and so far from the student that it routes otherwise."""
+    """Returns a balanced teacher with a bias, which routes differently from the student."""
     teacher = ordinary()
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -214,7 +214,7 @@ def make_teacher():
 
 @pytest.mark.parametrize("loop", ["raw", "raw, teacher with a graph", "Trainer"])
 def test_a_distiller_trains_its_student_only(loop, tmp_path):
-    """A Trainer announces accumulated steps to the one that trains; nothing is attached by hand."""
+    """A Trainer announces accumulated steps to the trained model only. Nothing is attached by hand."""
     teacher = make_teacher()
     said, state = logits(teacher), phb.get_balancer(teacher).state_dict()
 
@@ -234,7 +234,7 @@ def test_a_distiller_trains_its_student_only(loop, tmp_path):
 
 
 def test_a_gradient_through_a_frozen_model_moves_nothing_of_it():
-    """A judge of what another model makes, or a prompt of one's own: its optimizer owns nothing of the balanced model."""
+    """For example a judge, or a soft prompt: the optimizer has no parameter of the balanced model."""
     judge = make_teacher().requires_grad_(False).train()
     state, generator = phb.get_balancer(judge).state_dict(), nn.Linear(4, 32)
     for number in range(3):
@@ -244,7 +244,7 @@ def test_a_gradient_through_a_frozen_model_moves_nothing_of_it():
 
 
 def test_one_config_for_two_models(tmp_path):
-    """What is saved of the other is an ordinary model; that its loss stays is in tests/balancing/test_process.py."""
+    """The other model is saved as an ordinary one. tests/balancing/test_process.py checks that its loss stays."""
     model = ordinary()
     other = type(model)(model.config)
     phb.patch(model, {"coef": COEF})
@@ -267,7 +267,7 @@ def with_prompt(kind, balanced):
 
 
 def price_of_prompt(kind, data, prices):
-    """Gradient of the mean of <q, p> over virtual and real tokens, by autograd on the model without balancing."""
+    """Returns the gradient of the mean of <q, p> over virtual and real tokens, by autograd on the unbalanced model."""
     model, found, total, tokens = with_prompt(kind, False), {}, torch.zeros(()), 0
     for name in prices:
         router = model.get_base_model().get_submodule(name)
@@ -286,7 +286,7 @@ def price_of_prompt(kind, data, prices):
 @pytest.mark.parametrize("loop", ["raw", "Trainer"])
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_virtual_tokens_count(kind, loop, accumulation, tmp_path):
-    """PEFT puts them in front of each row, after a Trainer, or `begin_step`, has counted what is in the batches."""
+    """PEFT adds them to each row after `Trainer` or `begin_step` has counted the batch."""
     watches, data = [], []
     for balanced in (True, False):
         model, data = with_prompt(kind, balanced), []
@@ -317,11 +317,11 @@ def test_virtual_tokens_count(kind, loop, accumulation, tmp_path):
         assert step.logged == tokens
 
 
-# ---------------------------------------------------------------------- other experts than before
+# ---------------------------------------------------------------------- changed experts
 
 
 def pruned(model, kept=(0, 2, 3)):
-    """`model` without the other experts, in place."""
+    """Removes all other experts of `model` in place."""
     for layer in model.model.layers:
         gate, experts = layer.mlp.gate, layer.mlp.experts
         for owner, name in ((gate, "weight"), (experts, "gate_up_proj"), (experts, "down_proj")):
@@ -332,7 +332,7 @@ def pruned(model, kept=(0, 2, 3)):
 
 
 def stacked(model):
-    """`model` with its layers twice, the second time as copies, as depth up-scaling makes it."""
+    """Repeats the layers of `model` as copies, as in depth up-scaling."""
     layers = nn.ModuleList([*model.model.layers, *(copy.deepcopy(layer) for layer in model.model.layers)])
     for number, layer in enumerate(layers):
         layer.self_attn.layer_idx = number
@@ -343,7 +343,7 @@ def stacked(model):
 
 @pytest.mark.parametrize("change", [pruned, stacked])
 def test_experts_or_layers_changed_after_patching(change, tmp_path, warned):
-    """Patching again notices it and says so; each router counts once, and what is saved loads."""
+    """Patching again notices it and warns. Each router counts once, and the saved model loads."""
     watches = []
     for balanced in (True, False):
         model = ordinary().train()
@@ -370,7 +370,6 @@ def test_experts_or_layers_changed_after_patching(change, tmp_path, warned):
 
 
 def test_pruned_and_saved_without_patching_again(tmp_path):
-    """What is saved fits what is there, so it loads and is evaluated like any other model."""
     model = pruned(take_steps(phb.patch(ordinary(), {"coef": COEF, "bias_coef": 0.5})))
     model.save_pretrained(tmp_path)
     loaded = phb.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -379,7 +378,6 @@ def test_pruned_and_saved_without_patching_again(tmp_path):
 
 
 def test_fewer_experts_for_each_token_than_it_was_saved_with(tmp_path):
-    """A model loaded with another `num_experts_per_tok` keeps its duals and trains on."""
     model = take_steps(phb.patch(ordinary(), {"coef": COEF}))
     model.save_pretrained(tmp_path)
     watches = []

@@ -1,9 +1,8 @@
 """
-Loops that people write themselves: the declared coefficient arrives in each, and nothing of ours is called unless a
-test says so.
+Custom training loops: the declared coefficient arrives in each. They call nothing of ours unless a test says so.
 
-Every loop runs twice, on a balanced and on an ordinary model. It is given the balancer only to announce a step;
-without balancing, `None`.
+Every loop runs on a balanced and on an ordinary model. It gets the balancer only to announce a step, and `None` for
+the ordinary model.
 """
 
 import contextlib
@@ -38,7 +37,7 @@ import hf_phibalance as phb
 
 
 DATA = batches(6)
-# how a run in low precision is measured
+# settings for measuring a run in low precision
 LOW = {
     "bf16-mixed": {"autocast": torch.bfloat16, "tolerance": 2e-2, "rest": 0.2},
     "16-mixed": {"autocast": torch.float16, "tolerance": 1e-2},
@@ -46,7 +45,7 @@ LOW = {
 
 
 def both(loop, family="mixtral", by_itself=True, **fields):
-    """`loop(model, watch, balancer)` on a balanced and on an ordinary model, with the same random numbers."""
+    """Runs `loop(model, watch, balancer)` on a balanced and on an ordinary model, with the same random numbers."""
     watches = []
     for balanced in (True, False):
         model = ordinary(family, **fields).train()
@@ -75,7 +74,7 @@ def one_step(model, optimizer, *losses):
 
 
 def test_the_measure_is_right_without_us():
-    """An ordinary model that has the term in its loss, times a factor, is found to have received that factor."""
+    """For an ordinary model with the price term in its loss, times a factor, the measure returns that factor."""
     prices = {
         f"model.layers.{i}.mlp.gate": torch.randn(4, generator=torch.Generator().manual_seed(i)) for i in range(2)
     }
@@ -99,12 +98,12 @@ def test_the_measure_is_right_without_us():
     for factor in (0.0, 0.5, 1.0):
         ratio, rest = measured(factor, mask)
         assert abs(ratio - factor) < 1e-4 and rest < 1e-4
-    assert measured(1.0, torch.ones_like(mask))[1] > 5 * TOLERANCE  # padding pays
+    assert measured(1.0, torch.ones_like(mask))[1] > 5 * TOLERANCE  # padding would count
     assert measured(1.0, mask, {name: price.flip(0) for name, price in prices.items()})[1] > 5 * TOLERANCE
 
 
 def test_an_unbalanced_loop_is_found_to_receive_nothing():
-    """The measure is not blind: with the balanced model replaced by an ordinary one the ratio is 0."""
+    """With an ordinary model instead of the balanced one, the measured ratio is 0."""
     balanced, plain = both(lambda model, watch, _: one_step(model, sgd(model), model(**DATA[0]).loss))
     balanced.steps[0].gradients = plain.steps[0].gradients
     ((ratio, rest),) = coefficients(balanced, plain)
@@ -141,7 +140,7 @@ def test_a_plain_loop_needs_no_call(family, optimizer):
 
 
 def test_step_of_the_balancer_may_be_called_as_well():
-    """`balancer.step()` after the optimizer's, once or twice, changes nothing."""
+    """`balancer.step()` once or twice after the optimizer's step changes nothing."""
 
     def loop(model, watch, balancer):
         optimizer = sgd(model)
@@ -200,7 +199,7 @@ def test_accumulation_that_was_not_announced_is_refused():
 
 
 def test_each_announced_batch_may_have_several_forwards():
-    """Two forwards for one batch that was announced, its halves: each token counts once."""
+    """An announced batch is split into two forwards. Each token still counts once."""
 
     def loop(model, watch, balancer):
         optimizer = sgd(model)
@@ -217,7 +216,7 @@ def test_each_announced_batch_may_have_several_forwards():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("together", [False, True])
 def test_gradient_checkpointing(reentrant, together):
-    """Forwards that are computed again in the backward: of announced micro-batches, and of two forwards in one."""
+    """The backward recomputes forwards: of announced micro-batches, or of two forwards in one micro-batch."""
 
     def loop(model, watch, balancer):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -235,20 +234,19 @@ def test_gradient_checkpointing(reentrant, together):
 
 
 def score(model, batch):
-    """Mean log-probability of each text."""
     logs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
     return logs.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1).mul(batch["attention_mask"][:, 1:]).sum(-1)
 
 
 def pairs(model, watch, _):
-    """Reward pairs, or DPO by hand."""
+    """Reward pairs, or DPO without a trainer."""
     optimizer = sgd(model)
     for chosen, rejected in (DATA[:2], DATA[2:4]):
         one_step(model, optimizer, -nn.functional.logsigmoid(score(model, chosen) - score(model, rejected)).mean())
 
 
 def r_drop(model, watch, _):
-    """Two forwards of the same batch, which dropout makes unequal."""
+    """Two forwards of the same batch, with different dropout."""
     optimizer = sgd(model)
     for batch in DATA[:2]:
         one, two = model(**batch), model(**batch)
@@ -258,14 +256,14 @@ def r_drop(model, watch, _):
 
 
 def dropped(model, watch, _):
-    """A forward whose graph is gone before the backward is not part of the step."""
+    """A forward whose graph is freed before the backward is not part of the step."""
     model(**DATA[1])
     watch.forget()
     one_step(model, sgd(model), model(**DATA[0]).loss)
 
 
 def looked_at(model, watch, _):
-    """Between forward and backward a forward without gradients in train mode, as for a metric, and a generation."""
+    """Between forward and backward: a forward without gradients in train mode, as for a metric, and a generation."""
     loss = model(**DATA[0]).loss
     with torch.no_grad():
         model(**DATA[1])
@@ -274,7 +272,7 @@ def looked_at(model, watch, _):
 
 
 def backbone_alone(model, watch, _):
-    """A head of one's own on the hidden states; the language model's is never called."""
+    """A custom head on the hidden states. The language model's head is never called."""
     head = nn.Linear(model.config.hidden_size, 1)
     optimizer = SGD([*model.parameters(), *head.parameters()], lr=0.0)
     for batch in DATA[:2]:
@@ -283,14 +281,14 @@ def backbone_alone(model, watch, _):
 
 
 def retained(model, watch, _):
-    """Two backwards through one forward: each router adds its part once."""
+    """Two backwards through one forward: each router adds its gradient once."""
     optimizer, loss = sgd(model), model(**DATA[0]).loss
     loss.backward(retain_graph=True)
     one_step(model, optimizer, loss)
 
 
 def projected(model, watch, _):
-    """As PCGrad takes the gradients of two tasks, of one forward, apart and adds them."""
+    """As in PCGrad: takes the gradients of two tasks from one forward separately and adds them."""
     optimizer, output = sgd(model), model(**DATA[0])
     parameters = list(model.parameters())
     first = torch.autograd.grad(output.loss, parameters, retain_graph=True, allow_unused=True)
@@ -302,8 +300,8 @@ def projected(model, watch, _):
 
 
 def penalised(model, watch, _):
-    """A gradient penalty: the backward with `create_graph` is the task's own, the one after it brings the prices."""
-    model.set_attn_implementation("eager")  # the others have no second derivative
+    """A gradient penalty: the backward with `create_graph` is the task's only, the next one adds the prices."""
+    model.set_attn_implementation("eager")  # other implementations have no second derivative
     optimizer = sgd(model)
     for batch in DATA[:2]:
         embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
@@ -349,7 +347,7 @@ def test_a_backward_with_create_graph_alone_adds_nothing_but_counts(warned):
 
 @pytest.mark.parametrize("evaluations", [1, 2])
 def test_lbfgs_calls_a_closure(evaluations):
-    """Each gradient that a closure computes is the declared one; the duals move once, when LBFGS is done."""
+    """Each gradient computed in a closure is the declared one. The duals move once, when LBFGS is done."""
 
     def loop(model, watch, _):
         optimizer = torch.optim.LBFGS(model.parameters(), lr=0.0, max_iter=evaluations, max_eval=evaluations)
@@ -372,7 +370,7 @@ def test_lbfgs_calls_a_closure(evaluations):
 
 
 def test_sam_steps_with_the_gradient_at_the_perturbed_weights():
-    """The first backward only finds the direction: the second counts. Both runs are perturbed alike."""
+    """The first backward only finds the direction, the second one counts. Both runs are perturbed alike."""
     perturbations = []
 
     def loop(model, watch, balancer):
@@ -415,7 +413,7 @@ def test_an_optimizer_for_each_parameter_steps_inside_the_backward():
 
 @pytest.mark.parametrize("announced", [False, True])
 def test_two_optimizers_share_one_model(announced):
-    """As Muon for matrices beside AdamW for the rest: one step of the duals for both."""
+    """For example Muon for matrices and AdamW for the rest. The duals take one step for both."""
 
     def loop(model, watch, balancer):
         matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -435,7 +433,7 @@ def test_two_optimizers_share_one_model(announced):
 
 
 def test_the_optimizer_of_another_model_ends_nothing():
-    """As a discriminator that steps between the micro-batches of a generator."""
+    """For example a discriminator that steps between the micro-batches of a generator."""
 
     def loop(model, watch, balancer):
         optimizer, other = sgd(model), nn.Linear(2, 2)
@@ -454,7 +452,7 @@ def test_the_optimizer_of_another_model_ends_nothing():
 
 
 def given_up(model, watch, _):
-    """A micro-batch whose gradient is thrown away before the optimizer steps."""
+    """The gradient of a micro-batch is dropped before the optimizer steps."""
     optimizer = sgd(model)
     model(**DATA[0]).loss.backward()
     optimizer.zero_grad()
@@ -463,7 +461,7 @@ def given_up(model, watch, _):
 
 
 def given_up_with_zeros(model, watch, balancer):
-    """The same where gradients are set to 0 and stay: then the balancer is told."""
+    """The same, but gradients are set to 0 instead of `None`, so the loop tells the balancer."""
     optimizer = sgd(model)
     model(**DATA[0]).loss.backward()
     optimizer.zero_grad(set_to_none=False)
@@ -474,7 +472,7 @@ def given_up_with_zeros(model, watch, balancer):
 
 
 def not_finite(model, watch, _):
-    """A micro-batch whose loss is NaN is skipped before its backward."""
+    """Skips a micro-batch with NaN loss before its backward."""
     optimizer = sgd(model)
     for number, batch in enumerate(DATA[:4]):
         loss = model(**batch).loss * (float("nan") if number in (0, 2) else 1.0)
@@ -485,7 +483,7 @@ def not_finite(model, watch, _):
 
 
 def failed(model, watch, _):
-    """A forward that fails halfway, as when memory runs out, is tried again with half of the batch."""
+    """A forward fails halfway, as when memory runs out. It is repeated with half of the batch."""
     optimizer = sgd(model)
 
     def fail(*_):
@@ -548,7 +546,7 @@ def test_fp16_autocast_under_a_grad_scaler():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw fused"])
 @pytest.mark.parametrize("zero_grad", ["after", "before"])
 def test_a_step_that_overflows_moves_nothing(optimizer, zero_grad):
-    """The second of three steps overflows; the third is exact, and the duals move with the first and the third."""
+    """The second of three steps overflows. The third is exact, and the duals move in the first and the third."""
 
     def loop(model, watch, balancer):
         own, scaler = OPTIMIZERS[optimizer](model), torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -576,7 +574,7 @@ def test_a_step_that_overflows_moves_nothing(optimizer, zero_grad):
 
 
 def forget_accelerators():
-    """Accelerators of a process share their settings; afterwards there are none."""
+    """Accelerators in a process share settings. Clears them afterwards."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 
@@ -609,13 +607,13 @@ ACCELERATED = {
 
 @pytest.mark.parametrize("case", ACCELERATED)
 def test_accelerate(case):
-    """`accumulate` tells how many backwards a step has; batches make it exact by tokens."""
+    """`accumulate` gives the number of backwards in a step. Passing the batches makes it exact by tokens."""
     loop, how = ACCELERATED[case]
     assert_declared(*both(loop), **how)
 
 
 def at_precision(precision, plugin):
-    """What Lightning and Fabric are told; for fp16 they would take a scaler for CUDA by themselves."""
+    """Returns the precision options of Lightning and Fabric. For fp16 their default scaler needs CUDA."""
     if precision != "16-mixed":
         return {"precision": precision}
     return {"plugins": [plugin(precision, "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))]}
@@ -623,7 +621,7 @@ def at_precision(precision, plugin):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_fabric(precision):
-    """One micro-batch a step, then two that are announced."""
+    """A step of one micro-batch, then a step of two that are announced."""
 
     def loop(model, watch, balancer):
         fabric = Fabric(accelerator="cpu", devices=1, **at_precision(precision, FabricPrecision))
@@ -640,7 +638,7 @@ def test_fabric(precision):
 
 
 def test_a_remainder_under_accumulate_gets_what_its_loss_gets():
-    """accelerate divides the loss of each micro-batch by 2, also where the last step has only one."""
+    """accelerate divides the loss of each micro-batch by 2, even if the last step has only one."""
     balanced, plain = both(accelerated(2, count=3))
     (first, _), (last, rest) = coefficients(balanced, plain, evenly=True)
     assert abs(first - 1) < TOLERANCE and abs(last - 1 / 2) < TOLERANCE and rest < 5 * TOLERANCE
@@ -648,7 +646,7 @@ def test_a_remainder_under_accumulate_gets_what_its_loss_gets():
 
 
 class Module(lightning.LightningModule):
-    """Automatic optimization, which steps with a closure. Batches come one by one: their number is announced."""
+    """Automatic optimization steps with a closure. Batches come one by one, so only their number is announced."""
 
     def __init__(self, model, watch, balancer):
         super().__init__()
@@ -681,11 +679,11 @@ def test_lightning(accumulation, precision):
     assert_declared(*both(loop, by_itself=False), evenly=True, **LOW.get(precision, {}))
 
 
-# ---------------------------------------------------------------------- as from_pretrained returns it
+# ---------------------------------------------------------------------- eval mode, as from_pretrained returns a model
 
 
 def test_a_loaded_model_may_be_looked_at_before_it_trains():
-    """`from_pretrained` returns eval mode: what is computed then, with gradients or not, neither counts nor pays."""
+    """Forwards in eval mode, with gradients or not, are not counted and get no price gradient."""
     watches = []
     for balanced in (True, False):
         model = loaded("mixtral", balanced)
@@ -708,7 +706,7 @@ def test_a_loaded_model_may_be_looked_at_before_it_trains():
 
 
 def test_a_model_that_trains_in_eval_mode_is_balanced_or_says_that_it_is_not(warned):
-    """A loop that never calls `train()`, as many do whose model has no dropout."""
+    """Many loops never call `train()`, since their model has no dropout."""
 
     def loop(model, watch, _):
         model.eval()

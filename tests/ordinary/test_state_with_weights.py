@@ -1,7 +1,7 @@
 """
-Means, prices and selection bias go where the weights go: into a state dict, a copy, an average, a checkpoint, and back.
-Where they cannot, that is said. And a balanced model works where nothing is ordinary but the loop: other default types,
-inference mode, routers that start even; where nothing can move, that is said too.
+Means, prices and selection bias go with the weights into a state dict, copy, average or checkpoint, and back.
+Otherwise there is a warning. A balanced model also works under unusual conditions: other default dtypes, inference
+mode, routers that start even. If nothing can move, there is a warning.
 """
 
 import copy
@@ -30,7 +30,7 @@ def patched(family="mixtral", **config):
 
 
 def trained(family="mixtral", steps=3):
-    """A model whose selection bias matters."""
+    """Returns a model whose selection bias changes its choices."""
     model = take_steps(patched(family), steps)
     assert all(bias.abs().max() > 0.02 for bias in phb.get_balancer(model).biases().values())
     return model
@@ -41,7 +41,7 @@ def trained(family="mixtral", steps=3):
 
 @FAMILIES
 def test_the_best_weights_come_back_with_their_bias(family):
-    """`best = deepcopy(model.state_dict())`, then training that went wrong, then `load_state_dict(best)`."""
+    """`best = deepcopy(model.state_dict())`, a bad training, then `load_state_dict(best)`."""
     model = trained(family)
     best, expected, biases = copy.deepcopy(model.state_dict()), logits(model), phb.get_balancer(model).biases()
     assert not torch.equal(logits(take_steps(model, seed=11)), expected)
@@ -52,7 +52,7 @@ def test_the_best_weights_come_back_with_their_bias(family):
 
 @FAMILIES
 def test_each_fold_of_a_cross_validation_begins_alike(family):
-    """The initial weights, and `reset()` for the means: the second fold ends as the first."""
+    """Loads the initial weights and calls `reset()` for the means. The second fold then ends like the first."""
     model = patched(family)
     balancer, initial, found = phb.get_balancer(model), copy.deepcopy(model.state_dict()), []
     for _ in range(2):
@@ -67,7 +67,7 @@ def test_each_fold_of_a_cross_validation_begins_alike(family):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_weights_without_a_bias_leave_none(inside, warned):
-    """Those of an ordinary model, into the model itself or into a module that holds it; it is said."""
+    """Loads an ordinary model's weights into the model, or into a module that contains it. Warns."""
     model, state = trained(), ordinary().state_dict()
     if inside:
         nn.ModuleDict({"policy": model}).load_state_dict({f"policy.{name}": value for name, value in state.items()})
@@ -81,21 +81,21 @@ def test_weights_without_a_bias_leave_none(inside, warned):
 @pytest.mark.parametrize("use_buffers", [True, False])
 @FAMILIES
 def test_an_average_has_the_bias_of_its_weights(family, use_buffers):
-    """An EMA that forgets all is the model itself; it is no second model to balance, and moves by itself never."""
+    """An EMA with decay 0 equals the model. It is not a second model to balance, and never moves by itself."""
     model = trained(family, 1)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.0), use_buffers=use_buffers)
     steps = phb.get_balancer(average.module).steps
     for seed in (11, 12):
         take_steps(model, 1, seed=seed)
         average.update_parameters(model)
-    own = use_buffers or family == "mixtral"  # else a buffer of the family, which torch leaves out by request
+    own = use_buffers or family == "mixtral"  # otherwise a native buffer, which `use_buffers=False` leaves out
     assert torch.equal(logits(average.module), logits(model)) or not own
     assert phb.get_balancer(average.module).steps == steps == 1 and phb.get_balancer(model).steps == 3
 
 
 @FAMILIES
 def test_what_accelerate_saves_of_a_model_has_the_bias(family, tmp_path):
-    """`save_model` writes a state dict; `save_state` with a registered balancer brings all back."""
+    """`save_model` writes a state dict. `save_state` with a registered balancer restores everything."""
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(trained(family))
     expected, balancer = logits(model), phb.get_balancer(model)
@@ -119,7 +119,7 @@ def test_what_accelerate_saves_of_a_model_has_the_bias(family, tmp_path):
 
 @FAMILIES
 def test_a_language_model_and_its_backbone_share_their_state(family, tmp_path):
-    """`AutoModel` takes what a causal LM saved, and a causal LM what that saved, as transformers does with the weights."""
+    """`AutoModel` loads what a causal LM saved, and the other way round, as transformers does with the weights."""
     model = trained(family)
     model.save_pretrained(tmp_path / "whole")
     phb.enable()
@@ -139,7 +139,7 @@ def test_a_language_model_and_its_backbone_share_their_state(family, tmp_path):
 
 
 def test_a_plain_load_trained_on_and_saved_over_is_said(tmp_path, warned):
-    """The state is then older than the weights beside it. Where they belong together nothing is said."""
+    """The state is then older than the weights. No warning if they belong together."""
     trained().save_pretrained(tmp_path)
     phb.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not warned.about("are not those")
@@ -148,14 +148,14 @@ def test_a_plain_load_trained_on_and_saved_over_is_said(tmp_path, warned):
     loaded = phb.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert len(warned.about("were trained since, without φ-balancing")) == 1
     assert phb.get_balancer(loaded).steps == 3
-    phb.get_balancer(loaded).reset()  # as it says
+    phb.get_balancer(loaded).reset()  # the remedy of the message
     loaded.save_pretrained(tmp_path)
     phb.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert len(warned.about("were trained since")) == 1
 
 
 def test_patching_a_plain_load_is_said(tmp_path, warned):
-    """The bias and the means beside the weights are not looked for; `phi_balance=True` does that."""
+    """A plain load ignores the saved bias and means. `phi_balance=True` loads them."""
     model = trained()
     model.save_pretrained(tmp_path)
     warned.lines.clear()
@@ -167,7 +167,7 @@ def test_patching_a_plain_load_is_said(tmp_path, warned):
 
 
 def test_a_config_makes_a_new_model_with_new_duals(tmp_path, warned):
-    """`from_config` of a balanced checkpoint; one that is not patched, saved, is said to have lost its state."""
+    """`from_config` of a balanced checkpoint. If the model is saved unpatched, loading it warns."""
     trained().save_pretrained(tmp_path / "trained")
     config = AutoConfig.from_pretrained(tmp_path / "trained")
     model = phb.AutoModelForCausalLM.from_config(config)
@@ -198,7 +198,7 @@ def run(folder, config, steps, resume=None, model=None, **attached):
 
 
 def test_balancing_begins_on_the_checkpoint_of_an_unbalanced_run(tmp_path):
-    """Refused with a remedy, which works."""
+    """Raises an error with a remedy, and the remedy works."""
     run(tmp_path, None, 2)
     with pytest.raises(FileNotFoundError, match=r"phb\.attach\(trainer, fresh_duals=True\)"):
         run(tmp_path, {"coef": 0.5}, 4, resume=True)
@@ -208,7 +208,7 @@ def test_balancing_begins_on_the_checkpoint_of_an_unbalanced_run(tmp_path):
 
 @pytest.mark.parametrize("first", [{"method": "switch"}, {"method": "pooled"}, {"track": "load"}], ids=str)
 def test_resumed_with_another_method(first, tmp_path):
-    """Both means are kept whatever a method needs: φ goes on from them, and its price is that of the probabilities."""
+    """Every method keeps both means. φ continues with them, and its price comes from the mean of the probabilities."""
     earlier = phb.get_balancer(run(tmp_path, first, 2).model)
     trainer = run(tmp_path, {"coef": 0.5, "ema_rate": 0.01}, 4, resume=True)
     balancer = phb.get_balancer(trainer.model)
@@ -220,7 +220,7 @@ def test_resumed_with_another_method(first, tmp_path):
 
 
 def test_trained_again_in_the_same_folder(tmp_path):
-    """`train()`, `train(resume_from_checkpoint="checkpoint-2")`, `train()`: the third rewrites checkpoint-2."""
+    """`train()`, `train(resume_from_checkpoint="checkpoint-2")`, `train()`: the third call rewrites checkpoint-2."""
     folder = tmp_path / "checkpoint-2"
     model = ordinary()
     trainer = run(tmp_path, {"coef": 0.5}, 4, model=model)
@@ -238,7 +238,7 @@ def test_trained_again_in_the_same_folder(tmp_path):
     assert torch.equal(logits(other), logits(model))
 
 
-# ---------------------------------------------------------------------- types and modes
+# ---------------------------------------------------------------------- dtypes and modes
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ TYPES = [
 @pytest.mark.parametrize("default_dtype, dtype", TYPES, indirect=["default_dtype"], ids=str)
 @pytest.mark.parametrize("bias_coef", [0.0, 0.1])
 def test_another_default_type(default_dtype, dtype, bias_coef):
-    """As under float32; in 16 bits the coefficient is large, and the measure as coarse as the gradients."""
+    """Equals the result under float32. In 16 bits the coefficient is large, with the tolerance of the gradients."""
     coef, watches = 20.0, []
 
     def build():
@@ -300,7 +300,7 @@ def calibrated(model):
 @pytest.mark.parametrize("first", [evaluated, calibrated])
 @pytest.mark.parametrize("patched_inside", [False, True])
 def test_inference_mode_before_the_first_step(patched_inside, first, config):
-    """What comes first in many scripts leaves nothing that a step cannot change, and the same as under `no_grad`."""
+    """Inference mode, common in scripts, leaves nothing that a step cannot change, and the same as `no_grad`."""
     models = []
     for mode in (torch.inference_mode(), torch.no_grad()):
         model = ordinary()
@@ -313,11 +313,11 @@ def test_inference_mode_before_the_first_step(patched_inside, first, config):
     assert_same_duals(*models)
 
 
-# ---------------------------------------------------------------------- what cannot work is said
+# ---------------------------------------------------------------------- warnings about what cannot work
 
 
 def even(**config):
-    """A model as upcycling makes it: all experts of a router have the same row."""
+    """Returns a model whose experts have equal router rows, as after upcycling."""
     model = ordinary(num_local_experts=8)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -326,7 +326,7 @@ def even(**config):
 
 
 def test_routers_that_start_even_are_said(warned):
-    """The price on probabilities has nothing to act on, while two experts of a router get all. The remedies act."""
+    """Records the balancer's step count and state after each step."""
     balancer = phb.get_balancer(take_steps(even(), 2, learning_rate=0.0))
     (line,) = warned.about("are even")
     assert "track='load'" in line and "bias_coef" in line
@@ -344,7 +344,7 @@ def test_routers_that_start_even_are_said(warned):
 
 
 class ByHand:
-    """An optimizer that is not torch's."""
+    """An optimizer outside torch."""
 
     def __init__(self, parameters):
         self.parameters = list(parameters)
@@ -385,7 +385,7 @@ SILENT = {
 @pytest.mark.parametrize("bias_coef", [0.0, 0.1])
 @pytest.mark.parametrize("prepare", SILENT)
 def test_a_loop_in_which_nothing_moves_is_told_why(prepare, bias_coef, warned):
-    """After eight steps, once."""
+    """Warns once, after eight steps."""
     model = phb.patch(ordinary(), {"coef": 0.5, "bias_coef": bias_coef}).train()
     optimizer, said = prepare(model), []
     for _ in range(4):

@@ -1,8 +1,8 @@
 """
-What `TrainingArguments` and TRL offer beside balancing: the declared coefficient arrives, each token counts once, the
-duals move once in each optimizer step. Models are loaded with the flag, and nothing else of ours is called.
+Features of `TrainingArguments` and TRL: the declared coefficient arrives, each token counts once, and the duals move
+once per optimizer step. Models are loaded with the flag, and nothing else of ours is called.
 
-Each run is made twice, with the flag and without.
+Each run is made with and without the flag.
 """
 
 import copy
@@ -67,11 +67,11 @@ QUIET = {
     "use_cpu": True,
     "dataloader_pin_memory": False,
 }
-FIRST_ANSWER_ID = 64  # tokens below it are a question's and have no label, where a test says so
+FIRST_ANSWER_ID = 64  # in some tests, smaller ids belong to the question and have no label
 
 
 def rows(count, seed=0, shortest=4, longest=10):
-    """Texts of unequal lengths, each a question of small ids and an answer of large ones."""
+    """Returns texts of unequal lengths: a question of small ids, then an answer of large ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high, length):
@@ -85,7 +85,7 @@ def rows(count, seed=0, shortest=4, longest=10):
 
 
 def pad_answers(examples):
-    """As `pad`; only answers have labels."""
+    """Like `pad`, but only answers have labels."""
     batch = pad(examples)
     return batch | {"labels": batch["labels"].masked_fill(batch["input_ids"] < FIRST_ANSWER_ID, -100)}
 
@@ -97,7 +97,7 @@ def answers_of(inputs):
 def make_trainer(
     model, folder, cls=Trainer, data=None, collate=pad, callbacks=(), evaluated=None, own=None, **options
 ):
-    """A `Trainer` that is quiet; `own` are its keywords, `options` those of its arguments."""
+    """Returns a quiet `Trainer`. `own` are its keywords, `options` those of its arguments."""
     arguments = TrainingArguments(str(folder), **{**QUIET, **options})
     own = {"train_dataset": rows(11) if data is None else data, "data_collator": collate, **(own or {})}
     if evaluated is not None:
@@ -106,7 +106,7 @@ def make_trainer(
 
 
 def both(make, folder, family="mixtral", load=loaded, train=lambda trainer: trainer.train(), **config):
-    """The watched runs of `make(model, folder)`, with the flag and without."""
+    """Returns the watched runs of `make(model, folder)`, with and without the flag."""
     watches = []
     for balanced in (True, False):
         model = load(family, balanced, **config)
@@ -118,7 +118,7 @@ def both(make, folder, family="mixtral", load=loaded, train=lambda trainer: trai
     return watches
 
 
-# ---------------------------------------------------------------------- what only changes arguments
+# ---------------------------------------------------------------------- runs that differ in arguments only
 
 
 ARGUMENTS = {
@@ -155,7 +155,7 @@ def test_arguments(case, tmp_path):
     def make(model, folder):
         return make_trainer(
             model, folder, **copy.deepcopy(options)
-        )  # a Trainer takes things out of `accelerator_config`
+        )  # a Trainer removes entries of `accelerator_config`
 
     balanced, plain = both(make, tmp_path, family)
     assert_declared(balanced, plain, lambda: ordinary(family))
@@ -182,7 +182,7 @@ def test_optimizers_by_name(name, tmp_path):
 
 
 def test_an_optimizer_of_the_users(tmp_path):
-    """Beside a model that `phb.patch` has balanced, not the flag."""
+    """The model is balanced by `phb.patch`, not by the flag."""
 
     def load(family, balanced):
         model = loaded(family, False)
@@ -200,7 +200,7 @@ def test_an_optimizer_of_the_users(tmp_path):
 
 
 class Stream(IterableDataset):
-    """Rows without a length: `passes` times, or without an end."""
+    """Rows without a length: `passes` times, or endless."""
 
     def __init__(self, data, endless=False):
         self.data, self.endless = data, endless
@@ -210,7 +210,7 @@ class Stream(IterableDataset):
 
 
 class Promised(Stream):
-    """A stream that promises more rows than it has."""
+    """A stream that has fewer rows than it promises."""
 
     def __len__(self):
         return len(self.data) + 6
@@ -224,9 +224,8 @@ def test_a_stream_without_an_end(accumulation, tmp_path):
 
 def test_a_stream_of_several_passes(tmp_path, warned):
     """
-    Six batches a pass, of which four make a step. Where a step takes the end of one pass and the beginning of the
-    next, its first batches have gone backward before the rest are drawn. There 5 % are allowed, everywhere else the
-    coefficient is exact; so nothing warns that another one arrived.
+    A pass has six batches, a step four. If a step crosses the end of a pass, its first batches have gone backward
+    before the rest are drawn. There 5% error is allowed. Everywhere else the coefficient is exact, so nothing warns.
     """
     options = {"max_steps": 4, "gradient_accumulation_steps": 4, "data": Stream(rows(12))}
     balanced, plain = both(lambda model, folder: make_trainer(model, folder, **options), tmp_path)
@@ -241,7 +240,7 @@ def test_a_stream_of_several_passes(tmp_path, warned):
 
 
 def test_a_loader_that_ends_before_its_length(tmp_path):
-    """Three batches are missing, so that the last step of a pass has fewer micro-batches than were expected."""
+    """Three batches are missing, so the last step of a pass has fewer micro-batches than expected."""
     options = {"num_train_epochs": 1, "gradient_accumulation_steps": 2, "data": Promised(rows(12))}
     balanced, plain = both(lambda model, folder: make_trainer(model, folder, **options), tmp_path)
     assert_declared(balanced, plain)
@@ -258,7 +257,7 @@ def own_loss(outputs, labels, num_items_in_batch=None):
 
 
 class Weighted(Trainer):
-    """Takes a column of its own out of the batch, and weighs texts by it."""
+    """Removes its own column from the batch, and weights texts by it."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weight, labels = inputs.pop("weight"), inputs.pop("labels")
@@ -272,7 +271,7 @@ def pad_weighted(examples):
 
 
 class Twice(Trainer):
-    """Two forwards for one batch, as R-Drop needs them."""
+    """Runs two forwards per batch, as R-Drop does."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         once = functools.partial(super().compute_loss, model, num_items_in_batch=num_items_in_batch)
@@ -290,14 +289,14 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("mask", ["attention", "labels"])
 def test_losses_and_the_tokens_that_count(loss, mask, tmp_path):
-    """Also where labels are kept from the model, those with labels count if `token_mask="labels"`."""
+    """With `token_mask="labels"` tokens with labels count, even if the model does not get the labels."""
     options = {"collate": pad_answers, "max_steps": 2, "gradient_accumulation_steps": 2, **LOSSES[loss]}
     found = both(lambda model, folder: make_trainer(model, folder, **options), tmp_path, token_mask=mask)
     assert_declared(*found, counts=answers_of if mask == "labels" else tokens_of)
 
 
 def test_two_forwards_of_each_batch(tmp_path):
-    """Each batch has its share of the coefficient, however many forwards its backward goes through."""
+    """Each batch gets its share of the coefficient, with any number of forwards per backward."""
     options = {"cls": Twice, "max_steps": 2, "gradient_accumulation_steps": 2}
     balanced, plain = both(lambda model, folder: make_trainer(model, folder, **options), tmp_path)
     assert [len(step.forwards) for step in plain.steps] == [4, 4] and balanced.moves == 2
@@ -326,7 +325,7 @@ def test_evaluation_neither_counts_nor_pays(case, tmp_path):
 
 
 class StepsAfter(TrainerCallback):
-    """What the balancer is like when each step is over."""
+    """Records the balancer's step count and state after each step."""
 
     def __init__(self):
         self.steps, self.states = [], []
@@ -338,7 +337,7 @@ class StepsAfter(TrainerCallback):
 
 
 def test_the_best_model_comes_back_with_its_duals(tmp_path):
-    """Losses only rise, so the first checkpoint is the best: after training the duals are those that it has."""
+    """Losses only rise, so the first checkpoint is the best. After training the duals are those of that checkpoint."""
     states, losses = StepsAfter(), iter(range(100))
 
     def make(model, folder):
@@ -362,7 +361,7 @@ def test_the_best_model_comes_back_with_its_duals(tmp_path):
 
 
 def test_early_stopping(tmp_path):
-    """A loss that never gets better ends training after three evaluations."""
+    """The loss never improves, so training ends after three evaluations."""
     every = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
     options = {"evaluated": rows(4, seed=1), "max_steps": 9, "gradient_accumulation_steps": 2, **every}
 
@@ -392,7 +391,7 @@ def fail_once(model, watch):
 
 
 def test_auto_find_batch_size(tmp_path):
-    """The step that failed is forgotten; the smaller batches are balanced exactly."""
+    """The failed step is dropped. The smaller batches are balanced exactly."""
     sizes = []
     options = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     watches = []
@@ -407,7 +406,7 @@ def test_auto_find_batch_size(tmp_path):
 
 
 class Trial(dict):
-    """What the Trainer reads of a trial of optuna."""
+    """The part of an optuna trial that the Trainer reads."""
 
     def __init__(self, number, **params):
         super().__init__(params)
@@ -415,7 +414,7 @@ class Trial(dict):
 
 
 class Listed(HyperParamSearchBackendBase):
-    """Tries the values of a list, by what optuna's backend does with a trial."""
+    """Tries the values of a list, calling the same methods for a trial as optuna's backend."""
 
     name = "optuna"
 
@@ -427,15 +426,15 @@ class Listed(HyperParamSearchBackendBase):
         for number in range(n_trials):
             trainer.objective = None
             trainer.train(trial=Trial(number, gradient_accumulation_steps=number + 1))
-            trainer.model_wrapped = trainer.model = None  # as optuna's backend leaves it for the next trial
+            trainer.model_wrapped = trainer.model = None  # as optuna's backend does for the next trial
             trainer.accelerator.clear()
         return BestRun("0", 0.0, {})
 
 
 def test_hyperparameter_search(tmp_path, monkeypatch):
-    """Each trial has a model of its own, made inside `train`, and its balancer begins anew."""
+    """Each trial makes a new model inside `train`. Its balancer starts anew."""
     monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Listed)
-    monkeypatch.setattr(integration_utils, "is_ray_tune_available", lambda: True)  # else a dict is no trial
+    monkeypatch.setattr(integration_utils, "is_ray_tune_available", lambda: True)  # so that a dict is a trial
     runs = {True: [], False: []}
     for balanced, watches in runs.items():
 
@@ -458,8 +457,8 @@ def test_hyperparameter_search(tmp_path, monkeypatch):
 )
 def test_resumed(at, skips_data, tmp_path):
     """
-    A new model resumes: its steps are exact. Unless `ignore_data_skip` sends it to the beginning of the epoch again,
-    it gets what an uninterrupted run gets, and ends with the same duals.
+    A new model resumes with exact steps. It gets the same data and ends with the same duals as an uninterrupted run,
+    unless `ignore_data_skip` restarts the epoch.
     """
     options = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": at}
     options |= {"data": rows(12), "ignore_data_skip": not skips_data}
@@ -485,7 +484,7 @@ def test_resumed(at, skips_data, tmp_path):
 
 
 def test_a_second_training_goes_on(tmp_path):
-    """`train` called twice on one trainer, and a second trainer on the same model: the duals go on, attached once."""
+    """Calls `train` twice on one trainer, then on a second trainer of the model. The duals continue."""
 
     def make(model, folder):
         return make_trainer(model, folder, max_steps=2, gradient_accumulation_steps=2)
@@ -511,14 +510,14 @@ assert_declared(*both(lambda model, folder: make_trainer(model, folder, **option
 
 
 def test_the_flag_is_enough_in_a_fresh_process(tmp_path):
-    """Nothing that another test has imported or called helps."""
+    """No import or call of another test helps."""
     command, path = [sys.executable, "-c", IN_A_PROCESS, str(tmp_path)], os.pathsep.join(filter(None, sys.path))
     run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_attach_before_train_changes_nothing(tmp_path):
-    """`phb.attach`, for its options, beside what `train` does by itself: nothing counts twice."""
+    """Calls `phb.attach`, as for its options, in addition to `train`. Nothing counts twice."""
 
     def make(model, folder):
         trainer = make_trainer(model, folder, max_steps=2, gradient_accumulation_steps=2)
@@ -538,7 +537,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_coefficient_follows_its_schedule(schedule, tmp_path):
-    """Over three optimizer steps of several micro-batches each; the duals go on moving after it."""
+    """Checks three optimizer steps of several micro-batches. The duals keep moving after the schedule ends."""
     options = {"max_steps": 5, "gradient_accumulation_steps": 2}
     config = {"schedule": schedule, "schedule_steps": 3}
     balanced, plain = both(lambda model, folder: make_trainer(model, folder, **options), tmp_path, **config)
@@ -551,8 +550,6 @@ def test_the_coefficient_follows_its_schedule(schedule, tmp_path):
 
 
 class Overflow(TrainerCallback):
-    """Makes the gradients of the second step infinite."""
-
     def __init__(self, watch):
         self.watch = watch
 
@@ -564,7 +561,7 @@ class Overflow(TrainerCallback):
 
 @pytest.mark.parametrize("overflows", [False, True])
 def test_fp16_scales_the_loss(overflows, tmp_path):
-    """What accelerate makes for fp16, which it refuses on a CPU. A step that was skipped moves nothing."""
+    """Uses the scaler of accelerate for fp16, which it refuses on a CPU. A skipped step moves nothing."""
     watches = []
     for balanced in (True, False):
         model = loaded("mixtral", balanced)
@@ -662,7 +659,7 @@ def variety(completions, **kwargs):
 
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "beta": 0.1}], ids=["once", "twice, with a reference"])
 def test_grpo(options, tmp_path):
-    """Rollouts neither count nor pay; the tokens of a step are those of prompts and completions."""
+    """Rollouts neither count nor get prices. The tokens of a step are those of prompts and completions."""
     prompts = Dataset.from_list([{"prompt": words(row["input_ids"])} for row in rows(8)])
 
     def make(model, folder):

@@ -1,4 +1,4 @@
-"""Usual mistakes that no other file tests: each is refused or warned of, with a remedy. See recipes/guides/MISTAKES.md."""
+"""Usual mistakes that no other file tests: each raises or warns, with a remedy. See recipes/guides/MISTAKES.md."""
 
 import gc
 from pathlib import Path
@@ -22,7 +22,7 @@ from hf_phibalance.files import STATE_NAME
 
 
 DATA = batches(4)
-STEPS = 9  # what a loop leaves out is said after 8
+STEPS = 9  # warnings about missing calls come after 8 steps
 
 
 def patched(**config):
@@ -34,7 +34,7 @@ def model():
     return patched()
 
 
-# ---------------------------------------------------------------------- what is no model, no batch, no option
+# ---------------------------------------------------------------------- wrong models, batches and options
 
 
 @pytest.mark.parametrize("call", [phb.patch, phb.unpatch, phb.get_balancer, phb.doctor, phb.lora_config])
@@ -100,7 +100,7 @@ def test_options_of_attach(options, message, model, tmp_path):
 
 
 def test_options_that_come_too_late(model, tmp_path):
-    """`verify` may be asked for later. What decides how a trainer is wired may not, and works after `detach()`."""
+    """`verify` may be set later. Options that decide how the trainer is wired need `detach()` first."""
     trainer = make_trainer(model, tmp_path, max_steps=1)
     callback = phb.attach(trainer)
     assert phb.attach(trainer, verify=True) is callback
@@ -133,7 +133,7 @@ def switch_transformer():
 
 
 def uneven():
-    """A Mixtral whose first layer has fewer experts."""
+    """Returns a Mixtral whose first layer has fewer experts."""
     model = tiny_model("mixtral")
     block = model.model.layers[0].mlp
     for owner, name in ((block.gate, "weight"), (block.experts, "gate_up_proj"), (block.experts, "down_proj")):
@@ -178,7 +178,7 @@ def test_which_of_two_balancers():
 
 
 def test_a_load_without_the_flag_is_said(tmp_path, warned):
-    """Once the model is saved while balanced, config.json asks for it."""
+    """The config.json of a model saved while balanced has the flag."""
     ordinary().save_pretrained(tmp_path)
     model = phb.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert len(warned.about("is loaded without balancing: its config.json does not ask for it")) == 1
@@ -214,7 +214,7 @@ def compiled_first(model):
 
 @pytest.mark.parametrize("first", [optimizer_first, prepared_first, compiled_first])
 def test_patched_after(first):
-    """The optimizer, accelerate's `prepare` or `torch.compile` came before the patch: the coefficient arrives."""
+    """The optimizer, accelerate's `prepare` or `torch.compile` came before. The coefficient still arrives."""
     watches = []
     for balanced in (True, False):
         model = ordinary().train()
@@ -256,7 +256,7 @@ def test_an_optimizer_that_does_not_hold_what_balancing_moves(choose, model, war
 
 
 def test_an_optimizer_that_holds_them_is_not_blamed(model, warned):
-    """Two that share the model, and frozen routers beside trained layers."""
+    """Two optimizers that share the model, and frozen routers with trained layers."""
     model.model.layers[0].mlp.gate.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = [SGD(parameters[:5], lr=0.0), SGD(parameters[5:], lr=0.0)]
@@ -269,7 +269,7 @@ def test_an_optimizer_that_holds_them_is_not_blamed(model, warned):
 
 
 def test_routers_in_16_bits_in_a_loop_of_ones_own(warned):
-    """Also where `fp32_routers` was undone by a cast of the whole model; the remedy works."""
+    """Also if a cast of the whole model undid `fp32_routers`. The remedy works."""
     take_steps(patched().to(torch.bfloat16), 1)
     assert len(warned.about("Routers are trained in bfloat16")) == 1
     warned.lines.clear()
@@ -279,7 +279,7 @@ def test_routers_in_16_bits_in_a_loop_of_ones_own(warned):
     assert not warned.about("Routers are trained in")
 
 
-# ---------------------------------------------------------------------- steps announced wrongly, forwards left over
+# ---------------------------------------------------------------------- wrong announcements, unused forwards
 
 
 def test_other_batches_than_announced(model, warned):
@@ -290,7 +290,7 @@ def test_other_batches_than_announced(model, warned):
 
 
 def test_batches_whose_tokens_cannot_be_counted(warned):
-    """Labels are made in the loop, after the step was announced; and a forward that has none is refused."""
+    """The loop makes labels after announcing the step. A forward without labels raises."""
     model = patched(token_mask="labels")
     bare = {name: value for name, value in DATA[0].items() if name != "labels"}
     phb.get_balancer(model).begin_step([bare])
@@ -316,7 +316,7 @@ def test_a_forward_for_a_metric_keeps_its_graph(model, warned):
 
 
 def test_prompt_tuning_behind_the_balancers_back(warned):
-    """Its optimizer owns nothing of the patched model, which is told of it by `get_balancer(the PEFT model)`."""
+    """Its optimizer has no parameter of the patched model. `get_balancer(the PEFT model)` tells the balancer."""
     for told in (False, True):
         warned.lines.clear()
         model = get_peft_model(patched(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).train()
@@ -347,14 +347,14 @@ def test_prompt_tuning_behind_the_balancers_back(warned):
 )
 def test_trainers_whose_scale_is_not_known(prepare, message, model, tmp_path):
     trainer = make_trainer(model, tmp_path)
-    assert trainer.args.n_gpu <= 1  # which sets up the devices
+    assert trainer.args.n_gpu <= 1  # the property sets up the devices
     prepare(trainer)
     with pytest.raises(ValueError, match=message):
         phb.attach(trainer)
 
 
 def test_a_reference_that_lost_the_bias_of_its_policy(tmp_path, warned):
-    """TRL loads it plainly, from the folder of the policy."""
+    """TRL loads the reference from the policy's folder, without its state."""
     take_steps(patched(bias_coef=2.0)).save_pretrained(tmp_path / "policy")
     policy = phb.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     data = Dataset.from_list([{"prompt": "w10 w20", "chosen": "w64 w65", "rejected": "w70"}] * 4)
@@ -393,7 +393,7 @@ def test_a_best_checkpoint_without_duals(tmp_path, warned):
 
 
 class Forgetful(transformers.TrainerCallback):
-    """Removes the state of a checkpoint, as a synchronisation that copies only weights."""
+    """Removes the state of each checkpoint, like a sync that copies only weights."""
 
     def on_save(self, args, state, control, **kwargs):
         for path in Path(args.output_dir).glob(f"*/{STATE_NAME}"):
@@ -404,7 +404,7 @@ class Forgetful(transformers.TrainerCallback):
 
 
 def test_transformers_loads_an_adapter_with_its_bias(tmp_path, warned):
-    """`model.load_adapter`, PEFT not being called by the user: on a balanced base, and on one that is not."""
+    """The user calls `model.load_adapter` and not PEFT. On a balanced base, and on an unbalanced one."""
     ordinary().save_pretrained(tmp_path / "base")
     load = phb.AutoModelForCausalLM.from_pretrained
     model = load(tmp_path / "base", phi_balance={"coef": 0.1, "bias_coef": 2.0})
@@ -430,7 +430,7 @@ def test_an_upload_while_offline(model, monkeypatch):
 
 @pytest.mark.parametrize("mark", ["device_mesh", "ds_shape"])
 def test_an_upload_of_a_part(mark, model, tmp_path):
-    """Each rank holds a part of the parameters, as torch and DeepSpeed mark them."""
+    """Each rank holds a part of the parameters, with the marks of torch and DeepSpeed."""
     setattr(next(model.parameters()), mark, torch.Size([2, 2]))
     with pytest.raises(ValueError, match="the model is sharded over ranks, so this process holds only a part of it"):
         phb.push_to_hub(model, "me/mine", dry_run=tmp_path / "dry")

@@ -1,4 +1,4 @@
-"""A console of code page 1252, which has neither φ nor ✓: what it cannot show is replaced, and decides nothing."""
+"""On a console with code page 1252, missing characters (φ, ✓) are replaced, and nothing depends on them."""
 
 import ast
 import io
@@ -23,7 +23,7 @@ SCRIPTS = [path for path in ROOT.glob("recipes/**/*.py") if '"__main__"' in path
 
 
 def on_code_page_1252(run, *arguments):
-    """Runs `run(*arguments)` with the streams that Python has on such a console, and prints what they lack."""
+    """Runs `run(*arguments)` with the streams of such a console, and prints characters that it lacks."""
     for number, name in enumerate(("stdout", "stderr"), start=1):
         strict = "strict" if name == "stdout" else "backslashreplace"
         setattr(sys, name, io.TextIOWrapper(io.FileIO(number, "w"), "cp1252", strict, write_through=True))
