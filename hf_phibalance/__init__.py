@@ -14,5 +14,5 @@ trainer.train()
 import lazy_loader
 
 
-# `__init__.pyi` lists the public names. They are imported at first use, so that `phibalance --help` does not load torch.
+# `__init__.pyi` lists the public names. They are imported at first use: `phibalance --help` does not load torch.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

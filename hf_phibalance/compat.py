@@ -1,4 +1,4 @@
-"""Workarounds for faults of other libraries, and for what their older versions lack. Each says when it can be removed."""
+"""Workarounds for bugs and missing features of other libraries. Each says when it can be removed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEPENDED_ON = ("torch", "transformers", "accelerate")
 
 
 def dependencies() -> list[tuple[Requirement, str]]:
-    """Returns the required and the installed version of each of `DEPENDED_ON`; empty if this package is not installed."""
+    """Returns (requirement, installed version) of each of `DEPENDED_ON`, or `[]` if this package is not installed."""
     try:
         asked = [Requirement(line) for line in importlib.metadata.requires("hf_phibalance") or ()]
     except importlib.metadata.PackageNotFoundError:
@@ -37,7 +37,7 @@ def is_supported(requirement: Requirement, present: str) -> bool:
 
 
 def refuse_unsupported_versions() -> None:
-    """Raises `ImportError` if an installed version is outside the supported range. Otherwise it would fail later, deep inside."""
+    """Raises `ImportError` early if an installed version is outside the supported range."""
     for requirement, present in dependencies():
         if not is_supported(requirement, present):
             raise ImportError(
@@ -51,8 +51,8 @@ refuse_unsupported_versions()
 
 def unwrap_parallel(model: nn.Module) -> nn.Module:
     """
-    Returns `model` without parallel and compiled wrappers. accelerate before 1.13 fails at a `DistributedDataParallel` around a
-    compiled model. Remove the `except` when 1.13 is the oldest supported version.
+    Returns `model` without its parallel and compile wrappers. accelerate before 1.13 fails for
+    `DistributedDataParallel` around a compiled model. Remove the `except` when 1.13 is the oldest supported version.
     """
     try:
         return extract_model_from_parallel(model, keep_torch_compile=False)
@@ -62,8 +62,8 @@ def unwrap_parallel(model: nn.Module) -> nn.Module:
 
 def names_rewritten_by_peft(root: nn.Module, names: set[str]) -> set[str]:
     """
-    Returns those of the module `names` that PEFT maps to the fused expert parameters of `root`. PEFT before 0.19 maps none.
-    Remove the `except` when 0.19 is the oldest supported version.
+    Returns the module names in `names` that PEFT maps to fused expert parameters of `root`. PEFT before 0.19 maps
+    none. Remove the `except` when 0.19 is the oldest supported version.
     """
     from peft import LoraConfig
 
@@ -80,13 +80,13 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
     """
     Loads the weights of `checkpoint` that `Trainer` misses, on resume or for the best model.
 
-    Checkpoints have the layout of the Hub (one tensor per expert, old names). `Trainer` reads them without the conversion: it
-    warns about missing keys, and experts (in Mixtral also routers) keep their old weights. Remove this when transformers has
-    https://github.com/huggingface/transformers/pull/48822. Checkpoints without conversion (adapters, FSDP, DeepSpeed) are not
-    affected.
+    Checkpoints have the layout of the Hub (one tensor per expert, old names). `Trainer` loads them without conversion:
+    it warns about missing keys, and experts (in Mixtral also routers) keep their old weights. Checkpoints that need no
+    conversion (adapters, FSDP, DeepSpeed) are not affected. Remove this when transformers has
+    https://github.com/huggingface/transformers/pull/48822.
 
     Raises:
-        ValueError: If the index of the weights is damaged.
+        ValueError: If the weight index is damaged.
     """
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     written = _written_keys(checkpoint)
@@ -106,7 +106,7 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
 
 
 def _written_keys(checkpoint: Path) -> set[str]:
-    """Returns the names of the weights in `checkpoint`, and nothing if it has none in safetensors."""
+    """Returns the weight names in `checkpoint`; empty if it has no safetensors files."""
     index, weights = checkpoint / SAFE_WEIGHTS_INDEX_NAME, checkpoint / SAFE_WEIGHTS_NAME
     if index.is_file():
         try:
@@ -123,10 +123,10 @@ def _written_keys(checkpoint: Path) -> set[str]:
 
 def stop_if_done(trainer: Trainer) -> bool:
     """
-    Tells `trainer` to stop if it resumed from its last step, and returns whether it did.
+    Stops `trainer` if it resumed at `max_steps`, and returns whether it did.
 
-    `Trainer` checks only after a step. A run that died after its last checkpoint, for example in an evaluation, would train one
-    more step at every restart. Remove this when `train(resume_from_checkpoint=True)` ends at `max_steps`.
+    `Trainer` checks only after a step. A run that died after its last checkpoint, for example in an evaluation, would
+    train one more step at every restart. Remove this when `train(resume_from_checkpoint=True)` ends at `max_steps`.
     """
     is_done = trainer.state.global_step >= trainer.state.max_steps
     trainer.control.should_training_stop |= is_done

@@ -20,7 +20,7 @@ from .maths import METHODS, PHI_DEFAULTS, Method, Potential, get_potential
 
 CONFIG_NAME = "phi_balance.json"
 STATISTICS = ("probs", "load")
-# The multiplier of `coef` after a share t of `schedule_steps`.
+# Multiplier of `coef` at t = step / schedule_steps.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
     "linear": lambda t: max(0.0, 1.0 - t),
@@ -34,10 +34,10 @@ CHOICES = {
     "token_mask": ("attention", "labels", "all"),
     "schedule": tuple(SCHEDULES),
 }
-# A thousand times the largest published coefficient, at which the task is not trained any more. Up to it, gradients and biases
-# from the prices of any potential stay finite in fp32 for 512 experts.
+# 1000 times the largest published coefficient; the model no longer learns its task there. Up to this value, gradients
+# and biases of every potential stay finite in fp32 for 512 experts.
 MAX_STRENGTH = 100.0
-# With a smaller rate, fp32 means stop moving: they miss their value by up to 2^-25 / rate.
+# At smaller rates, fp32 means get stuck up to 2^-25 / rate away from their value.
 MIN_EMA_RATE = 1e-4
 METHODS_OWN: Any = type("MethodsOwn", (), {"__repr__": lambda self: "the method's own"})()  # default of an unset field
 
@@ -53,21 +53,21 @@ def package_version() -> str:
 @dataclass(frozen=True)
 class PhiBalanceConfig:
     """
-    Configuration of φ-balancing (arXiv 2605.15403), or of a method that it is compared with.
+    Configuration of φ-balancing (arXiv 2605.15403) or of a baseline method.
 
-    All coefficients (`..._coef` and `coef`) lie in [0, 100], and 0 switches their part off. Defaults are those of `method="phi"`.
-    Other methods fix most fields from `potential` to `price_from`, and refuse values that they do not read.
+    Coefficients (`coef` and `..._coef`) lie in [0, 100]; 0 switches that part off. Defaults are for `method="phi"`.
+    Other methods fix most fields from `potential` to `price_from` and reject other values.
 
     Args:
         coef (`float`, *optional*, defaults to `0.01`):
-            Coefficient of the price gradient. One optimizer step receives exactly the gradient of
-            `coef * sum_layers mean_tokens <q, p>`, for every split into micro-batches and ranks. For `"switch"` and
-            `"global_batch"` (0.01) and `"pooled"` (0.001) it is the coefficient of their loss.
+            Coefficient of the price gradient. Each optimizer step adds exactly the gradient of
+            `coef * sum_layers mean_tokens <q, p>`, for every split into micro-batches and ranks. For `"switch"`,
+            `"global_batch"` (default 0.01) and `"pooled"` (default 0.001): the coefficient of their loss.
         bias_coef (`float`, *optional*, defaults to `0.0`):
-            Step size of the selection bias `b <- b - bias_coef * q`. The bias is added to the scores that the router ranks
-            (probabilities, sigmoid affinities, or logits), for the *selection* only. It can be used together with `coef`, also
-            with `"switch"` and `"global_batch"`, whose q is the excess of the step's relative load. For `"loss_free"` (0.001) it
-            is the step of the sign. For `"quantile"` (1.0, in (0, 1]) it is the fraction by which the bias moves to the new one.
+            Step size of the selection bias, `b <- b - bias_coef * q`. The router adds `b` to the scores that it ranks
+            (probabilities, sigmoid affinities or logits), for the *selection* only. Can be combined with `coef`, also
+            for `"switch"` and `"global_batch"`, whose q is relative load - 1. For `"loss_free"` (default 0.001): the
+            step of the sign. For `"quantile"` (default 1.0, in (0, 1]): the fraction of the way to the new bias.
         potential (`str`, *optional*, defaults to `"neg_entropy"`):
             Strictly convex potential φ, a key of `POTENTIALS`.
         potential_kwargs (`dict`, *optional*, defaults to `{}`):
@@ -75,38 +75,38 @@ class PhiBalanceConfig:
         ema_rate (`float`, *optional*, defaults to `0.3`):
             η in [0.0001, 1], the weight of the *new* step in the mean `m <- (1 - η) m + η s`.
         track (`str`, *optional*, defaults to `"probs"`):
-            Statistic s for the price gradient: `"probs"` (mean routing probabilities, Algorithm 1) or `"load"` (share of the
-            top-k assignments).
+            Statistic s for the price gradient: `"probs"` (mean routing probabilities, Algorithm 1) or `"load"` (share
+            of the top-k assignments).
         bias_track (`str`, *optional*, defaults to `"load"`):
             Statistic s for the selection bias, `"probs"` or `"load"`.
         price_from (`str`, *optional*, defaults to `"previous"`):
-            `"previous"` computes prices from the mean after the previous step, which makes the gradient independent of the
-            split. `"current"` first mixes the current micro-batch into the mean (Algorithm 1). `"global"` mixes in the step so
-            far, over its micro-batches and all ranks, with one all-reduce per router. With these two, the gradient depends on
-            the split.
+            `"previous"` computes prices from the mean after the previous step: the gradient does not depend on the
+            split. `"current"` first mixes the current micro-batch into the mean (Algorithm 1). `"global"` first mixes
+            in all micro-batches of the step so far, over all ranks, with one all-reduce per router. With `"current"`
+            and `"global"` the gradient depends on the split.
         token_mask (`str`, *optional*, defaults to `"attention"`):
             Tokens that are balanced: `"attention"` (attention_mask != 0), `"labels"` (labels != -100) or `"all"`.
         method (`str`, *optional*, defaults to `"phi"`):
             Balancing method, a key of `METHODS`.
         z_loss_coef (`float`, *optional*, defaults to `0.0`):
-            Coefficient of the router z-loss `z_loss_coef * sum_layers mean_tokens logsumexp(z)^2` (arXiv 2202.08906, Eq. 5),
-            for any method.
+            Coefficient of the router z-loss `z_loss_coef * sum_layers mean_tokens logsumexp(z)^2`
+            (arXiv 2202.08906, Eq. 5), for any method.
         sequence_coef (`float`, *optional*, defaults to `0.0`):
-            Coefficient of the complementary sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, Eqs. 17-20), for any method:
-            `sequence_coef * sum_layers sum_e E f_e P_e` of each sequence. f are its shares of the top-k of the unbiased scores, P
-            its mean probabilities. Sequences are averaged with their numbers of tokens as weights. The gradient is independent
-            of the split if no sequence is split.
+            Coefficient of DeepSeek-V3's complementary sequence-wise loss (arXiv 2412.19437, Eqs. 17-20), for any
+            method: `sequence_coef * sum_layers sum_e E f_e P_e` of each sequence. f_e is the expert's share of the
+            top-k by unbiased scores, P_e its mean probability. Sequences are weighted by their number of tokens. The
+            gradient is independent of the split if no sequence is split.
         schedule (`str`, *optional*, defaults to `"constant"`):
-            Schedule of `coef` over the first `schedule_steps` optimizer steps: `"constant"`; `"linear"` or `"cosine"` down to 0;
-            or `"off"`, which is constant until then and 0 afterwards.
+            Schedule of `coef` over the first `schedule_steps` optimizer steps: `"constant"`, `"linear"` or `"cosine"`
+            (both down to 0), or `"off"` (constant, then 0).
         schedule_steps (`int`, *optional*, defaults to `0`):
             Length of the schedule in optimizer steps.
         fp32_routers (`bool`, *optional*, defaults to `False`):
-            Keeps router weights in float32 in a 16-bit model, which would round small optimizer steps away. Routers still
-            compute in the model's precision.
+            Keeps router weights in float32 in a 16-bit model, so that small optimizer steps are not rounded away.
+            Routers still compute in the model's precision.
 
     Raises:
-        ValueError: If a field is out of range, or the method does not read it. The message names field, value and remedy.
+        ValueError: If a field is out of range, or the method does not use it. The message says how to fix it.
         TypeError: If a field is unknown.
     """
 
@@ -173,7 +173,7 @@ class PhiBalanceConfig:
         self._refuse_unread()
 
     def _refuse_unread(self) -> None:
-        """Refuses fields that the method does not read, and strengths that it cannot use."""
+        """Raises `ValueError` for fields that the method does not use, and for a `bias_coef` out of its range."""
         for name in PHI_DEFAULTS:
             value, own = getattr(self, name), self.rules.default(name)
             if name not in self.rules.free and value != own:
@@ -203,7 +203,7 @@ class PhiBalanceConfig:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything acts on the routers. Otherwise their load is only counted."""
+        """Whether this config changes the routers. If not, their load is only counted."""
         return self.adds_gradient or self.bias_coef > 0
 
     @property
@@ -245,7 +245,7 @@ class PhiBalanceConfig:
     @classmethod
     def from_any(cls, value: Any, name: str = "`phi_balance`") -> PhiBalanceConfig | None:
         """
-        Reads a value of `phi_balance`: from a config.json, a tool's YAML, or an argument.
+        Converts a `phi_balance` value from a config.json, a tool's YAML or an argument.
 
         Args:
             value: A config or a mapping of its fields; `True` for the defaults; `False` or `None` for no balancing.
@@ -276,7 +276,7 @@ class PhiBalanceConfig:
     @classmethod
     def of_checkpoint(cls, folder: str | os.PathLike) -> PhiBalanceConfig | None:
         """
-        Returns the config in the config.json of `folder`. Returns `None` for no balancing, or if there is no such file.
+        Returns the config in the config.json of `folder`; `None` for no balancing, or if there is no such file.
 
         Raises:
             ValueError: If the file is not a JSON object, or the config in it cannot be used.

@@ -1,4 +1,4 @@
-"""Helpers for files, names and text, without models. Any room may use them."""
+"""Helpers for files, names and text, without models. Every subpackage may import them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 
-# The file with means and biases beside a model's weights. Engines read all *.safetensors (or *.bin, *.pt, *.pth, *.gguf, *.npz) of
-# a folder as weights. This name matches none of them.
+# File beside a model's weights, with means and biases. Engines load every *.safetensors, *.bin, *.pt, *.pth, *.gguf
+# and *.npz in a folder as weights, so it has none of these endings.
 STATE_NAME = "phi_balance.state"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 PACKAGES_SHOWN = ("hf_phibalance", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-SMALL = 2**20  # bytes, more than any configuration has
-LARGE = 2**30  # bytes, more than the log of any run has
-QUOTED = 200  # characters of a foreign value in a message
+SMALL = 2**20  # bytes; configs are smaller
+LARGE = 2**30  # bytes; logs of runs are smaller
+QUOTED = 200  # longest quote of a user's value in a message, in characters
 
 
 # ---------------------------------------------------------------------- find
@@ -38,7 +38,7 @@ def find_file(source: str | os.PathLike, name: str, kwargs: Mapping[str, Any]) -
     Args:
         source (`str` or `os.PathLike`): Folder or Hub name.
         name (`str`): Name of the file.
-        kwargs (`Mapping`): Arguments of `from_pretrained`. Those for the Hub are used.
+        kwargs (`Mapping`): Arguments of `from_pretrained`. Only those for the Hub are used.
     """
     from transformers.utils import cached_file
 
@@ -71,11 +71,11 @@ def read_json(path: str | os.PathLike, remedy: str, limit: int = SMALL) -> dict[
 
     Args:
         path (`str` or `os.PathLike`): The file, or a link to it.
-        remedy (`str`): What to do if it cannot be used, as a sentence.
+        remedy (`str`): Sentence for the error message that says how to fix the file.
         limit (`int`, *optional*, defaults to `SMALL`): Largest size in bytes.
 
     Raises:
-        ValueError: If it is not a JSON object, is too large, or is a pipe or a device, which have no end.
+        ValueError: If it is not a JSON object, too large, or a pipe or a device.
         OSError: If it is missing or cannot be read.
     """
     path = Path(path)
@@ -99,8 +99,8 @@ def parse_json(content: str | bytes) -> Any:
     Parses JSON, including NaN and Infinity.
 
     Raises:
-        ValueError: If it is not valid JSON in UTF-8, is nested too deeply, has a key twice (other readers would silently take one
-            of the two), a number with thousands of digits, or half a surrogate pair, which cannot be written again.
+        ValueError: If it is not valid JSON in UTF-8, nests too deeply, repeats a key (other readers silently take one
+            of them), or has a number with thousands of digits or half a surrogate pair (which cannot be written).
     """
     text = content.decode("utf-8") if isinstance(content, bytes) else content
     try:
@@ -126,12 +126,12 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """
-    Context manager that replaces the file `path` as a whole. Yields the path to write to.
+    Context manager that replaces the file `path` atomically. Yields a temporary path to write to.
 
-    At every moment `path` is the complete old or the complete new file. After the block it is the new one, also if the power fails.
+    `path` is always the complete old or the complete new file. After the block, the new file survives a power failure.
     """
     partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)  # it may be a link to another file, which must not be written to
+    partial.unlink(missing_ok=True)  # it may be a link: do not write to its target
     try:
         yield partial
         flush(partial)
@@ -143,7 +143,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the list of names in a folder, is on disk."""
     try:
         # Windows syncs only files that are open for writing
         descriptor = os.open(path, os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY)
@@ -157,7 +157,7 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Waits until everything in `folder`, and its own name, are on the disk. Other processes may delete files in it."""
+    """Waits until `folder` and everything in it are on disk. Other processes may delete files in the meantime."""
     for parent, _, files in os.walk(folder):
         for path in (*(Path(parent, name) for name in files), Path(parent)):
             with contextlib.suppress(FileNotFoundError):
@@ -173,7 +173,7 @@ _repr.maxstring = _repr.maxlong = _repr.maxother = QUOTED
 
 
 def quoted(value: Any) -> str:
-    """Returns `repr(value)` as one line of at most 200 characters, for a foreign value in a message."""
+    """Returns `repr(value)` as one line of at most 200 characters, for messages."""
     text = printable(_repr.repr(value))
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
 
@@ -184,7 +184,7 @@ def printable(text: str) -> str:
 
 
 def replace_unprintable() -> None:
-    """Makes stdout and stderr replace characters that their encoding lacks (φ in Windows code page 1252) instead of raising."""
+    """Makes stdout and stderr replace characters that their encoding lacks (φ in Windows code page 1252)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not in a notebook
             stream.reconfigure(errors="replace")
@@ -197,7 +197,7 @@ def short_layer(layer: str) -> str:
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
-    """Returns the short names of layers, and the full name where a short one would not be unique."""
+    """Returns the short names of layers, or the full name if the short one is not unique."""
     short = [short_layer(name) for name in names]
     seen = Counter(short)
     return [name if seen[label] > 1 else label for name, label in zip(names, short)]
@@ -213,7 +213,7 @@ def versions() -> dict[str, str]:
 
 
 def without_paths(words: Sequence[str]) -> str:
-    """Returns the command line of `words`, with absolute paths cut to their last part. They are private."""
+    """Returns the command line of `words`. Cuts absolute paths to their last part, because they are private."""
     return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
@@ -230,5 +230,5 @@ def hub_name(name: str | None) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """Returns the Hub name of a model or dataset, and the last part of a folder, whose path is private."""
+    """Returns the Hub name of a model or dataset, or the last part of a folder's path (the rest is private)."""
     return hub_name(name) or re.split(r"[/\\]", name.rstrip("/\\"))[-1]

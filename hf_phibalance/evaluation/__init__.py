@@ -1,5 +1,5 @@
 """
-Evaluation: GSM8K and HumanEval as metrics of `evaluate` and as tasks of lm-evaluation-harness, and generated code in a sandbox.
+Evaluation: GSM8K and HumanEval, as metrics of `evaluate` and tasks of lm-evaluation-harness. Runs code in a sandbox.
 
 ```python
 from hf_phibalance.evaluation import GSM8KAccuracy, HumanEvalPassAtK
@@ -8,11 +8,11 @@ GSM8KAccuracy().compute(predictions=["... #### 18"], references=["... #### 18"])
 HumanEvalPassAtK().compute(predictions=[[completion]], references=[problem], k=[1], allow_code_execution=True)
 ```
 
-The metrics are folders that `evaluate.load` takes. `scoring` holds their rules, `harness` our models and tasks for
-lm-evaluation-harness. `sandbox` starts generated code, and `runner` is the program inside.
+Each metric is a folder for `evaluate.load`. `scoring` has the rules of the metrics, `harness` our models and tasks for
+lm-evaluation-harness. `sandbox` starts generated code, and `runner` is the program inside the sandbox.
 
 Metrics need `evaluate`, `harness` needs `lm_eval` and the sandbox needs `pyseccomp`: all come with
-`pip install "hf_phibalance[recipes]"`. The sandbox also needs bubblewrap. Importing `hf_phibalance` imports none of this.
+`pip install "hf_phibalance[recipes]"`. The sandbox also needs bubblewrap. `import hf_phibalance` loads none of these.
 """
 
 from typing import TYPE_CHECKING, Any

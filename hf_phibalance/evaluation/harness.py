@@ -1,5 +1,5 @@
 """
-lm-evaluation-harness with our models and tasks. Models are loaded with their balancing, and expert load is counted.
+lm-evaluation-harness for our models and tasks. Loads models with their balancing, and counts expert load.
 
 ```python
 import lm_eval
@@ -44,10 +44,10 @@ def load_task(name: str, dataset_path: str | None = None, **fields: Any) -> dict
         name (`str`): `"gsm8k"`, `"humaneval"` or `"made"`.
         dataset_path (`str`, *optional*):
             A dataset on the Hub, a folder that `datasets.load_dataset` reads, or one file with the test problems.
-        fields: Fields of the task to replace, such as `repeats`.
+        fields: Fields of the task to replace, for example `repeats`.
 
     Raises:
-        `ValueError`: If shots are to be drawn from a single file of test problems.
+        `ValueError`: If the task needs few-shot examples, but `dataset_path` is one file of test problems.
     """
     task = load_yaml(TASK_FILES / f"{name}.yaml")
     if dataset_path is None:
@@ -78,18 +78,18 @@ def score_gsm8k(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]
 def score_humaneval_samples(
     doc: dict[str, Any], results: Sequence[list[str]], k: Sequence[int] = (1,), **options: Any
 ) -> dict[str, float]:
-    """Returns `pass@k` of the samples of a HumanEval problem. It runs them: the harness has asked for permission."""
+    """Runs the samples of a HumanEval problem and returns `pass@k`. The harness has asked for permission."""
     found = score_humaneval(results, [doc], k=k, allow_code_execution=True, **options)
     return {name: value for name, value in found.items() if name.startswith("pass@")}
 
 
 def all_samples(resps: Sequence[list[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Keeps all samples of each problem. The harness would keep the first."""
+    """Keeps all samples of each problem. The harness would keep only the first."""
     return list(resps)
 
 
 def made_problems(problems: int = 256, seed: int = 0, **_: Any) -> dict[str, Any]:
-    """Returns generated problems as the splits `train`, for shots, and `test`."""
+    """Returns generated problems as the splits `train` (for few-shot examples) and `test`."""
     from datasets import Dataset
 
     splits = make_splits(256, 0, problems, seed)
@@ -103,7 +103,7 @@ class _EndRows(StoppingCriteria):
     """
     Ends each row at its own stop text. The harness ends all rows together, at the stop text of the last one.
 
-    `criteria` are those of the harness, one for each stop text. Tokens of ended rows do not count as load of `model`.
+    `criteria` come from the harness, one for each stop text. Tokens of ended rows do not count as load of `model`.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, model: Any) -> None:
@@ -123,7 +123,7 @@ class PhiBalanceLM(HFLM):
     """
     The harness's `HFLM` for our models. It takes the same arguments, and differs in four ways:
 
-    - Models that were saved with φ-balancing are patched again, so that a selection bias routes as in training.
+    - Models that were saved with φ-balancing are patched again, so that they route with their selection bias.
       `pretrained` may be the folder or the Hub name of a PEFT adapter.
     - The first space of a completion is kept. Llama's tokenizer drops it when it decodes the completion alone.
     - Each row ends at its own stop text, so the load of generated tokens does not depend on the batch size.
@@ -177,8 +177,8 @@ class PhiBalanceLM(HFLM):
     @contextmanager
     def counting_load(self) -> Iterator[None]:
         """
-        Context manager: counts expert load while the model generates, for [`~PhiBalanceLM.expert_load`]. Tokens of
-        prompts and new tokens count once. Padding and ended rows do not count.
+        Context manager: counts expert load while the model generates, for [`~PhiBalanceLM.expert_load`]. Each prompt
+        token and each new token counts once. Padding and ended rows do not count.
         """
         if find_balancer(self.model) is None:
             with suppress(ValueError):  # a model without routers

@@ -1,7 +1,7 @@
 """
-The inside of the sandbox: `sandbox.run_program` starts an interpreter with this file as its program.
+The program inside the sandbox. `sandbox.run_program` starts an interpreter with it.
 
-The judge executes the checks. Its child runs the untrusted program and calls the program's functions for the judge. They
+The judge executes the checks. Its child runs the untrusted program and calls its functions for the judge. They
 exchange lines of JSON over two pipes. The child can change everything in its own process, and nothing in the judge's.
 Standard library only.
 """
@@ -35,7 +35,7 @@ PR_SET_DUMPABLE = 4
 # ---------------------------------------------------------------------- messages
 
 MUTABLE: tuple[Any, ...] = (list, dict, set, deque, bytearray)
-# What can cross besides None, numbers and text: the type, its parts, and how to build it from them.
+# Types that can be sent besides None, numbers and text: the type, its parts, and how to build it from them.
 PLAIN: dict[str, tuple[Any, Callable, Callable]] = {
     **{kind.__name__: (kind, iter, kind) for kind in (list, set, deque, bytearray, tuple, frozenset, bytes)},
     "dict": (dict, dict.items, dict),
@@ -57,8 +57,7 @@ class Crossing:
     `decode` builds only built-in types, so a program can answer wrongly but cannot cheat. A subclass becomes its
     built-in type, and a scalar of numpy becomes a number.
 
-    Both sides number the mutable containers in the order in which they cross. The judge can therefore repeat what the
-    program did to an argument.
+    Both sides number mutable containers in the order of sending. So the judge can repeat changes to an argument.
     """
 
     def __init__(self) -> None:
@@ -66,7 +65,7 @@ class Crossing:
         self.numbers: dict[int, int] = {}
 
     def encode(self, value: Any) -> Any:
-        """Returns a value in JSON's types. Raises `TypeError` if a part of it is not plain data."""
+        """Returns `value` as JSON types. Raises `TypeError` if a part of it is not plain data."""
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if id(value) in self.numbers:
@@ -143,7 +142,7 @@ class ProgramFailed(BaseException):
 
 
 class Program:
-    """The program at the other end of two pipes. `failure` is why it failed, since the checks may catch everything."""
+    """The program behind two pipes. `failure` keeps why it failed, because checks may catch every exception."""
 
     def __init__(self, process: int, requests: BinaryIO, replies: BinaryIO) -> None:
         self.process, self.requests, self.replies = process, requests, replies
@@ -197,7 +196,7 @@ class Program:
         return "the program broke off the checks"
 
     def is_busy(self) -> bool:
-        """Returns whether more than the program's main thread runs. Behind walls, no other processes are visible."""
+        """Returns whether more than the program's main thread runs. Behind walls, `/proc` lists only the sandbox."""
         for process in {*filter(str.isdigit, os.listdir("/proc"))} - {"1", str(os.getpid())}:
             with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
                 threads = len(os.listdir(f"/proc/{process}/task"))
@@ -223,12 +222,12 @@ class Names(dict):
 
 
 def judge(job: dict, program: Program) -> str:
-    """Executes the checks. Returns why the program fails them, or nothing if it passes."""
+    """Executes the checks. Returns why the program fails them, or an empty string if it passes."""
     random.seed(0)  # the same verdict every time
     names = Names(program)
     try:
         program.ask(job["program"])
-        with suppress(SyntaxError):  # only the beginning of a program
+        with suppress(SyntaxError):  # it may be the beginning of a program
             exec(compile(job["context"], "<context>", "exec"), names)
         for name in job["entry_points"]:
             names[name] = program.function(name)
@@ -245,14 +244,14 @@ def _exception(kind: str, text: str) -> BaseException:
         cls = RuntimeError
     try:
         error = cls(text)
-    except TypeError:  # those of Unicode want more
+    except TypeError:  # Unicode errors need more arguments
         error = RuntimeError(text)
     error.description = str(text)  # type: ignore[attr-defined]
     return error
 
 
 def _explain(error: BaseException, checks: str) -> str:
-    """Returns what went wrong, and the line of the checks where it did."""
+    """Returns what went wrong, and in which line of the checks."""
     line, step = 0, error.__traceback__
     while step is not None:
         if step.tb_frame.f_code.co_filename == "<checks>":
@@ -305,7 +304,7 @@ def answer(module: types.ModuleType, call: dict) -> dict:
         arguments = [*crossing.objects]
         before = [crossing.content(argument) for argument in arguments]
         reply = {"value": crossing.encode(function(*args, **kwargs)), "changed": []}
-        with suppress(TypeError, RecursionError):  # an argument now holds something that cannot cross
+        with suppress(TypeError, RecursionError):  # an argument now holds something that cannot be sent
             after = [crossing.content(argument) for argument in arguments]
             reply["changed"] = [(n, now) for n, now in enumerate(after) if now != before[n]]
         return reply
@@ -323,8 +322,8 @@ LOOKUPS = {"socket.getaddrinfo", "socket.gethostbyname"}
 
 def find_harm(event: str, args: tuple, folder: str, walls: bool) -> str | None:
     """
-    Returns what is wrong with an audit event: a change of a file elsewhere, a signal to another process, or the network.
-    This is for the verdict. The walls protect.
+    Returns what an audit event does wrong: change a file elsewhere, signal another process or use the network; else
+    `None`. This is only for the verdict. The walls protect the machine.
     """
     if event in CHANGES:
         if event == "open":
@@ -371,16 +370,16 @@ def limit(settings: dict) -> None:
     user = settings["user"]
     limits = {"CPU": math.ceil(settings["timeout"]) + 1, "AS": settings["memory_limit"]}
     limits |= {"FSIZE": settings["file_limit"], "NOFILE": 256, "CORE": 0}
-    if settings["walls"]:  # the judge counts as well, and the inner `bwrap` of an ordinary user
+    if settings["walls"]:  # the judge counts too, and for an ordinary user the inner `bwrap`
         limits |= {"NPROC": settings["max_processes"] + (2 if user is None else 1), "MEMLOCK": 0, "MSGQUEUE": 0}
     for name, value in limits.items():
-        with suppress(ValueError, OSError):  # a lower one holds already, or macOS has none
+        with suppress(ValueError, OSError):  # a lower limit is already set, or macOS lacks it
             spare = name == "CPU"  # a second between SIGXCPU and SIGKILL
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (int(value), int(value) + spare))
     if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
-        os.setresuid(user, user, user)  # and with root goes every capability
+        os.setresuid(user, user, user)  # also drops every capability
 
 
 def main() -> None:
@@ -403,7 +402,7 @@ def main() -> None:
     # The program has the same user id. From now on the kernel lets it neither read nor trace this process.
     if settings["walls"] and ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0):
         raise OSError("prctl(PR_SET_DUMPABLE) failed")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the program shall not raise exceptions in here
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that the program cannot interrupt the judge
     with open(0, "rb") as file, open(ask, "wb") as requests, open(answers, "rb") as replies:
         job = json.load(file)
         os.write(report, b"+")

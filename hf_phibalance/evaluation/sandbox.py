@@ -3,28 +3,28 @@ Runs a generated program once inside the walls of bubblewrap (`bwrap`) and retur
 
 It is off until the user opts in: `HF_ALLOW_CODE_EVAL=1`, or `allow_code_execution=True`.
 
-- **Two processes.** The judge holds the checks and calls the program's functions in another process. Only plain data comes
-  back (numbers, text, lists, dictionaries and the like). The program can change everything in its own interpreter, but
-  the kernel keeps it from reading or tracing the judge.
+- **Two processes.** The judge holds the checks and calls the program's functions in another process. Only plain data
+  comes back (numbers, text, lists, dictionaries and the like). The program can change everything in its own
+  interpreter, but the kernel keeps it from reading or tracing the judge.
 - **Walls.** Both have their own namespaces (processes, network, IPC, mounts), no capabilities, no environment of the
-  caller and a seccomp filter (`FORBIDDEN`). They can read `/proc`, `/dev` and what `_walls` lists (interpreter, installed
-  packages, the system's programs and libraries). They can write to `/tmp` and `/dev/shm`, which are limited in size and
-  vanish afterwards. If the caller is root, they run with an unused user id.
+  caller and a seccomp filter (`FORBIDDEN`). They can read `/proc`, `/dev` and what `_walls` lists (interpreter,
+  installed packages, the system's programs and libraries). They can write to `/tmp` and `/dev/shm`, which are limited
+  in size and vanish afterwards. If the caller is root, they run with an unused user id.
 - **Limits.** At the deadline the caller kills everything behind the walls. CPU time, address space and file size are
   limited per process. Processes and threads are limited in number.
-- **Verdict.** A program that answers right still fails if it leaves threads or processes running, prints `file_limit`
-  bytes, or openly tries to signal others, to use the network or to change files elsewhere.
+- **Verdict.** A program with right answers still fails if it leaves threads or processes running, prints `file_limit`
+  bytes, or openly tries to signal other processes, use the network or change files elsewhere.
 
 Not covered:
 
 - Errors of the kernel, of `bwrap` and of the interpreter.
-- The memory of all processes of a program together, up to `max_processes` times `memory_limit`, and memory that the
-  kernel uses for them (pipes, sockets, the names of many files). It is free again after the deadline.
+- The total memory of a program's processes (up to `max_processes` times `memory_limit`), and memory that the kernel
+  uses for them (pipes, sockets, the names of many files). It is free again after the deadline.
 - Programs without `checks`: they pass if they claim to have ended normally.
-- The checks themselves, which are trusted. They see copies: a function or another object without a value cannot cross.
+- The checks themselves, which are trusted. They see copies: functions and objects without a value cannot be sent.
 
-`unsafe=True` runs the same two processes without walls, on Linux and macOS: limits on time and memory only, and neither
-files nor other processes nor the network are protected. Then a program can cheat, survive, and do harm.
+`unsafe=True` runs the same two processes without walls, on Linux and macOS. Only time and memory are limited: files,
+other processes and the network are not protected, and a program can cheat, survive and do harm.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ START_LIMIT = 60.0  # seconds for the start of the interpreter
 FOLDER = "/tmp/program"  # working directory behind the walls
 RUNNER = Path(__file__).with_name("runner.py")
 
-# System calls that the walls would leave open: memory without a limit, keys of the caller, tracing, new namespaces, and
-# parts of the kernel that had many errors.
+# System calls that the walls would leave open: memory without a limit, keys of the caller, tracing, new namespaces,
+# and parts of the kernel that had many errors.
 FORBIDDEN = (
     "memfd_create", "memfd_secret", "shmget", "shmat", "shmctl", "semget", "semop", "semctl", "msgget", "msgsnd",
     "keyctl", "add_key", "request_key", "ptrace", "pidfd_getfd", "process_vm_readv", "process_vm_writev", "unshare",
@@ -120,7 +120,7 @@ class Verdict:
         return self.status == "passed"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the verdict as JSON takes it, `passed` included."""
+        """Returns the verdict as JSON values, including `passed`."""
         return {"passed": self.passed, **asdict(self)}
 
 
@@ -130,12 +130,12 @@ def require_sandbox(allow_code_execution: bool | None = None, unsafe: bool = Fal
 
     Args:
         allow_code_execution (`bool`, *optional*):
-            Permission to run generated code; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
+            Permission to run generated code. The default is `HF_ALLOW_CODE_EVAL=1` in the environment.
         unsafe (`bool`, *optional*, defaults to `False`):
             Whether to run it without walls, which logs a warning.
 
     Raises:
-        `CodeExecutionError`: If it is not allowed, or if `bwrap` is missing or cannot work here.
+        `CodeExecutionError`: If it is not allowed, or if `bwrap` is missing or does not work here.
     """
     if allow_code_execution is None:
         allow_code_execution = os.environ.get(CODE_EVAL_VARIABLE) == "1"
@@ -179,14 +179,14 @@ def run_program(
         program (`str`):
             Python source, not trusted.
         checks (`str`, *optional*, defaults to `""`):
-            Python source, trusted, that calls functions of the program and raises if something is wrong. A name that
-            neither the checks nor `context` nor the built-ins define stands for the function of that name in the
-            program. Without checks, a program passes if it ends without an exception.
+            Trusted Python source that calls functions of the program and raises if something is wrong. A name that is
+            not defined in the checks, in `context` or as a built-in means the program's function of that name. Without
+            checks, a program passes if it ends without an exception.
         context (`str`, *optional*, defaults to `""`):
-            Python source, trusted, that is executed before the checks in their process: imports and helper functions
-            that they use. Ignored if it is not complete Python.
+            Trusted Python source that runs before the checks, in the same process: their imports and helper functions.
+            Ignored if it is not complete Python.
         entry_points (`Sequence[str]`, *optional*, defaults to `()`):
-            Names that stand for the program's functions even though `context` defines them.
+            Names that mean the program's functions even if `context` defines them.
         timeout (`float`, *optional*, defaults to `3.0`):
             Seconds of wall-clock time for the program and its checks, not counting the start of the interpreters.
         memory_limit (`int`, *optional*, defaults to 1 GiB):
@@ -196,9 +196,9 @@ def run_program(
         file_limit (`int`, *optional*, defaults to 16 MiB):
             Bytes that the program may print, may have in `/tmp`, and may have in `/dev/shm`.
         allow_code_execution (`bool`, *optional*):
-            Permission to run the program; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
+            Permission to run the program. The default is `HF_ALLOW_CODE_EVAL=1` in the environment.
         unsafe (`bool`, *optional*, defaults to `False`):
-            Whether to run it without walls, where `max_processes` does not hold and `file_limit` only for each file.
+            Whether to run it without walls. `max_processes` then has no effect, and `file_limit` limits single files.
 
     Returns:
         [`Verdict`]: Passed only if the last check was reached, all of them held, and nothing is left running.
@@ -222,7 +222,7 @@ def run_program(
 
 
 def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
-    """Starts the interpreter, waits for the verdict or the deadline, and kills all."""
+    """Starts the interpreter, waits for the verdict or the deadline, and kills everything."""
     user = None if unsafe else _unused_user()
     folder = os.path.realpath(tempfile.mkdtemp(prefix="hf_phibalance_")) if unsafe else FOLDER
     settings = {**limits, "folder": folder, "walls": not unsafe, "user": user, "packages": _packages()}
@@ -264,7 +264,7 @@ def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
 
 
 def _read(pipe: BinaryIO, size: int, seconds: float) -> bytes | None:
-    """Returns up to `size` bytes of a pipe, none at its end, or `None` if none come in time."""
+    """Returns up to `size` bytes of a pipe, no bytes at its end, or `None` if nothing came within `seconds`."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     return os.read(pipe.fileno(), size) if poll.poll(math.ceil(seconds * 1000)) else None
@@ -279,7 +279,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 @lru_cache
 def _try_walls() -> None:
-    """Runs a harmless program. Raises `CodeExecutionError` if it cannot be run or is not limited as it should be."""
+    """Runs a harmless program. Raises `CodeExecutionError` if it does not run, or its limits do not hold."""
     limits = {"timeout": START_LIMIT, "memory_limit": 1 << 30, "max_processes": 4, "file_limit": 1 << 20}
     try:
         problem = _run(TRIAL, {"checks": "", "context": "", "entry_points": []}, limits, unsafe=False).reason
@@ -298,7 +298,7 @@ def _warn_of_no_walls() -> None:
 
 
 def _walls(size: float, user: int | None) -> list[str]:
-    """Returns the `bwrap` command, without the filter and without the command that it is to run."""
+    """Returns the `bwrap` command, without the seccomp filter and the command to run."""
     if not (bwrap := shutil.which("bwrap")):
         raise CodeExecutionError("there is no `bwrap` on the PATH")
     command = [bwrap, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
@@ -325,14 +325,13 @@ def _walls(size: float, user: int | None) -> list[str]:
 
 @lru_cache
 def _packages() -> list[str]:
-    """Returns the folders of installed packages."""
     user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
     return [path for path in [*site.getsitepackages(), *user] if os.path.isdir(path)]
 
 
 @lru_cache
 def _seccomp() -> bytes:
-    """Returns the filter of system calls, compiled."""
+    """Returns the compiled filter of system calls."""
     import pyseccomp
 
     refuse = pyseccomp.ERRNO(errno.ENOSYS)  # so that libraries look for another way
@@ -348,7 +347,7 @@ def _seccomp() -> bytes:
 
 
 def _unused_user() -> int | None:
-    """Returns a random user id for a program of root, from the upper half of all ids. `None` if there is no other."""
+    """Returns a random user id from the upper half of all ids; `None` if the caller is not root or has only one id."""
     if os.geteuid() != 0:
         return None
     first, _, count = map(int, Path("/proc/self/uid_map").read_text().splitlines()[-1].split())

@@ -1,8 +1,8 @@
 """
-How GSM8K answers and HumanEval samples are scored, as pure functions without dependencies.
+Scores GSM8K answers and HumanEval samples. Pure functions without dependencies.
 
-The rules are those of lm-evaluation-harness (task `gsm8k`, version 3.0, and task `humaneval`) and of openai/human-eval, so
-that scores can be compared with published ones.
+The rules are those of lm-evaluation-harness (task `gsm8k`, version 3.0, and task `humaneval`) and of
+openai/human-eval, so that scores can be compared with published ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GSM8K_STOPS: tuple[str, ...] = ("Question:", "</s>", "<|im_end|>")
 """A GSM8K answer ends at the first of these (or at the end-of-sequence token, or after 256 tokens)."""
 
 INVALID = "[invalid]"
-"""What an answer without a number is read as."""
+"""Result for an answer without a number."""
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -42,7 +42,7 @@ def extract_flexible(text: str) -> str:
 
 def normalise_answer(text: str) -> str:
     """
-    Returns a number as it is compared: in lower case, without `,`, `$`, everything up to the last `#### `, and a final
+    Normalises a number for comparison: lower case, without `,`, `$`, everything up to the last `#### `, and a final
     `.`. `text` may be a whole gold answer that ends in `#### <number>`.
     """
     for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$"):
@@ -71,7 +71,7 @@ def gold_answer(reference: object) -> str:
 
 
 def score_gsm8k(prediction: str, reference: str) -> dict[str, Any]:
-    """Returns the numbers that are read from an answer, and whether each is right."""
+    """Returns the numbers found in an answer, and whether each is right."""
     gold = normalise_answer(reference)
     strict, flexible = normalise_answer(extract_strict(prediction)), normalise_answer(extract_flexible(prediction))
     read = {"strict": strict, "flexible": flexible, "gold": gold}
@@ -80,7 +80,7 @@ def score_gsm8k(prediction: str, reference: str) -> dict[str, Any]:
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """
-    Estimates without bias the probability that at least one of `k` samples is right.
+    Returns the unbiased estimate of the probability that at least one of `k` samples is right.
 
     Args:
         samples (`int`): Number n of samples of the problem, at least `k`.
@@ -91,7 +91,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
         `float`: `1` if `n - c < k`, else `1 - prod_{i=n-c+1..n} (1 - k / i)`.
 
     Raises:
-        `ValueError`: If the numbers do not fit together.
+        `ValueError`: If not `1 <= k <= samples` and `0 <= correct <= samples`.
     """
     if not 1 <= k <= samples or not 0 <= correct <= samples:
         raise ValueError(

@@ -7,7 +7,7 @@ report = phb.export("results/mine", "results/mine-plain", texts=["math=gsm8k/tra
 
 | module | what it holds |
 |---|---|
-| `checkpoint` | the export: measures on texts what it costs to do without the bias, and refuses if that is too much |
+| `checkpoint` | the export: measures on texts how much the loss rises without the bias, and refuses if too much |
 | `folding` | puts a selection bias into the weights of the routers; compares variants of a model |
 | `writing` | the report and the folder |
 | `alone` | a script that loads the folder without this package |

@@ -1,7 +1,7 @@
 """
-Loads a checkpoint as people do who do not have this package, in a process of its own:
-`python -I alone.py FOLDER AUTO_CLASS EXAMPLE DEVICE_MAP TRUST_REMOTE_CODE`. EXAMPLE is a safetensors file with inputs and the expected
-`logits`. Prints what it found as one line of JSON; warnings go to the standard error.
+Loads a checkpoint without this package, in a process of its own:
+`python -I alone.py FOLDER AUTO_CLASS EXAMPLE DEVICE_MAP TRUST_REMOTE_CODE`. EXAMPLE is a safetensors file with inputs
+and the expected `logits`. Prints what it found as one line of JSON. Warnings go to stderr.
 """
 
 import json
@@ -29,7 +29,7 @@ def main(folder: str, auto_class: str, example: str, device_map: str, trust_remo
     with torch.no_grad():
         logits = model.eval()(**{name: part.to(model.device) for name, part in inputs.items()}).logits.float().cpu()
     difference = logits - expected
-    if difference.ndim == 3:  # logits of each token, padding included
+    if difference.ndim == 3:  # logits of each token, including padding
         difference = difference[inputs["attention_mask"].bool()]
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     found: dict[str, object] = {kind: sorted(map(str, info.get(kind) or ())) for kind in kinds}

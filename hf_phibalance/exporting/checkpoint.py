@@ -1,4 +1,4 @@
-"""Exports a checkpoint that was saved while φ-balanced as one that any engine loads, and measures what that costs."""
+"""Exports a φ-balanced checkpoint for engines that do not know this package, and measures the cost."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ VARIANTS = {
     "rebalance": "rebalanced",
 }  # values of `bias`, and names in the report
 REBALANCE = 3  # passes
-MEASURED = 3  # every third document is measured on, the others are fitted
-FEW = 6  # with fewer documents, the last third of the sequences is measured on
+MEASURED = 3  # measure on every third document, fit on the others
+FEW = 6  # with fewer documents, measure on the last third of the sequences
 EXAMPLE = 32  # tokens whose logits are compared
 WITHOUT_LOGITS = ("AutoModelForQuestionAnswering", "AutoModel")
 
@@ -49,44 +49,44 @@ def export(
     **loading: Any,
 ) -> ExportReport:
     """
-    Writes a checkpoint that was saved while φ-balanced as an ordinary one, for engines that do not know this package: vLLM, SGLang,
+    Writes a φ-balanced checkpoint as an ordinary one, for engines that do not know this package: vLLM, SGLang,
     llama.cpp, plain transformers.
 
-    A selection bias of the family's own stays in the weights. The bias in `phi_balance.state` would be lost, so three ways of doing
-    without it are fitted on one part of `texts` and measured on the other. The chosen one is written if it does not cost too much. The
-    cost is the increase of the loss; for a classifier or reward model, the cross-entropy of its predictions against those with the
-    bias, or the squared distance of its scores.
+    If the family has a selection bias of its own, it stays in the weights. A bias in `phi_balance.state` would be
+    lost, so three replacements are fitted on one part of `texts` and measured on the other. The chosen one is written
+    if it does not cost too much. The cost is the increase of the loss. For a classifier it is the cross-entropy of its
+    predictions against those with the bias; for a reward model, the squared distance of its scores.
 
-    Tensors that transformers does not load, for example layers that predict several tokens ahead, are copied as they are.
+    Tensors that transformers does not load, for example multi-token-prediction layers, are copied unchanged.
 
     Args:
         source (`str` or `os.PathLike`): folder or name on the Hub. An adapter is merged into its base model.
-        destination (`str` or `os.PathLike`): a new or empty folder. It gets the checkpoint, `export.json` and a model card.
+        destination (`str` or `os.PathLike`): a new or empty folder for the checkpoint, `export.json` and a model card.
         texts (`str` or `Sequence[str]`, *optional*):
             `name=path` or `path`, one or several, as for [`parse_domains`]. Needed if a bias would be lost.
         bias (`str`, *optional*, defaults to `"fold"`):
-            What to do with the bias: `"fold"` (into the weights of the routers, see [`fold`]), `"rebalance"` (fold, then move the
-            loads nearer to those with the bias) or `"drop"`.
+            What to do with the bias: `"fold"` (into the weights of the routers, see [`fold`]), `"rebalance"` (fold,
+            then move the loads nearer to those with the bias) or `"drop"`.
         max_loss_increase (`float`, *optional*, defaults to `0.01`):
-            Refuses to write a checkpoint whose loss per predicted token or label rises by more.
-        force (`bool`, *optional*, defaults to `False`): writes it all the same.
+            Largest increase of the loss per predicted token or label. Writes nothing if it rises by more.
+        force (`bool`, *optional*, defaults to `False`): writes the checkpoint even then.
         field (`str` or `Sequence[str]`, *optional*): fields of rows that hold the text, as for [`parse_domains`].
         max_tokens (`int`, *optional*, defaults to `65536`): tokens to read of each domain, `0` for all.
         seq_len (`int`, *optional*, defaults to `512`): longest sequence, in tokens.
         batch_size (`int`, *optional*, defaults to `8`): sequences of a forward.
         tokenizer (`str` or `os.PathLike`, *optional*): another folder or name to take the tokenizer from.
         check (`bool`, *optional*, defaults to `True`):
-            Whether to load the result in a process without this package and compare its logits. Needs the memory of the model once
-            more.
-        on_report (`Callable[[ExportReport], None]`, *optional*): called with the figures before anything is refused or written.
+            Whether to load the result without this package and compare its logits. Needs memory for a second model.
+        on_report (`Callable[[ExportReport], None]`, *optional*):
+            Called with the figures before the checkpoint is refused or written.
         loading: passed to `from_pretrained`, for example `dtype`, `device_map`, `revision`, `trust_remote_code`.
 
     Returns:
         `ExportReport`: what was done, and what it costs.
 
     Raises:
-        ValueError: if it costs too much; if the source was not saved while φ-balanced, is an adapter that cannot be merged, or has
-            routers that cannot be written to; if texts are missing; or if the result is another model where it is loaded.
+        ValueError: if it costs too much; if the source was not saved while φ-balanced, is an adapter that cannot be
+            merged, or has read-only routers; if texts are missing; or if the reloaded result gives other logits.
     """
     if bias not in VARIANTS:
         raise ValueError(f"`bias` must be one of {', '.join(map(repr, VARIANTS))}, got {bias!r}.")
@@ -132,8 +132,8 @@ def split_texts(
     domains: Sequence[Domain], tokenizer: Any, seq_len: int, max_tokens: int | None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """
-    Returns sequences of token ids to fit on and to measure on: the same share of every domain, and never the same text. Raises
-    `ValueError` if there is too little text to be split.
+    Splits texts into sequences of token ids to fit on and to measure on. Every domain is split in the same ratio. No
+    text is in both parts. Raises `ValueError` if there is too little text.
     """
     fitted: list[list[int]] = []
     measured: list[list[int]] = []
@@ -157,8 +157,8 @@ def split_texts(
 
 def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport, list[str], dict[str, Any]]:
     """
-    Returns the patched model, a report with the kind of its bias, names of tensors that were not loaded, and the arguments that
-    the weights were loaded with (those of the base model, if `source` is an adapter).
+    Returns the patched model, a report with the kind of its bias, the names of tensors that were not loaded, and the
+    arguments that the weights were loaded with (those of the base model, if `source` is an adapter).
     """
     state = find_state(source, loading)
     if state is None:
@@ -188,13 +188,13 @@ def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport, list
         balancer.load(state)
     kind = "native" if native else "ours" if any(bool(bias.any()) for bias in biases.values()) else "none"
     base, of_weights = (None, loading) if adapter is None else base_of(adapter, source, loading)
-    is_own_class = name in (model.config.architectures or ())  # otherwise the head of another class is not missed
+    is_own_class = name in (model.config.architectures or ())  # else the head of another class is unexpected, too
     not_loaded = sorted(info["unexpected_keys"]) if is_own_class else []
     return model, ExportReport(source, kind, base), not_loaded, of_weights
 
 
 def _merged(model: Any, source: str) -> Any:
-    """Returns the base model of a `PeftModel` with the adapter in its weights."""
+    """Returns the base model of a `PeftModel`, with the adapter merged into its weights."""
     kind = model.peft_config[model.active_adapter].peft_type.value
     try:
         return model.merge_and_unload()
@@ -206,7 +206,7 @@ def _merged(model: Any, source: str) -> Any:
 
 
 def _check_native(balancer: PhiBalancer, state: str, biases: dict[str, Tensor]) -> None:
-    """Raises `ValueError` if the selection bias in the weights is not the one that training left in `state`."""
+    """Raises `ValueError` if the selection bias in the weights differs from the one in `state`."""
     for site in balancer.sites:
         there, wanted = site.read_native_bias(), biases.get(site.name.removeprefix(balancer.prefix))
         if there is None or wanted is None:
@@ -231,7 +231,7 @@ def _tokenizer(source: str, named: str | os.PathLike | None, loading: dict[str, 
 
 
 def _measure(model: Any, report: ExportReport, bias: str, fitted: list[Any], measured: list[Any]) -> None:
-    """Measures the variants into `report`, and leaves the model as the one that `bias` asks for."""
+    """Adds measurements of the variants to `report`, and turns the model into the variant `bias`."""
     if report.bias != "ours":
         report.variants = compare(model, measured, {"biased": nullcontext}, with_loss=True)
         return

@@ -1,11 +1,10 @@
 """
-Folds a selection bias into the weights of the routers, so that a plain load routes nearly as training did; and compares variants of a
-model on the same batches.
+Folds a selection bias into the router weights, so that a plain load routes almost as in training. Compares variants of
+a model on the same batches.
 
-Families without a slot for a bias lose it wherever the model is served without this package. `maths/folding.py` explains how the bias
-becomes a part of the weight.
+Families without a bias of their own lose it when served without this package. `maths/folding.py` explains the maths.
 
-Shapes: B sequences, S long; T tokens, N of them count; H inputs of a router; E experts, k of them chosen; V tokens of the vocabulary.
+Shapes: B sequences, S positions; T tokens, N in the mask; H router inputs; E experts, k selected; V vocabulary size.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from ..maths import FoldedShift, ShiftMoments, fold_shift, logit_shift, selectio
 from ..routers import RouterLinear, find_linear, has_adapter, predicts_tokens, ranked_of
 
 
-Variant = Callable[[], AbstractContextManager]  # makes a context in which the model is that variant
+Variant = Callable[[], AbstractContextManager]  # makes a context manager: inside it, the model is that variant
 Values = list[tuple[Tensor, Tensor | None]]  # weight and bias of each router
-LINEAR = 0.1  # greatest distance between what a router ranks and what its matrix makes; rounding stays far below
+LINEAR = 0.1  # largest distance of the ranked scores from those of the router's matrix; rounding is far below
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,11 @@ class FoldReport:
 
     Attributes:
         r2 (`dict[str, float]`):
-            How constant one direction can make the inputs of a router, 1 at best. A bias in the weight rests on that direction. 1
-            where the router has a bias of its own.
+            How well a direction of the router's inputs replaces the constant 1 (see `maths/folding.py`). 1 is best; 1
+            if the router has a bias of its own.
         explained (`dict[str, float]`): share of the shifts of the logits that the new weight explains.
         biased (`Measurement`): the model with its bias.
-        dropped (`Measurement`): the model without it, as a plain load was before.
+        dropped (`Measurement`): the model without its bias, as a plain load was before.
         folded (`Measurement`): the model as it is now.
         held_out (`bool`): whether these three were measured on other batches than the fitted ones.
     """
@@ -88,11 +87,11 @@ def fold(
     model: nn.Module, batches: Iterable[Batch], rebalance: int = 0, *, held_out: Iterable[Batch] | None = None
 ) -> FoldReport:
     """
-    Folds the selection bias of a patched model into the weights of its routers, in place. Only forwards are run. Afterwards the bias is
-    zero, and a plain load routes as the model does now. The choices are nearly those with the bias; the report says how nearly.
+    Folds the selection bias of a patched model into the weights of its routers, in place. Runs only forwards.
+    Afterwards the bias is zero, and a plain load routes like this model. The report says how many choices change.
 
-    For families without a bias of their own (`phb.supported_families()`: "re-selected"). Nothing else changes: training may go on,
-    with the same optimizer.
+    For families without a bias of their own (`phb.supported_families()`: "re-selected"). Nothing else changes:
+    training can continue with the same optimizer.
 
     ```python
     report = phb.fold(model, [{"input_ids": ids} for ids in some_texts])
@@ -102,21 +101,22 @@ def fold(
     Args:
         model (`torch.nn.Module`): the patched model, whole in this process.
         batches (`Iterable[Mapping]`):
-            Arguments of the model (`input_ids`, and `attention_mask` if there is padding) from texts as it will see them, some ten
-            thousand tokens. With several ranks each passes its own. All ranks get the same weights, and each gets the figures of its
-            own batches.
+            Arguments of the model (`input_ids`, and `attention_mask` if there is padding): some ten thousand tokens of
+            texts like those that it will see. Each rank passes its own batches. All ranks get the same weights, and
+            each gets the figures of its own batches.
         rebalance (`int`, *optional*, defaults to `0`):
-            Passes over `batches` that move the loads of the folded routers nearer to those with the bias. The choices then differ a
-            little more. 3 are enough; more cost loss where r² is low.
-        held_out (`Iterable[Mapping]`, *optional*): batches to measure on. On `batches`, the default, the figures flatter.
+            Number of passes over `batches` that move the loads of the folded routers nearer to those with the bias. A
+            few more choices change. 3 are enough; more raise the loss where r² is low.
+        held_out (`Iterable[Mapping]`, *optional*):
+            Batches to measure on. The default, `batches`, gives figures that are too good.
 
     Returns:
         `FoldReport`: how good the fold is.
 
     Raises:
-        ValueError: if there is no bias to fold, the family keeps it in the weights already, or the weights of the routers cannot be
-            written to (quantised, sharded, offloaded, under an adapter). The model is then untouched.
-        RuntimeError: in the middle of an optimizer step.
+        ValueError: if there is no bias to fold, the family already keeps it in the weights, or the router weights
+            cannot be written to (quantised, sharded, offloaded, under an adapter). The model is then unchanged.
+        RuntimeError: if called in the middle of an optimizer step.
     """
     batches = repeatable(batches)
     folding = Folding(model, batches, rebalance)
@@ -129,13 +129,13 @@ def fold(
 
 class Folding:
     """
-    Fits ways for a patched model to do without its bias. The model changes only inside the contexts of `variants`, until one is kept.
-    Arguments and errors are those of [`fold`].
+    Fits replacements for the bias of a patched model. Until `keep` is called, the model changes only inside the
+    contexts of `variants`. Arguments and errors are those of [`fold`].
 
     Attributes:
         variants (`dict[str, Callable]`):
-            Makes a context in which the model is that variant: `"biased"` (as it is), `"dropped"`, `"folded"`, and with `rebalance`
-            also `"rebalanced"`.
+            Make context managers; inside one, the model is that variant: `"biased"` (as it is), `"dropped"`,
+            `"folded"`, and with `rebalance` also `"rebalanced"`.
         r2 (`dict[str, float]`), explained (`dict[str, float]`): as in a [`FoldReport`].
     """
 
@@ -165,7 +165,7 @@ class Folding:
         self._balancer.set_biases({name: torch.zeros_like(bias) for name, bias in biases.items()})
 
     def _shifted(self, shifts: list[FoldedShift], constants: Sequence[Tensor] | None = None) -> Values:
-        """Returns the original weights plus `shifts`, and plus `constants (E,)` along each router's constant direction."""
+        """Returns the original weights plus `shifts`, plus `constants (E,)` along each router's constant direction."""
         values: Values = []
         for index, ((weight, bias), shift) in enumerate(zip(self._original, shifts)):
             exact, added = weight.to(shift.weight) + shift.weight, shift.bias
@@ -198,7 +198,7 @@ class Folding:
     def _even_out(
         self, model: nn.Module, shifts: list[FoldedShift], batches: Iterable[Batch], iterations: int
     ) -> Values:
-        """Returns folded routers, moved along their constant directions until the loads of `batches` are those with the bias."""
+        """Returns folded routers, moved along their constant directions towards the loads with the bias."""
         sizes = [site.num_experts for site in self._balancer.sites]
 
         def loads_of(variant: Variant) -> Sequence[Tensor]:
@@ -215,7 +215,7 @@ class Folding:
 
 
 def _foldable(model: nn.Module, balancer: PhiBalancer) -> list[RouterLinear]:
-    """Returns the linear layer of each router. Raises `ValueError` if there is nothing to fold or no place for it."""
+    """Returns the linear layer of each router. Raises `ValueError` if there is no bias or it cannot be folded."""
     kind = type(balancer.root).__name__
     native = [site.name for site in balancer.sites if site.native_bias]
     if native:
@@ -240,7 +240,7 @@ def _foldable(model: nn.Module, balancer: PhiBalancer) -> list[RouterLinear]:
 
 
 class _Regression:
-    """Gathers the inputs of each router, and the shifts of its logits that stand for the bias."""
+    """Sums for each router the moments of its inputs and of the logit shifts that replace its bias."""
 
     def __init__(self, look: Look, linears: list[RouterLinear]) -> None:
         self.look, self.linears = look, linears
@@ -282,7 +282,7 @@ class _Regression:
         moments.add(x_NH, logit_shift(bias_E, selection_threshold(biased_NE, site.top_k), ranked))
 
     def _checked(self, index: int, x_NH: Tensor, scores_NE: Tensor) -> str:
-        """Returns what router `index` ranks. Raises `ValueError` if that is no function of its matrix's logits."""
+        """Returns what router `index` ranks. Raises `ValueError` if that does not follow from its matrix."""
         site = self.look.sites[index]
         ranked, distance = ranked_of(self.linears[index], x_NH, scores_NE)
         if distance > LINEAR:
@@ -295,7 +295,7 @@ class _Regression:
 
 
 def _regress(model: nn.Module, linears: list[RouterLinear], batches: Iterable[Batch]) -> list[FoldedShift]:
-    """Returns for each router the shift that stands best for its bias on the tokens of `batches`."""
+    """Returns for each router the shift that best replaces its bias on the tokens of `batches`."""
     with looking(model) as look:
         regression = _Regression(look, linears)
         with regression.watching():
@@ -322,15 +322,16 @@ def compare(
     model: nn.Module, batches: Iterable[Batch], variants: Mapping[str, Variant], with_loss: bool = False
 ) -> dict[str, Measurement]:
     """
-    Measures variants of a patched model on the same batches: expert load, how many top-k choices differ from the first variant's, and
-    `with_loss` the loss of the labels in the batches (of a classifier see [`Measurement`]). Raises `ValueError` if no token counts.
+    Measures variants of a patched model on the same batches: expert load, and how many top-k choices differ from the
+    first variant's. With `with_loss`, also the loss of the labels in the batches (for classifiers see
+    [`Measurement`]). Raises `ValueError` if the token masks are empty.
     """
     counts = {name: _Counts() for name in variants}
     with looking(model) as look:
         for batch in batches:
             first: dict[int, Tensor] = {}
             expected: Tensor | None = None
-            # one batch after the other, so that only the choices of one batch are kept
+            # batches in the outer loop, so that only the choices of one batch are kept
             for name, variant in variants.items():
                 counted = counts[name]
                 look.on_choice = partial(counted.add, look, first)
@@ -348,15 +349,13 @@ def compare(
 
 
 class _Counts:
-    """Sums of one variant."""
-
     def __init__(self) -> None:
         self.loads: dict[int, Tensor] = {}  # (E,) by number of the router
         self.kept: dict[int, Tensor] = {}  # assignments that the first variant makes too
         self.loss, self.predicted, self.tokens = 0.0, 0, 0
 
     def add(self, look: Look, first: dict[int, Tensor], index: int, logits_TE: Tensor, chosen_Tk: Tensor) -> None:
-        """Adds the choices of router `index`. The first variant leaves its choices in `first`."""
+        """Adds the choices of router `index`. The first variant stores its choices in `first`."""
         mask_T = look.mask_of(index, len(logits_TE)).to(chosen_Tk.device)
         chosen_Nk, first_Nk = chosen_Tk[mask_T], first.setdefault(index, chosen_Tk)[mask_T]
         load_E = torch.bincount(chosen_Nk.reshape(-1), minlength=logits_TE.shape[-1])

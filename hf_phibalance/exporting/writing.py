@@ -1,4 +1,4 @@
-"""What an export leaves: its report, and the folder with an ordinary checkpoint, checked by a process without this package."""
+"""Writes an export: its report, and a folder with an ordinary checkpoint. A process without this package checks it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ALLOWED = {
     torch.float64: 1e-4,
 }  # difference between two processes, as a share of the largest logit
 ALLOWED_IN_HALF = 2e-2
-PROMISES = re.compile(r"(num_)?(mtp|nextn)\w*_layers")  # fields of a config: layers that predict several tokens ahead
+PROMISES = re.compile(r"(num_)?(mtp|nextn)\w*_layers")  # config fields of multi-token prediction
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ExportReport:
         r2 (`dict[str, float]`): by layer name, see [`FoldReport`].
         fitted_tokens (`int`): number of tokens that the fold was fitted on. The variants are measured on others.
         max_loss_increase (`float`): the allowed increase of the loss.
-        forced (`bool`): whether a greater one was allowed too.
+        forced (`bool`): whether a larger increase was allowed, too.
         loaded_alone (`dict`, *optional*): what a process without this package found in the result.
     """
 
@@ -146,7 +146,7 @@ class ExportReport:
 
 
 def print_export(report: ExportReport, console: Any) -> None:
-    """Prints `report` to the [`rich.console.Console`] `console`: the variants, and the layers of the kept one."""
+    """Prints `report` to a [`rich.console.Console`]: the variants, and the layers of the kept one."""
     from rich.markdown import Markdown
 
     text = f"**{as_code(report.source)}**\n\n{report.to_markdown()}"
@@ -167,7 +167,7 @@ def print_export(report: ExportReport, console: Any) -> None:
 
 
 def check_destination(destination: Path) -> None:
-    """Raises `ValueError` if something is there already."""
+    """Raises `ValueError` unless `destination` is new or an empty folder."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} must be a new or an empty folder: an export would mix with what is there.")
 
@@ -183,9 +183,9 @@ def write_plain(
     check: bool,
 ) -> None:
     """
-    Writes the unpatched `model` to `destination`, all of it or nothing. `not_loaded` names the tensors of the source that transformers
-    left out of the model, `loading` holds the arguments that its weights were loaded with. With `check`, a process without this package
-    loads the result. `ValueError` if its logits of the batch `example` differ there.
+    Writes the unpatched `model` to `destination`, completely or not at all. `not_loaded` names the source's tensors
+    that transformers did not load, `loading` are the arguments that the weights were loaded with. With `check`, a
+    process without this package loads the result; raises `ValueError` if its logits of the batch `example` differ.
     """
     partial = destination.with_name(f"{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -215,7 +215,7 @@ def write_plain(
 
 
 def _weight_files(source: str | os.PathLike, loading: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the safetensors file of each tensor of a checkpoint, by name."""
+    """Returns `{tensor name: safetensors file}` of a checkpoint."""
     path = find_file(source, SAFE_WEIGHTS_NAME, loading)
     if path is not None:
         with safe_open(path, "pt") as file:
@@ -229,7 +229,7 @@ def _weight_files(source: str | os.PathLike, loading: Mapping[str, Any]) -> dict
 
 
 def _ignored_tensors(model: Any, source: str, loading: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a checkpoint that transformers ignores for this class: layers that predict several tokens ahead."""
+    """Returns the tensors of a checkpoint that this class ignores on load: multi-token-prediction layers."""
     patterns = "|".join(f"(?:{pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ())
     own, found = model.state_dict().keys(), {}
     for name, path in _weight_files(source, loading).items():
@@ -240,7 +240,7 @@ def _ignored_tensors(model: Any, source: str, loading: Mapping[str, Any]) -> dic
 
 
 def _warn_of_missing(model: Any, report: ExportReport, wanted: set[str], written: Collection[str]) -> None:
-    """Warns of tensors of the source that the export lacks, and of layers that config.json promises and the source lacks."""
+    """Warns if the export lacks tensors of the source, or the source lacks layers that config.json promises."""
     if lost := sorted(wanted.difference(written)):
         logger.warning(
             f"{len(lost)} tensor(s) of {report.base or report.source} are not in the export, because transformers does not load "
@@ -259,7 +259,7 @@ def _warn_of_missing(model: Any, report: ExportReport, wanted: set[str], written
 def _load_alone(
     model: Any, folder: Path, example: Mapping[str, torch.Tensor], loading: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what a process without this package finds in `folder`. Raises `ValueError` if that is not the same model."""
+    """Loads `folder` in a process without this package. Returns its findings; `ValueError` if the model differs."""
     inputs = {name: part.to(model.device) for name, part in example.items() if name != "labels"}
     with evaluating(model), torch.no_grad():
         logits = model(**inputs).logits
@@ -290,7 +290,7 @@ def _load_alone(
 
 
 def _write_card(report: ExportReport, folder: Path) -> None:
-    """Writes the source's card with one more section, or a card with this section alone."""
+    """Writes the source's card plus the export section, or a new card with only that section."""
     source = Path(report.source) / CARD_NAME
     if source.is_file():
         head = source.read_text(encoding="utf-8").rstrip() + "\n\n"

@@ -1,5 +1,5 @@
 """
-Makes a finished run presentable: figures, pictures, a model card, and the upload of all that with the model. Pictures need
+Publishes a finished run: figures, pictures, a model card, and the upload of all of these with the model. Pictures need
 matplotlib: `pip install "hf_phibalance[recipes]"`.
 
 | module | what it holds |

@@ -1,4 +1,4 @@
-"""The model card of a run, the section about expert balance for a card that `Trainer` wrote, and the results folder."""
+"""Writes the model card of a run, a section about expert balance for `Trainer`'s card, and the results folder."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ FIGURES = (
 
 def as_code(text: object) -> str:
     """
-    Returns a text as a Markdown code span, in which neither Markdown nor HTML acts. Texts of others enter a card only
-    through this function.
+    Returns a text as a Markdown code span, in which Markdown and HTML have no effect. All text from outside enters a
+    card through this function.
     """
     line = " ".join(str(text).split()).replace("|", "¦")  # a bar would end a cell, even in a code span
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
@@ -57,7 +57,7 @@ def model_card(
 
     Args:
         run (`Run`): the run.
-        baseline (`Run`, *optional*): a run to show beside it.
+        baseline (`Run`, *optional*): a run to compare with.
         title (`str`): name of the model.
         base_model (`str`, *optional*): the fine-tuned model, if it is not the run's `base_model`.
         library_name (`str`, *optional*, defaults to `"transformers"`): `"peft"` for an adapter.
@@ -130,8 +130,8 @@ def tags(run: Run) -> list[str]:
 
 def write_report(folder: str | os.PathLike, run: Run, baseline: Run | None, dpi: int = 130) -> None:
     """
-    Writes figures, pictures and the model card of a run into its results folder. The folder also keeps `baseline`, a run to show beside
-    it, so that the card can be made again.
+    Writes figures, pictures and the model card of a run into its results folder. Also saves `baseline`, a run to
+    compare with, so that the card can be made again.
     """
     folder = Path(folder)
     run.save(folder)
@@ -142,7 +142,7 @@ def write_report(folder: str | os.PathLike, run: Run, baseline: Run | None, dpi:
 
 
 def print_summary(folder: str | os.PathLike, run: Run, baseline: Run | None, seconds: float) -> None:
-    """Prints the figures as a table, and where the results are."""
+    """Prints a table of the figures, and where the results are."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -153,7 +153,7 @@ def print_summary(folder: str | os.PathLike, run: Run, baseline: Run | None, sec
 
 
 def _results(run: Run, baseline: Run | None) -> str:
-    """Returns the figures of a run, beside those of `baseline` if there is one, as a Markdown table."""
+    """Returns a Markdown table of the figures of a run, and of `baseline` if there is one."""
     runs, rows = [run] if baseline is None else [baseline, run], []
 
     def add(label: str, form: str, values: list[float | None]) -> None:
@@ -169,7 +169,7 @@ def _results(run: Run, baseline: Run | None) -> str:
 
 
 def _own_score(run: Run) -> list[Score]:
-    """Returns the exact match that the training recipe measured, if it did."""
+    """Returns the exact match that the training recipe measured, or `[]`."""
     value = run.exact_match.get("trained")
     if value is None:
         return []
@@ -196,5 +196,5 @@ def _layers(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def _number(value: float | None, form: str) -> str:
-    """Returns a figure as text, and a dash if it was not measured."""
+    """Returns a figure as text, or a dash if it was not measured."""
     return "–" if value is None else format(value, form)

@@ -35,8 +35,8 @@ def pictures_in(folder: str | os.PathLike) -> list[str]:
 
 def plot_loads(runs: list[Run], path: str | os.PathLike, dpi: int = 130) -> None:
     """
-    Draws one heatmap of expert load per run: x is the step, y the layer and expert, colour the load over the mean load. Of more than
-    eight routers it shows eight, evenly spaced.
+    Draws one heatmap of expert load per run: x is the step, y the layer and expert, colour the load over the mean
+    load. Shows at most eight routers, evenly spaced.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a training run measured, in memory and as JSON, and the results of lm-evaluation-harness for its model."""
+"""Reads and writes what a training run measured, with lm-evaluation-harness's results for its model."""
 
 import json
 import os
@@ -29,7 +29,7 @@ AGAIN = "Run it again, or remove the file."
 
 
 def own_file(path: Path) -> Path:
-    """Returns `path`. Raises `ValueError` if it is a link, also a hard one, or no regular file."""
+    """Returns `path`. Raises `ValueError` if it is a link (symbolic or hard) or not a regular file."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         raise ValueError(
@@ -51,7 +51,7 @@ class Score:
     problems: int | None = None  # answered
     of: int | None = None  # problems of the task
     dataset: str | None = None
-    isolation: str | None = None  # of generated code from the machine
+    isolation: str | None = None  # how generated code was isolated from the machine
 
     @property
     def count(self) -> str:
@@ -92,14 +92,15 @@ class Run:
         steps (`int`): optimizer steps.
         versions (`dict[str, str]`): versions of the packages that the run used.
         balance (`PhiBalanceConfig`, *optional*): `None` if nothing was balanced.
-        base_model, dataset (`str`, *optional*): names on the Hub. Of a folder, the last part of the path is kept.
+        base_model, dataset (`str`, *optional*): names on the Hub, or the last part of a folder's path.
         task, example_prompt (`str`, *optional*): the task, and one prompt of it.
         problems (`dict[str, int]`): problems by split.
         exact_match (`dict[str, float]`): share of right answers, `untrained` and `trained`.
         before, held_out (`dict[str, float]`): loss and balance on held-out data before and after training.
         hyperparameters (`dict`): those that `Trainer` writes into its own cards.
         log_history (`list[dict]`): the log of the trainer.
-        loads (`list[dict]`): `{"step": int, "load": {layer name: load of each expert over the mean load}}` at each logging step.
+        loads (`list[dict]`):
+            `{"step": int, "load": {layer name: load of each expert over the mean load}}` at each logging step.
         evaluations (`dict[str, list[Score]]`): the newest scores of each task.
     """
 
@@ -139,10 +140,10 @@ class Run:
         Collects the figures of a finished run.
 
         Args:
-            trainer ([`~transformers.Trainer`]): after training, and after an evaluation with the prefix `"test"` or `"eval"`.
+            trainer ([`~transformers.Trainer`]): after training and an evaluation with the prefix `"test"` or `"eval"`.
             balance (`PhiBalanceConfig`): the configuration of the run.
             loads (`list[dict]`): the `history` of the callback that [`attach`] returned.
-            before (`Mapping[str, float]`, *optional*): what `trainer.evaluate` returned for the same data before training.
+            before (`Mapping[str, float]`, *optional*): result of `trainer.evaluate` on the same data before training.
             figures: further fields of the run.
         """
         log = [dict(entry) for entry in trainer.state.log_history]
@@ -196,12 +197,12 @@ class Run:
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Run":
         """
-        Reads what [`~Run.save`] wrote, and results of lm-evaluation-harness (`results_*.json`) below `folder`. Skips fields that
-        [`Run`] does not have.
+        Reads what [`~Run.save`] wrote, and results of lm-evaluation-harness (`results_*.json`) below `folder`. Skips
+        unknown fields.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: with the file and the field, if one cannot be used.
+            ValueError: if a file or field cannot be used. The message names it.
         """
         folder = Path(folder)
         if missing := [name for name in (SUMMARY_NAME, HISTORY_NAME) if not (folder / name).exists()]:
@@ -223,7 +224,7 @@ class Run:
 
     @classmethod
     def load_baseline(cls, folder: str | os.PathLike) -> "Run | None":
-        """Reads the run that the report in `folder` shows beside its own, if there is one."""
+        """Reads the baseline run saved in `folder`, if there is one."""
         found = (Path(folder, name) for name in BASELINE_FOLDERS)
         return next((cls.load(path) for path in found if (path / SUMMARY_NAME).exists()), None)
 
@@ -238,7 +239,7 @@ def described(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[dict[str, Any]]:
-    """Context manager: gives the JSON object in `path`. An error inside it names the file."""
+    """Context manager: yields the JSON object in `path`. Adds the file name to errors inside it."""
     values = read_json(own_file(path), AGAIN, LARGE)
     try:
         yield values
@@ -247,7 +248,7 @@ def _reading(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
-    """Returns the JSON object `values[key]`, an empty one if it is missing."""
+    """Returns the JSON object `values[key]`, or an empty one if it is missing."""
     found = values.get(key) or {}
     if not isinstance(found, dict):
         raise TypeError(f"Field {key!r} expected an object, got {found!r:.80}")
@@ -255,13 +256,13 @@ def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _without_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns loss and balance of what `trainer.evaluate` returned, without the prefix of their names."""
+    """Returns the loss and the balance metrics of `trainer.evaluate`, without the prefix of their names."""
     short = {key.partition("_")[2]: value for key, value in metrics.items()}
     return {key: value for key, value in short.items() if key == "loss" or key.startswith("moe/")}
 
 
 def _means(entries: Sequence[Mapping[str, Any]], loads: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns means of the figures about balance over log entries, and of each layer's MaxVio over the history of loads."""
+    """Returns means of the balance metrics over log entries, and of each layer's MaxVio over the load history."""
     names = dict.fromkeys(key for entry in entries for key in entry if key.startswith("moe/"))
     means = {name: fmean(entry[name] for entry in entries if name in entry) for name in names}
     for layer in loads[0]["load"] if loads else ():

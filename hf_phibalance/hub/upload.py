@@ -1,6 +1,6 @@
 """
-Uploads a balanced model to the Hub: writes a folder, checks that nothing in it is private, and sends it. Completes the uploads of
-`Trainer(push_to_hub=True)` by the state and a section of the card.
+Uploads a balanced model to the Hub: writes a folder, checks that nothing in it is private, and sends it. Adds the
+state and a section of the card to uploads of `Trainer(push_to_hub=True)`.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def push_to_hub(
     dry_run: str | os.PathLike | None = None,
 ) -> CommitInfo | Path | None:
     """
-    Uploads a patched model, or its adapter: weights, config, state, tokenizer and model card; with `run_folder` also the figures and
-    pictures of the run. `huggingface_hub` retries what fails for a moment.
+    Uploads a patched model or its adapter: weights, config, state, tokenizer and model card. With `run_folder`, also
+    uploads the figures and pictures of the run. `huggingface_hub` retries after temporary failures.
 
     ```python
     phb.push_to_hub(model, "me/my-model", tokenizer=tokenizer, run_folder="results/mine", dry_run="look-at-it-first")
@@ -73,30 +73,30 @@ def push_to_hub(
     ```
 
     Args:
-        model (`torch.nn.Module`): the patched model. DDP and `torch.compile` are taken off, PEFT stays.
-        repo_id (`str`): the repository, `"user/name"`. It is made if it does not exist.
+        model (`torch.nn.Module`): the patched model. Wrappers of DDP and `torch.compile` are removed, PEFT stays.
+        repo_id (`str`): the repository, `"user/name"`. It is created if it does not exist.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): uploaded with the model.
         run_folder (`str` or `os.PathLike`, *optional*): results folder of `recipes/sft.py` and `recipes/evaluate.py`.
         card ([`~huggingface_hub.ModelCard`], *optional*): a card of your own, instead of the one made here.
         commit_message (`str`, *optional*): message of the commit.
         private (`bool`, *optional*): whether a new repository is private.
-        token (`bool` or `str`, *optional*): access token; the stored one unless given.
+        token (`bool` or `str`, *optional*): access token. The default is the stored one.
         revision (`str`, *optional*): branch to commit to.
         create_pr (`bool`, *optional*, defaults to `False`): whether to open a pull request instead of committing.
         dry_run (`str` or `os.PathLike`, *optional*):
-            An empty or new folder. It gets exactly what would be uploaded, and nothing is uploaded.
+            A new or empty folder. Writes the files there instead of uploading them.
 
     Returns:
-        [`~huggingface_hub.CommitInfo`], or in a dry run the `Path` of the folder; `None` on ranks other than the first.
+        [`~huggingface_hub.CommitInfo`], or in a dry run the `Path` of the folder; `None` on all ranks but the first.
 
     Raises:
-        ValueError: if the model is not patched or is sharded over ranks, if a file of the run is a link or damaged, if a file
-            holds a token or a key, or if an argument is unusable.
-        RuntimeError: if the upload failed. The message names the folder that was to be uploaded; it is kept.
+        ValueError: if the model is not patched or is sharded over ranks, if a file of the run is a link or damaged, if
+            a file holds a token or a key, or if an argument is unusable.
+        RuntimeError: if the upload failed. The message names the folder, which is kept.
     """
     validate_repo_id(repo_id)
     get_balancer(model)
-    # parameters of FSDP2 are DTensors, and DeepSpeed notes the whole shape beside its own
+    # FSDP2 parameters are DTensors with a `device_mesh`; DeepSpeed keeps the full shape in `ds_shape`
     if any(hasattr(p, part) for p in model.parameters() for part in ("device_mesh", "ds_shape")):
         raise ValueError(
             "the model is sharded over ranks, so this process holds only a part of it. Save it with trainer.save_model(), "
@@ -144,7 +144,6 @@ def _write_folder(
     run_folder: str | os.PathLike | None,
     card: ModelCard | None,
 ) -> None:
-    """Writes everything that is uploaded."""
     saved: Any = next(part for part in unwrap(model) if hasattr(type(part), "save_pretrained"))
     adapters = getattr(saved, "peft_config", None) if hasattr(saved, "get_base_model") else None
     base_model = adapters[saved.active_adapter].base_model_name_or_path if adapters else None
@@ -178,7 +177,7 @@ def _write_folder(
 
 
 def _run_without_folder(model: nn.Module) -> Run:
-    """Returns what is known of a model without its results folder."""
+    """Returns a run with what the model itself tells."""
     balancer = get_balancer(model)
     root: Any = balancer.root
     return Run(
@@ -191,7 +190,7 @@ def _run_without_folder(model: nn.Module) -> Run:
 
 
 def _picture(path: Path) -> bytes:
-    """Returns the content of a PNG file. Raises `ValueError` if it is a link, or holds anything but a picture."""
+    """Returns the content of a PNG file. Raises `ValueError` if it is a link or not a PNG."""
     content = own_file(path).read_bytes()
     if not (content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")):
         raise ValueError(f"{path} is no PNG picture. Draw it again, or remove it.")
@@ -199,7 +198,7 @@ def _picture(path: Path) -> bytes:
 
 
 def _refuse_private(folder: Path) -> None:
-    """Raises `ValueError` if something in `folder` is a link, or a file other than weights holds a token or a key."""
+    """Raises `ValueError` if `folder` contains a link, or a token or a key in a file other than weights."""
     for path in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
         content = b"" if own_file(path).suffix == ".safetensors" else path.read_bytes()
         for what, pattern in SECRETS.items():
@@ -215,7 +214,7 @@ def _refuse_private(folder: Path) -> None:
 
 
 class _UploadCallback(TrainerCallback):
-    """Writes the state into the folder that `Trainer` uploads. From checkpoints, `Trainer` copies only files that it knows."""
+    """Writes the state into the folder that `Trainer` uploads. `Trainer` copies only known files from checkpoints."""
 
     def on_push_begin(self, args, state, control, model=None, **kwargs) -> None:
         balancer = find_balancer(model)
@@ -225,9 +224,9 @@ class _UploadCallback(TrainerCallback):
 
 def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = None) -> Callable[[], None]:
     """
-    Makes `Trainer(push_to_hub=True)` and `trainer.push_to_hub()` upload the state too, and adds a section about expert balance to
-    their card, with loads from the `history` of the [`PhiBalanceCallback`]. A card that [`push_to_hub`] or a recipe wrote is kept.
-    Returns a function that undoes the call. [`attach`] calls this function; a second call does nothing.
+    Makes `Trainer(push_to_hub=True)` and `trainer.push_to_hub()` upload the state too, and adds a section about expert
+    balance to their card, from the `history` of the [`PhiBalanceCallback`]. Keeps a card that [`push_to_hub`] or a
+    recipe wrote. Returns a function that undoes the call. [`attach`] calls this function; a second call does nothing.
     """
     if any(isinstance(callback, _UploadCallback) for callback in trainer.callback_handler.callbacks):
         return lambda: None

@@ -4,9 +4,9 @@ The maths: pure functions of tensors, without models, steps or trainers.
 | module | contents |
 |---|---|
 | `potentials` | the convex potentials φ and their prices ∇φ |
-| `methods` | the balancing methods: their config fields, prices and steps of the selection bias |
-| `pricing` | routing probabilities of logits, the gradient of ⟨q, p⟩ |
-| `folding` | a selection bias as a part of the router's weight |
+| `methods` | the balancing methods: their config fields, prices and updates of the selection bias |
+| `pricing` | routing probabilities from logits, the gradient of ⟨q, p⟩ |
+| `folding` | folds a selection bias into the router's weight |
 | `metrics` | MaxVio, Gini and the other metrics of expert load |
 """
 # ruff: noqa: F401

@@ -1,19 +1,20 @@
 """
-Puts a selection bias into the router's weight, as well as that can be done.
+Folds a selection bias into the router's weight, as well as possible.
 
-A router scores its experts by s_e = f(z_e), z = W x, and selects the k greatest of s_e + b_e. An engine without b selects the k
-greatest of z. Let the threshold τ(x) lie between the k-th and the next biased score of a token. Then
+A router scores its experts by s_e = f(z_e), z = W x, and selects the k greatest of s_e + b_e. An engine without b
+selects the k greatest of z. Let the threshold τ(x) lie between the k-th and the next biased score of a token. Then
 
     s_e + b_e > τ  ⇔  f(z_e) > τ − b_e  ⇔  z_e + β_e > f⁻¹(τ),    β_e(x) = f⁻¹(τ) − f⁻¹(τ − b_e),
 
-so z + β selects, without a bias, exactly what s + b selects. For logits β = b, and for sigmoids f⁻¹ is the logit. For softmax
-probabilities z_e = log p_e + log Z. log Z cancels, so β_e = −log(1 − b_e/τ). A constant over the experts of a token, such as
-f⁻¹(τ), changes no selection and is removed.
+so the top-k of z + β is exactly the top-k of s + b. For logits β = b, and for sigmoids f⁻¹ is the logit. For softmax
+probabilities z_e = log p_e + log Z. log Z cancels, so β_e = −log(1 − b_e/τ). A term that is equal for all experts of a
+token, like f⁻¹(τ), changes no selection and is removed.
 
-β depends on the token through τ, and W x + β must become W' x. The best W' for the inputs of a sample is a ridge regression,
-W' − W = E[β xᵀ] (E[x xᵀ] + λ)⁻¹. Its quality depends on the inputs. Hidden states share a direction. The regression of the
-constant 1 on them, v = (E[x xᵀ] + λ)⁻¹ E[x], measures how much: if r² = E[x]ᵀ v is near 1, v·x is near 1 for every token, and β vᵀ
-acts like a bias. If the router adds a bias of its own, that bias takes the mean of β exactly (r² = 1) and the weight the rest.
+β depends on the token through τ, but W' x has to approximate W x + β. The best W' on a sample of inputs is a ridge
+regression, W' − W = E[β xᵀ] (E[x xᵀ] + λ)⁻¹. It is good if the inputs share a direction, as hidden states do. To
+measure this, v = (E[x xᵀ] + λ)⁻¹ E[x] regresses the constant 1 on the inputs. If r² = E[x]ᵀ v is near 1, v·x is near 1
+for every token, and β vᵀ acts like a bias. If the router has a bias of its own, that bias takes the mean of β exactly
+(r² = 1), and the weight takes the rest.
 
 Shapes: T tokens, E experts, H inputs of the router.
 """
@@ -27,14 +28,14 @@ from torch import Tensor
 
 
 RIDGE = 1e-4  # λ as a share of the mean square of an input
-# If a bias takes an expert's threshold to 0 or below (for a sigmoid to 1 or above), no shift is large enough. The threshold keeps
-# this share of τ (of 1 − τ), which a shift of 4.6 makes up for.
+# If τ − b is 0 or below (for a sigmoid also 1 or above), no shift is large enough. So τ − b stays at least this share
+# of τ away from 0 (and this share of 1 − τ away from 1), which a shift of 4.6 makes up for.
 SMALLEST = 1e-2
-SATURATED = 1e-3  # least distance of a sigmoid's threshold from 0 and 1; logits diverge there
+SATURATED = 1e-3  # smallest distance of a sigmoid's threshold from 0 and 1, where logits diverge
 
 
 def selection_threshold(biased_TE: Tensor, top_k: int) -> Tensor:
-    """Returns τ `(T, 1)`: halfway between the k-th and the next of `biased_TE (T, E)`, or the k-th if there is no next."""
+    """Returns τ `(T, 1)`: the mean of the k-th and (k+1)-th largest of `biased_TE (T, E)`; the k-th if it is last."""
     best = biased_TE.topk(min(top_k + 1, biased_TE.shape[-1]), dim=-1).values
     last, following = best[..., top_k - 1 : top_k], best[..., top_k:]
     return torch.where(torch.isfinite(following), (last + following) / 2, last) if following.numel() else last
@@ -42,8 +43,8 @@ def selection_threshold(biased_TE: Tensor, top_k: int) -> Tensor:
 
 def logit_shift(bias_E: Tensor, threshold_T1: Tensor, ranked: str) -> Tensor:
     """
-    Returns β `(T, E)`, minus its mean over the experts. The logits `z + β` select the same experts as the biased scores. `ranked`
-    is what the router ranks: `"logits"`, `"probs"` or `"sigmoid"`.
+    Returns β `(T, E)`, centred over the experts. The top-k of `z + β` is the top-k of the biased scores. `ranked` is
+    what the router ranks: `"logits"`, `"probs"` or `"sigmoid"`.
     """
     if ranked == "logits":
         shift_TE = bias_E.expand(len(threshold_T1), -1)
@@ -57,7 +58,7 @@ def logit_shift(bias_E: Tensor, threshold_T1: Tensor, ranked: str) -> Tensor:
 
 
 def score_slope(threshold_T1: Tensor, ranked: str) -> Tensor:
-    """Returns df/dz at the threshold, `(T, 1)`: the bias on the scores that equals a shift of the logits by 1."""
+    """Returns df/dz at the threshold, `(T, 1)`: the score bias that equals a logit shift of 1."""
     if ranked == "logits":
         return torch.ones_like(threshold_T1)
     if ranked == "probs":
@@ -81,7 +82,7 @@ class ShiftMoments:
         return cls(torch.zeros(size, dtype=exact, device=like.device), inputs, experts)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Returns views: Σ x xᵀ `(H, H)`, Σ x βᵀ `(H, E)`, Σ x `(H,)`, Σ β `(E,)`, Σ |β|² `()`, number of tokens `()`."""
+        """Returns views: Σ x xᵀ `(H, H)`, Σ x βᵀ `(H, E)`, Σ x `(H,)`, Σ β `(E,)`, Σ |β|² `()`, token count `()`."""
         h, e = self.inputs, self.experts
         xx, xb, x, b, bb, n = self.flat.split([h * h, h * e, h, e, 1, 1])
         return xx.view(h, h), xb.view(h, e), x, b, bb[0], n[0]
@@ -110,8 +111,8 @@ class FoldedShift:
 
 def fold_shift(moments: ShiftMoments, own_bias: bool, ridge: float = RIDGE) -> FoldedShift:
     """
-    Regresses β on the inputs of a router. With `own_bias`, the router adds a bias of its own, which takes the mean. `ridge` is λ as a
-    share of the mean square of an input. Raises `ValueError` if there is no token.
+    Regresses β on the inputs of a router. With `own_bias`, the router has a bias of its own, which takes the mean.
+    `ridge` is λ as a share of the mean square of an input. Raises `ValueError` if there is no token.
     """
     xx, xb, x, b, bb, n = moments.parts()
     if not n:

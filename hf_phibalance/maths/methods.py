@@ -1,13 +1,13 @@
 """
-The balancing methods: φ-balancing, and the methods it is compared with, with their prices and steps of the selection bias. To add
-a method, add a row to [`METHODS`].
+Balancing methods: φ-balancing and its baselines, with their prices and updates of the selection bias. To add a method,
+add a row to [`METHODS`].
 
-Most baselines need no code of their own. For example, the Switch loss E Σ_e f_e P_e of one micro-batch is ⟨q, p⟩ with q = E f, and
-q = ∇φ(E f) + 1 for the potential l2. So it is φ-balancing with potential l2, load as statistic, no memory, and the price of the
-current micro-batch.
+Most baselines need no code of their own. For example, the Switch loss E Σ_e f_e P_e of one micro-batch is ⟨q, p⟩ with
+q = E f, and q = ∇φ(E f) + 1 for the potential l2. So it is φ-balancing with potential l2, load as statistic, no
+memory, and the price of the current micro-batch.
 
-The bias can be used together with the price gradient. The price gradient of the current batch is proportional control: it acts
-at once but leaves an offset, which is smaller for a larger `coef`. The bias sums up the remaining price: this integral control
+The bias can be combined with the price gradient. The price gradient is proportional control: it acts at once but
+leaves an offset, which is smaller for a larger `coef`. The bias sums the remaining price: integral control, which
 removes the offset.
 
 Shapes: L routers, T tokens, E experts, H bins of a histogram.
@@ -26,8 +26,8 @@ from torch import Tensor
 from .potentials import Potential, centred_price
 
 
-BINS = 1000  # of a histogram of margins
-ROUNDING = 1e-4  # a bias beyond its reach by less than this share got there by rounding, which must not add up
+BINS = 1000  # per margin histogram
+ROUNDING = 1e-4  # rounding puts a bias beyond its reach by less than this share; that must not add up
 
 PHI_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -55,7 +55,7 @@ class Method:
     freezes: bool = False  # whether the parameters of the routers are frozen
 
     def default(self, name: str) -> Any:
-        """Returns its default of the field `name`."""
+        """Returns this method's default of the field `name`."""
         value = self.values.get(name, PHI_DEFAULTS[name])
         return dict(value) if isinstance(value, dict) else value
 
@@ -99,10 +99,10 @@ def price_now(
     """
     Returns the prices of a micro-batch, `(L, E)`, at the end of its forward.
 
-    `mean_LE` is the EMA of the previous steps, `own_LE` the statistic summed over the micro-batch, `step_LE` summed over the step so
-    far. `price_from="current"` mixes the micro-batch into the mean (arXiv 2605.15403, Algorithm 1), `"global"` the step so far
-    over all ranks. With `pooled`, all layers share the price of their pooled tokens, as in transformers'
-    `load_balancing_loss_func`, whose f sums to k instead of 1 and which is a mean over layers instead of a sum.
+    `mean_LE` is the EMA of the previous steps, `own_LE` the statistic summed over the micro-batch, `step_LE` summed
+    over the step so far. `price_from="current"` mixes the micro-batch into the mean (arXiv 2605.15403, Algorithm 1),
+    `"global"` the step so far over all ranks. With `pooled`, all layers share the price of their pooled tokens, as in
+    transformers' `load_balancing_loss_func`. Its f sums to k instead of 1, and it averages layers instead of summing.
     """
     if pooled:
         pooled_E = own_LE.sum(dim=0)
@@ -127,8 +127,8 @@ def bias_step(
     """
     Returns the change of the biases in a step, `(L, E)`.
 
-    `"dual"`: -coef · q (arXiv 2605.15403). `"sign"`: coef · sign(mean load - load) (arXiv 2408.15664, Algorithm 1). `"quantile"`:
-    the fraction `coef` of the way to the bias that gives every expert its fair share; see [`quantile_bias`].
+    `"dual"`: -coef · q (arXiv 2605.15403). `"sign"`: coef · sign(mean load - load) (arXiv 2408.15664, Algorithm 1).
+    `"quantile"`: the fraction `coef` of the way to [`quantile_bias`].
     """
     if rule == "dual":
         return -coef * price_LE
@@ -139,12 +139,12 @@ def bias_step(
 
 def margin_histogram(scores: Tensor, bias: Tensor, top_k: int, mask: Tensor, width: float) -> Tensor:
     """
-    Returns the histogram of the margins of one router, for [`quantile_bias`].
+    Returns the margin histogram of one router, for [`quantile_bias`]: token weights summed by bin, `(E, H)`.
 
-    Expert e is among the top-k of a token if s_e + b_e exceeds the token's cutoff, its (k+1)-th largest biased score. The margin
-    cutoff - s_e is therefore the bias that the expert needs there. A histogram is a sum over tokens, so the result does not depend
-    on how a step is split. Takes `scores (T, E)` without the bias, the current `bias (E,)`, the weight of each token `mask (T,)`
-    and the span of the scores `width` (1 for probabilities). Returns weights summed by bin, `(E, H)`.
+    A token selects expert e if s_e + b_e exceeds the token's cutoff, its (k+1)-th largest biased score. So the margin,
+    cutoff - s_e, is the bias that e needs to be selected. Histograms are sums over tokens, so they do not depend on
+    how a step is split. `scores (T, E)` are without the bias, `bias (E,)` is the current one, `mask (T,)` weighs the
+    tokens, and `width` is the span of the scores (1 for probabilities).
     """
     experts = scores.shape[-1]
     low, high = (bound.squeeze() for bound in _margin_range(bias.unsqueeze(0), bias.new_full((1, 1), width)))
@@ -161,11 +161,11 @@ def margin_histogram(scores: Tensor, bias: Tensor, top_k: int, mask: Tensor, wid
 
 def quantile_bias(histogram_LEH: Tensor, top_k_L1: Tensor, bias_LE: Tensor, width_L1: Tensor) -> Tensor:
     """
-    Returns the bias `(L, E)` with which every expert would have been chosen its fair share of times: the k/E quantile of its
-    margins, interpolated within its bin and centred (Su 2026, "Quantile Balancing"; Kimi K3 report, Eqs. 13-14).
+    Returns the bias `(L, E)` that would have given every expert its fair share: the k/E quantile of its margins,
+    interpolated within the bin and centred (Su 2026, "Quantile Balancing"; Kimi K3 report, Eqs. 13-14).
 
-    Takes the margins of all tokens of a step, the experts per token, the bias during the step and the span of the scores. Without
-    tokens the bias stays.
+    Takes the margin histogram of a step, the experts per token, the bias during the step and the span of the scores.
+    Without tokens the bias stays.
     """
     low_L1, high_L1 = _margin_range(bias_LE, width_L1)
     below_LEH = histogram_LEH.cumsum(-1)
@@ -189,12 +189,12 @@ def step_within(bias_LE: Tensor, step_LE: Tensor, reach_LE: Tensor) -> Tensor:
     """
     Returns `bias + step`, projected so that every bias stays within its reach of the router's mean bias, `(L, E)`.
 
-    This prevents wind-up. The bias sums up prices. If the selection cannot answer it (an expert is masked, or a frozen router sees
-    few tokens), the sum would grow without limit and take as long to come back.
+    This prevents wind-up. The bias sums prices. If the load does not respond (an expert is masked, or a frozen router
+    sees few tokens), the sum would grow without limit and take as long to shrink again.
 
-    The mean of a router is that of `bias + step`: experts with room take what others must not. An expert that a checkpoint brought
-    beyond its reach may come back, but goes no farther. If nothing is out of reach, the result is `bias + step` bit for bit. A step
-    longer than twice the reach gives only the direction.
+    The router keeps the mean of `bias + step`: what some experts cannot take goes to experts with room. A bias that
+    was loaded beyond its reach may move back, but no farther out. If nothing is out of reach, the result is exactly
+    `bias + step`. A step longer than twice the reach is shortened to that length.
     """
     off_LE = _off_mean(bias_LE).abs()
     limit_LE = torch.where(off_LE > reach_LE * (1 + ROUNDING), off_LE, reach_LE)
@@ -214,12 +214,12 @@ def _shift(values_LE: Tensor, limit_LE: Tensor) -> Tensor:
     """
     Returns the λ `(L, 1)` with Σ_e clamp(values_e - λ, ±limit_e) = 0.
 
-    The sum starts at Σ limit and falls with λ. Its slope is the number of experts inside their limits, so it is linear between
-    the points at which an expert enters or leaves its limits.
+    The sum starts at Σ limit and falls with λ. Its slope is the number of experts inside their limits, so it is linear
+    between the points at which an expert enters or leaves its limits.
     """
     points_LP, order_LP = torch.cat([values_LE - limit_LE, values_LE + limit_LE], dim=-1).sort(dim=-1)
     entering_LP = torch.cat([torch.ones_like(values_LE), -torch.ones_like(values_LE)], dim=-1).gather(-1, order_LP)
-    inside_LP = entering_LP.cumsum(dim=-1)  # behind each point
+    inside_LP = entering_LP.cumsum(dim=-1)  # after each point
     falls_LP = (inside_LP[:, :-1] * points_LP.diff(dim=-1)).cumsum(dim=-1)
     sums_LP = limit_LE.sum(dim=-1, keepdim=True) - torch.nn.functional.pad(falls_LP, (1, 0))
     last_L1 = (sums_LP >= 0).sum(dim=-1, keepdim=True) - 1

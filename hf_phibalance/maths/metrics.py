@@ -1,9 +1,9 @@
 """
 Metrics of expert load: how evenly it is spread, and how much the chosen expert tells about the domain of a token.
 
-Load metrics take the load of each expert, `load_LE` (L layers, E experts), as counts or shares, with any leading dimensions. They
-return one number per layer. They are functions of the relative load r = E · load / Σ load, which is 1 for every expert at balance.
-A layer without tokens counts as balanced, never as `nan`.
+Load metrics take the load of each expert, `load_LE` (L layers, E experts), as counts or shares, with any leading
+dimensions. They return one number per layer. They are functions of the relative load r = E · load / Σ load, which is 1
+for every expert at balance. A layer without tokens counts as balanced, never as `nan`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEAD_THRESHOLD = 0.05
 
 
 def relative_load(load_LE: Tensor) -> Tensor:
-    """Returns `E * load / sum(load)` in fp32 (fp64 if the input is), shape `(L, E)`, and ones without load."""
+    """Returns `E * load / sum(load)` in fp32 (fp64 if the input is), shape `(L, E)`; ones if there is no load."""
     load_LE = load_LE.to(torch.promote_types(load_LE.dtype, torch.float32))
     mean_L1 = load_LE.mean(-1, keepdim=True)
     routed_L1 = mean_L1 > 0
@@ -31,7 +31,7 @@ def max_relative_load(load_LE: Tensor) -> Tensor:
 
 
 def min_relative_load(load_LE: Tensor) -> Tensor:
-    """Load of the idlest expert over the mean load, shape `(L,)`: 1 at balance, 0 if an expert gets nothing."""
+    """Load of the least busy expert over the mean load, shape `(L,)`: 1 at balance, 0 if an expert gets nothing."""
     return relative_load(load_LE).amin(-1)
 
 
@@ -44,8 +44,8 @@ def gini(load_LE: Tensor) -> Tensor:
     """
     Gini coefficient, shape `(L,)`: 0 at balance, `(E - 1) / E` if one expert gets all.
 
-    `sum_i (2 i - E - 1) x_(i) / (E sum(x))` with loads `x_(1) <= ... <= x_(E)`. This is half the mean absolute difference of all
-    pairs, over the mean.
+    `sum_i (2 i - E - 1) x_(i) / (E sum(x))` with loads `x_(1) <= ... <= x_(E)`. This is half the mean absolute
+    difference of all pairs, over the mean.
     """
     r_LE = relative_load(load_LE).sort(-1).values
     num_experts = r_LE.shape[-1]
@@ -71,7 +71,7 @@ def dead_experts(load_LE: Tensor) -> Tensor:
     """
     Number of experts with less than 5% of the fair share of the load, shape `(L,)`, in floating point.
 
-    Such an expert is trained on a twentieth of the tokens of an average one, whatever the number of experts.
+    Such an expert trains on less than a twentieth of the tokens of an average one, for any number of experts.
     """
     r_LE = relative_load(load_LE)
     return (r_LE < DEAD_THRESHOLD).sum(-1).to(r_LE.dtype)
@@ -79,11 +79,11 @@ def dead_experts(load_LE: Tensor) -> Tensor:
 
 def noise_floor(num_experts: int, top_k: int, tokens: float | Tensor) -> Tensor:
     """
-    MaxVio to expect from chance alone if every token picks `top_k` experts uniformly. A MaxVio below it means nothing.
+    Returns the MaxVio that chance alone gives if every token picks `top_k` experts uniformly. Below it is only noise.
 
     `sqrt((E - k) / (T k)) * sqrt(2 log E)`: the count of an expert is then binomial with relative standard deviation
-    `sqrt((E - k) / (T k))`. The largest of `E` nearly Gaussian counts averages at most `sqrt(2 log E)` deviations (30% fewer for 8
-    experts, 15% for 256). Real tokens are correlated, so real noise is larger.
+    `sqrt((E - k) / (T k))`. The largest of `E` nearly Gaussian counts is on average at most `sqrt(2 log E)` deviations
+    above the mean (30% fewer for 8 experts, 15% for 256). Real tokens are correlated, so real noise is larger.
 
     Args:
         num_experts (`int`): Number of experts `E`.
@@ -110,13 +110,13 @@ def summarise(load_LE: Tensor) -> dict[str, Tensor]:
 
 def mutual_information(counts_DE: Tensor) -> Tensor:
     """
-    Plug-in estimate of I(domain; expert) in bits: how much the expert of an assignment tells about the domain of its token.
+    Plug-in estimate of I(domain; expert) in bits: how much an assignment's expert tells about its token's domain.
 
     It is 0 if all domains use the experts alike. Its maximum is the smaller of the entropies of domain and expert.
 
     Args:
         counts_DE (`torch.Tensor` of shape `(..., D, E)`):
-            How often each expert was chosen in each domain. With shares of each domain instead, all domains weigh the same.
+            How often each expert was chosen in each domain. Pass shares per domain to weigh all domains equally.
 
     Returns:
         `torch.Tensor` of shape `(...)`, in fp64; 0 if nothing was counted.
@@ -135,11 +135,11 @@ def mutual_information_bias(counts_DE: Tensor, top_k: int) -> float:
     """
     Expectation of [`mutual_information`] in bits if the domains do not differ: `(D - 1) (E - k) / (2 T k ln 2)`.
 
-    For `k = 1` this is the correction of Miller and Madow. The `k` experts of a token are distinct, so they are not independent.
-    To second order the estimate is `Σ_de (O_de - T_d π_e)² / (T_d π_e) / (2 T k ln 2)`, where π_e is the probability that a token
-    has expert e among its k. Each square averages `T_d π_e (1 - π_e)`, minus its share `T_d / T` because π_e is fitted, and
-    `Σ_e (1 - π_e) = E - k` for every π. Only experts and domains that occur count. Tokens of real texts are not independent, so
-    the real expectation is larger.
+    For `k = 1` this is the correction of Miller and Madow. The `k` experts of a token are distinct, so they are not
+    independent. To second order the estimate is `Σ_de (O_de - T_d π_e)² / (T_d π_e) / (2 T k ln 2)`, where π_e is the
+    probability that a token selects expert e. Each square is on average `T_d π_e (1 - π_e)`, less its share `T_d / T`
+    because π_e is fitted. `Σ_e (1 - π_e) = E - k` for every π. D and E count only domains and experts that occur.
+    Tokens of real texts are not independent, so the real expectation is larger.
 
     Args:
         counts_DE (`torch.Tensor` of shape `(D, E)`): How often each expert was chosen in each domain.

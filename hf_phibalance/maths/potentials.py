@@ -1,18 +1,18 @@
 """
 The potentials φ, whose gradients are the expert prices.
 
-φ-balancing (arXiv 2605.15403) minimises φ of the mean routing probabilities m. φ is strictly convex and symmetric, so its only
-minimum on the simplex is the uniform distribution (Lemma 1). The expert prices are its gradient, q = ∇φ(m) (Algorithm 1).
+φ-balancing (arXiv 2605.15403) minimises φ of the mean routing probabilities m. φ is strictly convex and symmetric, so
+its only minimum on the simplex is the uniform distribution (Lemma 1). Expert prices are q = ∇φ(m) (Algorithm 1).
 
 Three conventions make prices comparable between potentials and numbers of experts:
 
 - φ takes the relative load r = E·m, which is 1 for every expert at balance.
-- φ(r) = Σ_e f(r_e) with f(1) = f'(1) = 0 and f''(1) = 1. Near balance, every potential therefore prices an expert at r_e - 1.
-  Potentials differ only far from balance.
+- φ(r) = Σ_e f(r_e) with f(1) = f'(1) = 0 and f''(1) = 1. Near balance, every potential therefore prices an expert at
+  r_e - 1. Potentials differ only far from balance.
 - Below `floor`, f continues along its tangent. φ stays convex and differentiable, and ∇φ is finite at a load of 0.
 
-Some named potentials coincide in these units. Entropies and norms are one family of powers: "tsallis" with alpha 0, 0.5, 1, 2, 3
-is "log_barrier", "hellinger", "neg_entropy", "l2", "l3". "softplus" is a wider "log_cosh".
+Some named potentials coincide in these units. Entropies and norms are one family of powers: "tsallis" with alpha 0,
+0.5, 1, 2, 3 is "log_barrier", "hellinger", "neg_entropy", "l2", "l3". "softplus" is a wider "log_cosh".
 
 To add a potential, write its f and its slope as a subclass of [`Potential`] and add a row to [`POTENTIALS`].
 """
@@ -30,13 +30,13 @@ from torch import Tensor
 
 # A millionth of the fair share counts as dead: log(1e-6) = -13.8, and a mean of fp32 probabilities still resolves it.
 MIN_RELATIVE_LOAD = 1e-6
-# f' may diverge faster than log. The floor is then higher, so that no price falls below minus this value.
+# If f' diverges faster than log, the floor is higher, so that no price falls below minus this value.
 MAX_DISCOUNT = 100.0
 
 
 @dataclass(frozen=True)
 class Potential(ABC):
-    """A strictly convex φ(r) = Σ_e f(r_e) of relative loads r in [0, E]. Results are in fp32, or in fp64 if the input is."""
+    """A strictly convex φ(r) = Σ_e f(r_e) of relative loads r in [0, E]. Computes in fp32 (fp64 if the input is)."""
 
     name: str  # its key in POTENTIALS
     value: float  # its parameter
@@ -64,7 +64,7 @@ class Potential(ABC):
 
 
 class Power(Potential):
-    """f(r) = (r^a - 1 - a (r - 1)) / (a (a - 1)), and its limits at a = 0 and a = 1 (Cressie-Read power divergences)."""
+    """f(r) = (r^a - 1 - a (r - 1)) / (a (a - 1)), with limits at a = 0 and a = 1 (Cressie-Read power divergences)."""
 
     @property
     def floor(self) -> float:
@@ -105,7 +105,7 @@ class LogCosh(Potential):
 
 
 def softplus(name: str, delta: float) -> LogCosh:
-    """4δ² softplus((r - 1) / δ) without its linear term, which charges all experts alike: a log-cosh of width 2δ."""
+    """4δ² softplus((r - 1) / δ) without its linear term (an equal price for all experts): a log-cosh of width 2δ."""
     return LogCosh(name, 2.0 * delta)
 
 
@@ -116,7 +116,7 @@ class Variant:
     family: str  # "entropy", "norm" or "robust", as in the paper's ablation
     kind: Callable[[str, float], Potential]  # builds the potential from name and value
     default: float
-    parameter: str | None = None  # what users call the value; without a name it is fixed
+    parameter: str | None = None  # its name in `potential_kwargs`; None if the value is fixed
     low: float = -math.inf  # range of the parameter, ends included
     high: float = math.inf
 
@@ -136,7 +136,7 @@ class Variant:
         return self.kind(name, float(value))
 
 
-# The comments give f up to terms that are constant on the simplex. Powers up to 10 keep φ finite in fp32 for 4096 experts.
+# Comments give f up to terms that are constant on the simplex. Powers up to 10 keep φ finite in fp32 for 4096 experts.
 POTENTIALS: dict[str, Variant] = {
     "neg_entropy": Variant("entropy", Power, 1.0),  # r log r: Shannon, which the paper recommends
     "tsallis": Variant("entropy", Power, 1.1, "alpha", 0.0, 10.0),  # r^a / (a (a - 1)); the paper has a = 1.1
@@ -171,8 +171,8 @@ def centred_price(potential: Potential, mean: Tensor) -> Tensor:
     """
     Returns the expert prices q = ∇φ(E·m) of arXiv 2605.15403, Algorithm 1, minus their mean over the experts.
 
-    Probabilities sum to one, so a constant added to all prices changes no routing gradient. A positive centred price means a load
-    above that of most experts. Centred prices are comparable between layers and runs.
+    Probabilities sum to one, so a constant added to all prices changes no routing gradient. A positive centred price
+    means a load above that of most experts. Centred prices are comparable between layers and runs.
 
     Args:
         potential (`Potential`): φ.

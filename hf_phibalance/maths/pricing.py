@@ -1,9 +1,9 @@
 """
-From router logits to gradients: routing probabilities, and the gradient of ⟨q, p⟩.
+Computes routing probabilities from router logits, and the gradient of ⟨q, p⟩.
 
-Every router of transformers turns its logits z into probabilities p = s(z) / Σ s(z) with an elementwise positive score s: exp
-(softmax), the logistic function (sigmoid routers), or sqrt(softplus). One closed form covers them all. With L = ⟨q, p⟩ and
-constant q,
+Every router of transformers turns its logits z into probabilities p = s(z) / Σ s(z) with an elementwise positive score
+s: exp (softmax), the logistic function (sigmoid routers), or sqrt(softplus). One closed form covers them all. For
+L = ⟨q, p⟩ and constant q,
 
     ∂L/∂z_j = p_j · (d log s / dz)(z_j) · (q_j − ⟨q, p⟩)
 
@@ -77,12 +77,12 @@ def price_gradient(logits: Tensor, price: Tensor, rate: Tensor, scoring: str, z_
 
 def sequence_price(logits: Tensor, scoring: str, top_k: int, mask_T: Tensor, sequence_T: Tensor) -> Tensor:
     """
-    Returns the relative load of each expert in the sequence of each token, `(T, E)`. It is the price of DeepSeek-V3's complementary
-    sequence-wise loss (arXiv 2412.19437, Eqs. 17-20), with the load that the unbiased scores would choose. `mask_T` is 0 for padding,
-    `sequence_T` is the number of the token's sequence, below T.
+    Returns the relative load of each expert in each token's sequence, `(T, E)`: the price of DeepSeek-V3's
+    complementary sequence-wise loss (arXiv 2412.19437, Eqs. 17-20). The load is that of the top-k of the unbiased
+    scores. `mask_T` is 0 for padding, `sequence_T` is the index of the token's sequence, below T.
     """
     scores = routing_probs(logits, scoring)
-    chosen_Tk = torch.ops.aten.topk(scores, top_k)[1]  # the operator, which no selection bias reaches
+    chosen_Tk = torch.ops.aten.topk(scores, top_k)[1]  # the operator itself, so that no selection bias is added
     chosen_TE = torch.zeros_like(scores).scatter_(
         1, chosen_Tk, mask_T.to(scores.dtype).unsqueeze(-1).expand_as(chosen_Tk)
     )
@@ -91,6 +91,6 @@ def sequence_price(logits: Tensor, scoring: str, top_k: int, mask_T: Tensor, seq
 
 
 def price_of_load(load_E: Tensor, wanted_E: Tensor) -> Tensor:
-    """Returns q = log(load / wanted), centred, of assignments `(E,)`. An expert without any counts as having half of one."""
+    """Returns q = log(load / wanted), centred, from assignment counts `(E,)`. A count of 0 is taken as 0.5."""
     log_E = load_E.clamp(min=0.5).log() - wanted_E.clamp(min=0.5).log()
     return log_E - log_E.mean()

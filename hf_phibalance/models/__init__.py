@@ -1,5 +1,5 @@
 """
-Models: loading them balanced, and building those that transformers does not have. Knows `balancing`, but no trainer and no task.
+Models: loads them with balancing, and builds those that transformers lacks. Knows `balancing`, not trainers or tasks.
 
 | module | contents |
 |---|---|

@@ -26,9 +26,9 @@ class _AutoModel:
     """
     An auto class of transformers whose models come back φ-balanced.
 
-    `phi_balance` is a [`PhiBalanceConfig`], a mapping of its fields, `True` (the settings in config.json, else the defaults) or
-    `False` (the ordinary model). Without it config.json decides, so a model that was saved while patched is patched again. `false`
-    and `null` in config.json mean no balancing. An adapter keeps its settings in `phi_balance.state` instead.
+    `phi_balance` is a [`PhiBalanceConfig`], a mapping of its fields, `True` (the settings in config.json, else the
+    defaults) or `False` (the ordinary model). If it is not given, config.json decides: a model saved while patched is
+    patched again; `false` and `null` mean no balancing. Adapters keep their settings in `phi_balance.state`.
     """
 
     plain: type[_BaseAutoModelClass]  # the class of transformers
@@ -50,8 +50,8 @@ class _AutoModel:
             pretrained_model_name_or_path (`str`): Folder or Hub name.
             phi_balance (`PhiBalanceConfig`, `dict` or `bool`, *optional*): See the class.
             kwargs:
-                Passed to `from_pretrained` of transformers' class of the same name. For an adapter, `is_trainable=True` makes
-                its weights trainable.
+                Passed to `from_pretrained` of transformers' class of the same name. For an adapter,
+                `is_trainable=True` makes its weights trainable.
 
         Returns:
             The model. For an adapter, the `PeftModel` that PEFT loads.
@@ -96,11 +96,11 @@ AUTO_CLASSES = {cls.__name__: cls for cls in _AutoModel.__subclasses__()}
 
 def load_any(source: str, *args, phi_balance: Any = None, **kwargs) -> Any:
     """
-    Loads `source`, a checkpoint or an adapter, with the auto class for its head. Unlike `from_pretrained`, it does not warn if the
-    model is not balanced.
+    Loads `source`, a checkpoint or an adapter, with the auto class for its head. Unlike `from_pretrained`, it does not
+    warn if the model is not balanced.
 
     Raises:
-        ValueError: If there is no auto class for its head, or as `from_pretrained`.
+        ValueError: If there is no auto class for its head, and where `from_pretrained` raises.
     """
     adapter = find_adapter(source, kwargs)
     base, of_base = (source, kwargs) if adapter is None else base_of(adapter, source, kwargs)
@@ -133,8 +133,8 @@ def _build(make: Callable, args: tuple, phi_balance: Any, kwargs: dict[str, Any]
 
 def _load(load: Callable, source: str, args: tuple, phi_balance: Any, kwargs: dict[str, Any]) -> Any:
     """
-    Loads `source` with `load`, a `from_pretrained` of transformers, and patches the model. PEFT loads adapters: transformers
-    ignores parts of them, such as the magnitudes of DoRA.
+    Loads `source` with `load`, a `from_pretrained` of transformers, and patches the model. Loads adapters with PEFT,
+    because transformers ignores parts of them (for example DoRA's magnitudes).
     """
     PhiBalanceConfig.from_any(phi_balance)  # bad input fails before the weights are loaded
     adapter, is_trainable = find_adapter(source, kwargs), kwargs.pop("is_trainable", False)
@@ -199,7 +199,7 @@ def _warn_if_trained_since(model: nn.Module, source: str | None, state: str) -> 
 
 
 def _asked(phi_balance: Any, saved: Any, file: str) -> PhiBalanceConfig | None:
-    """Returns the settings to load a model with: the user's, else those `saved` in `file`, which may be damaged or too new."""
+    """Returns the settings to load with: the user's, else those `saved` in `file` (`ValueError` if unusable)."""
     if phi_balance is not None and phi_balance is not True:
         return PhiBalanceConfig.from_any(phi_balance)
     try:
@@ -217,8 +217,8 @@ _originals: list[tuple[type, str, Any]] = []
 
 def enable() -> None:
     """
-    Lets transformers' own `from_pretrained` and `from_config` accept `phi_balance=...`. Calls without it behave as before.
-    [`disable`] undoes it. Calling it twice is the same as once.
+    Lets transformers' own `from_pretrained` and `from_config` accept `phi_balance=...`. Calls without it behave as
+    before. [`disable`] undoes it. A second call does nothing.
     """
     if _originals:
         return

@@ -1,4 +1,4 @@
-"""What a checkpoint contains, in a folder or on the Hub: the head of its model, an adapter and its base model, a tokenizer."""
+"""Reads what a checkpoint (folder or Hub) contains: the model's head, an adapter and its base model, a tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AutoClass = Literal[
 ]
 TEXT_CLASS: AutoClass = "AutoModelForCausalLM"
 IMAGE_CLASS: AutoClass = "AutoModelForImageTextToText"
-HEADS: dict[AutoClass, tuple[str, str]] = {  # the task of a model on the Hub, and in PEFT
+HEADS: dict[AutoClass, tuple[str, str]] = {  # name of the task on the Hub, and in PEFT
     TEXT_CLASS: ("text-generation", "CAUSAL_LM"),
     IMAGE_CLASS: ("image-text-to-text", "CAUSAL_LM"),
     "AutoModelForSequenceClassification": ("text-classification", "SEQ_CLS"),
@@ -39,7 +39,7 @@ def auto_class_name(model_type: str, architectures: Sequence[str] | None) -> Aut
 
     Args:
         model_type (`str`): Model type in its config.
-        architectures (`Sequence[str]`, *optional*): Names of its class: of config.json, or of the class and its parents.
+        architectures (`Sequence[str]`, *optional*): Class names, from config.json or from the class and its parents.
 
     Raises:
         ValueError: If transformers has no auto class for this class.
@@ -54,7 +54,7 @@ def auto_class_name(model_type: str, architectures: Sequence[str] | None) -> Aut
 
 
 def find_auto_class(model_type: str, architectures: Sequence[str] | None) -> AutoClass | None:
-    """Returns the result of [`auto_class_name`], or `None` where that raises."""
+    """Like [`auto_class_name`], but returns `None` instead of raising."""
     saved_as, known = tuple(architectures or ()), {}
     for name in HEADS:
         classes = getattr(transformers, name)._model_mapping._model_mapping.get(model_type, ())
@@ -74,7 +74,7 @@ def load_tokenizer(source: str | os.PathLike, name: str | os.PathLike | None, kw
 
     Args:
         source (`str` or `os.PathLike`): The checkpoint.
-        name (`str` or `os.PathLike`, *optional*): Another folder or name to take the tokenizer from.
+        name (`str` or `os.PathLike`, *optional*): Folder or Hub name of the tokenizer, if it is not in `source`.
         kwargs (`dict`): Arguments that `source` is loaded with.
 
     Raises:
@@ -102,7 +102,7 @@ def load_tokenizer(source: str | os.PathLike, name: str | os.PathLike | None, kw
 
 def find_adapter(source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """
-    Returns the contents of `adapter_config.json` in `source`, or `None` if that is not an adapter.
+    Returns the contents of `adapter_config.json` in `source`, or `None` if `source` is not an adapter.
 
     Raises:
         ValueError: If the file is damaged or names no base model.
@@ -150,13 +150,13 @@ def auto_class_of(adapter: dict[str, Any]) -> AutoClass | None:
 
 
 def class_below(adapter: dict[str, Any]) -> list[str] | None:
-    """Returns the class that `adapter` was trained on. Only adapters without a task name it."""
+    """Returns the model class that `adapter` was trained on, if it names one. Only adapters without a task do."""
     mapping = adapter.get("auto_mapping")
     return [str(mapping["base_model_class"])] if isinstance(mapping, dict) and "base_model_class" in mapping else None
 
 
 def labels_of(source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, int]:
-    """Returns `num_labels` of the classifier in the adapter `source`, whose base model may have another head, or `{}`."""
+    """Returns `num_labels` of the classifier in adapter `source`, or `{}`. The base model may have another head."""
     path = find_file(source, ADAPTER_SAFE_WEIGHTS_NAME, kwargs)
     if path is None:
         return {}

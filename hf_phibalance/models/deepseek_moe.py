@@ -1,10 +1,11 @@
 """
 The first DeepSeek-MoE (`deepseek-ai/deepseek-moe-16b-base` and `-chat`, model type `"deepseek"`) without remote code.
 
-transformers has no class for it, and the code beside its weights does not import under transformers 5. But transformers has its
-decoder, as the text model of DeepSeek-OCR-2: Llama's attention, a dense first layer, then softmax top-k routers that do not
-renormalise, with routed and shared experts. This module adds a language-model head and reads the published checkpoint. The router
-computes in fp32 here, and in the model's dtype in the published code. Remove this module once transformers has the model type.
+transformers has no class for it, and its remote code does not import under transformers 5. But transformers has its
+decoder, as the text model of DeepSeek-OCR-2: Llama's attention, a dense first layer, then routed and shared experts
+with a softmax top-k router that does not renormalise. This module adds a language-model head and reads the published
+checkpoint. This router computes in fp32, the published one in the model's dtype. Remove this module when transformers
+has the model type.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class DeepseekMoeConfig(DeepseekOcr2TextConfig):
 
     Args:
         first_k_dense_replace (`int`, *optional*, defaults to `1`): Number of dense layers at the start.
-        moe_layer_freq (`int`, *optional*, defaults to `1`): Every such layer after them is MoE.
-        norm_topk_prob (`bool`, *optional*, defaults to `False`), scoring_func (`str`, *optional*, defaults to `"softmax"`):
-            The decoder supports only the defaults.
+        moe_layer_freq (`int`, *optional*, defaults to `1`): After them, every `moe_layer_freq`-th layer is MoE.
+        norm_topk_prob (`bool`, *optional*, defaults to `False`): The decoder supports only the default.
+        scoring_func (`str`, *optional*, defaults to `"softmax"`): The decoder supports only the default.
 
     Raises:
-        ValueError: If the config asks for another router than the published one.
+        ValueError: If the config's router is not the published one.
     """
 
     model_type = MODEL_TYPE
@@ -113,7 +114,7 @@ class DeepseekMoeForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Registers the model type `"deepseek"` with `AutoConfig` and `AutoModelForCausalLM`, for loads without `trust_remote_code`."""
+    """Registers the model type `"deepseek"` with transformers, so that it loads without `trust_remote_code`."""
     if MODEL_TYPE in CONFIG_MAPPING:
         return
     AutoConfig.register(MODEL_TYPE, DeepseekMoeConfig)

@@ -1,4 +1,4 @@
-"""Tiny models from scratch: built from the fields of any `transformers` config, with a tokenizer trained on the spot."""
+"""Builds tiny models with random weights from any `transformers` config, and trains tokenizers for them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 640, max_length: int = 1024) -> Any:
     """
-    Trains a byte-level BPE tokenizer in which every digit is a token of its own. Any text survives a round trip.
+    Trains a byte-level BPE tokenizer. Every digit is a token of its own. Any text survives encoding and decoding.
 
     Args:
         texts (`Iterable[str]`): Training texts.
-        vocab_size (`int`, *optional*, defaults to 640): Includes the 256 bytes and the special tokens `<pad>` and `</s>`.
+        vocab_size (`int`, *optional*, defaults to 640): Includes 256 bytes and the special tokens `<pad>` and `</s>`.
         max_length (`int`, *optional*, defaults to 1024): `model_max_length` of the tokenizer.
 
     Returns:

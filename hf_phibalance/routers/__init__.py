@@ -1,9 +1,9 @@
 """
-Routers: where they are in a model, what they return, and how to read and change what they do. Knows modules, not training steps.
+Routers: finds them in a model, reads their outputs, changes gradient and selection. Knows modules, not training steps.
 
 | module | contents |
 |---|---|
-| `families` | how each router class scores its experts, and which model types have one |
+| `families` | how each router class scores its experts, and which model types have routers |
 | `modules` | wrappers around modules, the number of experts, the matrix of a router |
 | `discovery` | the routers of a model, and the order of their outputs |
 | `selection` | the selection bias inside a router's forward |

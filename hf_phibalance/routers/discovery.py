@@ -1,12 +1,13 @@
 """
 Finds the routers of a model: the modules that transformers declares, else modules with the structure of a router.
 
-By structure, a router has one matrix of E rows, stands beside E experts, and it or its block takes a top-k. It returns
+Such a module has one matrix of E rows and a sibling with E experts, and it or its block takes a top-k. It returns
 
     forward(hidden_states) -> router_logits (T, E), topk_weights (T, k), topk_indices (T, k), in any order
 
-or, before transformers 5.14, logits only. Then the block selects, and the selection is read where the block calls the experts.
-The search by structure ([`_by_structure`]) can go with transformers before 5.20, which do not declare every router.
+or, before transformers 5.14, only logits. Then the block does the top-k, and we read the selection where it calls the
+experts. transformers before 5.20 does not declare every router. Remove the search by structure ([`_by_structure`])
+when 5.20 is the oldest supported version.
 
 Shapes: T tokens of a forward, B rows, S positions, E experts, k experts per token.
 """
@@ -57,8 +58,8 @@ class RouterSite:
     num_experts: int
     top_k: int
     scoring: str
-    score_width: float | None = None  # span of the scores that it ranks, once known
-    not_logits: tuple[int, ...] = ()  # positions of other outputs as wide as the logits
+    score_width: float | None = None  # span of the ranked scores, once known
+    not_logits: tuple[int, ...] = ()  # positions of other outputs with E columns
     stored_logits: Tensor | None = None  # until the block calls its experts
     has_native_bias: bool = False  # whether the family has a selection bias of its own
     modality: str = field(init=False)  # "vision" or "audio" if it routes nothing else, otherwise "text"
@@ -72,17 +73,17 @@ class RouterSite:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The modules that compute it. There are several if PEFT keeps a trainable copy."""
+        """The modules that compute this router. There are several if PEFT keeps a trainable copy."""
         return [module for module in (reference() for reference in self._modules) if module is not None]
 
     @property
     def parent(self) -> nn.Module | None:
-        """The block that calls it."""
+        """The block that calls the router."""
         return None if self._parent is None else self._parent()
 
     @property
     def experts(self) -> nn.Module | None:
-        """The module that gets the selection, if the block does the top-k and not the router."""
+        """The experts, if the block does the top-k instead of the router."""
         return None if self._experts is None else self._experts()
 
     @property
@@ -98,7 +99,7 @@ class RouterSite:
 
     @property
     def in_tower(self) -> bool:
-        """Whether it routes the patches of a vision tower or audio frames, instead of the tokens of the sequence."""
+        """Whether it routes image patches or audio frames in a tower, not the tokens of the sequence."""
         return self.modality != "text" and self.kind.traits.parted_by is None
 
     @property
@@ -107,7 +108,7 @@ class RouterSite:
         return self.modality == "text" and self.kind.traits.parted_by is None
 
     def read(self, parts: Sequence[Any]) -> Reading:
-        """Finds logits, selection and carrier among `parts` by type and shape, since their order differs by family and version."""
+        """Finds logits, selection and carrier in `parts` by type and shape, because their order differs."""
         floats = [i for i, part in enumerate(parts) if isinstance(part, Tensor) and part.is_floating_point()]
         wide = [i for i in floats if parts[i].shape[-1:] == (self.num_experts,) and i not in self.not_logits]
         indices = (i for i, x in enumerate(parts) if isinstance(x, Tensor) and x.dtype in INDEX_TYPES and x.ndim > 1)
@@ -121,7 +122,7 @@ class RouterSite:
         return Reading(logits, chosen, next((i for i in floats if i != logits), None))
 
     def place(self, parent: nn.Module | None) -> None:
-        """Stores the block `parent` around it, and the experts if the block does the top-k. Forgets the modules."""
+        """Sets the parent block, and the experts if the block does the top-k. Clears the modules."""
         name = self.name.rpartition(".")[2]
         experts = experts_beside(parent, name, self.num_experts) if parent is not None and self.kind.block else None
         self._parent = None if parent is None else weakref.ref(parent)
@@ -139,7 +140,7 @@ class RouterSite:
                 self.score_width = 1.0
 
     def write_native_bias(self, bias: Tensor, keep_fp32: bool = False) -> None:
-        """Copies `bias (E,)` into the family's own selection bias, in place. `keep_fp32` converts that to fp32 first."""
+        """Copies `bias (E,)` into the family's own selection bias. `keep_fp32` first converts the latter to fp32."""
         for owner, name in self.native_bias:
             tensor = getattr(owner, name)
             if keep_fp32 and tensor.dtype != torch.float32:
@@ -147,7 +148,7 @@ class RouterSite:
             tensor.data.copy_(bias.view(tensor.shape))
 
     def read_native_bias(self) -> Tensor | None:
-        """Returns the family's own selection bias `(E,)`, or `None` if it has none or accelerate has offloaded it."""
+        """Returns the family's own selection bias `(E,)`, or `None` if there is none or accelerate offloaded it."""
         native = self.native_bias
         bias = getattr(*native[0]).detach().reshape(-1) if native else None
         return None if bias is None or bias.is_meta else bias
@@ -211,8 +212,8 @@ def _new_site(name: str, module: nn.Module, parent: nn.Module | None, kind: Rout
 
 def find_copies(root: nn.Module, sites: Sequence[RouterSite], prefix: str = "") -> None:
     """
-    Searches `root` again for the modules of `sites`, by name: wrappers may have replaced them, or `root` is a copy. The names of
-    `sites` begin with `prefix`, those in `root` do not.
+    Finds the modules of `sites` in `root` again, by name, after a wrapper replaced them or `root` was copied. Names in
+    `sites` start with `prefix`, names in `root` do not.
     """
     modules: dict[str, list[nn.Module]] = {}
     for name, module in root.named_modules():
@@ -223,11 +224,11 @@ def find_copies(root: nn.Module, sites: Sequence[RouterSite], prefix: str = "") 
             if isinstance(module, site.kind.target):
                 site.add(module)
         for owner, name in site.native_bias:
-            getattr(owner, name).requires_grad_(False)  # PEFT would train it, but a selection has no gradient
+            getattr(owner, name).requires_grad_(False)  # PEFT makes it trainable, but it gets no gradient
 
 
 def _matches(root: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
-    """Returns the declared routers of `root`, plus undeclared ones in its towers; without declared ones, all by structure."""
+    """Returns the declared routers of `root` plus those found by structure: only in towers if some are declared."""
     found = list(_declared(root))
     routers = {id(module) for _, module, _ in found}
     blocks = {  # declared modules that contain the router
@@ -242,13 +243,13 @@ def _matches(root: nn.Module) -> list[tuple[str, nn.Module, RouterKind]]:
 
 
 def _declared(root: nn.Module) -> Iterator[tuple[str, nn.Module, RouterKind]]:
-    """Yields the modules that a transformers model class inside `root` declares as routers, and gates of remote code."""
+    """Yields the routers that the transformers classes inside `root` declare, and the gates of remote code."""
     kinds = {
         (kind.target, kind.layer_name): kind for module in root.modules() for kind in declared_kinds(type(module))
     }
     for name, module in root.named_modules():
         for kind in kinds.values():
-            # only at the end of the name, because an adapter puts layers into a router that is a linear layer
+            # compare the end of the name: adapters put layers into a router that is a linear layer
             layer_name_fits = kind.layer_name is None or f".{canonical_name(name)}".endswith(f".{kind.layer_name}")
             if isinstance(module, kind.target) and layer_name_fits:
                 yield name, module, kind
@@ -310,8 +311,8 @@ def modality_of(name: str) -> str:
 
 def image_tokens(inputs: Mapping[str, Any], sites: Iterable[RouterSite]) -> Tensor | None:
     """
-    Returns which tokens of a forward with these `inputs` go to the routers for images, `(T,)` booleans. Returns `None` if all go
-    to those for text, also in models without routers for images.
+    Returns a mask `(T,)` of the tokens that a forward of `inputs` sends to the image routers. Returns `None` if all
+    tokens go to the text routers, or the model has no image routers.
     """
     for name in {site.kind.traits.parted_by for site in sites} - {None}:
         modality_BS = inputs.get(str(name))
@@ -322,8 +323,8 @@ def image_tokens(inputs: Mapping[str, Any], sites: Iterable[RouterSite]) -> Tens
 
 def mask_of(site: RouterSite, mask_T: Tensor, image_T: Tensor | None, routed: int) -> Tensor:
     """
-    Returns the token mask of the `routed` vectors that reach router `site`: of all tokens, of those in `image_T`, or of the
-    others. A tower gets patches, which are never padding.
+    Returns the token mask of the `routed` vectors that reach `site`: all tokens, image tokens or text tokens. In a
+    tower it is 1 everywhere, because patches are never padding.
     """
     if site.in_tower:
         return torch.ones(routed, dtype=mask_T.dtype, device=mask_T.device)

@@ -1,9 +1,9 @@
 """
-Router classes: how each scores its experts, and which model types of transformers have one.
+Router classes: how each scores its experts, and which model types of transformers have routers.
 
-A transformers model class declares its router in `_can_record_outputs["router_logits"]`. If a version does not declare it,
-`discovery` finds it by its structure. The order of a router's outputs is read from their types and shapes
-([`RouterSite.read`]), and its scoring from its source. To add a family that this does not cover, add a row to [`TRAITS`].
+A transformers model class declares its router in `_can_record_outputs["router_logits"]`. If a version does not,
+`discovery` finds the router by its structure. [`RouterSite.read`] tells a router's outputs apart by type and shape.
+The scoring is read from the router's source. For a family that this does not cover, add a row to [`TRAITS`].
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ NATIVE_BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases
 class RouterTraits:
     """How a router class differs from the others."""
 
-    scoring: str | Callable[[nn.Module], str] | None = None  # key of SCORINGS; by default it is read from the source
-    returns_choice: bool = True  # whether it returns the selected experts; otherwise the top-k of the scores is taken
+    scoring: str | Callable[[nn.Module], str] | None = None  # key of SCORINGS; by default read from the source
+    returns_choice: bool = True  # whether it returns the selected experts; if not, we take the top-k of its scores
     ranks: str = "logits"  # what a router that does not return its selection ranks: "logits" or "probs"
     biases: str = "scores"  # what the family's own selection bias is added to: "scores" or "logits"
     experts: str | None = None  # attribute with the number of experts, if it has an unusual name
-    # with one router for images and one for other tokens: the argument of the model that is not 0 for image tokens
+    # if image tokens have a router of their own: the model's argument that is not 0 for image tokens
     parted_by: str | None = None
     no_bias: str | None = None  # why a selection bias cannot work
     refused: str | None = None  # why the family cannot be balanced
 
 
-# These readers of a config are functions with names, so that models can be pickled.
+# Named functions, not lambdas, so that models can be pickled.
 def _selection_fn(module: nn.Module) -> str:
     return str(module.expert_selection_fn)
 
@@ -128,7 +128,6 @@ def declared_kinds(model_class: type[nn.Module]) -> list[RouterKind]:
 
 @functools.cache
 def class_source(module_class: Hashable) -> str:
-    """Returns the source of a class."""
     return inspect.getsource(cast(Any, module_class))
 
 
@@ -150,9 +149,9 @@ def takes_top_k(*modules: nn.Module | None) -> bool:
 @functools.cache
 def returned_values(router_class: Hashable) -> list[str]:
     """
-    Returns for each output of a router's forward the last of `"softmax"` and `"scatter"` that was applied to it, or `""`.
+    Returns for each output of a router's forward which of `"softmax"` and `"scatter"` was applied last, or `""`.
 
-    `"softmax"` marks probabilities, `"scatter"` top-k weights in the places of their experts.
+    `"softmax"` gives probabilities, `"scatter"` gives top-k weights in E columns.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cast(Any, router_class).forward)))
@@ -172,7 +171,7 @@ def returned_values(router_class: Hashable) -> list[str]:
 
 # ---------------------------------------------------------------------- model types
 
-# In the source of a block: that it has experts, and the class of the router beside them.
+# Patterns in the source of a block: it has experts; the class of its router.
 WITH_EXPERTS = re.compile(r"self\.experts = |Experts\(")
 ROUTER_MADE = re.compile(r"self\.(?:gate|router) = (nn\.)?(\w+)\(")
 
@@ -194,11 +193,11 @@ def supported_families(images: bool = False) -> dict[str, Family]:
 
     Args:
         images (`bool`, *optional*, defaults to `False`):
-            Return the model types of `AutoModelForImageTextToText` instead. A model that takes any language model (InternVL,
-            LLaVA, ...) is included if its default language model has routers.
+            Return the model types of `AutoModelForImageTextToText` instead. A model that takes any language model
+            (InternVL, LLaVA, ...) is included if its default language model has routers.
 
     Returns:
-        `dict[str, Family]`: By model type. Families that cannot be balanced are included; their `refused` says why.
+        `dict[str, Family]`: By model type. Includes families that cannot be balanced; their `refused` says why.
     """
     from transformers.models.auto import modeling_auto
 
@@ -208,7 +207,7 @@ def supported_families(images: bool = False) -> dict[str, Family]:
         classes = {
             model_type: [names, text.get(_language_model(model_type), "")]
             for model_type, names in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
-            if "vision_config" in transformers.CONFIG_MAPPING[model_type].sub_configs  # one is a language model
+            if "vision_config" in transformers.CONFIG_MAPPING[model_type].sub_configs  # one type is a language model
         }
     families = {}
     for model_type, candidates in sorted(classes.items()):
@@ -235,7 +234,7 @@ def _language_model(model_type: str) -> str:
 
 
 def _kinds_in(module: Any) -> list[RouterKind]:
-    """Returns the routers of a modelling module: those it declares, else those that its source makes beside experts."""
+    """Returns the routers of a modelling module: the declared ones, else those its source creates beside experts."""
     source = inspect.getsource(module)
     codes = {code.split("(")[0].split(":")[0]: code for code in re.split(r"^class ", source, flags=re.MULTILINE)[1:]}
     with_experts = {name: code for name, code in codes.items() if WITH_EXPERTS.search(code)}
@@ -245,7 +244,7 @@ def _kinds_in(module: Any) -> list[RouterKind]:
     }
     declared = {k.target: k for name in codes for k in declared_kinds(getattr(module, name))}
     plain = {target: kind for target, kind in declared.items() if target.__name__ not in with_experts}
-    # a block that contains blocks with routers may be declared instead of these routers
+    # some classes declare an outer block instead of the routers inside it
     takes = {name for name, code in codes.items() if "topk(" in code}
     kinds = [kind for target, kind in plain.items() if target in blocks or target.__name__ in takes]
     if not kinds and not blocks:

@@ -1,9 +1,9 @@
 """
-Hooks on the routers of a model, which change no class, parameter or buffer.
+Hooks on the routers of a model. They change no class, parameter or buffer.
 
-Forward hooks work wherever a router's forward is: in its class, in an instance that accelerate dispatched, in a parametrisation
-of PEFT, inside FSDP or DDP. They keep `isinstance` and state-dict keys, and can be removed. They call a [`RouterReader`], which
-may only count; a [`RouterBalancer`] also adds to gradient and selection.
+Forward hooks work wherever a router's forward is: in its class, in an instance that accelerate dispatched, in a PEFT
+parametrisation, inside FSDP or DDP. They keep `isinstance` and state-dict keys, and can be removed. They call a
+[`RouterReader`], which observes routers. A [`RouterBalancer`] also changes their gradient and selection.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .selection import BiasedTopK, rank_scores
 
 
 class RouterReader(Protocol):
-    """Gets the inputs and outputs of the routers of a model."""
+    """Receives the inputs and outputs of the routers of a model."""
 
     @property
     def sites(self) -> Sequence[RouterSite]:
@@ -35,19 +35,19 @@ class RouterReader(Protocol):
 
     @property
     def owner(self) -> nn.Module | None:
-        """The module that the reader belongs to; a copy of it gets a reader of its own."""
+        """The module that the reader belongs to. A copy of the module gets a copy of the reader."""
 
     @property
     def is_idle(self) -> bool:
         """Whether hooks have nothing to do in the current forward."""
 
     def choice_bias(self, index: int) -> Tensor | None:
-        """Returns the bias `(E,)` that router `index` has added to its scores, for routers that do not return their selection."""
+        """Returns the bias `(E,)` in the scores of router `index`, to recompute a selection it does not return."""
 
     def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         """
-        Called when router `index` made `logits (T, E)` from `hidden` and selected `selected (..., k)`. The return value replaces
-        `carrier`, the output through which the task's gradient reaches the router.
+        Called after router `index` computed `logits (T, E)` from `hidden` and chose the experts `selected (..., k)`.
+        The return value replaces `carrier`, the output through which the task's gradient reaches the router.
         """
 
 
@@ -55,10 +55,10 @@ class RouterBalancer(RouterReader, Protocol):
     """A reader that also adds a bias to the selection."""
 
     def selection_bias(self, index: int) -> Tensor | None:
-        """Returns the bias `(E,)` to add in the selection of router `index`."""
+        """Returns the bias `(E,)` for the selection of router `index`."""
 
     def observe_scores(self, index: int, scores: Tensor, are_probs: bool) -> None:
-        """Called when router `index` ranked `scores (..., E)` plus its bias."""
+        """Called after router `index` ranked `scores (..., E)` plus its bias."""
 
 
 class _Hook:
@@ -117,7 +117,7 @@ class RouterHook(_Hook):
 
 
 class ExpertsHook(RouterHook):
-    """Pre-forward hook of the experts of a block that does the top-k: their arguments are its result."""
+    """Pre-forward hook of the experts, if the block does the top-k. Reads the selection from their arguments."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if self.reader.is_idle:
@@ -132,7 +132,7 @@ class ExpertsHook(RouterHook):
 
 
 class BiasHook(_Hook):
-    """Hook before and after the forward that does the top-k. The selection bias acts in between."""
+    """Turns the selection bias on before the forward that does the top-k, and off after it."""
 
     reader: RouterBalancer
 
@@ -156,13 +156,13 @@ class BiasHook(_Hook):
 
 
 def _linear_logits(hidden: Tensor, router: nn.Module) -> Tensor:
-    """Computes the logits `(T, E)` of a router that does not return them: its linear layer once more, in fp32 as there."""
+    """Recomputes the logits `(T, E)` of a router that does not return them, in fp32 like the router."""
     matrix = cast(Tensor, router_matrix(router))
     return F.linear(hidden.reshape(-1, hidden.shape[-1]).float(), matrix.float())
 
 
 def count_groups(router: nn.Module) -> int:
-    """Returns the number of expert groups from which a router first selects; 1 without groups."""
+    """Returns the number of expert groups of a router; 1 without groups."""
     return getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1
 
 
@@ -177,7 +177,7 @@ def arguments_by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str,
 def _show_router(reader: RouterReader, index: int, prepend: bool = False) -> list[RemovableHandle]:
     """Hooks router `index` to `reader`."""
     site = reader.sites[index]
-    # a router that returns only logits is hooked with its adapter, which adds to them
+    # if a router returns only logits, its adapter gets a hook too, because it adds to them
     modules = {id(m): m for m in (*site.modules, *([site.router] if site.kind.block is not None else []))}
     handles = [m.register_forward_hook(RouterHook(reader, index), prepend=prepend) for m in modules.values()]
     if site.experts is not None:
@@ -187,7 +187,7 @@ def _show_router(reader: RouterReader, index: int, prepend: bool = False) -> lis
 
 @contextmanager
 def reading(reader: RouterReader) -> Iterator[None]:
-    """Context manager: inside it `reader` gets the calls of its routers `reader.sites`."""
+    """Context manager: inside it, `reader` observes its routers."""
     handles = [handle for index in range(len(reader.sites)) for handle in _show_router(reader, index)]
     try:
         yield
@@ -197,7 +197,7 @@ def reading(reader: RouterReader) -> Iterator[None]:
 
 
 def install_hooks(reader: RouterBalancer) -> None:
-    """Hooks the routers of a model to `reader`, which adds to their gradient and selection."""
+    """Lets `reader` change the gradient and selection of its routers, until [`remove_hooks`]."""
     for index, site in enumerate(reader.sites):
         _show_router(reader, index, prepend=True)
         block = site.parent if site.kind.block is not None else None
@@ -216,7 +216,7 @@ def hook_adapters(reader: RouterBalancer) -> None:
 
 
 def remove_hooks(root: nn.Module, *others: Callable) -> None:
-    """Removes `others` and all hooks of ours. Finds them by type, because copies that PEFT made have no handle."""
+    """Removes `others` and all our hooks. Finds them by type, because copies that PEFT made have no handle."""
     BiasedTopK.leave_interrupted()
     for module in root.modules():
         tables: list[list[dict[int, Any]]] = [

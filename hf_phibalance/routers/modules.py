@@ -1,5 +1,5 @@
 """
-Modules of a model: what wraps them (PEFT, DDP, FSDP, `torch.compile`), how many experts they have, and the matrix of a router.
+Unwraps modules (PEFT, DDP, FSDP, `torch.compile`), counts their experts, and finds the matrix of a router.
 
 Shapes: T tokens, E experts, H inputs of a router.
 """
@@ -32,12 +32,12 @@ EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_nu
 
 
 def canonical_name(name: str) -> str:
-    """Returns the `name` of a module without the parts that PEFT, DDP, FSDP, `torch.compile` and checkpointing insert."""
+    """Returns a module's `name` without the parts that PEFT, DDP, FSDP, `torch.compile` and checkpointing insert."""
     return WRAPPER_PARTS.sub("", f".{name}").lstrip(".")
 
 
 def check_module(model: Any) -> None:
-    """Raises `TypeError` if `model` is not a torch module, but its name or its trainer, for example."""
+    """Raises `TypeError` if `model` is not a torch module (but, for example, a name or a trainer)."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` must be a torch.nn.Module, got {quoted(model)}. Load a checkpoint by "
@@ -46,7 +46,7 @@ def check_module(model: Any) -> None:
 
 
 def unwrap(model: nn.Module) -> list[nn.Module]:
-    """Returns `model` and all that it wraps, outermost first: compiled, data-parallel and PEFT models, then transformers'."""
+    """Returns `model` and the models inside it, outermost first: compiled, data-parallel, PEFT, then transformers'."""
     check_module(model)
     chain = [model]
     while True:
@@ -74,8 +74,8 @@ def has_adapter(model: nn.Module) -> bool:
 
 def find_backbone(root: nn.Module, sites: Sequence[RouterSite]) -> nn.Module:
     """
-    Returns the body of the transformers model `root`, which gets the batch whatever head or trainer calls it. Returns `root` if
-    routers are outside its body.
+    Returns the body of the transformers model `root`, which gets the batches of every head and trainer. Returns `root`
+    if routers are outside its body.
     """
     routers = {id(module) for site in sites for module in site.modules}
     body = root.base_model if isinstance(root, PreTrainedModel) else root
@@ -103,7 +103,7 @@ def experts_beside(block: nn.Module, router_name: str, count: int) -> nn.Module 
 
 
 def expert_count(router: nn.Module, attribute: str | None = None) -> int:
-    """Returns the number of experts of `router`: its `attribute` or a usual one, else the rows of its matrix; 0 if unknown."""
+    """Returns the expert count of `router`: from `attribute`, a usual attribute or its matrix's rows; 0 if unknown."""
     values = (getattr(router, name, None) for name in ((attribute,) if attribute else ()) + EXPERT_COUNTS)
     linear = next((m for m in router.modules() if isinstance(m, nn.Linear)), None)
     matrix = router_matrix(router)
@@ -140,7 +140,7 @@ class RouterLinear:
 
 def find_linear(site: RouterSite) -> RouterLinear:
     """
-    Returns the linear layer of the router `site`, to write to its weight.
+    Returns the linear layer of the router `site`, whose weight can be written to.
 
     Raises:
         ValueError: If there is no such layer, or it is quantised, sharded over ranks or offloaded.
@@ -176,8 +176,8 @@ def ranked_of(linear: RouterLinear, hidden_TH: Tensor, scores_TE: Tensor) -> tup
     """
     Returns what a router ranks, `"logits"`, `"probs"` or `"sigmoid"`, and how far its scores are from that.
 
-    The distance is in units of the spread of the scores: near 0 if the guess is right, about 1 if it is wrong. Scores of masked
-    experts (0 or -inf) do not count.
+    The distance is in units of the spread of the scores: near 0 if the guess is right, about 1 if it is wrong. Ignores
+    scores of masked experts (0 or -inf).
     """
     z_TE, scores_TE = linear.logits(hidden_TH), scores_TE.float()
     seen_TE = torch.isfinite(scores_TE) & (scores_TE != 0)

@@ -17,10 +17,10 @@ class BiasedTopK(TorchFunctionMode):
     """
     While active, every `topk` over E scores ranks `scores + bias` and returns the *unbiased* values it selected.
 
-    Routers differ in what they do around their top-k: softmax before or after, renormalisation, scaling, grouping. Biasing only
-    the top-k keeps all of that, so no family needs a forward of its own. Some routers first select groups of experts and mask
-    the others with 0 or -inf. Their groups are selected without the bias, and the mask holds. With `zero_is_masked`, a score of 0
-    marks an expert outside the selected groups, even among logits.
+    Routers differ in what they do around their top-k: softmax before or after, renormalisation, scaling, grouping.
+    Biasing only the top-k keeps all of that, so no family needs a forward of its own. Some routers first select groups
+    of experts and mask the others with 0 or -inf. The bias changes neither these groups nor the mask. With
+    `zero_is_masked`, a score of 0 marks an expert outside the selected groups, even among logits.
     """
 
     def __init__(self, num_experts: int, bias: Tensor, zero_is_masked: bool = False) -> None:
@@ -37,7 +37,7 @@ class BiasedTopK(TorchFunctionMode):
 
     @staticmethod
     def leave_interrupted() -> None:
-        """Leaves modes that are still active after Ctrl-C in a forward, which runs no hooks."""
+        """Leaves modes that are still active because Ctrl-C in a forward skipped the hooks."""
         modes = torch.overrides._get_current_function_mode_stack()
         if any(isinstance(mode, BiasedTopK) for mode in modes):
             for _ in modes:
@@ -67,13 +67,13 @@ def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_
     """
     Returns the biased scores to rank, `(..., E)` in fp32.
 
-    An expert of probability 0 gets -inf, so no bias can select it: its logit is masked, or the router has collapsed. It would have
-    no part in the output, and renormalising over such experts only would give 0/0.
+    An expert of probability 0 (its logit is masked, or the router has collapsed) gets -inf, so no bias can select it.
+    It would add nothing to the output, and renormalising a selection of only such experts would give 0/0.
 
     Args:
         scores (`torch.Tensor` of shape `(..., E)`): Probabilities, affinities or logits.
         bias (`torch.Tensor` of shape `(E,)`): Added to them.
-        zero_is_masked (`bool`, *optional*, defaults to `False`): Whether 0 marks an expert outside the selected groups.
+        zero_is_masked (`bool`, *optional*, defaults to `False`): Whether 0 marks experts outside the selected groups.
         are_probs (`bool`, *optional*, defaults to `False`): Whether the scores are known to lie in [0, 1].
     """
     scores, bias = scores.float(), bias.to(scores.device)
@@ -82,7 +82,7 @@ def rank_scores(scores: Tensor, bias: Tensor, zero_is_masked: bool = False, are_
     ranked = scores + bias
     if zero_is_masked:
         return ranked.masked_fill(scores.abs() <= FAINT, float("-inf"))
-    # Only in rows that could be probabilities and are not all 0. Among logits 0 is a score like any other.
+    # Mask 0 only in rows that could be probabilities and are not all 0. Among logits, 0 is an ordinary score.
     low, high = scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
     nothing = torch.where((low >= 0) & (high > FAINT), FAINT, float("-inf"))
     return torch.where(scores <= nothing, float("-inf"), ranked)

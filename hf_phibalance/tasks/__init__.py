@@ -8,8 +8,8 @@ rows = load_rows("gsm8k", "path/to/gsm8k")  # or "openai/gsm8k"; checked line by
 dataset = to_sft_dataset("gsm8k", rows, tokenizer)  # columns prompt and completion
 ```
 
-A row is a dictionary as the dataset has it. `TASKS` says how a model gets it. This package knows only texts: no model, no
-router, no score. `datasets` is imported when a dataset is read from the Hub or made.
+A row is a dictionary of the dataset. `TASKS` turns it into prompt and completion. This package handles only text: no
+model, no router, no score. `datasets` is imported when a dataset is read from the Hub or made.
 """
 
 from .loading import load_rows, to_sft_dataset

@@ -1,13 +1,13 @@
 """
-Finds test problems of GSM8K and HumanEval in rows that are to be trained on.
+Finds test problems of GSM8K and HumanEval in training rows.
 
-The package ships hashes of these problems in `fingerprints.json`, not their text. They cover the question and the worked
-answer of GSM8K, and the description, docstring, prompt, solution and tests of HumanEval. Words are runs of letters and
-digits of the NFKC form in lower case, without the `<<...>>` of GSM8K. A row is dropped if one of its fields is such a
-text, or contains one of at least `MIN_EMBEDDED_WORDS` words. Paraphrases and problems with other numbers are not found.
+The package ships hashes of these problems in `fingerprints.json`, not their text. They cover the question and the
+worked answer of GSM8K, and the description, docstring, prompt, solution and tests of HumanEval. Texts are compared as
+lower-case words: runs of letters and digits in NFKC form, without GSM8K's `<<...>>`. A row is dropped if one of its
+fields equals such a text, or contains one of at least `MIN_EMBEDDED_WORDS` words. Misses paraphrases and new numbers.
 
 The file covers the first 1,000 of the 1,319 test problems of GSM8K and all of HumanEval. [`load_rows`] adds the other
-problems of GSM8K if it can: from `test.jsonl` beside the training rows or, if these come from the Hub, from there.
+problems of GSM8K from `test.jsonl` beside the training rows, or from the Hub if the rows come from there.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .table import Row, get_task
 
 
 FINGERPRINTS = Path(__file__).with_name("fingerprints.json")
-WINDOW = 8  # words of a problem whose hash starts a comparison
-MIN_WORDS = 4  # shorter texts are no evidence
-MIN_EMBEDDED_WORDS = 12  # shorter ones are, but only as a whole field
+WINDOW = 8  # if the hash of this many first words matches, all words are compared
+MIN_WORDS = 4  # shorter texts are ignored
+MIN_EMBEDDED_WORDS = 12  # shorter texts must be a whole field
 
 
 def normalise(text: str) -> list[str]:
@@ -57,7 +57,7 @@ class Fingerprints:
             self.lengths.setdefault(first, set()).add(length)
 
     def find(self, row: Row) -> str | None:
-        """Returns the benchmark if a field of the row contains one of its problems."""
+        """Returns the benchmark that has a problem in a field of the row, or `None`."""
         for text in _fields(row):
             words = normalise(text)
             if len(words) >= MIN_WORDS and (found := self.problems.get(_hash_all(words))):
@@ -71,7 +71,7 @@ class Fingerprints:
 
 
 def fingerprints_of(task: str, rows: Iterable[Row]) -> set[tuple[int, int, int]]:
-    """Returns for each text of the test problems its number of words, and hashes of its first and of all words."""
+    """Returns (word count, hash of the first words, hash of all words) of each text of the test problems."""
     texts = [normalise(text) for row in rows for text in get_task(task).texts(row)]
     return {(len(words), _hash_first(words), _hash_all(words)) for words in texts if len(words) >= MIN_WORDS}
 

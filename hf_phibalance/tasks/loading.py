@@ -1,4 +1,4 @@
-"""Loads the rows of a task from JSON lines or from the Hub, and makes datasets for TRL's `SFTTrainer` of them."""
+"""Loads the rows of a task from JSON lines or the Hub, and turns them into datasets for TRL's `SFTTrainer`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_rows(
     """
     Loads and checks the rows of a dataset.
 
-    Rows that contain a test problem of GSM8K or HumanEval are left out with one warning, except from the `test` splits of
+    Drops rows that contain a test problem of GSM8K or HumanEval, with one warning. Keeps them in the `test` splits of
     these two. See `contamination.py` for what is recognised.
 
     Args:
@@ -46,9 +46,9 @@ def load_rows(
             A file of MBPP is split by `task_id`. All rows of any other single file belong to the split.
         split (`str`, *optional*, defaults to `"train"`):
             MBPP has `"test"` (`task_id` 11 to 510), `"validation"` (511 to 600), `"train"` (601 to 974), `"prompt"`
-            (1 to 10), and `"all"`, to train on when another benchmark (HumanEval) is evaluated.
+            (1 to 10), and `"all"` (for training if you evaluate on another benchmark, for example HumanEval).
         bad_rows (`"refuse"` or `"skip"`, *optional*, defaults to `"refuse"`):
-            Whether malformed rows raise an error, or are left out with one warning that counts and shows them.
+            Whether malformed rows raise an error, or are dropped with one warning that counts and shows them.
         limit (`int`, *optional*): Stops after this number of good rows.
 
     Returns:
@@ -161,7 +161,7 @@ def _find_file(task: Task, source: str, split: str) -> Path:
 
 
 def _read_hub(task: Task, source: str, split: str) -> Iterator[tuple[str, Row | str]]:
-    """Yields the number and the row of all rows."""
+    """Yields `("row <number>", row)` of every row."""
     from datasets import load_dataset
 
     name, _, own_config = source.partition(":")
@@ -179,7 +179,7 @@ def _read_hub(task: Task, source: str, split: str) -> Iterator[tuple[str, Row | 
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Row | str]]:
-    """Yields the place and the row of all lines, or the place and what is wrong."""
+    """Yields (place, row) of every line, or (place, what is wrong with it)."""
     number = 0
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
@@ -202,11 +202,11 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Row | str]]:
 
 def to_sft_dataset(task: str, rows: Iterable[Row], tokenizer: Any = None) -> Dataset:
     """
-    Makes a dataset with the columns `prompt` and `completion`. TRL trains the completion only.
+    Makes a dataset with the columns `prompt` and `completion`. TRL trains only on the completion.
 
     Some tokenizers merge the end of a prompt with the start of its completion (GPT-2's, for example, a line break with
-    the indentation after it). TRL would then train on a context that generation never starts from. With such a tokenizer
-    the rows come tokenized as well, prompt and completion on their own, as `input_ids` and `completion_mask`.
+    the indentation after it). TRL would then train on tokens that never occur in generation. For such a tokenizer,
+    prompt and completion are also tokenized separately, as the columns `input_ids` and `completion_mask`.
 
     Args:
         task (`str`): One of `TASKS`.
@@ -216,7 +216,7 @@ def to_sft_dataset(task: str, rows: Iterable[Row], tokenizer: Any = None) -> Dat
             that changes the completion (some strip the indentation of code) is not used.
 
     Returns:
-        `datasets.Dataset`: One row per row.
+        `datasets.Dataset`: One row for each of `rows`.
 
     Raises:
         `ValueError`: If there are no rows, or the task is for evaluation only.

@@ -1,16 +1,16 @@
 """
 Generates word problems in the format of GSM8K.
 
-A problem needs two or three steps of arithmetic. As in GSM8K, the answer shows the calculation of every step in `<<...>>`
-and the result after `####`:
+A problem needs two or three steps of arithmetic. As in GSM8K, the answer shows the calculation of every step in
+`<<...>>` and the result after `####`:
 
     Question: Mia buys 4 boxes of pens with 6 pens in each box. She gives 9 pens to Leo. How many pens ...
     Answer: Mia buys 4*6=<<4*6=24>>24 pens.
     Mia has 24-9=<<24-9=15>>15 pens left.
     #### 15
 
-No held-out problem shares its template and its numbers with a training problem. A model that solves held-out problems has
-learned the arithmetic and not the text.
+No held-out problem has both the template and the numbers of a training problem. A model that solves held-out problems
+has learned arithmetic, not texts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ITEMS = ("apples", "pens", "books", "cards", "shells", "coins", "stamps", "pears
 PLACES = ("garden", "market", "school", "farm", "shop", "library", "park", "kitchen")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MAX_NUMBER = 50  # largest result of a calculation
-MAX_ADDEND = 9  # largest smaller term of a sum, and largest number that is subtracted
+MAX_ADDEND = 9  # limit of the smaller term of a sum, and of a number to subtract
 
 
 class Template(NamedTuple):
@@ -149,7 +149,7 @@ def draw_problem(rng: random.Random) -> Problem:
 
 
 def _calculate(steps: str, values: dict[str, int]) -> str | None:
-    """Writes the calculations into `steps` and their results into `values`. Returns `None` if a result does not suit."""
+    """Writes the calculations into `steps`, the results into `values`. Returns `None` if a number breaks a limit."""
     for dollar, target, left, operator, right in _CALCULATION.findall(steps):
         x, y = (int(term) if term.isdigit() else values[term] for term in (left, right))
         if operator == "/" and x % y:
@@ -172,7 +172,7 @@ def make_splits(train: int, validation: int = 0, test: int = 0, seed: int = 0) -
 
     Args:
         train (`int`): Number of training problems.
-        validation (`int`, *optional*, defaults to 0): Number of problems for choices that are made by measurement.
+        validation (`int`, *optional*, defaults to 0): Number of problems for tuning.
         test (`int`, *optional*, defaults to 0): Number of held-out problems.
         seed (`int`, *optional*, defaults to 0): Seed of the generator.
 

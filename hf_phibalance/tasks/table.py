@@ -1,4 +1,4 @@
-"""The tasks: which rows of a dataset are well formed, and how a model gets them. Programs are parsed but never run."""
+"""The tasks: checks dataset rows and turns them into prompts and completions. Programs are parsed but never run."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class FormError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset, and how a model gets its rows."""
+    """A dataset, and how its rows become prompts and completions."""
 
     name: str  # key in `TASKS`
     hub_name: str
     columns: Mapping[str, type]  # required fields of a row; strings and lists must not be empty
     splits: tuple[str, ...]
-    check: Callable[[Row], Any]  # raises `FormError` if a row whose columns are right is malformed
+    check: Callable[[Row], Any]  # raises `FormError` if a row with the right columns is malformed
     prompt: Callable[[Row], str]
-    completion: Callable[[Row], str]  # comes right behind the prompt
-    texts: Callable[[Row], list[str]]  # by which a test problem is recognised
+    completion: Callable[[Row], str]  # follows the prompt without a separator
+    texts: Callable[[Row], list[str]]  # texts that identify a test problem
     hub_config: str | None = None
     files: tuple[str, ...] = ()  # usual names of a local file with all splits, or with the only one
     trains: bool = True  # False for a task for evaluation only
@@ -79,12 +79,12 @@ def _check_humaneval(row: Row) -> None:
 
 def function_form(row: Row) -> tuple[str, str]:
     """
-    Returns a row of MBPP in the form of HumanEval's problems: the prompt is a function up to the end of its docstring, the
-    completion is the body.
+    Returns a row of MBPP in the form of HumanEval's problems: the prompt is a function up to the end of its docstring,
+    the completion is the body.
 
-    It is the function that the first test calls. Its docstring is the row's text, with the first test as an example. The
-    rest of the row's code (imports, constants, helpers) comes before it. The code is written anew from its syntax tree, so
-    the body always has four spaces, `\\n` and no comments.
+    The function is the one that the first test calls. Its docstring is the row's text, with the first test as an
+    example. The rest of the row's code (imports, constants, helpers) comes before it. The code is unparsed from its
+    syntax tree, so the body always has four spaces, `\\n` and no comments.
     """
     if not all(isinstance(test, str) for test in row["test_list"]):
         raise FormError("its test_list holds something that is not text")
@@ -169,7 +169,6 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """Returns the task of that name."""
     if name not in TASKS:
         raise ValueError(f"task={name!r} is unknown: use one of {', '.join(TASKS)}.")
     return TASKS[name]
