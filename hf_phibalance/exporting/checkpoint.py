@@ -215,7 +215,7 @@ def _check_native(balancer: PhiBalancer, state: str, biases: dict[str, Tensor]) 
         if difference > 0:
             raise ValueError(
                 f"the selection bias of {site.name!r} in the weights is not the one in {state} (they "
-                f"differ by up to {float(difference):.3g}): these files are of different moments of a training. Save both "
+                f"differ by up to {float(difference):.3g}): these files were not saved at the same step. Save both "
                 "again, or load the model with phi_balance=True, which takes the bias of the state, and save that."
             )
 

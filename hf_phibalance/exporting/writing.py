@@ -157,8 +157,8 @@ def print_export(report: ExportReport, console: Any) -> None:
             rows.append([as_code(label), *figures, f"{kept.changed[name]:.1%}"])
         table = markdown_table(["layer", "r²", "MaxVio, biased", f"MaxVio, {report.kept}", "changed"], rows)
         text += (
-            f"\n\n{table}\n\nr² says how constant the inputs of a router can be made: a bias in its weight rests on that. Changed are "
-            "the assignments that differ from those with the bias."
+            f"\n\n{table}\n\nr²: how well one direction keeps the inputs of a router constant; a bias in its weight needs that. "
+            "Changed: the share of assignments that differ from those with the bias."
         )
     console.print(Markdown(text))
 

@@ -194,7 +194,7 @@ def _warn_if_trained_since(model: nn.Module, source: str | None, state: str) -> 
     if now and then and now != then:
         logger.warning(
             f"The routers of {source} are not those that its {STATE_NAME} was saved with: they were trained since, without "
-            "φ-balancing. Its prices and selection bias are of then; get_balancer(model).reset() begins anew."
+            "φ-balancing. Its prices and selection bias are older than the weights; get_balancer(model).reset() starts anew."
         )
 
 

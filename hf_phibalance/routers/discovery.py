@@ -115,7 +115,7 @@ class RouterSite:
         if len(wide) > 1 and self.kind.index not in wide:
             raise ValueError(
                 f"router {self.name!r} ({self.kind.target.__name__} of transformers {transformers.__version__}) returns "
-                f"{len(wide)} tensors as wide as its {self.num_experts} experts, and nothing says which its logits are."
+                f"{len(wide)} tensors as wide as its {self.num_experts} experts, and nothing says which of them holds the logits."
             )
         logits = self.kind.index if self.kind.index in wide else next(iter(wide), None)
         chosen = next(indices, None) if self.kind.traits.returns_choice else None
