@@ -199,7 +199,7 @@ import pytest
 sys.path[:0] = ["", "tests/helpers"]
 import hf_phibalance
 assert hf_phibalance.__file__.startswith(sys.argv[1]), hf_phibalance.__file__
-from hf_phibalance.routers.traits import TRAITS
+from hf_phibalance.routers.families import TRAITS
 from tiny import tiny_batch, tiny_model
 assert TRAITS["MyMoeTopKRouter"].scoring == "sigmoid"
 model = hf_phibalance.patch(tiny_model("mixtral"), {"potential": "l4"}).train()
