@@ -239,6 +239,7 @@ def test_damaged_files(content, message, tmp_path):
 # ---------------------------------------------------------------------- a bad configuration and a model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bad",
     [

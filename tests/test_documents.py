@@ -234,6 +234,7 @@ def test_worked_changes(tmp_path):
     assert "passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_commands_that_show_a_family(capsys):
     """The tests that the second one selects run with the rest of the suite."""
     show, run = map(shlex.split, commands("python -"))

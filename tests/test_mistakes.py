@@ -4,7 +4,11 @@ import ast
 import functools
 import re
 
+import pytest
 from paths import ROOT
+
+
+pytestmark = pytest.mark.slow
 
 
 PAGE = ROOT / "recipes/guides/MISTAKES.md"

@@ -62,6 +62,7 @@ def problems_in(text):
     return found
 
 
+@pytest.mark.slow
 def test_no_source_runs_what_it_reads():
     found = {str(path.relative_to(ROOT)): problems_in(path.read_text(encoding="utf-8")) for path in SOURCES}
     assert {name: problems for name, problems in found.items() if problems and name not in ALLOWED} == {}

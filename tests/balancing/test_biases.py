@@ -24,6 +24,7 @@ def counted(model, batches):
     return logits, totals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
 def test_loss_free_follows_the_sign_of_the_counts(model_type):
     """Three steps; the naive model selects with the naive bias, so that equal outputs also mean unbiased weights."""
@@ -82,6 +83,7 @@ def test_loss_free_leaves_an_expert_of_the_fair_load_alone():
     assert found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("method", ["switch", "global_batch"])
 def test_the_bias_beside_a_switch_price_follows_the_excess_load(method, model_type):
@@ -113,6 +115,7 @@ def test_biases_add_no_gradient(method):
     assert any(bias.abs().max() > 0 for bias in phb.get_balancer(model).biases().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["loss_free", "quantile"])
 def test_biases_do_not_depend_on_the_split(method):
     biases = []

@@ -15,6 +15,9 @@ from tiny import tiny_batch, tiny_model
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss")
 BOTH = {"coef": 1.0, "bias_coef": 0.003}
 

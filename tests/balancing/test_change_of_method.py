@@ -13,6 +13,9 @@ from tiny import set_prices
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 def trace(model):
     hooks = [
         [type(hook).__name__ for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]

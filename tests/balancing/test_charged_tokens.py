@@ -10,6 +10,9 @@ from tiny import set_prices
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 RATE = 0.3
 
 

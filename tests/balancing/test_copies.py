@@ -11,6 +11,7 @@ from tiny import tiny_batch, tiny_model
 import hf_phibalance as phb
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("token_mask", ["attention", "labels"])

@@ -70,6 +70,7 @@ def test_evaluation_counts_apart_and_generation_does_not():
     assert tokens_of(balancer) == batch["attention_mask"].sum()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
 def test_evaluation_of_a_generation(model_type):
@@ -104,6 +105,7 @@ def test_evaluation_of_a_generation(model_type):
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_between_forward_and_backward_does_not_disturb():
     for checkpointing in (None, False, True):
         model, reference = priced(), priced()
@@ -140,6 +142,7 @@ def test_a_layer_called_by_itself_neither_counts_nor_fails():
     assert tokens_of(phb.get_balancer(model)) == tiny_batch(model)["attention_mask"].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_metrics_are_plain_finite_numbers(method):
     model = build("qwen3_moe")

@@ -28,6 +28,9 @@ import hf_phibalance as phb
 from hf_phibalance import PhiBalanceConfig
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_gradient_of_an_extra_loss(model_type, extra):

@@ -10,6 +10,7 @@ from steps import FAMILIES, build, micro_batches, router_parameters, step_gradie
 import hf_phibalance as phb
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_frozen_routers_get_no_gradient_and_the_rest_its_own(model_type):
     model = build(model_type)
@@ -49,6 +50,7 @@ def test_unpatch_does_not_train_what_an_adapter_has_frozen_since(ended):
     assert all("lora_" in name for name in trained) and bool(trained) is not ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_none_only_counts(model_type):
     model = build(model_type)

@@ -89,6 +89,7 @@ def test_any_damage(model, good, data, tmp_path_factory):
     assert_same(everything(model), before)
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_is_always_seen(model, good, tmp_path):
     """300 random bits of the file, one at a time."""
     before, path = everything(model), tmp_path / STATE_NAME
@@ -298,6 +299,7 @@ def test_signed_headers_of_any_content(model, good, headers, tmp_path_factory):
     assert_same(everything(model), before)
 
 
+@pytest.mark.slow
 def test_a_state_of_100_000_routers_is_refused_at_once(model, good, tmp_path):
     described = json.loads(good[2]["model"])
     described["routers"] = {f"{i}.layers.0.mlp.gate": [8, 2, "softmax"] for i in range(100_000)}
@@ -306,6 +308,7 @@ def test_a_state_of_100_000_routers_is_refused_at_once(model, good, tmp_path):
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "overrides", "remedy"),
     [
@@ -333,6 +336,7 @@ def test_another_number_of_experts_per_token_is_the_same_model(tmp_path):
 # ---------------------------------------------------------------------- through `from_pretrained`
 
 
+@pytest.mark.slow
 def test_no_state_and_a_bad_one_beside_a_model(tmp_path, warned):
     trained("mixtral", BIAS).save_pretrained(tmp_path)
     path = tmp_path / STATE_NAME

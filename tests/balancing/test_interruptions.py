@@ -35,6 +35,7 @@ def broken(module, error, after):
     module.forward = forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("where", ["gate", "experts", "self_attn"])
 @pytest.mark.parametrize("model_type", ["mixtral", "dbrx"])

@@ -14,6 +14,9 @@ from tiny_vlm import IMAGE_TEXT_TYPES, image_batch, tiny_image_model
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 LAYERS = 12  # so that sorting the names would put layers 10 and 11 before layer 2
 
 

@@ -12,6 +12,9 @@ import hf_phibalance as phb
 from hf_phibalance.maths import routing_probs
 
 
+pytestmark = pytest.mark.slow
+
+
 EXPERTS = {
     "whole model": "full",
     "lora": "lora",

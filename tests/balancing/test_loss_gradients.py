@@ -21,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 import hf_phibalance as phb
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("method", LOSSES)
 def test_gradient_of_a_loss(method, model_type):
@@ -29,6 +30,7 @@ def test_gradient_of_a_loss(method, model_type):
     assert_gradient(added, loss_gradient(build(model_type), batches, [(COEF, LOSSES[method])]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["non_reentrant", "reentrant"])
 @pytest.mark.parametrize("method", LOSSES)
 def test_gradient_of_a_loss_under_checkpointing(method, checkpointing):
@@ -48,6 +50,7 @@ def test_the_losses_differ():
                 assert_gradient(left, right, tolerance=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", LOSSES)
 def test_losses_over_the_labelled_tokens(method):
     model = build("mixtral")
@@ -59,6 +62,7 @@ def test_losses_over_the_labelled_tokens(method):
     assert_gradient(added, loss_gradient(build("mixtral"), batches, reference, token_mask="labels"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", LOSSES)
 def test_losses_where_only_the_number_of_micro_batches_is_known(method):
     """Then each micro-batch has the same share of the step."""
@@ -92,6 +96,7 @@ def test_the_built_in_loss_does_not_come_on_top():
     assert_gradient(added, loss_gradient(build("mixtral"), [batch], [(COEF, pooled_loss)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("method", LOSSES)
 def test_the_logged_loss_is_the_value_of_the_formula(method, checkpointing):
@@ -109,6 +114,7 @@ def test_the_logged_loss_is_the_value_of_the_formula(method, checkpointing):
     assert phb.get_balancer(model).metrics()["balance_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("announced", [True, False])
 @pytest.mark.parametrize("method", LOSSES)
 def test_several_forwards_before_one_backward(method, announced):
@@ -131,6 +137,7 @@ def test_several_forwards_before_one_backward(method, announced):
     assert_gradient(difference(collect(model), plain), loss_gradient(build("mixtral"), batches, [(COEF, loss)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["loss_free", "quantile", *LOSSES])
 def test_models_in_bfloat16(method):
     """Gradients are those of the formula on the same model, up to its precision."""

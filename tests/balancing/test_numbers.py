@@ -15,6 +15,9 @@ from tiny import set_prices, tiny_batch, tiny_model
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 def naive_prices(mean):
     """log of the relative load, at least that of a millionth, centred (float64)."""
     price = [math.log(max(len(mean) * m, 1e-6)) for m in mean]

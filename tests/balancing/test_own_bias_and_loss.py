@@ -13,6 +13,9 @@ from trained import logits_of
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 WITH_OWN_BIAS = ["deepseek_v3", "minimax_m2"]  # in the router, and in the block around it
 LOSS_ON = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 

@@ -48,6 +48,7 @@ def test_patch_with_a_new_config_keeps_the_duals():
     assert not hasattr(model.config, "phi_balance")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "config", "message"),
     [
@@ -122,6 +123,7 @@ def pruned(model, layer, experts):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_routers_with_different_numbers_of_experts(layer, tmp_path):
     config = {"coef": COEF, "bias_coef": 0.2, "ema_rate": 0.5}

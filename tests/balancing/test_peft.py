@@ -16,6 +16,7 @@ import hf_phibalance as phb
 from hf_phibalance.files import STATE_NAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
@@ -34,6 +35,7 @@ def test_peft_gradient_is_that_of_the_definition(model_type, adapter, order):
     assert all(load.sum() == 2 * batch["attention_mask"].sum() for load in phb.get_balancer(model).loads().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["parameters", "modules_to_save"])
 def test_order_of_patch_and_peft_does_not_matter(adapter):
     config = {"coef": COEF, "bias_coef": 0.2, "ema_rate": 0.5}
@@ -120,6 +122,7 @@ def test_all_frozen_below_is_refused_with_a_remedy_that_works():
     assert all(bias.any() for bias in phb.get_balancer(biased).biases().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["parameters", "modules_to_save"])
 def test_merged_model_stays_patched(adapter):
     model = adapted(priced("mixtral", {"bias_coef": 0.1}), adapter)
@@ -137,6 +140,7 @@ def test_merged_model_stays_patched(adapter):
     assert not ours(phb.unpatch(merged))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_peft_saves_the_sidecar_and_the_adapter_loads_as_ever(order, tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path / "base")

@@ -10,6 +10,9 @@ from tiny import set_prices
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("price_from", ["previous", "current", "global"])
 @pytest.mark.parametrize(
     ("model_type", "potential", "track"),

@@ -14,6 +14,9 @@ from training import make_trainer
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 ON = {"coef": 0.01, "fp32_routers": True}
 
 

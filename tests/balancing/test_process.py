@@ -13,6 +13,9 @@ import hf_phibalance as phb
 from hf_phibalance.balancing import process
 
 
+pytestmark = pytest.mark.slow
+
+
 def footprint():
     """All that may be changed in classes and settings of others."""
     owners = {

@@ -38,6 +38,7 @@ def assert_quantile(bias, bounds, bin_width):
     assert (error <= slack + slack.mean() + bin_width).all(), (error, slack, bin_width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
 def test_quantile_is_that_of_the_sorted_margins(model_type):
     """Two steps: the second with the bias of the first in force."""
@@ -56,6 +57,7 @@ def test_quantile_is_that_of_the_sorted_margins(model_type):
             assert bias.abs().max() > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt_oss", "kolibri1"])
 def test_quantile_of_logits(model_type):
     """These rank logits, which have no bound: the quantile is that of the logits, up to 1 % of their range."""
@@ -90,6 +92,7 @@ RANKING = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", RANKING)
 def test_quantile_makes_the_loads_of_the_same_batch_fair(model_type):
     """The first router sees the same tokens again; the iteration has all but settled after four steps."""

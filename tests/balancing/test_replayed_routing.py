@@ -38,6 +38,7 @@ def native(model):
     return {name: bias.clone() for name, bias in found.items() if bias is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_gradient_and_loads(model_type, checkpointing):

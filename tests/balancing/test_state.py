@@ -106,6 +106,7 @@ def test_failing_save_leaves_the_built_in_loss_off(tmp_path, monkeypatch):
     assert model.config.router_aux_loss_coef == 0.02 and model.router_aux_loss_coef == 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
 def test_a_selection_bias_of_ours_is_part_of_the_weights_while_patched(model_type, warned):
     """So a state dict brings back what the model computes; only files for others leave it out."""
@@ -126,6 +127,7 @@ def test_a_selection_bias_of_ours_is_part_of_the_weights_while_patched(model_typ
 # ---------------------------------------------------------------------- plain loads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [*NATIVE, *RESELECTING])
 def test_plain_load_of_a_gradient_only_model(model_type, tmp_path, warned):
     model = trained(model_type, GRADIENT)
@@ -140,6 +142,7 @@ def test_plain_load_of_a_gradient_only_model(model_type, tmp_path, warned):
     assert not [hook for hook in hooks if type(hook).__module__.startswith("hf_phibalance")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", NATIVE)
 def test_plain_load_keeps_the_bias_of_native_families(model_type, tmp_path, warned):
     model = trained(model_type, BIAS)
@@ -151,6 +154,7 @@ def test_plain_load_keeps_the_bias_of_native_families(model_type, tmp_path, warn
     assert torch.equal(logits_of(loaded), logits_of(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", RESELECTING)
 def test_plain_load_loses_the_bias_elsewhere_and_says_so(model_type, tmp_path, warned):
     model = trained(model_type, BIAS)
@@ -168,6 +172,7 @@ def test_plain_load_loses_the_bias_elsewhere_and_says_so(model_type, tmp_path, w
 # ---------------------------------------------------------------------- the duals by themselves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
 def test_state_moves_to_another_model_of_the_same_shape(model_type, tmp_path):
     model = trained(model_type, BIAS, steps=3)
@@ -276,6 +281,7 @@ def train(model, steps, start=0, lr=0.05):
                     p -= lr * p.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "run"),
     [("mixtral", run) for run in RUNS] + [("deepseek_v3", run) for run in ("loss_free", "quantile", "phi_global")],
@@ -296,6 +302,7 @@ def test_resumed_training_is_bitwise_the_same(model_type, run, tmp_path):
     assert phb.get_balancer(resumed).steps == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pooled", "quantile", "frozen"])
 def test_a_saved_model_comes_back_with_its_method(method, tmp_path):
     model = phb.patch(build("mixtral"), {"method": method, **EXTRA_COEF})

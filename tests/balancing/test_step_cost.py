@@ -15,6 +15,9 @@ import hf_phibalance as phb
 from hf_phibalance.balancing import forwards
 
 
+pytestmark = pytest.mark.slow
+
+
 # What makes the host wait for the device: methods that Python sees, and operators that the dispatcher sees.
 READING_METHODS = ["item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"]
 READING_OPERATORS = ["_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"]

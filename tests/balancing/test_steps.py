@@ -107,6 +107,7 @@ def test_reset_begins_anew(model_type):
     assert balancer.steps == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_model_is_freed_with_its_last_reference(trained):
     """Nothing of ours keeps it alive, and no circle that only a garbage collection would find (but for its few duals)."""

@@ -16,6 +16,9 @@ import hf_phibalance as phb
 from hf_phibalance.files import STATE_NAME
 
 
+pytestmark = pytest.mark.slow
+
+
 # ---------------------------------------------------------------------- accelerate
 
 

@@ -55,6 +55,7 @@ def test_a_sound_model(saved, tmp_path, capsys):
     assert {check["status"] for check in report["checks"]} == {"ok"} and "torch" in report["versions"]
 
 
+@pytest.mark.slow
 def test_warnings_count_only_if_strict(saved, doctor):
     """The configuration is the saved one unless an option says otherwise. With `--json -` the table goes to stderr."""
     status, report, shown = doctor(saved / "balanced", "--coef", "0.2")
@@ -75,6 +76,7 @@ def test_a_damaged_state_is_a_problem(saved, tmp_path, doctor):
     assert report["model"]["config"]["coef"] == 0.3  # the saved configuration is kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value, status, said",
     [
@@ -93,6 +95,7 @@ def test_what_a_config_says_without_a_state(saved, tmp_path, capsys, value, stat
     assert said.format(folder=tmp_path) in " ".join((captured.out + captured.err).split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_saved", [False, True])
 @pytest.mark.parametrize("router", ["lora", "full", "frozen"])
 def test_an_adapter_is_examined_as_it_would_be_trained(saved, tmp_path, doctor, router, is_saved):

@@ -102,6 +102,7 @@ def case(change, name, status, *texts, remedy="", **config):
     return pytest.param(change, config, name, status, texts, remedy, id=f"{change.__name__}, {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, config, name, status, texts, remedy",
     [
@@ -155,6 +156,7 @@ def test_kind_of_checkpointing(reentrant):
     assert found.status == "ok" and found.finding.startswith("reentrant" if reentrant else "non-reentrant")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, status, text",
     [
@@ -270,6 +272,7 @@ class AddsLoss(Trainer):
         return outputs.loss + self.strength * load_balancing_loss_func(outputs.router_logits, 8, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"bf16": True}, NON_REENTRANT], ids=["fp32", "bf16", "checkpointing"])
 @pytest.mark.parametrize("strength", [0.02, 0.0])
 def test_another_auxiliary_loss_in_compute_loss(tmp_path, arguments, strength):
@@ -298,6 +301,7 @@ class Contrasts(Trainer):
         return self.sign * super().compute_loss(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_rounding_is_not_measured(tmp_path):
     model = build(dtype=torch.bfloat16)
     trainer = make_trainer(model, tmp_path, Contrasts, max_steps=2, gradient_accumulation_steps=2)

@@ -13,6 +13,9 @@ from trl import SFTTrainer
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 LONG = rows(4, shortest=760, longest=800)
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 NON_REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}

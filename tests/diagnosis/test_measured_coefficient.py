@@ -72,6 +72,7 @@ def test_the_definition_is_apart_from_the_core(monkeypatch):
     assert list(report.coefficient.by_router.values()) == pytest.approx([3.0, -1.0, 1.0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_hook_on_the_weight_of_one_router(tmp_path):
     """The gradients of half of its experts are dropped."""
     model = build()
@@ -94,6 +95,7 @@ class Overflows(Trainer):
         return loss * torch.inf if self.state.global_step in (1, 2) else loss
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_is_not_the_one_that_is_measured(tmp_path):
     trainer = make_trainer(build(), tmp_path, Overflows, max_steps=5)
     trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -102,6 +104,7 @@ def test_a_step_that_overflows_is_not_the_one_that_is_measured(tmp_path):
     assert abs(report.coefficient.ratio - 1) < 1e-4 and scaler.get_scale() == 2.0**8
 
 
+@pytest.mark.slow
 def test_without_a_scaler_it_is_a_problem(tmp_path):
     trainer = make_trainer(build(), tmp_path, Overflows, max_steps=5)
     with pytest.raises(ValueError, match=r"gradients of the step are not finite"):

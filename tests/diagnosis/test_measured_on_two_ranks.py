@@ -13,6 +13,9 @@ from transformers import Trainer, TrainingArguments
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 def one_row(examples):
     return examples[0]
 

@@ -17,6 +17,7 @@ from hf_phibalance.evaluation import GSM8K_STOPS, truncate
 FOLDER = Path(evaluation.__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["{0}", "{0}/{0}.py"])
 def test_both_metrics_load_by_path(form, tmp_path, monkeypatch):
     import evaluate

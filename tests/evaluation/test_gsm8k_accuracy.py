@@ -33,6 +33,7 @@ def test_what_is_read_from_an_answer():
     assert truncate("    return 1\nif x:\n    y\ndef f", ("\ndef", "\nif")) == "    return 1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, gold, strict, flexible",
     [
@@ -79,6 +80,7 @@ def test_gsm8k_refuses_what_it_cannot_score(gsm8k):
         GSM8KAccuracy(cache_dir=gsm8k.data_dir).compute(predictions=[], references=[])
 
 
+@pytest.mark.slow
 def test_every_gold_answer_of_gsm8k_is_right(gsm8k):
     answers = [row["answer"] for split in ("train", "test") for row in gsm8k_rows(split, None)]
     result = gsm8k.compute(predictions=answers, references=answers)
@@ -102,6 +104,7 @@ def perturbed(answer, generator):
     return generator.choice([reasoning, "", reasoning[: len(reasoning) // 2]]) + ending
 
 
+@pytest.mark.slow
 def test_gsm8k_scores_are_those_of_lm_evaluation_harness(gsm8k, tmp_path):
     """The harness's own task, filters and metric, on completions that a stand-in for a model gives."""
     lm_eval = pytest.importorskip("lm_eval")

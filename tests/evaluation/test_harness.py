@@ -22,6 +22,9 @@ from hf_phibalance.evaluation.harness import PhiBalanceLM, load_task, model_fing
 from hf_phibalance.files import STATE_NAME  # noqa: E402
 
 
+pytestmark = pytest.mark.slow
+
+
 def harness_task(name, **fields):
     """A task of the harness with problems from files."""
     return load_yaml(Path(lm_eval.__file__).parent / "tasks" / name / f"{name}.yaml") | {"dataset_name": None} | fields

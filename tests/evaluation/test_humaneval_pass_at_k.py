@@ -11,6 +11,9 @@ from paths import DATA
 from hf_phibalance.evaluation import CodeExecutionError, HumanEvalPassAtK, pass_at_k, score_humaneval
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def humaneval(tmp_path):
     return HumanEvalPassAtK(cache_dir=str(tmp_path))

@@ -175,6 +175,7 @@ def run(program, checks=CHECKS, **kwargs):
     return run_program(program, checks, **{"timeout": 5.0, "allow_code_execution": True, **kwargs})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_programs_fail_and_leave_nothing(name, victim):
     before = others()
@@ -254,6 +255,7 @@ HONEST_PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HONEST_PROGRAMS)
 def test_honest_programs_pass(name, victim):
     if name in ("pandas", "sklearn") and not importlib.util.find_spec(name):
@@ -263,6 +265,7 @@ def test_honest_programs_pass(name, victim):
     assert not list(Path(tempfile.gettempdir()).iterdir())
 
 
+@pytest.mark.slow
 def test_an_ordinary_user_gets_the_same():
     """The tests above again, by a user that is not root."""
     if os.geteuid() != 0:
@@ -285,6 +288,7 @@ def test_an_ordinary_user_gets_the_same():
     assert done.returncode == 0 and f"{len(HOSTILE) + len(HONEST_PROGRAMS)} passed" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program, checks, reason",
     [
@@ -304,6 +308,7 @@ def test_a_failure_says_why(program, checks, reason):
     assert reason in verdict.reason
 
 
+@pytest.mark.slow
 def test_limits_hold(victim):
     limits = "import resource\ndef f(name):\n    return resource.getrlimit(getattr(resource, name))[0]\n"
     checks = (
@@ -420,6 +425,7 @@ def test_other_systems_are_named(system, name, monkeypatch):
             require_sandbox(allow_code_execution=True, unsafe=True)
 
 
+@pytest.mark.slow
 def test_unsafe_has_limits_on_time_and_memory_and_a_loud_warning(victim, caplog):
     sandbox._warn_of_no_walls.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_phibalance"):
@@ -445,6 +451,7 @@ def test_limits_have_to_be_positive(name):
 PACKAGE = str(Path(sandbox.__file__).parent.parent)  # on the path, so that `evaluation` starts without torch
 
 
+@pytest.mark.slow
 def test_nothing_outlives_the_caller(victim):
     """A caller that is killed takes its programs along."""
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\ntime.sleep(3600)\n"

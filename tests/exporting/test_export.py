@@ -20,6 +20,9 @@ from hf_phibalance.exporting.checkpoint import split_texts
 from hf_phibalance.inspection import parse_domains
 
 
+pytestmark = pytest.mark.slow
+
+
 LOSING = [
     name
     for name, family in phb.supported_families().items()

@@ -106,6 +106,7 @@ def test_family_with_a_bias_of_its_router_loses_nothing():
     assert report.r2[name] == 1.0 and report.explained[name] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_model_goes_on_without_a_bias_and_with_everything_else_as_it_was():
     model = with_bias("mixtral").train()
     balancer, before = phb.get_balancer(model), weights_of(model)
@@ -123,6 +124,7 @@ def test_model_goes_on_without_a_bias_and_with_everything_else_as_it_was():
     assert any(bias.any() for bias in balancer.biases().values())  # it moves again
 
 
+@pytest.mark.slow
 def test_rebalancing_brings_the_loads_nearer_to_those_with_the_bias():
     """A bias that evens out the loads. At random inputs r² is about a half, so folding loses much of it."""
     model = phb.patch(tiny_model("mixtral"), {"bias_coef": 0.003})
@@ -133,6 +135,7 @@ def test_rebalancing_brings_the_loads_nearer_to_those_with_the_bias():
     assert rebalanced.folded.max_vio_global < 0.6 * folded.folded.max_vio_global
 
 
+@pytest.mark.slow
 def test_rebalancing_leaves_layers_alone_that_are_even_enough():
     folded, rebalanced = with_bias("mixtral"), with_bias("mixtral")
     report = phb.fold(folded, texts(folded))

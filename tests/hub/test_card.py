@@ -17,6 +17,9 @@ from hf_phibalance.hub import Run, model_card, push_to_hub
 from hf_phibalance.hub.card import as_code
 
 
+pytestmark = pytest.mark.slow
+
+
 def test_card_of_a_run(run_folder, trained, stub, tmp_path):
     folder = push_to_hub(trained, REPO, run_folder=run_folder, dry_run=tmp_path / "dry")
     card = ModelCard.load(folder / "README.md")

@@ -39,6 +39,7 @@ def test_dry_run_of_an_adapter_names_no_folder(adapter, no_network, tmp_path, wa
     assert base == adapter.peft_config["default"].base_model_name_or_path  # of the model, nothing was changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trained", "adapter"])
 def test_code_of_the_card_runs(kind, request, tmp_path):
     model = request.getfixturevalue(kind)
@@ -53,6 +54,7 @@ def test_code_of_the_card_runs(kind, request, tmp_path):
     assert (balancer.config, balancer.steps) == (phb.PhiBalanceConfig(coef=0.5), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["adapter", "run", "config", "explicit"])
 @pytest.mark.parametrize("name", ["/nowhere/to/base", "lab/base"])
 def test_a_base_that_is_no_repository(name, way, trained, adapter, run_folder, tmp_path, monkeypatch):
@@ -116,6 +118,7 @@ def test_a_picture_is_a_picture(trained, run_folder, tmp_path):
         push_to_hub(trained, REPO, run_folder=run_folder, dry_run=tmp_path / "dry")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("secret", "what"),
     [

@@ -19,6 +19,7 @@ def test_a_saved_run_is_the_same(run_folder, tmp_path):
     assert again == run and run.series("moe/max_vio") and run.before["moe/max_vio"] > 0 < run.held_out["moe/max_vio"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [

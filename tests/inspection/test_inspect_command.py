@@ -20,6 +20,9 @@ from hf_phibalance.files import parse_json, printable
 from hf_phibalance.inspection import inspect_model
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Folder of a tiny model with its tokenizer."""

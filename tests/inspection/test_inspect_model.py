@@ -68,6 +68,7 @@ def naive(model, choose, sequences, prefix=()):
     return counts, confidence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", NAIVE)
 def test_counts_are_those_of_a_naive_loop(model_type, texts):
     """Padded batches of several sequences against one unpadded sequence at a time; a family's own bias is in the choice."""
@@ -98,6 +99,7 @@ def test_special_tokens_are_fed_but_not_counted(texts):
     assert any("special tokens" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_selection_bias_of_a_balanced_checkpoint_counts(tmp_path, texts):
     model = phb.patch(tiny_model("mixtral"), {"coef": 0.0, "bias_coef": 0.1})
     state = phb.get_balancer(model).state_dict()
@@ -154,6 +156,7 @@ def test_model_is_left_as_it_was(texts, fails):
     assert all(torch.equal(tensor, state.pop(name)) for name, tensor in model.state_dict().items()) and not state
 
 
+@pytest.mark.slow
 def test_counts_do_not_grow_with_the_text():
     model = tiny_model("mixtral")
 

@@ -67,6 +67,7 @@ def test_the_page_escapes_its_input_and_needs_no_other_file():
     assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", page)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_the_page_in_a_browser(tmp_path, theme):

@@ -73,6 +73,7 @@ def test_a_file_of_plain_text_is_one_text(tmp_path):
         assert found == ["w3 w4 w5", "w6 w7 w8", "w9"] and stream.documents == 1 and stream.tokens == 7
 
 
+@pytest.mark.slow
 def test_packed_rows_are_what_the_same_lines_are_as_plain_text(tmp_path):
     lines = [words(length, seed=length) for length in (3, 30, 7, 1, 12, 9000, 25)]
     (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in lines))
@@ -144,6 +145,7 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path, name, content, message)
     assert len(str(error.value)) < 600 and str(error.value).isprintable()
 
 
+@pytest.mark.slow
 @CALM
 @given(data=st.data())
 def test_any_damage_is_one_line_or_text(data, tmp_path_factory):

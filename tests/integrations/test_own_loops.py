@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 PAGE = (ROOT / "recipes/guides/LOOPS.md").read_text()
 
 

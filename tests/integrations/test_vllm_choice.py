@@ -40,6 +40,7 @@ def routed(model, batch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in vllm.RANKED if family in MODEL_TYPES])
 def test_it_chooses_and_weighs_as_the_patched_model(family):
     model = phb.patch(tiny_model(family), {"coef": 0.0})

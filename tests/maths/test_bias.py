@@ -81,6 +81,7 @@ def naive(bias, step, reach):
     return torch.tensor([mean + x for x in inside(low)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("size", [0.001, 0.1, 1.0, 100.0])
 def test_a_step_is_projected(experts, size):

@@ -80,6 +80,7 @@ def test_dead_is_relative_to_the_fair_share():
     assert metrics.dead_experts(load_LE).item() == metrics.dead_experts(load_LE / 4).item() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_experts", "top_k", "tokens"), [(8, 2, 4000), (64, 6, 4000), (64, 32, 4000)])
 def test_noise_floor_against_monte_carlo(num_experts, top_k, tokens):
     generator = torch.Generator().manual_seed(0)
@@ -125,6 +126,7 @@ def test_bias_of_mutual_information_is_that_of_miller_and_madow():
     assert mutual_information_bias(counts, top_k=1) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_bias_of_mutual_information_is_what_equal_domains_show(top_k, spread):

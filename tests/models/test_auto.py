@@ -13,6 +13,7 @@ import hf_phibalance as phb
 from hf_phibalance.models import load_any
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [GRADIENT, BIAS], ids=["gradient", "bias"])
 @pytest.mark.parametrize("model_type", [*NATIVE, *RESELECTING])
 def test_comes_back_patched_with_its_duals(model_type, config, tmp_path):
@@ -33,6 +34,7 @@ def test_comes_back_patched_with_its_duals(model_type, config, tmp_path):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_flag_decides(tmp_path):
     model = trained("mixtral", {"coef": 0.25, "ema_rate": 0.5})
     model.save_pretrained(tmp_path)
@@ -50,6 +52,7 @@ def test_the_flag_decides(tmp_path):
         assert_same(duals(loaded), duals(model))
 
 
+@pytest.mark.slow
 def test_a_model_that_was_never_patched(tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path)
     load = phb.AutoModelForCausalLM.from_pretrained
@@ -78,6 +81,7 @@ def test_a_bad_flag_fails_before_anything_is_loaded(flag, tmp_path):
         phb.AutoModelForCausalLM.from_config(tiny_config("mixtral"), phi_balance=flag)
 
 
+@pytest.mark.slow
 def test_sharded_checkpoint_and_subfolder(tmp_path):
     model = trained("mixtral", BIAS)
     model.save_pretrained(tmp_path / "inner", max_shard_size="50KB")
@@ -131,6 +135,7 @@ def test_disable_restores_the_very_same_functions():
         transformers.AutoModelForCausalLM.from_config(tiny_config("mixtral"), phi_balance=True)
 
 
+@pytest.mark.slow
 def test_entry_points_accept_the_flag(enabled, tmp_path):
     model = trained("mixtral", GRADIENT)
     model.save_pretrained(tmp_path)
@@ -155,6 +160,7 @@ def test_entry_points_accept_the_flag(enabled, tmp_path):
         assert phb.get_balancer(made).config == phb.PhiBalanceConfig(**GRADIENT)
 
 
+@pytest.mark.slow
 def test_without_the_flag_entry_points_behave_as_ever(enabled, tmp_path):
     model = trained("mixtral", GRADIENT)
     model.save_pretrained(tmp_path)

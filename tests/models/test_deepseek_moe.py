@@ -171,6 +171,7 @@ def test_generation_uses_the_cache(checkpoint):
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
 
 
+@pytest.mark.slow
 def test_balances_and_saves_as_published(checkpoint, tmp_path):
     model = phb.AutoModelForCausalLM.from_pretrained(checkpoint, phi_balance={"coef": 0.5, "bias_coef": 0.01})
     assert list(phb.get_balancer(model).loads()) == ["model.layers.1.mlp.gate", "model.layers.2.mlp.gate"]

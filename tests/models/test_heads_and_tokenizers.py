@@ -32,6 +32,7 @@ def test_the_auto_class_of_a_checkpoint(model_type, saved_as, expected):
     assert auto_class_name(model_type, saved_as and [saved_as]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", ""])
 def test_a_head_is_kept_by_all_that_load_it(head, tmp_path):
     auto = getattr(transformers, f"AutoModel{head}")
@@ -63,6 +64,7 @@ def test_prompt_learning_is_refused_where_its_prompt_would_be_left_out():
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type", ["mixtral", "qwen3_moe"]
 )  # for Qwen, transformers builds a tokenizer without any file

@@ -14,6 +14,9 @@ from hf_phibalance.maths import routing_probs
 from hf_phibalance.models import load_any
 
 
+pytestmark = pytest.mark.slow
+
+
 COEF = 2.0
 FAMILIES = phb.supported_families(images=True)
 REFUSED = {"diffusion_gemma": "two means"}

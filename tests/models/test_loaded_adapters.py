@@ -79,6 +79,7 @@ def outputs(model):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*LORA, *OTHERS])
 def test_every_kind_comes_back_as_pefts_own_loader_reads_it(kind, base, tmp_path):
     model = moved(transformers.AutoModelForCausalLM.from_pretrained(base), config_of(kind))
@@ -109,6 +110,7 @@ def test_transformers_entry_point_with_the_flag_loads_it_too(base, tmp_path):
     assert trained and all("lora_" in name for name in trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "labels, name", [(1, "SequenceClassification"), (3, "SequenceClassification"), (5, "TokenClassification")]
 )

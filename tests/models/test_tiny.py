@@ -12,6 +12,9 @@ from hf_phibalance.models import build_model, train_tokenizer
 from hf_phibalance.tasks import make_splits
 
 
+pytestmark = pytest.mark.slow
+
+
 RECIPES = sorted((ROOT / "recipes" / "tiny-cpu").glob("*.yaml"))
 
 

@@ -20,6 +20,9 @@ from trl import DPOConfig, DPOTrainer
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 FAMILIES = pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 CONFIG = {"coef": 0.1, "bias_coef": 2.0}
 DATA = batches(6)

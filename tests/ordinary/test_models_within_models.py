@@ -32,6 +32,9 @@ from transformers import AutoModelForCausalLM
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 DATA = batches(4)
 
 

@@ -36,6 +36,9 @@ from torch.optim import SGD, AdamW
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 DATA = batches(6)
 # settings for measuring a run in low precision
 LOW = {

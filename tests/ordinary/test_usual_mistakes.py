@@ -99,6 +99,7 @@ def test_options_of_attach(options, message, model, tmp_path):
         phb.attach(make_trainer(model, tmp_path), **options)
 
 
+@pytest.mark.slow
 def test_options_that_come_too_late(model, tmp_path):
     """`verify` may be set later. Options that decide how the trainer is wired need `detach()` first."""
     trainer = make_trainer(model, tmp_path, max_steps=1)
@@ -116,6 +117,7 @@ def test_a_balancer_whose_configuration_is_set(model):
         phb.get_balancer(model).config = phb.PhiBalanceConfig(coef=0.5)
 
 
+@pytest.mark.slow
 def test_a_balancer_whose_model_is_gone():
     balancer = phb.get_balancer(patched())
     gc.collect()
@@ -188,6 +190,7 @@ def test_a_load_without_the_flag_is_said(tmp_path, warned):
     assert len(warned.about("is loaded without balancing")) == 1
 
 
+@pytest.mark.slow
 def test_strengths_of_0_are_not_called_balancing(tmp_path, warned):
     make_trainer(patched(coef=0.0), tmp_path, max_steps=1).train()
     assert warned.about("Nothing is balanced in Trainer, only the loads are counted: method='phi', coef=0.0")
@@ -212,6 +215,7 @@ def compiled_first(model):
     return SGD(model.parameters(), lr=0.0), torch.compile(model, backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [optimizer_first, prepared_first, compiled_first])
 def test_patched_after(first):
     """The optimizer, accelerate's `prepare` or `torch.compile` came before. The coefficient still arrives."""
@@ -243,6 +247,7 @@ def before_the_adapter(model):
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choose", [without_routers, the_head_alone, before_the_adapter])
 def test_an_optimizer_that_does_not_hold_what_balancing_moves(choose, model, warned):
     model, parameters = choose(model)
@@ -315,6 +320,7 @@ def test_a_forward_for_a_metric_keeps_its_graph(model, warned):
     assert warned.about("A training forward that was alive during the backward got none of it") and kept
 
 
+@pytest.mark.slow
 def test_prompt_tuning_behind_the_balancers_back(warned):
     """Its optimizer has no parameter of the patched model. `get_balancer(the PEFT model)` tells the balancer."""
     for told in (False, True):
@@ -353,6 +359,7 @@ def test_trainers_whose_scale_is_not_known(prepare, message, model, tmp_path):
         phb.attach(trainer)
 
 
+@pytest.mark.slow
 def test_a_reference_that_lost_the_bias_of_its_policy(tmp_path, warned):
     """TRL loads the reference from the policy's folder, without its state."""
     take_steps(patched(bias_coef=2.0)).save_pretrained(tmp_path / "policy")
@@ -374,6 +381,7 @@ def test_an_engine_that_generates_without_the_bias(tmp_path, warned):
     assert warned.about("use_vllm=True hands the weights over to vLLM during training, but not the selection bias")
 
 
+@pytest.mark.slow
 def test_resumed_with_routers_that_were_not_trained_then(tmp_path):
     options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1}
     make_trainer(patched(), tmp_path, max_steps=1, **options).train()
@@ -382,6 +390,7 @@ def test_resumed_with_routers_that_were_not_trained_then(tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_without_duals(tmp_path, warned):
     every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     trainer = make_trainer(
@@ -403,6 +412,7 @@ class Forgetful(transformers.TrainerCallback):
 # ---------------------------------------------------------------------- adapters, uploads
 
 
+@pytest.mark.slow
 def test_transformers_loads_an_adapter_with_its_bias(tmp_path, warned):
     """The user calls `model.load_adapter` and not PEFT. On a balanced base, and on an unbalanced one."""
     ordinary().save_pretrained(tmp_path / "base")

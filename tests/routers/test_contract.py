@@ -188,6 +188,7 @@ def model_with(block):
     return model
 
 
+@pytest.mark.slow
 @ALL
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non_reentrant", "reentrant"])
 def test_is_found_charged_and_counted(block, checkpointing):
@@ -225,6 +226,7 @@ def test_is_found_charged_and_counted(block, checkpointing):
     assert all(torch.equal(after[name], task[name]) for name in task)
 
 
+@pytest.mark.slow
 @ALL
 def test_bias_selects(block):
     model = model_with(block)
@@ -242,6 +244,7 @@ def test_bias_selects(block):
         assert bool(site.native_bias) == (block is NativeBias)
 
 
+@pytest.mark.slow
 @each(LinearGate, ReadGate, NativeBias)
 def test_choice_of_the_block_compiles_copies_and_pickles(block):
     model = phb.patch(model_with(block), {"coef": COEF})
@@ -261,6 +264,7 @@ def test_choice_of_the_block_compiles_copies_and_pickles(block):
     assert torch.equal(phb.get_balancer(model).now.counts.load, loads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", ["before", "after"])
 @pytest.mark.parametrize(
     "target", [{"target_modules": ["gate"]}, {"modules_to_save": ["gate"], "target_modules": ["q_proj"]}]

@@ -11,6 +11,9 @@ import hf_phibalance as phb
 from hf_phibalance.maths import routing_probs
 
 
+pytestmark = pytest.mark.slow
+
+
 FAMILIES = phb.supported_families()
 BALANCED = [model_type for model_type in MODEL_TYPES if not FAMILIES[model_type].refused]
 BIASED = [model_type for model_type in BALANCED if not FAMILIES[model_type].selection_bias.startswith("none")]

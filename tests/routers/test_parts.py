@@ -11,6 +11,9 @@ import hf_phibalance as phb
 from hf_phibalance.routers import find_routers, modality_of
 
 
+pytestmark = pytest.mark.slow
+
+
 TEXT, IMAGES = (None, None), ((24, 16), None)
 TYPES = [t for t in ("ernie4_5_vl_moe", "dots3_note") if t in IMAGE_TEXT_TYPES]
 

@@ -68,6 +68,7 @@ def with_router(forward):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non_reentrant", "reentrant"])
 @pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.__name__)
 def test_any_router_is_charged_exactly_once(router, checkpointing):

@@ -110,6 +110,7 @@ def test_shipped_fingerprints_are_those_of_the_real_test_problems(tmp_path):
         assert found_in(wrapped) == wrapped
 
 
+@pytest.mark.slow
 @needs_data
 def test_real_training_rows_are_kept():
     assert len(load_rows("gsm8k", str(DATA / "gsm8k"))) == 7473

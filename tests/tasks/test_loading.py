@@ -76,6 +76,7 @@ def test_hub_failure_says_what_was_tried(monkeypatch):
         load_rows("gsm8k", "nobody/nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -132,6 +133,7 @@ GOOD = {"gsm8k": GSM8K, "mbpp": MBPP, "humaneval": HUMANEVAL}
 CASES = [(task, row, message) for task, cases in BAD.items() for row, message in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "row", "message"), CASES)
 def test_malformed_rows_are_refused_or_skipped(tmp_path, warned, task, row, message):
     source = write(tmp_path / "rows.jsonl", [GOOD[task], "", row, GOOD[task]])

@@ -12,6 +12,7 @@ def splits():
     return made.make_splits(train=1500, validation=50, test=100, seed=3)
 
 
+@pytest.mark.slow
 def test_calculations_are_right_and_chain_to_the_answer(splits):
     """Each number comes from the question or from an earlier step."""
     step = r"([0-9+*/-]+)=\$?<<(([0-9]+)[+*/-]([0-9]+))=([0-9]+)>>([0-9]+)"

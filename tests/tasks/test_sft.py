@@ -41,6 +41,7 @@ def test_other_asserts_become_examples(test, example):
     assert ast.get_docstring(ast.parse(prompt + completion).body[0]) is not None
 
 
+@pytest.mark.slow
 @needs_data
 def test_mbpp_still_passes_its_tests():
     programs = []
@@ -86,6 +87,7 @@ def test_datasets_for_trl(warned):
         to_sft_dataset("humaneval", [HUMANEVAL])
 
 
+@pytest.mark.slow
 def test_trl_trains_the_completion_only(tmp_path):
     from trl import SFTConfig, SFTTrainer
 

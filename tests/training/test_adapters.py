@@ -20,6 +20,9 @@ import hf_phibalance as phb
 from hf_phibalance.routers import find_routers
 
 
+pytestmark = pytest.mark.slow
+
+
 BALANCED = [model_type for model_type in MODEL_TYPES if model_type != "doge"]
 # No adapter can reach these; with the module that reads the weights of another
 OUT_OF_REACH = {("dbrx", "experts"): "DbrxExperts", ("longcat_flash", "router"): "LongcatFlashTopkRouter"}

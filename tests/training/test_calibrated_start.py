@@ -9,6 +9,9 @@ from transformers import Trainer
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 def run(folder, calibrate, cls=Trainer, coef=0.0, data=None, dropout=0.0, **arguments):
     """Trains without a price gradient unless `coef`, so that the weights show whether anything else has changed."""
     model = patched(coef=coef, bias_coef=0.0, model_args={"attention_dropout": dropout})

@@ -18,6 +18,9 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 QUIET = {
     "use_cpu": True,
     "bf16": False,

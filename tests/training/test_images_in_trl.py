@@ -14,6 +14,9 @@ import hf_phibalance as phb
 from hf_phibalance.models import train_tokenizer
 
 
+pytestmark = pytest.mark.slow
+
+
 MODEL_TYPE = "aria"  # whose processor needs no torchvision
 TEMPLATE = (
     "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"

@@ -23,6 +23,9 @@ import hf_phibalance as phb
 from hf_phibalance.hub import pictures
 
 
+pytestmark = pytest.mark.slow
+
+
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
 STEPS = 3
 TRAINING = [

@@ -19,6 +19,9 @@ from training import make_trainer, pad
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 # With PHB_EXAMPLES all of them. Models with a norm per head (Qwen3-MoE) are not exact under tensor parallelism: transformers 5.24
 # leaves those norms a part of their gradient, patched or not.
 LONGER = "PHB_EXAMPLES" in os.environ

@@ -16,6 +16,9 @@ import hf_phibalance as phb
 from hf_phibalance.balancing import counts as balancing_counts
 
 
+pytestmark = pytest.mark.slow
+
+
 class Loads(TrainerCallback):
     """`balancer.loads()` of every optimizer step, by step."""
 

@@ -15,6 +15,9 @@ import hf_phibalance as phb
 from hf_phibalance.files import STATE_NAME
 
 
+pytestmark = pytest.mark.slow
+
+
 CONFIGS = {
     "gradient": ("qwen3_moe", {"ema_rate": 0.4}),
     "native_bias": ("deepseek_v3", {"coef": 20.0, "bias_coef": 0.05}),

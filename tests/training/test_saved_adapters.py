@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 def trained_adapter(base, policy, steps=2, **config):
     """A patched model from the folder `base` whose adapter and duals have moved."""
     model = phb.AutoModelForCausalLM.from_pretrained(base, phi_balance={"coef": COEF, "ema_rate": 0.5, **config})

@@ -10,6 +10,9 @@ import pytest
 from forked import call
 
 
+pytestmark = pytest.mark.slow
+
+
 TRACKERS = ["tensorboard", "trackio", "wandb"]
 INSTALLED = [name for name in TRACKERS if importlib.util.find_spec(name)]
 PROJECT, RUN = "phi-balance-test", "tiny"

@@ -17,6 +17,9 @@ from trl import SFTTrainer
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 CONFIGS = {
     "probs": ("mixtral", {}),
     "load": ("qwen3_moe", {"track": "load", "ema_rate": 0.6}),

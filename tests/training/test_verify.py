@@ -17,6 +17,9 @@ from trl import SFTTrainer
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 class Seen(TrainerCallback):
     """Notes the events of the user's callbacks and the inputs of the model, in order."""
 
