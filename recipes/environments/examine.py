@@ -26,7 +26,6 @@ CORE = (
     "tests/routers/test_contract.py",
     "tests/routers/test_selection.py",
     "tests/balancing/test_state.py",
-    "tests/balancing/test_refused_states.py",
     "tests/balancing/test_hostile_states.py",
     "tests/balancing/test_copies.py",
     "tests/models/test_auto.py",
