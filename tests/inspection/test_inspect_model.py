@@ -99,6 +99,20 @@ def test_special_tokens_are_fed_but_not_counted(texts):
     assert any("special tokens" in note for note in found.notes)
 
 
+def test_a_cut_text_counts_only_what_was_read(texts):
+    found = inspected(tiny_model("mixtral"), texts, max_tokens=50)
+    assert [read["tokens"] for read in found.domains.values()] == [50, 50]
+    counts, _ = naive(tiny_model("mixtral"), softmax_choice, cut([texts[1]["high"][0][:50]], SEQ_LEN))
+    assert [layer.counts[1].tolist() for layer in found.layers] == list(counts.values())
+
+
+def test_batches_and_repetition_do_not_change_the_counts(texts):
+    runs = [inspected(tiny_model("mixtral"), texts, batch_size=size) for size in (1, 5, 5)]
+    for layer, other in zip(runs[0].layers, runs[1].layers):
+        assert torch.equal(layer.halves, other.halves)
+    assert runs[1].to_dict() == runs[2].to_dict()
+
+
 @pytest.mark.slow
 def test_selection_bias_of_a_balanced_checkpoint_counts(tmp_path, texts):
     model = phb.patch(tiny_model("mixtral"), {"coef": 0.0, "bias_coef": 0.1})

@@ -1,4 +1,4 @@
-"""A run logs `moe/...` of its steps and `eval_moe/...` of its evaluations, and is not changed by that. That evaluations change nothing: `test_trainer_features`."""
+"""A run logs `moe/...` of its steps and `eval_moe/...` of its evaluations, and is not changed by that."""
 
 import math
 from collections import Counter
@@ -9,7 +9,7 @@ from checks import assert_same
 from references import naive_figures, routed, routers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
-from training import TRAINERS, make_trainer, patched, rows
+from training import TRAINERS, make_trainer, patched, rows, weights
 from transformers import TrainerCallback
 
 import hf_phibalance as phb
@@ -192,6 +192,47 @@ def test_evaluation_for_metrics_of_labelled_tokens(cls, tmp_path):
     result = trainer.evaluate()
     assert result["eval_seen"] == 7
     assert_figures(figures(result, "eval_moe/"), naive_loads(model.state_dict(), data))
+
+
+class Weights(TrainerCallback):
+    """Weights of the model after every optimizer step, by step."""
+
+    def __init__(self):
+        self.by_step = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.by_step[state.global_step] = weights(model)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_evaluation_during_training_changes_nothing(several, tmp_path):
+    """Weights, duals, prices and the logged balance of every step are bitwise those without evaluations."""
+    data = {"short": rows(5, shortest=2, longest=4, seed=1), "long": rows(6, shortest=6, seed=2)}
+    data = data if several else data["long"]
+    runs = {}
+    for evaluated in (True, False):
+        model, record = patched(bias_coef=0.05), Weights()
+        arguments = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True} if evaluated else {}
+        trainer = make_trainer(
+            model, tmp_path, callbacks=[record], eval_dataset=data if evaluated else None, **arguments
+        )
+        phb.attach(trainer, per_layer=16)
+        trainer.train()
+        logged = [figures(entry, "moe/") for entry in trainer.state.log_history if "loss" in entry]
+        balancer = phb.get_balancer(model)
+        runs[evaluated] = record.by_step, balancer.state_dict(), balancer.prices(), logged, trainer.state.log_history
+    for with_it, without in list(zip(runs[True], runs[False]))[:3]:
+        assert_same(with_it, without)
+    assert runs[True][3] == runs[False][3]
+
+    initial = tiny_model("mixtral").state_dict()
+    for prefix, rows_of in ((f"eval_{name}_moe/", data[name]) for name in data) if several else (("eval_moe/", data),):
+        entries = {e["step"]: figures(e, prefix) for e in runs[True][4] if any(k.startswith(prefix) for k in e)}
+        assert list(entries) == [0, 1, 2, 3, 4]
+        # the selection bias is in force in an evaluation as well, so only the first one is that of the plain model
+        assert_figures(entries[0], naive_loads(initial, rows_of))
+        assert all(entry["tokens"] == entries[0]["tokens"] for entry in entries.values())
+        assert entries[4]["max_vio"] != entries[0]["max_vio"]
 
 
 def test_evaluation_uses_the_selection_bias(tmp_path):

@@ -8,10 +8,12 @@ import logging
 
 import pytest
 import torch
+from charging import COEF
 from checks import assert_same
-from references import naive_training
+from references import LOSSES, naive_training
+from steps import assert_gradient, build, loss_gradient
 from tiny import tiny_batch, tiny_model
-from training import TRAINERS, Recorder, make_trainer, patched, weights
+from training import TRAINERS, Recorder, make_trainer, patched, rows, weights
 from trl import SFTTrainer
 
 import hf_phibalance as phb
@@ -58,6 +60,30 @@ def test_training_follows_the_definition(case, cls, tmp_path):
 
 
 # ---------------------------------------------------------------------- attach
+
+
+def test_a_trainer_takes_the_declared_step(tmp_path):
+    """One SGD step of 3 accumulated micro-batches: the weights move by the task gradient and that of the formula."""
+    lr, data = 0.1, rows(6)
+    moved, fed = {}, {}
+    for method in ("none", *LOSSES):
+        model = phb.patch(build("mixtral"), {"method": method} | ({"coef": COEF} if method in LOSSES else {}))
+        trainer = make_trainer(
+            model, tmp_path, data=data, max_steps=1, gradient_accumulation_steps=3, learning_rate=lr
+        )
+        phb.attach(trainer)
+        noted = fed[method] = []
+
+        def note(module, args, kwargs, noted=noted):
+            noted.append({key: kwargs[key] for key in ("input_ids", "attention_mask", "labels")})
+
+        model.register_forward_pre_hook(note, with_kwargs=True)
+        trainer.train()
+        moved[method] = {key: tensor.detach().clone() for key, tensor in model.named_parameters()}
+    for method, loss in LOSSES.items():
+        assert len(fed[method]) == 3
+        added = {key: (moved["none"][key] - moved[method][key]) / lr for key in moved[method]}
+        assert_gradient(added, loss_gradient(build("mixtral"), fed[method], [(COEF, loss)]), tolerance=1e-3)
 
 
 def test_attach_needs_a_patched_model(tmp_path):
