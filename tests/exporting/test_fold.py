@@ -124,6 +124,26 @@ def test_model_goes_on_without_a_bias_and_with_everything_else_as_it_was():
     assert any(bias.any() for bias in balancer.biases().values())  # it moves again
 
 
+def test_training_goes_on_with_the_same_optimizer():
+    model = with_bias("mixtral").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    batch = tiny_batch(model, 6, 12)
+    for step in range(12):
+        if step == 6:
+            kept = copy.deepcopy(optimizer.state_dict())
+            phb.fold(model, texts(model))
+            for index, state in optimizer.state_dict()["state"].items():
+                assert_same(state, kept["state"][index])
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        phb.get_balancer(model).step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[6] < losses[0]
+
+
 @pytest.mark.slow
 def test_rebalancing_brings_the_loads_nearer_to_those_with_the_bias():
     """A bias that evens out the loads. At random inputs r² is about a half, so folding loses much of it."""
