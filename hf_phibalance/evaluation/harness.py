@@ -27,7 +27,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..balancing import find_balancer, patch
 from ..config import PhiBalanceConfig
-from ..models import find_adapter, load_any, register_deepseek_moe
+from ..models import base_of, find_adapter, load_any, register_deepseek_moe
 from ..tasks import TASKS, make_splits
 from . import scoring
 from .humaneval_pass_at_k import score_humaneval
@@ -135,8 +135,11 @@ class PhiBalanceLM(HFLM):
 
     def __init__(self, pretrained: str, **kwargs: Any) -> None:
         register_deepseek_moe()
-        self._base = base = _base(pretrained, kwargs.get("revision", "main"))
-        if base != pretrained and not (Path(pretrained) / "tokenizer_config.json").is_file():
+        own = {"revision": kwargs.get("revision", "main")}
+        adapter = find_adapter(pretrained, own)
+        base, options = (pretrained, own) if adapter is None else base_of(adapter, pretrained, own)
+        self._base, self._base_revision = base, options.get("revision", "main")
+        if adapter is not None and not (Path(pretrained) / "tokenizer_config.json").is_file():
             kwargs.setdefault("tokenizer", base)
         kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, **kwargs)
@@ -146,8 +149,7 @@ class PhiBalanceLM(HFLM):
         self.generated = 0  # completions
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        kwargs["revision"] = kwargs["revision"] if self._base == pretrained else "main"
-        super()._get_config(self._base, **kwargs)
+        super()._get_config(self._base, **(kwargs | {"revision": self._base_revision}))
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         """Decodes a completion with its first space, which is part of a program's indentation."""
@@ -196,12 +198,6 @@ class PhiBalanceLM(HFLM):
         if balancer is None or not (load := balancer.eval_metrics(per_layer=0)):
             return None
         return load | {"completions": sum(self.gather_object(self.generated) or ())}  # on the first rank
-
-
-def _base(pretrained: str, revision: str) -> str:
-    """Returns the base model of an adapter, or `pretrained` itself."""
-    adapter = find_adapter(pretrained, {"revision": revision})
-    return pretrained if adapter is None else adapter["base_model_name_or_path"]
 
 
 def model_fingerprint(name_or_path: str, **settings: Any) -> str:

@@ -99,7 +99,6 @@ def export(
         )
     source, destination = str(source), Path(destination)
     check_destination(destination)
-    texts, field = ([one] if isinstance(one, str) else one for one in (texts, field))
     domains = parse_domains(texts, field) if texts else []  # before the weights are loaded
     register_deepseek_moe()
     model, report, not_loaded, of_weights = _load(source, loading)

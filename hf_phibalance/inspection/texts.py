@@ -34,19 +34,20 @@ class Domain:
     fields: tuple[str, ...] = ()
 
 
-def parse_domains(texts: Sequence[str], fields: Sequence[str] = ()) -> list[Domain]:
+def parse_domains(texts: str | Sequence[str], fields: str | Sequence[str] = ()) -> list[Domain]:
     """
     Parses arguments like `math=gsm8k/*.jsonl` into domains, in the order of their first mention.
 
     Args:
-        texts (`Sequence[str]`):
+        texts (`str` or `Sequence[str]`):
             `name=path`, or `path`, whose stem is then the name. A path is a file, a glob (`**` descends), or a folder: its files that
             end in one of `IN_FOLDERS` are read. Names may repeat. A domain's files are shuffled with a fixed seed.
-        fields (`Sequence[str]`, *optional*): `field` for all domains, or `name=field` for one.
+        fields (`str` or `Sequence[str]`, *optional*): `field` for all domains, or `name=field` for one.
 
     Raises:
         ValueError: if a path has no file or a binary one, or if a field is for no domain.
     """
+    texts, fields = ([one] if isinstance(one, str) else one for one in (texts, fields))
     found: dict[str, list[Path]] = {}
     for text in texts:
         name, equals, pattern = text.partition("=")

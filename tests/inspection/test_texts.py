@@ -50,6 +50,8 @@ def test_paths_of_every_kind(tmp_path):
     found = names(f"x={tmp_path}/**/*.txt", f"{tmp_path}/src/d.json")
     assert found == {"x": ["a[1]*.txt", "src/deep/c.txt"], "d": ["src/d.json"]}
     assert read(f"{tmp_path}/a[1]*.txt")[0] == ["w3"]  # a name, not a pattern
+    one = f"x={tmp_path / 'src'}"
+    assert parse_domains(one) == parse_domains([one])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSONL", "a.json", "a.csv", "a.csv.gz", "a.parquet"])
