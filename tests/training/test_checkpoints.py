@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import transformers
 from invariance import in_ranks
+from packaging.version import Version
 from paths import ROOT
 from test_resume import ARGUMENTS, STEPS, StopAt, assert_same_outcome, run
 from tiny import tiny_model
@@ -181,8 +183,11 @@ def test_ranks_take_the_same_checkpoint(tmp_path):
 def test_killed_runs_end_as_the_untouched_one(tmp_path):
     """One process and two, each killed once at five moments (one of them a full disk): bit-identical at the end."""
     moments = ["backward", "update", "checkpoint", "state", "disk"]
+    # transformers before 5.20 cannot resume two CPU processes, balanced or not: it loads the optimizer to a device "cpu:0"
+    ranks = [1, 2] if Version(transformers.__version__) >= Version("5.20") else [1]
     out = tmp_path / "tallies.json"
-    script = [ROOT / "tests/helpers/crash.py", "--kills", "1", "--json", out, "--moments", *moments]
+    options = ["--kills", "1", "--json", out, "--moments", *moments, "--ranks", *map(str, ranks)]
+    script = [ROOT / "tests/helpers/crash.py", *options]
     process = subprocess.run(
         [sys.executable, *script],
         capture_output=True,
@@ -192,6 +197,6 @@ def test_killed_runs_end_as_the_untouched_one(tmp_path):
     )
     assert process.returncode == 0, process.stdout + process.stderr[-2000:]
     tallies = json.loads(out.read_text())
-    assert [(t["moment"], t["ranks"]) for t in tallies] == [(m, ranks) for ranks in (1, 2) for m in moments]
-    assert [(t["kills"], t["faults"]) for t in tallies] == [(1, [])] * 10
+    assert [(t["moment"], t["ranks"]) for t in tallies] == [(m, number) for number in ranks for m in moments]
+    assert all((t["kills"], t["faults"]) == (1, []) for t in tallies)
     assert all(t["identical"] == t["runs"] >= 1 for t in tallies) and any(t["unfinished"] for t in tallies)
