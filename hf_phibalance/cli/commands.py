@@ -15,25 +15,57 @@ from ..files import STATE_NAME, find_file, printable, quoted, versions
 
 
 def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
-    from ..inspection import check_texts, parse_domains
+    from ..inspection import check_same_ids, check_texts, parse_domains
 
     # refuse what can be refused before the model is loaded
     domains = parse_domains(args.texts, args.field)
-    _check_numbers(args, seq_len=1, batch_size=1, max_tokens=0, top=0)
+    _check_numbers(args, seq_len=1, batch_size=1, max_tokens=0, top=0, examples=0)
     for name in ("json", "html"):
         _check_file(name, getattr(args, name))
-    _check_model(args)
+    models = [args]
+    if args.tuned:
+        models.append(argparse.Namespace(**{**vars(args), "model": args.tuned, "revision": None}))
+    for one in models:
+        _check_model(one)
 
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from ..inspection import html_report, inspect_model, print_inspection
+    from ..inspection import Comparison, html_report, print_comparison, print_inspection
 
     console, errors = Console(stderr=args.json == "-"), Console(stderr=True)
     with errors.status(f"Loading {escape(printable(args.model))}"):
-        tokenizer = _load_tokenizer(args)
-        check_texts(domains, tokenizer)
+        tokenizers = [_load_tokenizer(one) for one in models]
+        for tokenizer in tokenizers:
+            check_texts(domains, tokenizer)
+        if args.tuned:
+            check_same_ids(domains, tokenizers, [one.model for one in models], args.max_tokens or None)
+    inspections: list[Any] = []
+    for one in models:
+        inspections.append(_inspect(one, tokenizers[0], domains, errors))
+        models[-1].seq_len = inspections[0].settings["seq_len"]  # the second model reads the same sequences
+    found: Any = Comparison(*inspections) if args.tuned else inspections[0]
+    show: Any = print_comparison if args.tuned else print_inspection
+    words = list(map(printable, command))
+    with ExitStack() as reports:  # runs all, the last first, even if one fails
+        reports.callback(show, found, console, args.top)
+        if args.html:
+            reports.callback(lambda: _write(html_report(found, args.top, words), args.html))
+        reports.callback(lambda: _write_json({**found.to_dict(args.top), "versions": versions()}, args.json))
+    for name, path in (("JSON", args.json), ("HTML", args.html)):
+        if path and path != "-":
+            console.print(f"{name} report in {escape(printable(path))}", highlight=False)
+    return 0
+
+
+def _inspect(args: argparse.Namespace, tokenizer: Any, domains: Sequence[Any], errors: Any) -> Any:
+    """Loads a model, and inspects it with progress bars on the console `errors`. The model is freed afterwards."""
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from ..inspection import inspect_model
+
+    with errors.status(f"Loading {escape(printable(args.model))}"):
         model = _load_model(args, False if args.ignore_phi_balance else None)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())
     with Progress(
@@ -47,20 +79,12 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
             progress.update(bars[stream.domain.name], completed=stream.tokens)
 
         settings = {name: getattr(args, name) for name in ("seq_len", "batch_size", "packing")}
+        settings |= {"examples": args.examples if args.html else 0, "keep_choices": bool(args.tuned)}
         inspection = inspect_model(model, tokenizer, domains, max_tokens=total, on_batch=on_batch, **settings)
     inspection.model["name"] = printable(args.model)
     if args.ignore_phi_balance:
         inspection.notes.append(f"{STATE_NAME} was ignored (--ignore_phi_balance).")
-    words = list(map(printable, command))
-    with ExitStack() as reports:  # runs all, the last first, even if one fails
-        reports.callback(print_inspection, inspection, console, args.top)
-        if args.html:
-            reports.callback(lambda: _write(html_report(inspection, args.top, words), args.html))
-        reports.callback(lambda: _write_json({**inspection.to_dict(args.top), "versions": versions()}, args.json))
-    for name, path in (("JSON", args.json), ("HTML", args.html)):
-        if path and path != "-":
-            console.print(f"{name} report in {escape(printable(path))}", highlight=False)
-    return 0
+    return inspection
 
 
 def run_doctor(args: argparse.Namespace, command: list[str]) -> int:

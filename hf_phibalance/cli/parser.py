@@ -30,10 +30,15 @@ def _add_inspect(commands: Any) -> None:
         "inspect",
         help="show which experts a model uses for your texts: load, dead experts, specialisation by domain",
         description="Runs a MoE model over texts and reports how each layer spreads the tokens over its experts, and how much "
-        "the domains of text differ in the experts they use. Nothing is trained or changed.",
+        "the domains of text differ in the experts they use. With a second model, reports what changed. Nothing is trained.",
     )
     inspect.set_defaults(run=run_inspect, after_error=1)
     inspect.add_argument("model", help=MODEL)
+    inspect.add_argument(
+        "tuned",
+        nargs="?",
+        help="the same model after fine-tuning, or its adapter: report what changed between the two",
+    )
     _add_texts(
         inspect,
         "NAME=PATH",
@@ -46,6 +51,12 @@ def _add_inspect(commands: Any) -> None:
         "--packing", action="store_true", help="join the texts of a domain by line ends and fill sequences with them"
     )
     inspect.add_argument("--top", type=int, default=5, help="specialists to list per domain (default: %(default)s)")
+    inspect.add_argument(
+        "--examples",
+        type=int,
+        default=3,
+        help="texts per domain that the HTML report shows token by token (default: %(default)s)",
+    )
     inspect.add_argument("--json", metavar="FILE", help="write all figures to FILE, or to standard output if it is -")
     inspect.add_argument("--html", metavar="FILE", help="write a report to FILE, one page with all its pictures")
     _add_loading(inspect).add_argument(
@@ -156,7 +167,7 @@ def _add_loading(command: Any) -> Any:
         "--device_map",
         help="as in from_pretrained, e.g. auto, cpu or cuda:0 (default: auto if there is an accelerator)",
     )
-    loading.add_argument("--revision", help="branch, tag or commit on the Hub")
+    loading.add_argument("--revision", help="branch, tag or commit on the Hub, of the first model if there are two")
     loading.add_argument("--tokenizer", help="folder or Hub name of the tokenizer (default: the model's)")
     loading.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     return loading

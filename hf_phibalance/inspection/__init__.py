@@ -2,29 +2,37 @@
 Shows which experts the tokens of each text domain choose, without training or patching the model.
 
 ```python
-from hf_phibalance.inspection import html_report, inspect_model, parse_domains
+from hf_phibalance.inspection import Comparison, html_report, inspect_model, parse_domains
 
-found = inspect_model(model, tokenizer, parse_domains(["math=gsm8k/*.jsonl", "code=src"]))
+domains = parse_domains(["math=gsm8k/*.jsonl", "code=src"])
+found = inspect_model(model, tokenizer, domains)
 found.to_dict()  # every figure
 html_report(found)
+
+before, after = (inspect_model(model, tokenizer, domains, keep_choices=True) for model in (base, tuned))
+html_report(Comparison(before, after))
 ```
 """
 
+from .comparing import Comparison
 from .counting import inspect_model
-from .reports import html_report, print_inspection
+from .reports import html_report, print_comparison, print_inspection
 from .results import Inspection
-from .texts import Domain, TextStream, check_texts, padded_batches, padding_of, parse_domains
+from .texts import Domain, TextStream, check_same_ids, check_texts, padded_batches, padding_of, parse_domains
 
 
 __all__ = [
+    "Comparison",
     "Domain",
     "Inspection",
     "TextStream",
+    "check_same_ids",
     "check_texts",
     "html_report",
     "inspect_model",
     "padded_batches",
     "padding_of",
     "parse_domains",
+    "print_comparison",
     "print_inspection",
 ]

@@ -1,8 +1,10 @@
-"""An [`Inspection`] as tables in the terminal, by rich, and as one HTML page, by Jinja."""
+"""An [`Inspection`], or a [`Comparison`] of two, as tables in the terminal, by rich, and as one HTML page, by Jinja."""
 
 from __future__ import annotations
 
+import base64
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..files import layer_labels, versions, without_paths
+from ..files import layer_labels, printable, versions, without_paths
 from ..maths import DEAD_THRESHOLD
+from .comparing import Comparison
 from .results import Inspection, lift, specialisation_figures
 
 
@@ -34,6 +37,8 @@ FIGURES_WIDTH = 70  # characters of the figures in a row of the terminal's table
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 FEWEST = 5.0  # a lift is shown only from this many expected assignments
 OPEN_LAYERS = 8  # number of layers whose domains are unfolded
+EXAMPLE_BYTES = 1_500_000  # of the experts and weights of tokens in a page, before base64
+DOMAINS_ABREAST = 6  # in a table of the terminal
 
 
 def print_inspection(inspection: Inspection, console: Console, top: int = 5) -> None:
@@ -63,13 +68,9 @@ def print_inspection(inspection: Inspection, console: Console, top: int = 5) -> 
         table.add_row(Text(label), *row)
     console.print(table)
 
-    console.print(Text("Load of each expert: ▄ is the fair share, × less than a twentieth of it", style="italic"))
-    width = max(map(len, labels))
-    for label, layer in zip(labels, inspection.layers):
-        strip = _load_strip(inspection.loads(layer, "overall"))
-        room = max(console.width - width - 1, 8)
-        for start in range(0, len(strip), room):
-            console.print(Text(f"{'' if start else label:<{width}} ") + strip[start : start + room])
+    _print_loads(
+        console, [(label, inspection.loads(layer, "overall")) for label, layer in zip(labels, inspection.layers)]
+    )
 
     if several:
         columns = ("domain", "layer", "expert", "tokens choosing it", "in other domains", "lift")
@@ -91,20 +92,91 @@ def print_inspection(inspection: Inspection, console: Console, top: int = 5) -> 
         console.print(Text(f"Note: {note}"), style="yellow")
 
 
-def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | None = None) -> str:
+def print_comparison(comparison: Comparison, console: Console, top: int = 5) -> None:
+    """Prints tables of a comparison to a rich console, with at most `top` old and `top` new specialists of each domain."""
+    before, after = comparison.before, comparison.after
+    labels = layer_labels([layer.name for layer in before.layers])
+    several, domains, layers = len(before.scopes()) > 1, list(before.domains), comparison.layer_figures
+    console.print(Text(f"{_title(after)}, compared to {_title(before)}", style="bold"))
+    for when, inspection in (("before", before), ("after", after)):
+        console.print(Text(f"{when}: {_description(inspection)}"), highlight=False)
+
+    headings = ("tokens", "differ", "unrelated", "load moved", "MaxVio", "after", "dead", "after")
+    table = _table(console, "Means over layers", "texts", *headings)
+    for scope in before.scopes():
+        figures, name = comparison.summary(scope), scope if several else domains[0]
+        cells = [f"{figures[key]:.1%}" for key in ("differ", "differ_if_unrelated", "load_moved")]
+        for key, form in (("max_vio", ".3f"), ("dead_experts", "d")):
+            cells += [f"{figures[when][key]:{form}}" for when in ("before", "after")]
+        table.add_row(Text(name), f"{figures['tokens']:,}", *cells)
+    console.print(table)
+
+    table = _table(
+        console, "Layers, all texts" if several else "Layers", "layer", "differ", "load moved", "MaxVio", "after"
+    )
+    for label, figures, *pair in zip(labels, layers, before.layers, after.layers):
+        own = figures["overall"]
+        max_vios = [
+            _dimmed(_marked(side.layer_figures(layer)["overall"], "max_vio"))
+            for side, layer in zip((before, after), pair)
+        ]
+        table.add_row(Text(label), f"{own['differ']:.1%}", _dimmed(_marked_share(own, "load_moved")), *max_vios)
+    console.print(table)
+
+    for start in range(0, len(domains) if several else 0, DOMAINS_ABREAST):
+        abreast = domains[start : start + DOMAINS_ABREAST]
+        table = _table(console, "Differ in", "layer", *abreast)
+        for label, figures in zip(labels, layers):
+            table.add_row(Text(label), *(f"{figures[domain]['differ']:.1%}" for domain in abreast))
+        console.print(table)
+
+    rows = []
+    for label, *pair in zip(labels, before.layers, after.layers):
+        for name, side, layer in zip((f"{label} before", f"{'':<{len(label)}} after"), (before, after), pair):
+            rows.append((name, side.loads(layer, "overall")))
+    _print_loads(console, rows)
+
+    if several:
+        columns = ("domain", "layer", "expert", "", "lift", "after", "change in use")
+        table = _table(console, "What became of the experts that a domain uses more than the others do", *columns)
+        by_name, fates = dict(zip([layer.name for layer in before.layers], labels)), []
+        for domain in domains:
+            found = comparison.specialists(domain, top)
+            fates.append(f"{domain}: {found['before']} before, {found['still']} of them still, {found['new']} new.")
+            for entry in found["experts"]:
+                lifts = [_dimmed(_marked_lift(entry[when])) for when in ("before", "after")]
+                where = (Text(domain), Text(by_name[entry["layer"]]), str(entry["expert"]))
+                table.add_row(*where, "new" if entry["is_new"] else "", *lifts, _dimmed(_marked_change(entry)))
+        console.print(table)
+        console.print(Text("\n".join(fates)), highlight=False)
+    key = "differ: choices that the other model does not make for the same token; unrelated: expected of unrelated choices"
+    key += "; load moved: share of choices by which the loads differ; ≈ chance explains it"
+    key += "; change in use: of the share of tokens, here less elsewhere" if several else ""
+    console.print(key, style="dim", highlight=False)
+    console.print(_cutting(after), style="dim", highlight=False)
+    for note in dict.fromkeys([*before.notes, *after.notes]):
+        console.print(Text(f"Note: {note}"), style="yellow")
+
+
+def html_report(found: Inspection | Comparison, top: int = 10, command: Sequence[str] | None = None) -> str:
     """
-    Returns an inspection as one HTML page that loads nothing else. It follows the reader's light or dark theme.
+    Returns an inspection or a comparison as one HTML page that loads nothing else. It follows the reader's light or dark theme.
 
     Args:
-        inspection (`Inspection`): The result of [`inspect_model`].
+        found (`Inspection` or `Comparison`):
+            The result of [`inspect_model`], or two of them. The page describes the second model, and what changed.
         top (`int`, *optional*, defaults to `10`): Longest list of specialists of a domain.
         command (`Sequence[str]`, *optional*): The command line to show. Folders are left out.
     """
+    comparison = found if isinstance(found, Comparison) else None
+    inspection = found.after if isinstance(found, Comparison) else found
     layers, several = inspection.layers, len(inspection.domains) > 1
     information = [specialisation_figures(layer.halves, layer.top_k) for layer in layers] if several else []
     by_bits = sorted(range(len(information)), key=lambda index: -information[index]["mutual_information"])
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(zip=zip, marked=_marked, marked_bits=_marked_bits, shade=_shade)
+    environment.globals.update(marked_share=_marked_share, marked_lift=_marked_lift, marked_change=_marked_change)
+    sides = {"after": inspection} if comparison is None else {"before": comparison.before, "after": inspection}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=_title(inspection),
         description=_description(inspection),
@@ -116,7 +188,11 @@ def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | 
         scopes={scope: scope if several else next(iter(inspection.domains)) for scope in inspection.scopes()},
         summaries={scope: inspection.summary(scope) for scope in inspection.scopes()},
         figures=[inspection.layer_figures(layer) for layer in layers],
-        loads={scope: [inspection.loads(layer, scope) for layer in layers] for scope in inspection.scopes()},
+        figures_before=comparison and [comparison.before.layer_figures(layer) for layer in comparison.before.layers],
+        loads={
+            when: {scope: [side.loads(layer, scope) for layer in side.layers] for scope in side.scopes()}
+            for when, side in sides.items()
+        },
         headings=HEADINGS,
         dead=DEAD_THRESHOLD,
         information=information,
@@ -124,9 +200,45 @@ def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | 
         unfolded=sorted(by_bits[:OPEN_LAYERS]),
         folded=sorted(by_bits[OPEN_LAYERS:]),
         specialists={name: inspection.specialists(name, top) for name in inspection.domains} if several else {},
+        comparison=comparison,
+        top=top,
+        before=comparison and {"title": _title(comparison.before), "description": _description(comparison.before)},
+        tokens=_token_view(list(sides.values())),
         command=command and without_paths([_without_folder(word) for word in command]),
         versions={name: versions()[name] for name in ("hf_phibalance", "torch", "transformers") if name in versions()},
     )
+
+
+def _token_view(sides: Sequence[Inspection]) -> dict[str, Any] | None:
+    """Returns the examples of one or two inspections for the page: tokens by domain and text, and packed numbers for its script."""
+    examples, layers = sides[0].examples, sides[0].layers
+    if not examples:
+        return None
+    size = len(sides) * sum(layer.top_k * (2 if layer.experts <= 256 else 3) for layer in layers)  # bytes per token
+    longest = max(EXAMPLE_BYTES // size // len(examples), 1)
+    texts: dict[str, list[list[str]]] = {}
+    for example in examples:
+        shown = ["⏎\n".join(map(printable, token.split("\n"))) or "·" for token in example.tokens[:longest]]
+        texts.setdefault(example.domain, []).append(shown)
+
+    def packed(kind: str, parts: Sequence[Tensor]) -> str:
+        numbers = array(kind, [number for part in parts for row in part[:longest].tolist() for number in row])
+        return base64.b64encode(numbers.tobytes()).decode()
+
+    models = []
+    for side in sides:
+        chosen = [
+            packed("B" if layer.experts <= 256 else "H", [example.choices[index] for example in side.examples])
+            for index, layer in enumerate(layers)
+        ]
+        weights = [
+            packed("B", [(255 * example.weights[index]).round().int() for example in side.examples])
+            for index in range(len(layers))
+        ]
+        models.append({"experts": chosen, "weights": weights})
+    sizes = {"experts": [layer.experts for layer in layers], "top_k": [layer.top_k for layer in layers]}
+    labels = layer_labels([layer.name for layer in layers])
+    return {"texts": texts, "data": {"labels": labels, **sizes, "models": models}}
 
 
 def _title(inspection: Inspection) -> str:
@@ -166,6 +278,21 @@ def _marked_bits(information: Mapping[str, Any]) -> str:
     return f"{'≈' if information['noise'] else ''}{information['mutual_information']:.4f}"
 
 
+def _marked_share(figures: Mapping[str, Any], name: str) -> str:
+    """Returns a share as text, with `≈` in front if chance explains it."""
+    return f"{'≈' if figures[name] and figures['noise'][name] else ''}{figures[name]:.1%}"
+
+
+def _marked_lift(preference: Mapping[str, Any]) -> str:
+    """Returns a lift as text, with `≈` in front if chance explains it."""
+    return f"{'≈' if preference['noise'] else ''}{preference['lift']:.2f}×"
+
+
+def _marked_change(entry: Mapping[str, Any]) -> str:
+    """Returns a change in the use of an expert in percentage points, with `≈` in front if chance explains it."""
+    return f"{'≈' if entry['change'] and entry['noise'] else ''}{100 * entry['change']:+.1f} pp"
+
+
 def _without_folder(word: str) -> str:
     """Returns `name=/a/b` as `name=b`, because folders of one machine help nobody else."""
     name, equals, path = word.partition("=")
@@ -178,6 +305,16 @@ def _table(console: Console, heading: str, *columns: str) -> Table:
         room = None if number else max(console.width - FIGURES_WIDTH, 8)  # a long name must not push out the figures
         table.add_column(column, justify="right" if number else "left", no_wrap=True, max_width=room)
     return table
+
+
+def _print_loads(console: Console, rows: Sequence[tuple[str, Sequence[float]]]) -> None:
+    """Prints the relative load of each expert, a row per label."""
+    console.print(Text("Load of each expert: ▄ is the fair share, × less than a twentieth of it", style="italic"))
+    width = max(len(label) for label, _ in rows)
+    for label, relative in rows:
+        strip, room = _load_strip(relative), max(console.width - width - 1, 8)
+        for start in range(0, len(strip), room):
+            console.print(Text(f"{'' if start else label:<{width}} ") + strip[start : start + room])
 
 
 def _dimmed(text: str) -> Text:

@@ -33,6 +33,8 @@ class Layer:
         halves (`torch.Tensor` of shape `(2, D, E)`):
             How often each expert was chosen in each domain. The first half has every other sequence, the second the rest.
         confidence (`torch.Tensor` of shape `(D, 3)`): Sums over tokens of the figures in `CONFIDENCE`.
+        choices (`torch.Tensor` of shape `(N, k)`, *optional*):
+            The experts of each of the N tokens, one domain after the other, if [`inspect_model`] was asked to keep them.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Layer:
     scoring: str
     halves: Tensor
     confidence: Tensor
+    choices: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -56,6 +59,24 @@ class Layer:
 
 
 @dataclass
+class Example:
+    """
+    The experts of the first T tokens of a text, in each of the L layers.
+
+    Args:
+        domain (`str`): Name of its domain.
+        tokens (`list[str]`): The tokens as text.
+        choices (`list[torch.Tensor]`): The experts of each token by falling weight, `(T, k)` for each layer.
+        weights (`list[torch.Tensor]`): Their probabilities in the router, divided by the sum of the k, `(T, k)` for each layer.
+    """
+
+    domain: str
+    tokens: list[str]
+    choices: list[Tensor]
+    weights: list[Tensor]
+
+
+@dataclass
 class Inspection:
     """
     Expert choices of all routers of a model on some texts.
@@ -66,6 +87,7 @@ class Inspection:
         domains (`dict[str, dict]`): Tokens, sequences, texts and files read, by domain.
         layers (`list[Layer]`): The routers, in the order of the model.
         notes (`list[str]`): Warnings for readers of the figures.
+        examples (`list[Example]`): The first texts of each domain, token by token.
     """
 
     model: dict[str, Any]
@@ -73,6 +95,7 @@ class Inspection:
     domains: dict[str, dict[str, Any]]
     layers: list[Layer]
     notes: list[str] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
 
     def scopes(self) -> list[str]:
         """Returns the scopes that figures exist for: `"overall"`, then each domain if there are several."""
@@ -116,35 +139,44 @@ class Inspection:
             **{name: mean([column[name] for column in columns]) for name in CONFIDENCE},
         }
 
+    def preferences(self, layer: Layer, domain: str) -> dict[str, Tensor]:
+        """
+        Returns how much `domain` prefers each expert of a layer, `(E,)` each: the `share` of its tokens that choose the expert,
+        `share_elsewhere` (in the other domains), `lift`, `bits` (the part of the layer's mutual information), and
+        `standard_errors` by which `share` exceeds `share_elsewhere` ([`design_effect`] included).
+        """
+        index = list(self.domains).index(domain)
+        counts_DE, tokens_D = layer.counts.double(), layer.tokens().double()
+        here, elsewhere = tokens_D[index], tokens_D.sum() - tokens_D[index]
+        share_E = counts_DE[index] / here
+        other_E = (counts_DE.sum(0) - counts_DE[index]) / elsewhere
+        pooled_E = counts_DE.sum(0) / tokens_D.sum()
+        effect = design_effect(layer.halves[:, index], layer.top_k)
+        error_E = (effect * pooled_E * (1 - pooled_E) * (1 / here + 1 / elsewhere)).clamp(min=1e-300).sqrt()
+        lift_E = lift(counts_DE)[index]
+        return {
+            "share": share_E,
+            "share_elsewhere": other_E,
+            "lift": lift_E,
+            "bits": counts_DE[index] / counts_DE.sum() * lift_E.clamp(min=1e-300).log2(),
+            "standard_errors": (share_E - other_E) / error_E,
+        }
+
     def specialists(self, domain: str, top: int = 10) -> list[dict[str, Any]]:
         """
-        Returns the experts that `domain` uses more than the other domains do, ranked by their part of the layer's mutual
-        information. An expert's share must exceed its share in the other domains by three standard errors
-        ([`design_effect`] included).
+        Returns the experts that `domain` uses more than the other domains do, by three standard errors, ranked by `bits`.
 
         Args:
             domain (`str`): Name of a domain.
             top (`int`, *optional*, defaults to `10`): Longest list to return.
 
         Returns:
-            `list[dict]`: with `layer`, `expert`, `share` and `share_elsewhere` (of the tokens that choose it), `lift` and
-            `bits`.
+            `list[dict]`: `layer`, `expert`, and `share`, `share_elsewhere`, `lift` and `bits` as in [`preferences`].
         """
-        index, found = list(self.domains).index(domain), []
+        found = []
         for layer in self.layers:
-            counts_DE, tokens_D = layer.counts.double(), layer.tokens().double()
-            here, elsewhere = tokens_D[index], tokens_D.sum() - tokens_D[index]
-            if not (here and elsewhere):
-                continue
-            share_E = counts_DE[index] / here
-            other_E = (counts_DE.sum(0) - counts_DE[index]) / elsewhere
-            pooled_E = counts_DE.sum(0) / tokens_D.sum()
-            effect = design_effect(layer.halves[:, index], layer.top_k)
-            error_E = (effect * pooled_E * (1 - pooled_E) * (1 / here + 1 / elsewhere)).clamp(min=1e-300).sqrt()
-            lift_E = lift(counts_DE)[index]
-            bits_E = counts_DE[index] / counts_DE.sum() * lift_E.clamp(min=1e-300).log2()
-            for expert in ((share_E - other_E) / error_E > MIN_STANDARD_ERRORS).nonzero().flatten().tolist():
-                columns = {"share": share_E, "share_elsewhere": other_E, "lift": lift_E, "bits": bits_E}
+            columns = self.preferences(layer, domain)
+            for expert in (columns.pop("standard_errors") > MIN_STANDARD_ERRORS).nonzero().flatten().tolist():
                 values = {name: float(column_E[expert]) for name, column_E in columns.items()}
                 found.append({"layer": layer.name, "expert": expert, **values})
         return sorted(found, key=lambda entry: -entry["bits"])[:top]

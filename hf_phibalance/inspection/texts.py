@@ -6,9 +6,11 @@ import glob
 import os
 import random
 import sys
+import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, takewhile
+from itertools import chain, islice, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,7 @@ class TextStream:
                 f"`seq_len` is {seq_len}: choose more than the {len(self.prefix)} special token(s) in front."
             )
         self.files = self.documents = self.sequences = self.tokens = 0
+        self.checksum = 0  # CRC-32 of the token ids
         self.skipped = 0  # rows without text
         self.undecodable: set[str] = set()  # names of files that are not all UTF-8
 
@@ -120,15 +123,26 @@ class TextStream:
         """Yields sequences: the special tokens, then at least one token of text."""
         texts = self._texts()
         for text in [chain.from_iterable(texts)] if self.packing else texts:
-            tokenized = (self.tokenizer(piece, add_special_tokens=False, verbose=False) for piece in _pieces(text))
-            ids, before = chain.from_iterable(part["input_ids"] for part in tokenized), self.sequences
+            ids, before = self._ids(text), self.sequences
             while sequence := list(islice(ids, min(self.room, self.max_tokens - self.tokens))):
                 self.documents += self.sequences == before
                 self.sequences += 1
                 self.tokens += len(sequence)
+                self.checksum = zlib.crc32(array("I", sequence), self.checksum)
                 yield [*self.prefix, *sequence]
             if self.tokens == self.max_tokens:
                 return
+
+    def _ids(self, text: Iterable[str]) -> Iterator[int]:
+        """Yields the token ids of a text in parts."""
+        tokenized = (self.tokenizer(piece, add_special_tokens=False, verbose=False) for piece in _pieces(text))
+        return chain.from_iterable(part["input_ids"] for part in tokenized)
+
+    def first_texts(self, count: int, tokens: int) -> list[list[int]]:
+        """Returns the first `tokens` token ids, or as many as a sequence holds, of each of the first `count` texts."""
+        own = TextStream(self.domain, self.tokenizer, self.room + len(self.prefix))  # the counts of this one stay
+        texts = (list(islice(own._ids(text), min(tokens, self.room))) for text in own._texts())
+        return list(islice(filter(None, texts), count))
 
     def _texts(self) -> Iterator[Iterable[str]]:
         """Yields each text in parts: a row, or a file's lines. Skips rows without text. Raises for a bad first row."""
@@ -169,6 +183,29 @@ def check_texts(domains: Sequence[Domain], tokenizer: Any) -> None:
     for domain in domains:
         if not any(TextStream(domain, tokenizer, seq_len=PIECE)):
             raise ValueError(f"there is no text in domain {domain.name}.")
+
+
+def check_same_ids(
+    domains: Sequence[Domain], tokenizers: Sequence[Any], models: Sequence[str], max_tokens: int | None
+) -> None:
+    """Raises if the two `tokenizers` turn the texts into different token ids. `models` are the names of their models."""
+    for domain in domains:
+        streams = (TextStream(domain, tokenizer, PIECE, max_tokens) for tokenizer in tokenizers)
+        if any(one != other for one, other in zip_longest(*streams)):
+            raise ValueError(
+                f"the tokenizers of {' and '.join(map(quoted, models))} make different tokens of {domain.name}: compare models with "
+                "the same tokenizer, or name one for both with `--tokenizer`."
+            )
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Returns the text that each token adds to those before it. Empty for a token that ends within a character."""
+    found, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+        found.append(text[len(before) :])
+        before = text
+    return found
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:

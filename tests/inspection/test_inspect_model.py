@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from made_texts import SEQ_LEN, cut, domains_of, make_tokenizer
+from naive_choices import NAIVE, naive_choices
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -18,48 +19,12 @@ def inspected(model, texts, tokenizer=None, **options):
     return inspect_model(model, tokenizer or make_tokenizer(), domains_of(texts), **({"seq_len": SEQ_LEN} | options))
 
 
-def softmax_choice(model, logits):
-    return torch.softmax(logits.float(), -1).topk(2, -1).indices
-
-
-def logits_choice(model, logits):
-    return logits.topk(2, -1).indices
-
-
-def grouped_choice(model, logits, layer):
-    """DeepSeek-V3: sigmoid scores plus bias, the two best of four groups by the sum of their two best, top-2 in those."""
-    scores = torch.sigmoid(logits.float()) + model.model.layers[layer].mlp.gate.e_score_correction_bias
-    groups = scores.view(len(scores), 4, 2).topk(2, -1).values.sum(-1)
-    kept = torch.zeros_like(groups).scatter(1, groups.topk(2, -1).indices, 1.0).repeat_interleave(2, -1)
-    return scores.masked_fill(kept == 0, -math.inf).topk(2, -1).indices
-
-
-NAIVE = {
-    "mixtral": softmax_choice,
-    "qwen3_moe": softmax_choice,
-    "dbrx": softmax_choice,  # the parent module chooses, and does not return its choice
-    "gpt_oss": logits_choice,  # top-k first, then softmax
-    "llama4_text": logits_choice,  # returns no choice
-    "deepseek_v3": grouped_choice,
-}
-
-
-@torch.no_grad()
-def naive(model, choose, sequences, prefix=()):
+def naive(model, sequences, prefix=()):
     """Counts and confidence by layer, from one unpadded forward per sequence and the logits that transformers records."""
     counts, confidence = {}, {}
     for ids in sequences:
-        recorded = model.model if model.config.model_type != "dbrx" else model.transformer
-        logits = recorded(torch.tensor([[*prefix, *ids]]), output_router_logits=True).router_logits
-        first_moe = model.config.num_hidden_layers - len(logits)
-        for layer, layer_logits in enumerate(logits):
-            layer_logits = layer_logits.reshape(-1, layer_logits.shape[-1])[len(prefix) :]
-            where = (first_moe + layer,) if choose is grouped_choice else ()
-            chosen = choose(model, layer_logits, *where)
-            z = layer_logits.double()
-            sigmoid = model.config.model_type in ("deepseek_v3", "llama4_text")
-            p = torch.sigmoid(z) / torch.sigmoid(z).sum(-1, keepdim=True) if sigmoid else torch.softmax(z, -1)
-            for row, own in zip(chosen.tolist(), p):
+        for layer, (probs, chosen) in enumerate(naive_choices(model, [*prefix, *ids])):
+            for row, own in list(zip(chosen.tolist(), probs))[len(prefix) :]:
                 for expert in row:
                     counts.setdefault(layer, [0] * 8)[expert] += 1
                 figures = [own.max(), own[row].sum(), -(own * own.log2()).sum()]
@@ -79,7 +44,7 @@ def test_counts_are_those_of_a_naive_loop(model_type, texts):
     found = inspected(model, texts, batch_size=3)
     assert found.model["selection_bias"] == ("the family's own" if model_type == "deepseek_v3" else "none")
     for index, documents in enumerate(texts[1].values()):
-        counts, confidence = naive(model, NAIVE[model_type], cut(documents, SEQ_LEN))
+        counts, confidence = naive(model, cut(documents, SEQ_LEN))
         assert len(found.layers) == len(counts) >= 2
         for layer, expected, sums in zip(found.layers, counts.values(), confidence.values()):
             assert layer.counts[index].tolist() == expected, layer.name
@@ -94,7 +59,7 @@ def test_special_tokens_are_fed_but_not_counted(texts):
     model = tiny_model("mixtral")
     found = inspected(model, texts, make_tokenizer(bos=True), seq_len=SEQ_LEN + 1, batch_size=4)
     for index, documents in enumerate(texts[1].values()):
-        counts, _ = naive(model, softmax_choice, cut(documents, SEQ_LEN), prefix=[1])
+        counts, _ = naive(model, cut(documents, SEQ_LEN), prefix=[1])
         assert [layer.counts[index].tolist() for layer in found.layers] == list(counts.values())
     assert any("special tokens" in note for note in found.notes)
 
@@ -102,7 +67,7 @@ def test_special_tokens_are_fed_but_not_counted(texts):
 def test_a_cut_text_counts_only_what_was_read(texts):
     found = inspected(tiny_model("mixtral"), texts, max_tokens=50)
     assert [read["tokens"] for read in found.domains.values()] == [50, 50]
-    counts, _ = naive(tiny_model("mixtral"), softmax_choice, cut([texts[1]["high"][0][:50]], SEQ_LEN))
+    counts, _ = naive(tiny_model("mixtral"), cut([texts[1]["high"][0][:50]], SEQ_LEN))
     assert [layer.counts[1].tolist() for layer in found.layers] == list(counts.values())
 
 

@@ -176,7 +176,8 @@ def test_bad_rows_and_letters_are_skipped_and_told(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"w3 caf\xe9 w4")
     domains = parse_domains([f"a={tmp_path}/rows.jsonl", f"b={tmp_path}/latin.txt"])
     found = inspect_model(tiny_model("mixtral"), make_tokenizer(), domains)
-    assert found.domains["a"] == {"tokens": 3, "sequences": 2, "documents": 2, "files": 1, "files_read": 1}
+    expected = {"tokens": 3, "sequences": 2, "documents": 2, "files": 1, "files_read": 1}
+    assert {name: found.domains["a"][name] for name in expected} == expected
     assert found.domains["b"]["tokens"] == 3
     assert any("2 rows of a" in note for note in found.notes) and any("latin.txt" in note for note in found.notes)
 
