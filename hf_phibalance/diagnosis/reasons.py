@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from .stock import Stock
 LARGE = 0.1  # coefficients that models were published with are mostly between 0.0001 and 0.02
 HIDDEN = 0.5  # share of the mean imbalance of the layers that the pooled loss must show
 UNEVEN = 0.1  # imbalance of a layer, relative to top_k, below which there is nothing to hide
-BALANCED = "phb.patch(model, {'coef': ...}), whose coefficient arrives whatever the loop does"
+PATCH = "phb.patch(model, {'coef': 0.01})"
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,15 @@ class AuditReport(DoctorReport):
 
     def __str__(self) -> str:
         ratio = "" if self.ratio is None else f", ratio {self.ratio:.4f}"
-        first = f"received {self.received:.6g} of {self.declared:g} declared{ratio}" if self.received is not None else ""
-        return super().__str__().replace("φ-balance, ", "Built-in auxiliary loss, ", 1).replace(":\n", f":\n  {first}\n", 1)
+        first = (
+            f"received {self.received:.6g} of {self.declared:g} declared{ratio}" if self.received is not None else ""
+        )
+        return (
+            super()
+            .__str__()
+            .replace("φ-balance, ", "Built-in auxiliary loss, ", 1)
+            .replace(":\n", f":\n  {first}\n", 1)
+        )
 
 
 def explain(seen: Stock, declared: Declared, measured: str, model: dict[str, Any]) -> AuditReport:
@@ -90,6 +96,15 @@ def _all(seen: Stock, declared: Declared, coefficient: Coefficient | None) -> It
     if coefficient is None:
         found = "no coefficient is declared" + (f", but {seen.received:.3g} arrives" if seen.received else "")
         yield "coefficient", "warning" if seen.received else "ok", found, ""
+        if not seen.computes:
+            found = f"{declared.model} returns no router logits to a loss, and computes no auxiliary loss"
+            status = "warning" if declared.is_on else "ok"
+            yield (
+                "router logits",
+                status,
+                found,
+                f"{PATCH}, which needs no router logits from the model" if declared.is_on else "",
+            )
     else:
         exact = abs(coefficient.ratio - 1) <= coefficient.tolerance
         is_off = seen.received == 0 and not declared.is_on and declared.by_trainer is None
@@ -133,7 +148,7 @@ def _missing(seen: Stock, declared: Declared) -> tuple[str, Any, str, str]:
             "router logits",
             "problem",
             f"{model} returns no router logits to its loss and computes no auxiliary loss, so the coefficient does nothing",
-            f"{BALANCED}, or bias_coef where the family has a selection bias",
+            f"{PATCH}, which needs no router logits from the model",
         )
     if seen.is_reentrant and not seen.aux_has_path:
         return (
@@ -153,7 +168,7 @@ def _missing(seen: Stock, declared: Declared) -> tuple[str, Any, str, str]:
         "dropped",
         "problem",
         f"the model computes the auxiliary loss, but it is no part of the loss that {trainer} trains on",
-        f"add coefficient * outputs.aux_loss in {trainer}.compute_loss, or {BALANCED}",
+        f"add coefficient * outputs.aux_loss in {trainer}.compute_loss, or {PATCH}",
     )
 
 
@@ -180,7 +195,11 @@ def _factors(seen: Stock, declared: Declared) -> Iterator[tuple[str, Any, str, s
         )
         wanted = declared.by_model
     left, forwards, ranks = seen.received / wanted if wanted else 1.0, seen.forwards, seen.ranks
-    parts = {f"{forwards} micro-batches": forwards, f"{ranks} ranks": ranks, f"{forwards} micro-batches and {ranks} ranks": forwards * ranks}
+    parts = {
+        f"{forwards} micro-batches": forwards,
+        f"{ranks} ranks": ranks,
+        f"{forwards} micro-batches and {ranks} ranks": forwards * ranks,
+    }
     for name, size in parts.items():
         if size == 1 or (ranks == 1 and "and" in name):
             continue
@@ -201,7 +220,12 @@ def _factors(seen: Stock, declared: Declared) -> Iterator[tuple[str, Any, str, s
             )
             return
     if abs(left - 1) > tolerance:
-        yield "scale", "problem", f"times {left:.4g}, for a reason that was not found", BALANCED
+        yield (
+            "scale",
+            "problem",
+            f"times {left:.4g}, for a reason that was not found",
+            f"{PATCH}: its coefficient does not depend on the loop",
+        )
 
 
 def _details(seen: Stock, declared: Declared) -> Iterator[tuple[str, Any, str, str]]:
@@ -225,7 +249,7 @@ def _details(seen: Stock, declared: Declared) -> Iterator[tuple[str, Any, str, s
             "warning",
             f"of each micro-batch alone, about {seen.positions / parts:,.0f} positions, not of the step's {seen.positions:,}: each is "
             "balanced by itself",
-            f"larger micro-batches, or {BALANCED} and which averages loads over steps",
+            f"larger micro-batches, or {PATCH}, which averages loads over steps",
         )
     if seen.residual > 0.05:
         yield (
@@ -255,5 +279,5 @@ def _pooled(seen: Stock) -> Iterator[tuple[str, Any, str, str]]:
         f"{seen.pooled:.4g} with all layers pooled, {mean:.4g} in the mean of the layers, {seen.layers[worst]:.4g} in {worst} "
         f"({seen.top_k} is balance)"
     )
-    remedy = f"look at each layer: phibalance inspect; {BALANCED}, layer by layer" if hides else ""
+    remedy = f"phibalance inspect shows each layer; {PATCH} balances each by itself" if hides else ""
     yield "pooled layers", "warning" if hides else "ok", f"hides imbalance: {found}" if hides else found, remedy

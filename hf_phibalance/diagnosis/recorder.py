@@ -71,9 +71,7 @@ def follow(output: Tensor, logits: Tensor, own: list[Tensor]) -> None:
         for node in frontier:
             slots = [i for i, (after, _) in enumerate(node.next_functions) if after is logits.grad_fn]
             if slots:
-                node.register_hook(
-                    lambda found, _, at=slots: own.extend(found[i] for i in at if found[i] is not None)
-                )
+                node.register_hook(lambda found, _, at=slots: own.extend(found[i] for i in at if found[i] is not None))
         seen |= frontier
         frontier = {after for node in frontier for after, _ in node.next_functions} - seen - {None, logits.grad_fn}
 

@@ -36,6 +36,7 @@ class Call:
 
     index: int  # of the router
     logits: Tensor  # (T, E)
+    has_path: bool  # whether the logits can have a gradient
     foreign: Tensor | None = None  # (T, E) gradient of the logits that does not come from the router's output
 
 
@@ -102,13 +103,15 @@ class StockRecorder:
 
     @property
     def is_idle(self) -> bool:
-        return self._now is None  # also in the recomputation of checkpointing, which is outside the model's own forward
+        return (
+            self._now is None
+        )  # also in the recomputation of checkpointing, which is outside the model's own forward
 
     def choice_bias(self, index: int) -> Tensor | None:
         return self.sites[index].read_native_bias()
 
     def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
-        call = Call(index, logits.detach().reshape(-1, logits.shape[-1]))
+        call = Call(index, logits.detach().reshape(-1, logits.shape[-1]), logits.requires_grad)
         if self._now is not None:
             self._now.calls.append(call)
         self.is_reentrant |= not torch.is_grad_enabled()  # though the model's forward began with gradients
@@ -160,7 +163,8 @@ class StockRecorder:
     def _add(self, forward: Forward) -> None:
         mask = forward.tokens_BS.reshape(-1)
         calls = [call for call in forward.calls if call.logits.shape == (mask.numel(), self.experts)]
-        if not calls:
+        is_unused = any(call.has_path for call in calls) and all(call.foreign is None for call in calls)
+        if not calls or is_unused:  # no backward reached this forward
             return
         self.forwards += 1
         self.positions, self.padding = self.positions + mask.numel(), self.padding + int((~mask).sum())
@@ -174,13 +178,21 @@ class StockRecorder:
             logits = [call.logits.to(device, torch.float32).requires_grad_() for call in calls]
             top_k = self.sites[calls[0].index].top_k
             values = [
-                self._loss(tuple(logits), self.experts, top_k, rows) for rows in (forward.tokens_BS.long().to(device), None)
+                self._loss(tuple(logits), self.experts, top_k, rows)
+                for rows in (forward.tokens_BS.long().to(device), None)
             ]
             declared = [torch.autograd.grad(value, logits) for value in values]
         for call, z, with_mask, without in zip(calls, logits, *declared):
             z = z.detach()
             g = torch.zeros_like(z) if call.foreign is None else call.foreign.to(device)
-            pairs = (g, with_mask), (with_mask, with_mask), (g, without), (without, without), (g, g), (g[~mask], g[~mask])
+            pairs = (
+                (g, with_mask),
+                (with_mask, with_mask),
+                (g, without),
+                (without, without),
+                (g, g),
+                (g[~mask], g[~mask]),
+            )
             self.products += torch.stack([(a * b).sum().cpu().double() for a, b in pairs])
             rows = mask if forward.given_BS is not None else torch.ones_like(mask)
             p, g = z[rows].softmax(-1), g[rows]
@@ -204,7 +216,9 @@ class StockRecorder:
             loss_scale (`float`): of mixed precision, by which all gradients are multiplied.
         """
         self.settle()
-        ranks, positions, padding = reduce(torch.tensor([1.0, self.positions, self.padding], dtype=torch.float64)).tolist()
+        ranks, positions, padding = reduce(
+            torch.tensor([1.0, self.positions, self.padding], dtype=torch.float64)
+        ).tolist()
         sums, tokens, u, q, products = map(reduce, (self.sums, self.tokens, self.u, self.q, self.products))
         products[[0, 2]] /= loss_scale
         products[4:] /= loss_scale**2
@@ -235,7 +249,9 @@ class StockRecorder:
             from_loss=sum(self.from_loss) / loss_scale,
             from_aux=sum(self.from_aux) / loss_scale,
             pooled=float(self.experts * (load * sums[1].sum(0)).sum() / max(total, 1.0)),
-            layers={site.name: value for site, value in zip([s for s, c in zip(self.sites, called) if c], layers.tolist())},
+            layers={
+                site.name: value for site, value in zip([s for s, c in zip(self.sites, called) if c], layers.tolist())
+            },
             top_k=self.sites[0].top_k,
             learns=any(p.requires_grad for site in self.sites for p in site.router.parameters()),
             is_precise=self.is_precise,

@@ -7,7 +7,7 @@ import dataclasses
 import gc
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from .batches import leaving_order
 from .examining import eager, made_batch, refuse_unknown_scaling
 
 
-COEFFICIENTS = ("router_aux_loss_coef", "moe_aux_loss_coef")  # in the arguments of TRL and ms-swift, and of LLaMA-Factory
+IN_ARGUMENTS = ("router_aux_loss_coef", "moe_aux_loss_coef")  # of TRL and ms-swift, and of LLaMA-Factory
+IN_CONFIG = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def audit(
@@ -115,11 +116,8 @@ def _audit_trainer(trainer: Any) -> AuditReport:
         )
         loader = trainer.get_train_dataloader()
         trainer.get_train_dataloader = lambda: loader
-        with leaving_order(loader), recorder.recording():
-            try:
-                trainer.train()
-            except _StepReached:
-                pass
+        with leaving_order(loader), recorder.recording(), suppress(_StepReached):
+            trainer.train()
         scaler = getattr(accelerator, "scaler", None)
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
         device = torch.float32 if accelerator.device.type == "mps" else torch.float64
@@ -147,7 +145,7 @@ def _declared(model: nn.Module, trainer: Any) -> Declared:
         args = trainer.args
         defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
         is_enabled = getattr(trainer, "aux_loss_enabled", False)
-        for name in COEFFICIENTS:
+        for name in IN_ARGUMENTS:
             value = getattr(args, name, None)
             if value is not None:
                 sources[f"{type(args).__name__}.{name}"] = by_trainer = float(value)
@@ -155,12 +153,15 @@ def _declared(model: nn.Module, trainer: Any) -> Declared:
         if is_enabled and by_trainer is None:
             by_trainer, is_default = float(trainer.router_aux_loss_coef), True
             sources[f"{type(trainer).__name__}.router_aux_loss_coef"] = by_trainer
-    in_config = getattr(config, "router_aux_loss_coef", None)
-    if in_config is not None:
-        sources["config.router_aux_loss_coef"] = float(in_config)
-    by_model = getattr(root, "router_aux_loss_coef", in_config)
+    by_model = 0.0
+    for name in IN_CONFIG:
+        if hasattr(config, name):
+            sources[f"config.{name}"] = by_model = float(getattr(config, name))
+        if hasattr(root, name):  # its own copy, which it multiplies by
+            by_model = float(getattr(root, name))
+            sources.setdefault(f"config.{name}", by_model)  # dbrx: in another config
     return Declared(
-        by_model=float(by_model or 0.0),
+        by_model=by_model,
         is_on=bool(getattr(config, "output_router_logits", False)),
         sources=sources,
         by_trainer=by_trainer,
