@@ -14,6 +14,11 @@ from .stock import Stock
 LARGE = 0.1  # coefficients that models were published with are mostly between 0.0001 and 0.02
 HIDDEN = 0.5  # share of the mean imbalance of the layers that the pooled loss must show
 UNEVEN = 0.1  # imbalance of a layer, relative to top_k, below which there is nothing to hide
+VERDICTS = {
+    "ok": "The declared coefficient arrives.",
+    "warning": "Read the remedies.",
+    "problem": "The declared coefficient does not arrive.",
+}
 PATCH = "phb.patch(model, {'coef': 0.01})"
 
 
@@ -52,7 +57,7 @@ class AuditReport(DoctorReport):
     sources: dict[str, float] = field(default_factory=dict)
     pooled: float = math.nan
     layers: dict[str, float] = field(default_factory=dict)
-    title = "audit of the built-in loss"
+    title, verdicts = "Auxiliary loss", VERDICTS
 
     @property
     def ratio(self) -> float | None:
@@ -63,18 +68,6 @@ class AuditReport(DoctorReport):
         """Returns the report as plain JSON values."""
         own = {name: getattr(self, name) for name in ("declared", "received", "ratio", "sources", "pooled", "layers")}
         return super().to_dict() | own
-
-    def __str__(self) -> str:
-        ratio = "" if self.ratio is None else f", ratio {self.ratio:.4f}"
-        first = (
-            f"received {self.received:.6g} of {self.declared:g} declared{ratio}" if self.received is not None else ""
-        )
-        return (
-            super()
-            .__str__()
-            .replace("φ-balance, ", "Built-in auxiliary loss, ", 1)
-            .replace(":\n", f":\n  {first}\n", 1)
-        )
 
 
 def explain(seen: Stock, declared: Declared, measured: str, model: dict[str, Any]) -> AuditReport:
@@ -183,7 +176,7 @@ def _factors(seen: Stock, declared: Declared) -> Iterator[tuple[str, Any, str, s
             "two sources",
             "problem",
             f"both add it: {declared.model} {by_model:.3g} in its loss, {declared.trainer} {by_trainer:.3g} on top",
-            "output_router_logits=False in the config, or 0.0 in the trainer's arguments",
+            "set one of them to 0: model.router_aux_loss_coef, or the trainer's argument",
         )
         wanted *= seen.from_aux / by_model
     elif by_model and abs(declared.by_model / wanted - 1) > tolerance:

@@ -38,6 +38,7 @@ class Call:
     logits: Tensor  # (T, E)
     has_path: bool  # whether the logits can have a gradient
     foreign: Tensor | None = None  # (T, E) gradient of the logits that does not come from the router's output
+    noise: float = 0.0  # bound of its squared rounding error
 
 
 @dataclass
@@ -61,7 +62,7 @@ class StockRecorder:
         pad_token_id (`int`, *optional*): finds padding in batches without an attention mask.
     """
 
-    owner = None
+    owner, is_idle = None, False
 
     def __init__(self, model: nn.Module, pad_token_id: int | None = None) -> None:
         self.root: Any = unwrap(model)[-1]
@@ -74,8 +75,8 @@ class StockRecorder:
         self.aux_path: list[bool] = []  # by forward: whether `aux_loss` has a gradient path
         self.from_loss: list[float] = []
         self.from_aux: list[float] = []
-        # Σ ⟨g, d⟩ and Σ ⟨d, d⟩ without padding and with it, Σ ⟨g, g⟩ of all positions and of padding
-        self.products = torch.zeros(6, dtype=torch.float64)
+        # Σ ⟨g, d⟩ and Σ ⟨d, d⟩ without padding and with it, Σ ⟨g, g⟩ of all positions and of padding, rounding in it
+        self.products = torch.zeros(7, dtype=torch.float64)
         # counts and probabilities by router, tokens by router
         self.sums = torch.zeros(2, len(self.sites), self.experts, dtype=torch.float64)
         self.tokens = torch.zeros(len(self.sites), dtype=torch.float64)
@@ -101,19 +102,14 @@ class StockRecorder:
 
     # ------------------------------------------------------------------ called by the forwards of the model
 
-    @property
-    def is_idle(self) -> bool:
-        return (
-            self._now is None
-        )  # also in the recomputation of checkpointing, which is outside the model's own forward
-
     def choice_bias(self, index: int) -> Tensor | None:
         return self.sites[index].read_native_bias()
 
     def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
+        if self._now is None:  # the recomputation of checkpointing, which is outside the model's own forward
+            return carrier
         call = Call(index, logits.detach().reshape(-1, logits.shape[-1]), logits.requires_grad)
-        if self._now is not None:
-            self._now.calls.append(call)
+        self._now.calls.append(call)
         self.is_reentrant |= not torch.is_grad_enabled()  # though the model's forward began with gradients
         self.is_precise &= logits.dtype not in LOW and not torch.is_autocast_enabled(logits.device.type)
         if logits.requires_grad:
@@ -121,6 +117,7 @@ class StockRecorder:
             follow(carrier, logits, own)
 
             def arrives(gradient: Tensor) -> None:
+                call.noise = float((torch.finfo(gradient.dtype).eps * gradient.float()).square().sum())
                 call.foreign = (gradient.float() - sum(part.float() for part in own)).reshape(call.logits.shape)
 
             logits.register_hook(arrives)
@@ -147,11 +144,11 @@ class StockRecorder:
             return
         loss, aux = getattr(output, "loss", None), getattr(output, "aux_loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad:
-            loss.register_hook(lambda gradient: setattr(forward, "from_loss", float(gradient)))
+            loss.register_hook(lambda gradient: setattr(forward, "from_loss", _number(gradient)))
         if isinstance(aux, Tensor):
             forward.from_aux, forward.has_path = 0.0, aux.requires_grad
             if aux.requires_grad:
-                aux.register_hook(lambda gradient: setattr(forward, "from_aux", float(gradient)))
+                aux.register_hook(lambda gradient: setattr(forward, "from_aux", _number(gradient)))
 
     # ------------------------------------------------------------------ after backwards
 
@@ -193,7 +190,8 @@ class StockRecorder:
                 (g, g),
                 (g[~mask], g[~mask]),
             )
-            self.products += torch.stack([(a * b).sum().cpu().double() for a, b in pairs])
+            self.products[:6] += torch.stack([(a * b).sum().cpu().double() for a, b in pairs])
+            self.products[6] += call.noise
             rows = mask if forward.given_BS is not None else torch.ones_like(mask)
             p, g = z[rows].softmax(-1), g[rows]
             chosen = torch.bincount(p.topk(top_k).indices.reshape(-1), minlength=self.experts)
@@ -216,42 +214,46 @@ class StockRecorder:
             loss_scale (`float`): of mixed precision, by which all gradients are multiplied.
         """
         self.settle()
-        ranks, positions, padding = reduce(
-            torch.tensor([1.0, self.positions, self.padding], dtype=torch.float64)
-        ).tolist()
+        own = torch.tensor([1, self.forwards, self.positions, self.padding, sum(self.from_aux)], dtype=torch.float64)
+        ranks, forwards, positions, padding, from_aux = reduce(own).tolist()
+        if not forwards:
+            raise ValueError(
+                "no router ran in a training step: either there is no data, or something bypasses the routers (a fused kernel?). "
+                "Load the model with use_kernels=False."
+            )
         sums, tokens, u, q, products = map(reduce, (self.sums, self.tokens, self.u, self.q, self.products))
         products[[0, 2]] /= loss_scale
         products[4:] /= loss_scale**2
-        masked, plain, g_g = _Fit(*products[:2]), _Fit(*products[2:4]), float(products[4])
-        total = float(tokens.sum())
-        load = sums[0].sum(0) / max(total, 1.0)
-        scale = self.experts / max(total, 1.0)
+        *_, g_g, on_padding, noise = products.tolist()
+        total, called = tokens.sum(), tokens > 0
+        load, scale = sums[0].sum(0) / total, self.experts / total
         step = _Fit(scale * u @ load / loss_scale, scale**2 * load @ q @ load)
-        best = max(masked, plain, key=lambda fit: fit.explained)
-        counts = "micro-batch"
-        received = best.coefficient * self.forwards
-        if self.forwards * ranks > 1 and step.explained > best.explained + 1e-3 * g_g:
-            best, counts, received = step, "step", step.coefficient / ranks
-        called = tokens > 0
-        layers = self.experts * ((sums[0] / tokens.unsqueeze(-1)) * (sums[1] / tokens.unsqueeze(-1))).sum(-1)[called]
+        best = max(_Fit(*products[:2]), _Fit(*products[2:4]), key=lambda fit: fit.explained)
+        received, counts = best.coefficient * self.forwards, "micro-batch"
+        if forwards > 1 and step.explained > best.explained + 1e-3 * g_g:
+            best, received, counts = step, step.coefficient / ranks, "step"
+        if not self.is_precise and from_aux:  # at the logits, much of it is lost in rounding
+            received = from_aux / (loss_scale * ranks)
+        elif g_g <= noise:
+            received = g_g = 0.0
+        load_LE, prob_LE = (part[called] / tokens[called, None] for part in sums)
+        names = [site.name for site, is_called in zip(self.sites, called) if is_called]
         return Stock(
-            received=received if g_g else 0.0,
-            residual=max(0.0, 1 - best.explained / g_g) ** 0.5 if g_g else 0.0,
+            received=received,
+            residual=max(0.0, 1 - best.explained / g_g) ** 0.5 if g_g and self.is_precise else 0.0,
             counts=counts,
             forwards=self.forwards,
             ranks=int(ranks),
             positions=int(positions),
             padding=int(padding),
-            on_padding=float(products[5]) / g_g if g_g else 0.0,
+            on_padding=on_padding / g_g if g_g else 0.0,
             is_reentrant=self.is_reentrant,
             computes=bool(self.from_aux),
             aux_has_path=any(self.aux_path),
             from_loss=sum(self.from_loss) / loss_scale,
             from_aux=sum(self.from_aux) / loss_scale,
-            pooled=float(self.experts * (load * sums[1].sum(0)).sum() / max(total, 1.0)),
-            layers={
-                site.name: value for site, value in zip([s for s, c in zip(self.sites, called) if c], layers.tolist())
-            },
+            pooled=float(scale * (load * sums[1].sum(0)).sum()),
+            layers=dict(zip(names, (self.experts * (load_LE * prob_LE).sum(-1)).tolist())),
             top_k=self.sites[0].top_k,
             learns=any(p.requires_grad for site in self.sites for p in site.router.parameters()),
             is_precise=self.is_precise,
@@ -297,6 +299,11 @@ class Stock:
     top_k: int
     learns: bool  # some router has trainable parameters
     is_precise: bool
+
+
+def _number(gradient: Tensor | None) -> float:
+    """Returns the gradient of a scalar; 0 for an output that DDP passes on and nobody uses."""
+    return 0.0 if gradient is None else float(gradient)
 
 
 def _loss_of(root: nn.Module) -> Callable[..., Any]:

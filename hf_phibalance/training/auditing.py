@@ -77,7 +77,8 @@ def _run(model: nn.Module, batches: Sequence[Mapping[str, Any]], recorder: Stock
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     for batch in batches:
         output = model(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()})
-        (output.loss / len(batches)).backward()
+        loss = getattr(output, "loss", None)
+        (output[0].float().mean() if loss is None else loss / len(batches)).backward()
         recorder.settle()
 
 
