@@ -11,13 +11,14 @@ Finds what is wrong with a set-up from one optimizer step. Does not import train
 """
 
 from .checks import Subject, run_checks
-from .reasons import AuditReport, Declared, explain
+from .reasons import REASONS, AuditReport, Declared, explain
 from .recorder import StepRecorder
 from .report import Check, Coefficient, DoctorReport, print_report
 from .stock import StockRecorder
 
 
 __all__ = [
+    "REASONS",
     "AuditReport",
     "Check",
     "Coefficient",

@@ -7,19 +7,41 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .report import PRECISE, ROUGH, Check, Coefficient, DoctorReport
+from .report import PRECISE, ROUGH, Check, Coefficient, DoctorReport, Status
 from .stock import Stock
 
 
 LARGE = 0.1  # coefficients that models were published with are mostly between 0.0001 and 0.02
 HIDDEN = 0.5  # share of the mean imbalance of the layers that the pooled loss must show
-UNEVEN = 0.1  # imbalance of a layer, relative to top_k, below which there is nothing to hide
-VERDICTS = {
+UNEVEN = 0.1  # imbalance of the layers, relative to top_k, below which there is nothing to hide
+VERDICTS: dict[Status, str] = {
     "ok": "The declared coefficient arrives.",
     "warning": "Read the remedies.",
     "problem": "The declared coefficient does not arrive.",
 }
 PATCH = "phb.patch(model, {'coef': 0.01})"
+TRAIN_ROUTERS = "train the routers, for example by phb.lora_config(model, router='lora')"
+REASONS: dict[str, tuple[Status, str]] = {  # with the remedy
+    "switched off": ("warning", "from_pretrained(..., output_router_logits=True)"),
+    "router logits": ("problem", f"{PATCH}, which needs no router logits from the model"),
+    "checkpointing": ("problem", "gradient_checkpointing_kwargs={'use_reentrant': False}"),
+    "gradient path": ("problem", TRAIN_ROUTERS),
+    "dropped": ("problem", f"add coefficient * outputs.aux_loss in compute_loss, or {PATCH}"),
+    "two sources": ("problem", "set one of them to 0: model.router_aux_loss_coef, or the trainer's argument"),
+    "copied": ("problem", "from_pretrained(..., router_aux_loss_coef=...), or set model.router_aux_loss_coef"),
+    "accumulation and ranks": (
+        "problem",
+        "correct the coefficient by this factor, or use a trainer that does (SFTTrainer of TRL)",
+    ),
+    "scale": ("problem", f"{PATCH}, whose coefficient does not depend on the loop"),
+    "default": ("warning", "router_aux_loss_coef=... in its arguments; 0.0 switches it off"),
+    "size": ("warning", "router_aux_loss_coef=0.001 or so, where it is declared"),
+    "padding": ("warning", "give the model the attention_mask of each batch"),
+    "counts": ("warning", f"larger micro-batches, or {PATCH}, which averages loads over steps"),
+    "other losses": ("warning", "look for another loss of the router logits, such as a z-loss"),
+    "routers that learn": ("warning", TRAIN_ROUTERS),
+    "pooled layers": ("warning", f"phibalance inspect shows each layer; {PATCH} balances each by itself"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,231 +68,137 @@ class AuditReport(DoctorReport):
 
     Args:
         declared (`float`): the coefficient that was declared; 0 if there is none.
-        received (`float`, *optional*): the coefficient that arrived at the routers' logits; `None` if nothing was measured.
+        received (`float`): the coefficient that arrived at the routers' logits.
         sources (`dict[str, float]`): where a coefficient is written, and its value. The first one is `declared`.
         pooled (`float`): the built-in loss of the step's tokens, with all layers pooled. `top_k` is balance.
         layers (`dict[str, float]`): the same loss of each layer alone.
     """
 
     declared: float = 0.0
-    received: float | None = None
+    received: float = 0.0
     sources: dict[str, float] = field(default_factory=dict)
-    pooled: float = math.nan
+    pooled: float = 0.0
     layers: dict[str, float] = field(default_factory=dict)
     title, verdicts = "Auxiliary loss", VERDICTS
 
     @property
     def ratio(self) -> float | None:
-        """Received over declared coefficient; `None` if one of them is missing."""
+        """Received over declared coefficient; `None` if none is declared."""
         return None if self.coefficient is None else self.coefficient.ratio
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain JSON values."""
-        own = {name: getattr(self, name) for name in ("declared", "received", "ratio", "sources", "pooled", "layers")}
-        return super().to_dict() | own
+        own = ("declared", "received", "ratio", "sources", "pooled", "layers")
+        return super().to_dict() | {name: getattr(self, name) for name in own}
 
 
 def explain(seen: Stock, declared: Declared, measured: str, model: dict[str, Any]) -> AuditReport:
     """Returns the report of a step: what it received, and every reason why that is not what was declared."""
-    coefficient = None
-    if declared.coefficient:
-        ratio = seen.received / declared.coefficient
-        coefficient = Coefficient(
-            declared.coefficient, ratio, seen.residual, {}, "the logits of the routers", seen.is_precise
-        )
-    checks = [Check(*parts) for parts in _all(seen, declared, coefficient)]
-    shown = {"declared": declared.coefficient, "received": seen.received, "sources": declared.sources}
-    return AuditReport(checks, measured, coefficient, model, **shown, pooled=seen.pooled, layers=seen.layers)
-
-
-def _all(seen: Stock, declared: Declared, coefficient: Coefficient | None) -> Iterator[tuple[str, Any, str, str]]:
+    coefficient, wanted = None, declared.coefficient
+    if wanted:
+        where = "the logits of the routers"
+        coefficient = Coefficient(wanted, seen.received / wanted, seen.residual, {}, where, seen.is_precise)
     written = ", ".join(f"{name}={value:g}" for name, value in declared.sources.items()) or "nowhere"
-    yield "declared", "ok", written, ""
+    checks = [Check("declared", "ok", written), _judge(seen, declared, coefficient)]
+    checks += [Check(name, REASONS[name][0], finding, REASONS[name][1]) for name, finding in _reasons(seen, declared)]
+    checks += _figures(seen)
+    values = seen.received, declared.sources, seen.pooled, seen.layers
+    return AuditReport(checks, measured, coefficient, model, wanted, *values)
+
+
+def _judge(seen: Stock, declared: Declared, coefficient: Coefficient | None) -> Check:
+    if coefficient is None and seen.received:
+        return Check("coefficient", "warning", f"no coefficient is declared, but {seen.received:.3g} arrives")
     if coefficient is None:
-        found = "no coefficient is declared" + (f", but {seen.received:.3g} arrives" if seen.received else "")
-        yield "coefficient", "warning" if seen.received else "ok", found, ""
-        if not seen.computes:
-            found = f"{declared.model} returns no router logits to a loss, and computes no auxiliary loss"
-            status = "warning" if declared.is_on else "ok"
-            yield (
-                "router logits",
-                status,
-                found,
-                f"{PATCH}, which needs no router logits from the model" if declared.is_on else "",
-            )
-    else:
-        exact = abs(coefficient.ratio - 1) <= coefficient.tolerance
-        is_off = seen.received == 0 and not declared.is_on and declared.by_trainer is None
-        found = f"{seen.received:.6g} received of {coefficient.declared:g} declared, ratio {coefficient.ratio:.4f}"
-        yield "coefficient", "ok" if exact else "warning" if is_off else "problem", found, ""
-        if seen.received == 0:
-            yield _missing(seen, declared)
-        elif not exact:
-            yield from _factors(seen, declared)
-    if declared.is_default and seen.received:
-        yield (
-            "default",
-            "warning",
-            f"{declared.trainer} switched the loss on by itself, with {declared.coefficient:g}: no argument sets it",
-            "router_aux_loss_coef=... in its arguments; 0.0 switches it off",
-        )
-    if abs(declared.coefficient) >= LARGE and seen.received:
-        yield (
-            "size",
-            "warning",
-            f"{declared.coefficient:g} is large: most models were trained with 0.0001 to 0.02. GPT-OSS has 0.9 in its config",
-            "router_aux_loss_coef=0.001 or so, where it is declared",
-        )
-    if seen.received:
-        yield from _details(seen, declared)
-    yield from _pooled(seen)
+        return Check("coefficient", "ok", "no coefficient is declared, and none arrives")
+    is_exact = abs(coefficient.ratio - 1) <= coefficient.tolerance
+    is_off = seen.received == 0 and not declared.is_on and declared.by_trainer is None
+    found = f"{seen.received:.6g} received of {coefficient.declared:g} declared, ratio {coefficient.ratio:.4f}"
+    return Check("coefficient", "ok" if is_exact else "warning" if is_off else "problem", found)
 
 
-def _missing(seen: Stock, declared: Declared) -> tuple[str, Any, str, str]:
-    """Returns why nothing arrives."""
-    model, trainer = declared.model, declared.trainer
-    if not seen.computes and not declared.is_on and declared.by_trainer is None:
-        return (
-            "switched off",
-            "warning",
-            "the model computes no auxiliary loss, because output_router_logits=False in its config",
-            "from_pretrained(..., output_router_logits=True)",
-        )
-    if not seen.computes:
-        return (
-            "router logits",
-            "problem",
-            f"{model} returns no router logits to its loss and computes no auxiliary loss, so the coefficient does nothing",
-            f"{PATCH}, which needs no router logits from the model",
-        )
-    if seen.is_reentrant and not seen.aux_has_path:
-        return (
-            "checkpointing",
-            "problem",
-            "reentrant checkpointing runs the routers without gradients first, and the auxiliary loss is computed from these logits",
-            "gradient_checkpointing_kwargs={'use_reentrant': False}",
-        )
-    if not seen.aux_has_path:
-        return (
-            "gradient path",
-            "problem",
-            "the auxiliary loss has no gradient path: the routers, and all layers below them, are frozen",
-            "train the routers, for example by phb.lora_config(model, router='lora')",
-        )
-    return (
-        "dropped",
-        "problem",
-        f"the model computes the auxiliary loss, but it is no part of the loss that {trainer} trains on",
-        f"add coefficient * outputs.aux_loss in {trainer}.compute_loss, or {PATCH}",
-    )
+def _figures(seen: Stock) -> Iterator[Check]:
+    """Yields what is as it should be in the loss that arrives."""
+    if seen.received and seen.padding and seen.on_padding <= 1e-6:
+        yield Check("padding", "ok", f"not counted: {seen.padding:,} of {seen.positions:,} positions")
+    if seen.received and seen.counts == "step":
+        yield Check("counts", "ok", f"of the whole step, {seen.forwards * seen.ranks} micro-batches")
 
 
-def _factors(seen: Stock, declared: Declared) -> Iterator[tuple[str, Any, str, str]]:
-    """Yields the factors between the received and the declared coefficient."""
-    tolerance = 10 * (PRECISE if seen.is_precise else ROUGH)
-    by_model, by_trainer = seen.from_loss * declared.by_model, seen.from_aux - seen.from_loss * declared.by_model
-    both = seen.computes and min(abs(by_model), abs(by_trainer)) > 0.01 * abs(seen.from_aux)
-    wanted = declared.coefficient
-    if both:
-        yield (
-            "two sources",
-            "problem",
-            f"both add it: {declared.model} {by_model:.3g} in its loss, {declared.trainer} {by_trainer:.3g} on top",
-            "set one of them to 0: model.router_aux_loss_coef, or the trainer's argument",
-        )
-        wanted *= seen.from_aux / by_model
-    elif by_model and abs(declared.by_model / wanted - 1) > tolerance:
-        yield (
-            "copied",
-            "problem",
-            f"the model multiplies by {declared.by_model:g}, which it copied when it was built; later changes of its config do nothing",
-            "from_pretrained(..., router_aux_loss_coef=...), or set model.router_aux_loss_coef",
-        )
-        wanted = declared.by_model
-    left, forwards, ranks = seen.received / wanted if wanted else 1.0, seen.forwards, seen.ranks
-    parts = {
-        f"{forwards} micro-batches": forwards,
-        f"{ranks} ranks": ranks,
-        f"{forwards} micro-batches and {ranks} ranks": forwards * ranks,
-    }
-    for name, size in parts.items():
-        if size == 1 or (ranks == 1 and "and" in name):
-            continue
-        if math.isclose(left, size, rel_tol=tolerance):
-            yield (
-                "accumulation and ranks",
-                "problem",
-                f"times {size}: the loss of each micro-batch is added in full and then summed over {name}",
-                f"divide the coefficient by {size}, or use a trainer that does (SFTTrainer of TRL)",
-            )
-            return
-        if math.isclose(left, 1 / size, rel_tol=tolerance):
-            yield (
-                "accumulation and ranks",
-                "problem",
-                f"divided by {size}: the loss is averaged once more over {name}",
-                f"multiply the coefficient by {size}",
-            )
-            return
-    if abs(left - 1) > tolerance:
-        yield (
-            "scale",
-            "problem",
-            f"times {left:.4g}, for a reason that was not found",
-            f"{PATCH}: its coefficient does not depend on the loop",
-        )
-
-
-def _details(seen: Stock, declared: Declared) -> Iterator[tuple[str, Any, str, str]]:
-    """Yields what is particular about the loss that arrives."""
-    if seen.padding and seen.on_padding > 1e-6:
-        yield (
-            "padding",
-            "warning",
-            f"counted: {seen.padding / seen.positions:.1%} of the positions are padding, and {seen.on_padding:.1%} of the squared "
-            "gradient is there",
-            "give the model the attention_mask of each batch",
-        )
-    elif seen.padding:
-        yield "padding", "ok", f"not counted: {seen.padding:,} of {seen.positions:,} positions", ""
-    parts = seen.forwards * seen.ranks
-    if parts > 1 and seen.counts == "step":
-        yield "counts", "ok", f"of the whole step, {parts} micro-batches", ""
-    elif parts > 1:
-        yield (
-            "counts",
-            "warning",
-            f"of each micro-batch alone, about {seen.positions / parts:,.0f} positions, not of the step's {seen.positions:,}: each is "
-            "balanced by itself",
-            f"larger micro-batches, or {PATCH}, which averages loads over steps",
-        )
+def _reasons(seen: Stock, declared: Declared) -> Iterator[tuple[str, str]]:
+    """Yields the name and the text of each finding."""
+    wanted, parts = declared.coefficient, seen.forwards * seen.ranks
+    if seen.received == 0 and (wanted or (declared.is_on and not seen.computes)):
+        yield _missing(seen, declared)
+    elif wanted and abs(seen.received / wanted - 1) > (PRECISE if seen.is_precise else ROUGH):
+        yield from _factors(seen, declared)
+    if seen.received and declared.is_default:
+        yield "default", f"{declared.trainer} switched the loss on by itself, with {wanted:g}: no argument sets it"
+    if seen.received and abs(wanted) >= LARGE:
+        models = "most models were trained with 0.0001 to 0.02. GPT-OSS has 0.9 in its config"
+        yield "size", f"{wanted:g} is large: {models}"
+    if seen.received and seen.padding and seen.on_padding > 1e-6:
+        share = f"{seen.padding / seen.positions:.1%} of the positions are padding"
+        yield "padding", f"counted: {share}, and {seen.on_padding:.1%} of the squared gradient is there"
+    if seen.received and parts > 1 and seen.counts != "step":
+        alone = f"about {seen.positions / parts:,.0f} positions, not of the step's {seen.positions:,}"
+        yield "counts", f"of each micro-batch alone, {alone}: each is balanced by itself"
     if seen.residual > 0.05:
-        yield (
-            "other losses",
-            "warning",
-            f"{seen.residual:.0%} of the gradient that comes from outside the routers is not this loss",
-            "look for another loss of the router logits, such as a z-loss",
-        )
-    if not seen.learns:
-        yield (
-            "routers that learn",
-            "warning",
-            "all routers are frozen, so the loss reaches only what lies below them",
-            "train the routers, for example by phb.lora_config(model, router='lora')",
-        )
-
-
-def _pooled(seen: Stock) -> Iterator[tuple[str, Any, str, str]]:
-    """Yields what pooling the layers hides."""
-    if len(seen.layers) < 2:
-        return
+        yield "other losses", f"{seen.residual:.0%} of the gradient from outside the routers is not this loss"
+    if seen.received and not seen.learns:
+        yield "routers that learn", "all routers are frozen, so the loss reaches only what lies below them"
     worst = max(seen.layers, key=lambda name: seen.layers[name])
     mean = sum(seen.layers.values()) / len(seen.layers)
     pooled, each = (value / seen.top_k - 1 for value in (seen.pooled, mean))
-    hides = each > UNEVEN and pooled < HIDDEN * each
-    found = (
-        f"{seen.pooled:.4g} with all layers pooled, {mean:.4g} in the mean of the layers, {seen.layers[worst]:.4g} in {worst} "
-        f"({seen.top_k} is balance)"
+    if each > UNEVEN and pooled < HIDDEN * each:
+        figures = f"{seen.pooled:.4g} with all layers pooled, {mean:.4g} in the mean of the layers"
+        yield (
+            "pooled layers",
+            f"hide imbalance: {figures}, {seen.layers[worst]:.4g} in {worst} ({seen.top_k} is balance)",
+        )
+
+
+def _missing(seen: Stock, declared: Declared) -> tuple[str, str]:
+    """Returns why nothing arrives."""
+    if not seen.computes and not declared.is_on and declared.by_trainer is None:
+        return "switched off", "the model computes no auxiliary loss, because output_router_logits=False in its config"
+    if not seen.computes:
+        return "router logits", f"{declared.model} returns no router logits to a loss, and computes no auxiliary loss"
+    if seen.is_reentrant and not seen.aux_has_path:
+        first = "reentrant checkpointing runs the routers without gradients first"
+        return "checkpointing", f"{first}, and the auxiliary loss is computed from these logits"
+    if not seen.aux_has_path:
+        return "gradient path", "the auxiliary loss has none: the routers, and all layers below them, are frozen"
+    return (
+        "dropped",
+        f"the model computes the auxiliary loss, but it is no part of the loss that {declared.trainer} trains on",
     )
-    remedy = f"phibalance inspect shows each layer; {PATCH} balances each by itself" if hides else ""
-    yield "pooled layers", "warning" if hides else "ok", f"hides imbalance: {found}" if hides else found, remedy
+
+
+def _factors(seen: Stock, declared: Declared) -> Iterator[tuple[str, str]]:
+    """Yields the factors between the received and the declared coefficient."""
+    tolerance = 10 * (PRECISE if seen.is_precise else ROUGH)
+    wanted, forwards, ranks = declared.coefficient, seen.forwards, seen.ranks
+    by_model = seen.from_loss * declared.by_model
+    by_trainer = seen.from_aux - by_model
+    if seen.computes and min(abs(by_model), abs(by_trainer)) > 0.01 * abs(seen.from_aux):
+        parts = f"{declared.model} {by_model:.3g} in its loss, {declared.trainer} {by_trainer:.3g} on top"
+        yield "two sources", f"both add it: {parts}"
+        wanted *= seen.from_aux / by_model
+    elif by_model and abs(declared.by_model / wanted - 1) > tolerance:
+        copied = "which it copied when it was built; later changes of its config do nothing"
+        yield "copied", f"the model multiplies by {declared.by_model:g}, {copied}"
+        wanted = declared.by_model
+    left = seen.received / wanted
+    sizes = {f"{forwards} micro-batches": forwards, f"{ranks} ranks": ranks}
+    sizes[" and ".join(sizes)] = forwards * ranks
+    for name, size in sizes.items():
+        if size > 1 and math.isclose(left, size, rel_tol=tolerance):
+            added = "the loss of each micro-batch is added in full and then summed over"
+            yield "accumulation and ranks", f"times {size}: {added} {name}"
+            return
+        if size > 1 and math.isclose(left, 1 / size, rel_tol=tolerance):
+            yield "accumulation and ranks", f"divided by {size}: the loss is averaged once more over {name}"
+            return
+    if abs(left - 1) > tolerance:
+        yield "scale", f"times {left:.4g}, for a reason that was not found"

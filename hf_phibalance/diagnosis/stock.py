@@ -81,7 +81,8 @@ class StockRecorder:
         self.sums = torch.zeros(2, len(self.sites), self.experts, dtype=torch.float64)
         self.tokens = torch.zeros(len(self.sites), dtype=torch.float64)
         self.u, self.q = (torch.zeros(self.experts, *more, dtype=torch.float64) for more in ((), (self.experts,)))
-        self._pad, self._now = pad_token_id, None
+        self._pad = pad_token_id
+        self._now: Forward | None = None
         self._open: list[Forward] = []
         self._loss = _loss_of(self.root)
 

@@ -223,7 +223,7 @@ def _containers(value: Any) -> Iterator[tuple[Any, Any]]:
 def _refill(target: Any, before: Iterable[Any]) -> None:
     if isinstance(target, (dict, set)):
         target.clear()
-        target.update(before)  # type: ignore[arg-type]
+        target.update(before)
     elif list(target) != list(before) or isinstance(target, deque):
         target.clear()
         target.extend(before)

@@ -24,6 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl import SFTTrainer
 
 import hf_phibalance as phb
+from hf_phibalance.diagnosis import REASONS
 
 
 NON_REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -195,6 +196,21 @@ def test_a_model_alone():
     assert "output_router_logits=True" in finding(report, "switched off").remedy
 
 
+def test_a_coefficient_of_zero():
+    report = phb.audit(build(coef=0.0))
+    assert (
+        report.received == 0
+        and report.ratio is None
+        and set(statuses(report)) <= {"declared", "coefficient", "pooled layers"}
+    )
+
+
+def test_nothing_that_learns():
+    model = build().requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    assert "train the routers" in finding(phb.audit(model), "gradient path").remedy
+
+
 def test_the_report():
     report = phb.audit(build())
     figures = report.to_dict()
@@ -231,12 +247,10 @@ def test_the_page_shows_a_real_report(tmp_path):
 
 
 def test_the_page_explains_each_finding():
-    """The table of findings has all that are neither a figure of the step nor unexplained, and no others."""
+    """The table of findings has all of them, and no others."""
     page = (ROOT / "recipes/guides/AUDIT.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"^\| `([a-z ]+)` \|", page, re.MULTILINE))
-    source = Path(sys.modules[type(phb.audit(build())).__module__].__file__).read_text(encoding="utf-8")
-    names = set(re.findall(r"(?:yield|return) \(?\s*\"([a-z ]+)\"", source))
-    assert shown == names - {"declared", "coefficient"}
+    assert shown == set(REASONS)
 
 
 def test_the_table_follows_from_the_committed_figures():
