@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,9 +36,7 @@ class Call:
 
     index: int  # of the router
     logits: Tensor  # (T, E)
-    has_path: bool  # whether the logits can have a gradient
     foreign: Tensor | None = None  # (T, E) gradient of the logits that does not come from the router's output
-    noise: float = 0.0  # bound of its squared rounding error
 
 
 @dataclass
@@ -48,6 +46,7 @@ class Forward:
     given_BS: Tensor | None  # attention mask that the model received
     tokens_BS: Tensor  # True for tokens, False for padding
     calls: list[Call] = field(default_factory=list)
+    is_reached: bool = False  # by a backward
     from_loss: float = 0.0  # gradient of the model's `loss`
     from_aux: float | None = None  # gradient of the model's `aux_loss`; `None` if it computes none
     has_path: bool = False  # `aux_loss` has a gradient path
@@ -75,8 +74,8 @@ class StockRecorder:
         self.aux_path: list[bool] = []  # by forward: whether `aux_loss` has a gradient path
         self.from_loss: list[float] = []
         self.from_aux: list[float] = []
-        # Σ ⟨g, d⟩ and Σ ⟨d, d⟩ without padding and with it, Σ ⟨g, g⟩ of all positions and of padding, rounding in it
-        self.products = torch.zeros(7, dtype=torch.float64)
+        # Σ ⟨g, d⟩ and Σ ⟨d, d⟩ without padding and with it, Σ ⟨g, g⟩ of all positions and of padding
+        self.products = torch.zeros(6, dtype=torch.float64)
         # counts and probabilities by router, tokens by router
         self.sums = torch.zeros(2, len(self.sites), self.experts, dtype=torch.float64)
         self.tokens = torch.zeros(len(self.sites), dtype=torch.float64)
@@ -109,7 +108,7 @@ class StockRecorder:
     def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         if self._now is None:  # the recomputation of checkpointing, which is outside the model's own forward
             return carrier
-        call = Call(index, logits.detach().reshape(-1, logits.shape[-1]), logits.requires_grad)
+        call = Call(index, logits.detach().reshape(-1, logits.shape[-1]))
         self._now.calls.append(call)
         self.is_reentrant |= not torch.is_grad_enabled()  # though the model's forward began with gradients
         self.is_precise &= logits.dtype not in LOW and not torch.is_autocast_enabled(logits.device.type)
@@ -118,7 +117,6 @@ class StockRecorder:
             follow(carrier, logits, own)
 
             def arrives(gradient: Tensor) -> None:
-                call.noise = float((torch.finfo(gradient.dtype).eps * gradient.float()).square().sum())
                 call.foreign = (gradient.float() - sum(part.float() for part in own)).reshape(call.logits.shape)
 
             logits.register_hook(arrives)
@@ -143,6 +141,13 @@ class StockRecorder:
         forward, self._now = self._now, None
         if forward is None:
             return
+
+        def reached(gradient: Tensor | None) -> None:
+            forward.is_reached |= gradient is not None
+
+        for part in output.values() if isinstance(output, Mapping) else output:
+            if isinstance(part, Tensor) and part.requires_grad:
+                part.register_hook(reached)
         loss, aux = getattr(output, "loss", None), getattr(output, "aux_loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(lambda gradient: setattr(forward, "from_loss", _number(gradient)))
@@ -161,8 +166,7 @@ class StockRecorder:
     def _add(self, forward: Forward) -> None:
         mask = forward.tokens_BS.reshape(-1)
         calls = [call for call in forward.calls if call.logits.shape == (mask.numel(), self.experts)]
-        is_unused = any(call.has_path for call in calls) and all(call.foreign is None for call in calls)
-        if not calls or is_unused:  # no backward reached this forward
+        if not calls or not forward.is_reached:
             return
         self.forwards += 1
         self.positions, self.padding = self.positions + mask.numel(), self.padding + int((~mask).sum())
@@ -191,8 +195,7 @@ class StockRecorder:
                 (g, g),
                 (g[~mask], g[~mask]),
             )
-            self.products[:6] += torch.stack([(a * b).sum().cpu().double() for a, b in pairs])
-            self.products[6] += call.noise
+            self.products += torch.stack([(a * b).sum().cpu().double() for a, b in pairs])
             rows = mask if forward.given_BS is not None else torch.ones_like(mask)
             p, g = z[rows].softmax(-1), g[rows]
             chosen = torch.bincount(p.topk(top_k).indices.reshape(-1), minlength=self.experts)
@@ -225,7 +228,7 @@ class StockRecorder:
         sums, tokens, u, q, products = map(reduce, (self.sums, self.tokens, self.u, self.q, self.products))
         products[[0, 2]] /= loss_scale
         products[4:] /= loss_scale**2
-        *_, g_g, on_padding, noise = products.tolist()
+        *_, g_g, on_padding = products.tolist()
         total, called = tokens.sum(), tokens > 0
         load, scale = sums[0].sum(0) / total, self.experts / total
         step = _Fit(scale * u @ load / loss_scale, scale**2 * load @ q @ load)
@@ -235,8 +238,6 @@ class StockRecorder:
             best, received, counts = step, step.coefficient / ranks, "step"
         if not self.is_precise and from_aux:  # at the logits, much of it is lost in rounding
             received = from_aux / (loss_scale * ranks)
-        elif g_g <= noise:
-            received = g_g = 0.0
         load_LE, prob_LE = (part[called] / tokens[called, None] for part in sums)
         names = [site.name for site, is_called in zip(self.sites, called) if is_called]
         return Stock(

@@ -17,6 +17,9 @@ from trl import SFTTrainer
 import hf_phibalance as phb
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module", autouse=True)
 def frozen_garbage():
     gc.freeze()
