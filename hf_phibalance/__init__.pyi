@@ -13,6 +13,7 @@ from .balancing import learning_report as learning_report
 from .balancing import patch as patch
 from .balancing import unpatch as unpatch
 from .config import PhiBalanceConfig as PhiBalanceConfig
+from .diagnosis import AuditReport as AuditReport
 from .exporting import ExportReport as ExportReport
 from .exporting import FoldReport as FoldReport
 from .exporting import export as export
@@ -31,6 +32,7 @@ from .models import enable as enable
 from .routers import supported_families as supported_families
 from .training import PhiBalanceCallback as PhiBalanceCallback
 from .training import attach as attach
+from .training import audit as audit
 from .training import doctor as doctor
 from .training import last_checkpoint as last_checkpoint
 from .training import lora_config as lora_config

@@ -38,6 +38,8 @@ TESTED_ELSEWHERE = {
     ("recipes/guides/LOOPS.md", "for micro_batches in steps"): "tests/integrations/test_own_loops.py",
     ("recipes/guides/LOOPS.md", "import Accelerator"): "tests/integrations/test_own_loops.py",
     ("recipes/guides/LOOPS.md", "import lightning"): "tests/integrations/test_own_loops.py",
+    ("recipes/guides/AUDIT.md", "phb.audit(trainer)"): "tests/diagnosis/test_audit.py",
+    ("recipes/guides/AUDIT.md", "accumulation and ranks"): "tests/diagnosis/test_audit.py",
     ("recipes/guides/SERVING.md", "vllm.entrypoints"): "tests/integrations/test_vllm.py",
     ("recipes/README.md", "recipes/sft.py"): "tests/recipes/test_recipes.py",
     ("recipes/small-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_small_recipes.py",

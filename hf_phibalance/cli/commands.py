@@ -14,6 +14,9 @@ from typing import Any
 from ..files import STATE_NAME, find_file, printable, quoted, versions
 
 
+BALANCING = ("coef", "bias_coef", "method", "token_mask")  # options of the doctor
+
+
 def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
     from ..inspection import check_same_ids, check_texts, parse_domains
 
@@ -90,6 +93,11 @@ def _inspect(args: argparse.Namespace, tokenizer: Any, domains: Sequence[Any], e
 def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
     _check_numbers(args, seq_len=1, batch_size=1, accumulation=1)
     _check_file("json", args.json)
+    for name in BALANCING if args.stock else ():
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"`--{name}` is for balancing, and `--stock` examines the model's own loss. Leave one of them out."
+            )
     lora = _lora_options(args.lora) if args.lora is not None else None
 
     from ..inspection import check_texts, parse_domains
@@ -104,22 +112,23 @@ def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
 
     from ..diagnosis import print_report
     from ..routers import predicts_tokens
-    from ..training import doctor, lora_config
+    from ..training import audit, doctor, lora_config
 
     console = Console(stderr=args.json == "-")
     with Console(stderr=True).status(f"Loading {escape(printable(args.model))}") as status:
-        model = _load_to_train(args)
+        model = _load_model(args, False, is_trainable=True) if args.stock else _load_to_train(args)
         if lora is not None:
             from peft import get_peft_model
 
             from ..balancing import patch
 
-            model = patch(get_peft_model(model, lora_config(model, **lora)))
+            model = get_peft_model(model, lora_config(model, **lora))
+            model = model if args.stock else patch(model)
         status.update("Trying one optimizer step")
         batches = _micro_batches(args, domains)
         if batches is not None and not predicts_tokens(model):
             batches = [{name: part for name, part in batch.items() if name != "labels"} for batch in batches]
-        report = doctor(model, batches)
+        report = audit(model, batches) if args.stock else doctor(model, batches)
     report.model["name"] = printable(args.model)
     _write_json(report.to_dict(), args.json)
     print_report(report, console)
@@ -234,7 +243,7 @@ def _load_to_train(args: argparse.Namespace) -> Any:
     from ..balancing import get_balancer, patch
     from ..config import PhiBalanceConfig
 
-    given = {name: getattr(args, name) for name in ("coef", "bias_coef", "method", "token_mask")}
+    given = {name: getattr(args, name) for name in BALANCING}
     given = {name: value for name, value in given.items() if value is not None}
     PhiBalanceConfig(**given)  # bad values fail before the weights are loaded
     try:

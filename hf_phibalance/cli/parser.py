@@ -79,6 +79,11 @@ def _add_doctor(commands: Any) -> None:
     _add_texts(doctor, "PATH", "texts for the step (default: arithmetic problems).", field="FIELD")
     _add_sizes(doctor, seq_len=256, batch_size=4)
     doctor.add_argument("--accumulation", type=int, default=1, help="micro-batches per step (default: %(default)s)")
+    doctor.add_argument(
+        "--stock",
+        action="store_true",
+        help="examine the model's built-in auxiliary loss instead of balancing: which coefficient arrives at the routers, and why",
+    )
     balancing = doctor.add_argument_group(
         "balancing (default: as the model was saved, or else the package's defaults)"
     )

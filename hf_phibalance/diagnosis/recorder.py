@@ -63,6 +63,19 @@ class Weight:
         self.error += float(squares) * (eps / 4) ** 2
 
 
+def follow(output: Tensor, logits: Tensor, own: list[Tensor]) -> None:
+    """Makes the backward fill `own` with the gradients of `logits` that come from the router's `output`, prices included."""
+    seen: set[Any] = set()
+    frontier: set[Any] = {output.grad_fn} - {logits.grad_fn}
+    while frontier and len(seen) < 50:
+        for node in frontier:
+            slots = [i for i, (after, _) in enumerate(node.next_functions) if after is logits.grad_fn]
+            if slots:
+                node.register_hook(lambda found, _, at=slots: own.extend(found[i] for i in at if found[i] is not None))
+        seen |= frontier
+        frontier = {after for node in frontier for after, _ in node.next_functions} - seen - {None, logits.grad_fn}
+
+
 class StepRecorder:
     """
     Records an optimizer step between [`~StepRecorder.start`] and [`~StepRecorder.finish`], without changing it. Call `finish`
@@ -115,6 +128,8 @@ class StepRecorder:
 
     # ------------------------------------------------------------------ called by the forwards of the model
 
+    follow = staticmethod(follow)
+
     def saw(
         self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, own: list[Tensor]
     ) -> None:
@@ -128,20 +143,6 @@ class StepRecorder:
             inputs = hidden.detach() if hidden is not None and index in self._weights else None
             # detached: a hook that holds its own tensor is a cycle, which would keep the forward alive
             logits.register_hook(functools.partial(self._reached, forward, index, inputs, logits.detach(), own))
-
-    def follow(self, output: Tensor, logits: Tensor, own: list[Tensor]) -> None:
-        """Makes the backward fill `own` with the gradients of `logits` that come from the router's `output`, prices included."""
-        seen: set[Any] = set()
-        frontier: set[Any] = {output.grad_fn} - {logits.grad_fn}
-        while frontier and len(seen) < 50:
-            for node in frontier:
-                slots = [i for i, (after, _) in enumerate(node.next_functions) if after is logits.grad_fn]
-                if slots:
-                    node.register_hook(
-                        lambda found, _, at=slots: own.extend(found[i] for i in at if found[i] is not None)
-                    )
-            seen |= frontier
-            frontier = {after for node in frontier for after, _ in node.next_functions} - seen - {None, logits.grad_fn}
 
     def settles(self, forward: Any) -> None:
         """Called when a backward has reached `forward`, which then belongs to the step."""

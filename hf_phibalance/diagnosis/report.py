@@ -79,6 +79,7 @@ class DoctorReport:
     measured: str = "nothing was run"
     coefficient: Coefficient | None = None
     model: dict[str, Any] = field(default_factory=dict)
+    title, verdicts = "φ-balance", VERDICTS
 
     @property
     def status(self) -> Status:
@@ -112,7 +113,7 @@ class DoctorReport:
         }
 
     def __str__(self) -> str:
-        lines = [f"φ-balance, {self.measured}:"]
+        lines = [f"{self.title}, {self.measured}:"]
         for check in self.checks:
             lines.append(f"  {MARKS[check.status]} {check.name}: {check.finding}")
             if check.remedy:
@@ -127,7 +128,7 @@ def print_report(report: DoctorReport, console: Any) -> None:
     from rich.text import Text
 
     name = report.model.get("name") or report.model.get("class", "model")
-    console.print(Text("φ-balance doctor  ", style="bold").append(str(name), style="bold cyan"))
+    console.print(Text(f"{report.title} doctor  ", style="bold").append(str(name), style="bold cyan"))
     console.print(Text(f"tried out: {report.measured}", style="dim"), highlight=False)
     found = report.coefficient
     if found is not None:
@@ -147,4 +148,4 @@ def print_report(report: DoctorReport, console: Any) -> None:
     for check in sorted((c for c in report.checks if c.remedy), key=lambda c: c.status):
         console.print(Text(f"{check.status}, {check.name}", style=f"bold {COLOURS[check.status]}"))
         console.print(Padding(Text(check.remedy), (0, 0, 0, 2)), highlight=False)
-    console.print(Text(VERDICTS[report.status], style=f"bold {COLOURS[report.status]}"))
+    console.print(Text(report.verdicts[report.status], style=f"bold {COLOURS[report.status]}"))

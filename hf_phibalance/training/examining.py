@@ -92,7 +92,7 @@ def try_step(model: nn.Module, balancer: PhiBalancer, batches: Sequence[Mapping[
     """
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     batches = [{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()} for batch in batches]
-    with _leaving_no_trace(model, balancer), _eager(model):
+    with _leaving_no_trace(model, balancer), eager(model):
         recorder = StepRecorder(balancer, what).start()
         recorder.batches.extend(batches)
         model.train()
@@ -141,7 +141,7 @@ def _leaving_no_trace(model: nn.Module, balancer: PhiBalancer) -> Iterator[None]
             module.training = training
 
 
-def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+def eager(model: nn.Module) -> AbstractContextManager[Any]:
     """Context manager: runs compiled models uncompiled, since the recorder cannot see compiled routers."""
     modules = [*unwrap(model), *model.modules()]
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
@@ -287,7 +287,7 @@ def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer 
         return
     recorder.batches.append(inputs)
     try:
-        with _eager(trainer.model_wrapped):
+        with eager(trainer.model_wrapped):
             yield
     except BaseException:
         recorder.stop()

@@ -65,6 +65,18 @@ def test_warnings_count_only_if_strict(saved, doctor):
     assert doctor(saved / "balanced", "--strict")[0] == 1
 
 
+def test_the_built_in_loss(saved, tmp_path, doctor):
+    """`--stock` measures the model's own loss: switched off as saved, exact if it is on. Balancing is not loaded."""
+    status, report, shown = doctor(saved / "balanced", "--stock")
+    assert status == 0 and report["status"] == "warning" and report["received"] == 0 and report["declared"] == 0.001
+    assert "Auxiliary loss doctor" in shown and "warning, switched off" in shown
+    tiny_model("qwen3_moe", output_router_logits=True).save_pretrained(tmp_path)
+    options = ("--accumulation", "3", "--tokenizer", f"{saved}/plain", "--lora", "router=lora")
+    status, report, shown = doctor(tmp_path, "--stock", *options)
+    assert status == 0 and abs(report["ratio"] - 1) < 1e-3 and "3 micro-batches" in report["measured"]
+    assert "of 0.001 declared, ratio 1.0000" in " ".join(shown.split())
+
+
 def test_a_damaged_state_is_a_problem(saved, tmp_path, doctor):
     shutil.copytree(saved / "balanced", tmp_path / "damaged")
     path = tmp_path / "damaged" / "phi_balance.state"
@@ -126,6 +138,7 @@ def test_a_model_without_tokenizer(tmp_path, doctor):
         (["--batch_size", "0"], "`--batch_size` is 0"),
         (["--lora", "router"], "`--lora` 'router'"),
         (["--coef", "-1"], "`coef`"),
+        (["--stock", "--coef", "0.1"], "`--coef` is for balancing"),
         (["--texts", "missing.txt"], "no such file"),
         (["--json", "."], "is a folder"),
     ],
