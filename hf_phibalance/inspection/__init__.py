@@ -11,18 +11,20 @@ html_report(found)
 """
 
 from .counting import inspect_model
-from .reports import html_report, print_inspection
-from .results import Inspection
+from .reports import html_report, load_strip, print_inspection
+from .results import Inspection, Layer
 from .texts import Domain, TextStream, check_texts, padded_batches, padding_of, parse_domains
 
 
 __all__ = [
     "Domain",
     "Inspection",
+    "Layer",
     "TextStream",
     "check_texts",
     "html_report",
     "inspect_model",
+    "load_strip",
     "padded_batches",
     "padding_of",
     "parse_domains",

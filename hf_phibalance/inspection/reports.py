@@ -66,7 +66,7 @@ def print_inspection(inspection: Inspection, console: Console, top: int = 5) -> 
     console.print(Text("Load of each expert: ▄ is the fair share, × less than a twentieth of it", style="italic"))
     width = max(map(len, labels))
     for label, layer in zip(labels, inspection.layers):
-        strip = _load_strip(inspection.loads(layer, "overall"))
+        strip = load_strip(inspection.loads(layer, "overall"))
         room = max(console.width - width - 1, 8)
         for start in range(0, len(strip), room):
             console.print(Text(f"{'' if start else label:<{width}} ") + strip[start : start + room])
@@ -91,15 +91,24 @@ def print_inspection(inspection: Inspection, console: Console, top: int = 5) -> 
         console.print(Text(f"Note: {note}"), style="yellow")
 
 
-def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | None = None) -> str:
+def html_report(
+    inspection: Inspection,
+    top: int = 10,
+    command: Sequence[str] | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> str:
     """
     Returns an inspection as one HTML page that loads nothing else. It follows the reader's light or dark theme.
 
     Args:
-        inspection (`Inspection`): The result of [`inspect_model`].
+        inspection (`Inspection`): The result of [`inspect_model`], or the records of a training run.
         top (`int`, *optional*, defaults to `10`): Longest list of specialists of a domain.
         command (`Sequence[str]`, *optional*): The command line to show. Folders are left out.
+        run (`Mapping`, *optional*):
+            The training run, if the domains are its stretches of steps: `description`, `versions`, `alerts`, and the lines of the
+            pictures over its steps: `steps`, `max_vio`, `worst`, `floor`, `loss_steps` and `loss`.
     """
+    overall, used = inspection.summary("overall"), run["versions"] if run else versions()
     layers, several = inspection.layers, len(inspection.domains) > 1
     information = [specialisation_figures(layer.halves, layer.top_k) for layer in layers] if several else []
     by_bits = sorted(range(len(information)), key=lambda index: -information[index]["mutual_information"])
@@ -107,8 +116,9 @@ def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | 
     environment.globals.update(zip=zip, marked=_marked, marked_bits=_marked_bits, shade=_shade)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=_title(inspection),
-        description=_description(inspection),
-        cutting=_cutting(inspection),
+        description=run["description"] if run else _description(inspection),
+        cutting="" if run else _cutting(inspection),
+        run=run,
         inspection=inspection,
         layers=layers,
         labels=layer_labels([layer.name for layer in layers]),
@@ -117,7 +127,7 @@ def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | 
         summaries={scope: inspection.summary(scope) for scope in inspection.scopes()},
         figures=[inspection.layer_figures(layer) for layer in layers],
         loads={scope: [inspection.loads(layer, scope) for layer in layers] for scope in inspection.scopes()},
-        headings=HEADINGS,
+        headings={name: heading for name, heading in HEADINGS.items() if not math.isnan(overall[name])},
         dead=DEAD_THRESHOLD,
         information=information,
         lifts=[_lifts(layer.counts) for layer in layers],
@@ -125,7 +135,7 @@ def html_report(inspection: Inspection, top: int = 10, command: Sequence[str] | 
         folded=sorted(by_bits[OPEN_LAYERS:]),
         specialists={name: inspection.specialists(name, top) for name in inspection.domains} if several else {},
         command=command and without_paths([_without_folder(word) for word in command]),
-        versions={name: versions()[name] for name in ("hf_phibalance", "torch", "transformers") if name in versions()},
+        versions={name: used[name] for name in ("hf_phibalance", "torch", "transformers") if name in used},
     )
 
 
@@ -184,7 +194,7 @@ def _dimmed(text: str) -> Text:
     return Text(text, style="dim" if text.startswith("≈") else "")
 
 
-def _load_strip(relative: Sequence[float]) -> Text:
+def load_strip(relative: Sequence[float]) -> Text:
     """Returns one character for the relative load of each expert."""
     strip = Text()
     for value in relative:
