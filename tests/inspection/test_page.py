@@ -1,4 +1,4 @@
-"""The HTML page, also in a real browser: headless Chromium."""
+"""The HTML page of texts and of a watched run, also in a real browser: headless Chromium."""
 
 import html
 import json
@@ -9,9 +9,10 @@ import urllib.parse
 
 import pytest
 import torch
+from made_records import write_collapse
 
-from hf_phibalance.inspection import Inspection, html_report
-from hf_phibalance.inspection.results import Layer
+from hf_phibalance.cli.runs import Run
+from hf_phibalance.inspection import Inspection, Layer, html_report
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -72,8 +73,10 @@ def test_the_page_escapes_its_input_and_needs_no_other_file():
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_the_page_in_a_browser(tmp_path, theme):
     """Wide and narrow: no message in the console, nothing cut off, nothing to scroll sideways; the pointer shows values."""
-    made = [inspected(), inspected(layers=1, experts=8, domains=("x" * 300,))]
-    pages, widths = [html_report(found) for found in made], [1280, 390]
+    write_collapse(tmp_path, layers=12, experts=64)
+    run = Run(str(tmp_path))
+    made = [inspected(), inspected(layers=1, experts=8, domains=("x" * 300,)), run.inspection()]
+    pages, widths = [*map(html_report, made[:2]), html_report(made[2], run=run.for_page())], [1280, 390]
     assert len(pages[0]) < 200_000  # so that 61 layers of 384 experts stay below 5 MB
     frames = [
         f'<iframe style="width:{width}px; height:900px; border:0" srcdoc="{html.escape(page)}"></iframe>'
@@ -88,12 +91,17 @@ def test_the_page_in_a_browser(tmp_path, theme):
     found = re.search("MEASURED(.*)DONE</body>", done.stdout)
     assert found and "CONSOLE" not in done.stderr, done.stderr
     measured = json.loads(urllib.parse.unquote(found[1]))
-    assert [frame["page"] for frame in measured] == widths * 2
-    for frame, inspection in zip(measured, [made[0], made[0], made[1], made[1]]):
+    assert [frame["page"] for frame in measured] == widths * 3
+    for frame, inspection in zip(measured, [found for found in made for _ in widths]):
         assert not frame["bad"] and not frame["loaded"]
         layer = inspection.layers[0]
         load = layer.counts.sum(0).double()
         assert frame["tips"][0] == f"layer 0, expert 0: {load[0] / load.mean():.2f}× the fair share"
-        assert f": {inspection.layer_figures(layer)['overall']['max_vio']:.4f}" in frame["tips"][1]
+        first = (
+            run.curves(30)["max_vio"][0]
+            if inspection is made[2]
+            else inspection.layer_figures(layer)["overall"]["max_vio"]
+        )
+        assert f": {first:.4f}" in frame["tips"][1]
         ink, paper = (sum(map(int, re.findall(r"\d+", frame[name])[:3])) for name in ("ink", "paper"))
         assert ink - paper > 400 if theme == "dark" else paper - ink > 400
