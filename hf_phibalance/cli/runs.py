@@ -55,9 +55,8 @@ class Run:
 
     def _in_words(self, step: int, alert: dict[str, Any]) -> dict[str, str]:
         """Returns title, reason and remedy of an alert."""
-        where = self.labels.get(alert.get("layer"), "all layers")  # type: ignore[arg-type]
-        words = {"title": f"step {step}, {where}: {alert['kind'].replace('_', ' ')}"}
-        return words | {name: printable(alert[name]) for name in ("reason", "remedy")}
+        title = f"step {step}, {self.labels[alert['layer']]}: {alert['kind'].replace('_', ' ')}"
+        return {"title": title} | {name: printable(alert[name]) for name in ("reason", "remedy")}
 
     def curves(self, points: int) -> dict[str, list[float]]:
         """
@@ -90,7 +89,7 @@ class Run:
         parts = [self.rows[start:stop] for start, stop in pairwise(edges)]
         domains = {
             f"steps {part[0]['step'] - part[0]['steps'] + 1}-{part[-1]['step']}": {
-                "tokens": sum(row["tokens"] for row in part),
+                "tokens": _tokens(part),
                 "steps": sum(row["steps"] for row in part),
             }
             for part in parts
@@ -129,15 +128,14 @@ def screen(run: Run, console: Console, height: int | None = None) -> RenderableT
     head = Text().append(printable(public_name(run.about["model"])), "bold").append(f"\n{run.description}\n")
     if not run.rows:
         return head.append(f"No step is logged yet; started {ago} ago.")
-    last, tokens = run.rows[-1], sum(row["tokens"] for row in run.rows)
-    head.append(f"step {last['step']:,}, {tokens:,} tokens; logged {ago} ago")
+    head.append(f"step {run.rows[-1]['step']:,}, {_tokens(run.rows):,} tokens; logged {ago} ago")
     newest = run.alerts[::-1][: NEWEST if height else None]
     notes = [
         Text().append(alert["title"], "bold red").append(f"\n{alert['reason']} {alert['remedy']}") for alert in newest
     ]
     if len(newest) < len(run.alerts) or not run.alerts:
         notes.append(Text(f"{len(run.alerts) - len(newest)} earlier alerts" if newest else "No alerts", "dim"))
-    names, layers = list(run.labels), last["layers"]
+    names, layers = list(run.labels), run.rows[-1]["layers"]
     above = Group(head, Text(), _lines(run, console.width), Text())
     if height:
         room = height - len(console.render_lines(Group(above, *notes))) - 5  # heading, key, and the cursor's line
@@ -165,6 +163,11 @@ def _lines(run: Run, width: int) -> Table:
         "worst layer", _sparkline(curves["worst"], 0.0), f"{layers[worst]['max_vio']:.3f} ({run.labels[worst]})"
     )
     return table
+
+
+def _tokens(rows: list[dict[str, Any]]) -> int:
+    """Returns the tokens of `rows`. A row with a NaN in it has no number."""
+    return sum(row.get("tokens", 0) for row in rows)
 
 
 def _number(value: float | None) -> float:
