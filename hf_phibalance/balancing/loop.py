@@ -228,6 +228,8 @@ class Loop:
         self._notice_faults(step, counts)
         if is_first:  # which has waited for the device anyway
             self.say_faults()
+        if balancer.watcher is not None:
+            balancer.watcher(counts)
         balancer.duals.use_adapter(step.adapter)  # the adapter may be off now, for a reference model
         may_be_skipped = shared or isinstance(skipped, Tensor)
         balancer.duals.update(counts, may_be_skipped)

@@ -83,7 +83,7 @@ def read_records(path: str | os.PathLike) -> Records:
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Appends a line to `moe.jsonl` and hands it to the system. Floats get 5 digits; numbers that are not finite become null."""
-    line = json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+    line = json.dumps(plain(record), allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
         if file.tell():
@@ -92,12 +92,13 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         file.write(line)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Returns `value` as it is written."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {name: plain(inner) for name, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def layer_figures(
