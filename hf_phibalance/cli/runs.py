@@ -56,7 +56,8 @@ class Run:
     def _in_words(self, step: int, alert: dict[str, Any]) -> dict[str, str]:
         """Returns title, reason and remedy of an alert."""
         title = f"step {step}, {self.labels[alert['layer']]}: {alert['kind'].replace('_', ' ')}"
-        return {"title": title} | {name: printable(alert[name]) for name in ("reason", "remedy")}
+        reason = alert["reason"][:1].upper() + alert["reason"][1:]
+        return {"title": title, "reason": printable(reason), "remedy": printable(alert["remedy"])}
 
     def curves(self, points: int) -> dict[str, list[float]]:
         """
@@ -122,7 +123,7 @@ class Run:
 
 
 def screen(run: Run, console: Console, height: int | None = None) -> RenderableType:
-    """Returns the run as one screen. To fit into `height` lines, it has the newest alerts and the least balanced layers only."""
+    """Returns the run as one screen. To fit into `height` lines, it has the newest alerts and some layers only: first those with dead experts, then by MaxVio."""
     age = time.time() - run.path.stat().st_mtime
     ago = f"{age:.0f} s" if age < 120 else f"{age / 60:.0f} min" if age < 7200 else f"{age / 3600:.0f} h"
     head = Text().append(printable(public_name(run.about["model"])), "bold").append(f"\n{run.description}\n")
@@ -140,11 +141,13 @@ def screen(run: Run, console: Console, height: int | None = None) -> RenderableT
     if height:
         room = height - len(console.render_lines(Group(above, *notes))) - 5  # heading, key, and the cursor's line
         each = len(console.render_lines(_layers(run, names[:1]))) - 1
-        least = sorted(names, key=lambda name: -layers[name]["max_vio"])[: max(room // each, 1)]
+        least = sorted(names, key=lambda name: (not layers[name]["dead"], -layers[name]["max_vio"]))[
+            : max(room // each, 1)
+        ]
         names = [name for name in names if name in least]
     others = len(layers) - len(names)
     key = "▄ is the fair share; dead (×) is less than 1/20 of it, cold less than 1/2"
-    key += f"\n{others} other layers are more even" if others else ""
+    key += f"\n{others} other layers are not shown" if others else ""
     return Group(above, _layers(run, names), Text(key, "dim"), Text(), *notes)
 
 

@@ -49,7 +49,7 @@ def test_a_screen_fits_the_terminal_and_shows_what_matters(tmp_path):
     lines = shown(tmp_path, height=36)
     text = "\n".join(lines)
     assert len(lines) < 36 and max(map(len, lines)) <= 80
-    assert re.search("^layer 17 ", text, re.MULTILINE) and "other layers are more even" in text
+    assert re.search("^layer 17 ", text, re.MULTILINE) and "other layers are not shown" in text
     assert "step 1050" in text and "step 1000" not in text and "5 earlier alerts" in text
     whole = "\n".join(shown(tmp_path))
     assert all(f"\nlayer {number} " in whole for number in range(20)) and "step 1000" in whole
