@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import pytest
 from forked import run_script
+from made_records import write_collapse
 from paths import ROOT
 from tiny import tiny_model
 
@@ -137,7 +138,7 @@ def test_table_of_families_is_current():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with what the commands name: a model with a selection bias, data, and sources."""
+    """A folder with what the commands name: a model with a selection bias, the records of its training, data, and sources."""
     import torch
 
     import hf_phibalance as phb
@@ -154,6 +155,7 @@ def place(tmp_path_factory):
     for name in ("results/tiny-cpu/mixtral", "results/mine", "results/x"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    write_collapse(folder / "results/mine")
     (folder / "gsm8k").mkdir()
     for split in ("train", "test"):
         rows = splits[split]
