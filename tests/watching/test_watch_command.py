@@ -8,8 +8,9 @@ from made_records import write_alert, write_collapse, write_row, write_run
 from rich.console import Console
 
 from hf_phibalance import cli
+from hf_phibalance.cli import runs
 from hf_phibalance.cli.runs import Run, screen
-from hf_phibalance.watching import RECORDS_NAME
+from hf_phibalance.watching import RECORDS_NAME, read_records
 
 
 def shown(folder, width=80, height=None):
@@ -42,14 +43,15 @@ def test_one_screen_is_plain_text_of_80_columns(tmp_path, capsys, monkeypatch):
 
 
 def test_a_screen_fits_the_terminal_and_shows_what_matters(tmp_path):
-    """Of 20 layers, one collapses; of 8 alerts, the newest are shown."""
+    """Of 20 layers, one collapses and one has a dead expert; of 8 alerts, the newest are shown."""
     sites = write_collapse(tmp_path, layers=20, experts=64, rows=60, collapsing=17)
     for step in range(1000, 1060, 10):
         write_alert(tmp_path, step, sites[17].name, reason="long " * 30, remedy="more " * 30)
-    lines = shown(tmp_path, height=36)
+    lines = shown(tmp_path, height=34)
     text = "\n".join(lines)
-    assert len(lines) < 36 and max(map(len, lines)) <= 80
-    assert re.search("^layer 17 ", text, re.MULTILINE) and "other layers are not shown" in text
+    assert len(lines) < 34 and max(map(len, lines)) <= 80
+    assert re.findall("^layer [0-9]+", text, re.MULTILINE) == ["layer 0", "layer 17"]  # a dead expert, a collapse
+    assert "other layers are not shown" in text
     assert "step 1050" in text and "step 1000" not in text and "5 earlier alerts" in text
     whole = "\n".join(shown(tmp_path))
     assert all(f"\nlayer {number} " in whole for number in range(20)) and "step 1000" in whole
@@ -59,31 +61,35 @@ def test_a_screen_fits_the_terminal_and_shows_what_matters(tmp_path):
 def test_chance_a_loss_that_is_no_number_and_odd_names(tmp_path):
     sites = write_run(tmp_path, model="\x1b[31mred[b]")
     write_row(tmp_path, sites, 10, [[4] * 8] * 2, loss=2.0)
-    write_row(tmp_path, sites, 20, [[4] * 8] * 2, loss=float("nan"), confidence=None)
+    write_row(tmp_path, sites, 20, [[6] * 8] * 2, loss=float("nan"), confidence=None)
+    path = tmp_path / RECORDS_NAME
+    path.write_text(path.read_text().replace('"tokens": 24, ', ""))  # as where a router is NaN
     text = "\n".join(shown(tmp_path))
     assert "≈0.000" in text and re.search("loss +▁× +nan", text) and "No alerts" in text
-    assert "\x1b" not in text and "x1b[31mred[b]" in text
+    assert "\x1b" not in text and "x1b[31mred[b]" in text and "step 20, 16 tokens" in text
 
 
 def test_it_follows_the_run_until_it_is_interrupted(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
     sites = write_run(tmp_path)
-    seen = []
+    seen, reads = [], []
 
     def pause(seconds):
-        """The run goes on, resumes from step 10, and is interrupted."""
+        """The run goes on, resumes from step 10, does nothing, and is interrupted."""
         seen.append(capsys.readouterr().out)
-        if len(seen) == 4:
+        if len(seen) == 5:
             raise KeyboardInterrupt
         if len(seen) == 3:
             write_run(tmp_path, step=10)
-        else:
+        elif len(seen) < 3:
             write_row(tmp_path, sites, 10 * len(seen), [[4] * 8] * 2)
 
     monkeypatch.setattr("time.sleep", pause)
+    monkeypatch.setattr(runs, "read_records", lambda path: reads.append(path) or read_records(path))
     assert cli.main(["watch", str(tmp_path)]) == 0
     steps = [re.findall(r"step (\d+),", text) for text in seen]
-    assert "No step is logged yet" in seen[0] and steps == [[], ["10"], ["20"], ["10"]]
+    assert "No step is logged yet" in seen[0] and steps == [[], ["10"], ["20"], ["10"], ["10"]]
+    assert len(reads) == 4  # not again where nothing was written
     assert "\x1b" in seen[1] and "loss" not in seen[1]
 
 
@@ -106,5 +112,7 @@ def test_errors_name_the_folder_and_the_remedy(tmp_path, capsys):
 def test_any_size(tmp_path, layers, experts):
     write_collapse(tmp_path, layers=layers, experts=experts, rows=2, collapsing=0)
     for height in (None, 24):
-        lines = shown(tmp_path, height=height)
-        assert max(map(len, lines)) <= 80 and "layer 0" in "".join(lines)
+        text = "\n".join(lines := shown(tmp_path, height=height))
+        assert max(map(len, lines)) <= 80
+        strip = re.search("^layer 0 (.*?)(^layer|^▄ is)", text, re.MULTILINE | re.DOTALL)[1]
+        assert len(re.findall("[▁-█×]", strip)) == experts  # one sign for each expert
