@@ -67,6 +67,20 @@ def test_only_steps_that_are_logged_measure_confidence():
     assert measured == [True, False, False, True, False, False, True]
 
 
+def test_gradient_accumulation_needs_no_announcement(tmp_path, caplog):
+    model = tiny_model("mixtral").train()
+    watch, optimizer = phb.watch(model, tmp_path), torch.optim.SGD(model.parameters(), lr=0.01)
+    batches = [tiny_batch(model, seed=seed) for seed in range(6)]
+    with caplog.at_level("WARNING"):
+        for start in (0, 3):
+            for batch in batches[start : start + 3]:
+                (model(**batch).loss / 3).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert watch.log()["moe/tokens"] == sum(int(batch["attention_mask"].sum()) for batch in batches) / 2
+    assert read_records(tmp_path).rows[0]["step"] == 2 and not caplog.records
+
+
 def test_stop_leaves_no_trace(tmp_path):
     model = tiny_model("mixtral")
     trainer = make_trainer(model, tmp_path)

@@ -61,8 +61,6 @@ def test_training_and_files_are_those_of_an_unwatched_run(cls, checkpointing, au
         assert str(now) == str(then), name
     row = read_records(Path("out")).rows[0]
     assert row["loss"] == pytest.approx(plain[1][0]["loss"], rel=1e-4)
-    first, accumulated = rows(), range(8)
-    assert row["tokens"] <= sum(len(first[index]["input_ids"]) for index in range(11)) and len(accumulated) == 8
 
 
 def zipped(files):
@@ -130,11 +128,11 @@ import sys
 from training import make_trainer, rows
 from tiny import tiny_model
 import hf_phibalance as phb
-resume = sys.argv[2] == "resume"
-trainer = make_trainer(tiny_model("mixtral").train(), sys.argv[1], data=rows(64), num_train_epochs=3 if resume else 1000, save_steps=4,
-                       save_strategy="steps", save_total_limit=2)
+kept = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 2}
+trainer = make_trainer(tiny_model("mixtral").train(), sys.argv[1], data=rows(64), num_train_epochs=1000, **kept)
 phb.watch(trainer)
-trainer.train(resume_from_checkpoint=phb.last_checkpoint(sys.argv[1]) if resume else None)
+assert not {"wandb", "trackio", "tensorboard", "matplotlib"} & set(sys.modules)  # without a tracker, none is imported
+trainer.train()
 """
 
 
@@ -143,7 +141,7 @@ def test_a_killed_run_leaves_a_readable_file_and_goes_on(tmp_path):
     script.write_text(KILLED)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}", "HF_HUB_OFFLINE": "1"}
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, script, out, "start"], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, script, out], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     try:
         while not (out / "moe.jsonl").is_file() or len(read_records(out).rows) < 7:
@@ -155,11 +153,15 @@ def test_a_killed_run_leaves_a_readable_file_and_goes_on(tmp_path):
     steps = [row["step"] for row in read_records(out).rows]
     assert steps == list(range(1, len(steps) + 1))
     last = phb.last_checkpoint(out)
-    subprocess.run([sys.executable, script, out, "resume"], env=environment, check=True, stderr=subprocess.DEVNULL)
+    resumed = make_trainer(
+        tiny_model("mixtral").train(), out, data=rows(64), max_steps=int(last.rpartition("-")[2]) + 2
+    )
+    phb.watch(resumed)
+    resumed.train(resume_from_checkpoint=last)
     found = read_records(out)
     assert found.run["step"] == int(last.rpartition("-")[2])
-    rows = [row["step"] for row in found.rows]
-    assert rows == list(range(1, rows[-1] + 1)) and rows[-1] >= found.run["step"]
+    steps = [row["step"] for row in found.rows]
+    assert steps == list(range(1, steps[-1] + 1)) and steps[-1] == found.run["step"] + 2
 
 
 # ---------------------------------------------------------------------- trackers
@@ -175,11 +177,9 @@ def tracked(folder):
     )  # fmt: skip
     phb.watch(trainer)
     trainer.train()
-    import trackio
     import wandb
     from trackio.sqlite_storage import SQLiteStorage
 
-    trackio.finish()
     wandb.finish()
     logs, alerts = SQLiteStorage.get_logs("watch-test", "tiny"), SQLiteStorage.get_alerts("watch-test")
     (folder / "written.json").write_text(json.dumps({"logs": logs, "alerts": alerts}, default=str))
@@ -215,18 +215,6 @@ def test_trackers_show_tables_histograms_pictures_and_alerts(tmp_path):
     assert sum("moe/layers" in log for log in written["logs"]) == 4
     (alert,) = written["alerts"]
     assert alert["title"] == "unmoved_router: model.layers.2.mlp.gate" and "frozen" in alert["text"]
-
-
-def test_without_trackers_none_is_imported():
-    code = "import sys, hf_phibalance as phb; phb.watch; print({'wandb', 'trackio', 'tensorboard', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.stdout.strip() == "set()"
 
 
 def test_confidence_is_measured_at_logged_steps_of_a_trainer(tmp_path):
