@@ -59,7 +59,7 @@ def watch(
         output_dir = trainer.args.output_dir
     found = Watch(model, output_dir, on_alert, thresholds)
     if not was_patched:
-        found.on_stop.append(lambda: unpatch(model) and None)
+        found.on_stop.append(lambda: unpatch(model))
     if trainer is not None:
         callback = find_callback(trainer)
         if callback is None or callback.detach is None:

@@ -167,7 +167,8 @@ class Alerts:
         layer.steps += steps
         while layer.steps - layer.windows[0][0] >= self.thresholds.steps:
             layer.steps -= layer.windows.popleft()[0]
-        recent, probs = (sum(window[i] for window in layer.windows) for i in (1, 2))
+        recent = torch.stack([load for _, load, _ in layer.windows]).sum(0)
+        probs = torch.stack([summed for _, _, summed in layer.windows]).sum(0)
         if not recent.sum():
             return
         yield from self._collapsed(name, layer, load, recent)

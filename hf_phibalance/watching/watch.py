@@ -61,7 +61,7 @@ class Watch:
         self.on_alert, self.thresholds = on_alert, thresholds or Thresholds()
         self.alerts: list[dict[str, Any]] = []
         self.keeps_figures = True  # for the metrics of `log`; in a Trainer the callback of balancing keeps them
-        self.on_stop: list[Callable[[], None]] = []
+        self.on_stop: list[Callable[[], Any]] = []
         self._step = 0  # of the last log
         self._balancer: PhiBalancer | None = None
         self.follow(model)
@@ -155,7 +155,7 @@ class Watch:
         """Writes the line of a run that starts or resumes at `step`, and takes up what `moe.jsonl` has of it before."""
         root: Any = self.balancer.root
         config = getattr(root, "config", None)
-        run = {
+        run: dict[str, Any] = {
             "step": step,
             "model": public_name(getattr(config, "_name_or_path", "") or type(root).__name__),
             "model_type": getattr(config, "model_type", ""),
@@ -195,7 +195,7 @@ class Watch:
             figures[site.name]["router"] = weights.describe(gradient, self._since)
         row = {"step": step, "steps": steps, "tokens": int(totals[0]) if totals[0].isfinite() else None, "loss": loss}
         row = plain({name: value for name, value in row.items() if value is not None} | {"layers": figures})
-        began = [{"step": step, "alert": alert} for alert in self._finder.add(row)]
+        began: list[dict[str, Any]] = [{"step": step, "alert": alert} for alert in self._finder.add(row)]
         self.alerts += began
         self._write(row)
         if _is_first():
