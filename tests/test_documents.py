@@ -39,6 +39,7 @@ TESTED_ELSEWHERE = {
     ("recipes/guides/LOOPS.md", "for micro_batches in steps"): "tests/integrations/test_own_loops.py",
     ("recipes/guides/LOOPS.md", "import Accelerator"): "tests/integrations/test_own_loops.py",
     ("recipes/guides/LOOPS.md", "import lightning"): "tests/integrations/test_own_loops.py",
+    ("recipes/guides/WATCHING.md", "phb.watch"): "tests/watching/test_guide.py",
     ("recipes/guides/SERVING.md", "vllm.entrypoints"): "tests/integrations/test_vllm.py",
     ("recipes/README.md", "recipes/sft.py"): "tests/recipes/test_recipes.py",
     ("recipes/small-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_small_recipes.py",

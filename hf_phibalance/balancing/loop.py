@@ -67,7 +67,7 @@ class Loop:
     def now(self) -> OptimizerStep:
         """The current optimizer step."""
         if self._now is None:
-            self._now = OptimizerStep(self._counts(), self.balancer.ranks)
+            self._now = OptimizerStep(self._counts(), self.balancer.ranks, self.balancer.config.only_counts)
         return self._now
 
     @property

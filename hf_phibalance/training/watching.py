@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ..balancing import find_balancer, get_balancer, patch, unpatch
+from ..files import quoted
 from ..watching import Thresholds, Watch
 from .attaching import attach
 from .callback import find_callback
@@ -43,6 +44,12 @@ def watch(
     Raises:
         ValueError: if the model has no routers that can be watched.
     """
+    if not isinstance(subject, Trainer | nn.Module):
+        raise TypeError(f"`subject` must be a Trainer or a torch.nn.Module, got {quoted(subject)}.")
+    if on_alert not in ("log", "raise"):
+        raise ValueError(f"`on_alert` must be 'log' or 'raise', got {quoted(on_alert)}.")
+    if not isinstance(thresholds, Thresholds | None):
+        raise TypeError(f"`thresholds` must be a watching.Thresholds, got {quoted(thresholds)}.")
     trainer = subject if isinstance(subject, Trainer) else None
     model: Any = subject if trainer is None else trainer.model
     was_patched = find_balancer(model) is not None
@@ -52,7 +59,7 @@ def watch(
         output_dir = trainer.args.output_dir
     found = Watch(model, output_dir, on_alert, thresholds)
     if not was_patched:
-        found.on_stop.append(lambda: unpatch(model) and None)
+        found.on_stop.append(lambda: unpatch(model))
     if trainer is not None:
         callback = find_callback(trainer)
         if callback is None or callback.detach is None:

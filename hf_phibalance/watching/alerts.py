@@ -19,6 +19,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -107,6 +108,14 @@ class _Layer:
         self.best = -math.inf  # greatest of them over N steps
         self.on: dict[str, set[int]] = {}  # alerts that have begun and not ended, and their experts
 
+    def scatter(self) -> float:
+        """
+        Returns the standard deviation of `used` between logs, from the median of the differences of neighbours: theirs is sqrt(2) times as
+        large, and a trend does not change it.
+        """
+        jumps = [abs(after - before) for before, after in pairwise(self.used)]
+        return statistics.median(jumps) * 1.4826 / math.sqrt(2) if len(jumps) >= ENOUGH else math.inf
+
 
 class Alerts:
     """
@@ -158,7 +167,8 @@ class Alerts:
         layer.steps += steps
         while layer.steps - layer.windows[0][0] >= self.thresholds.steps:
             layer.steps -= layer.windows.popleft()[0]
-        recent, probs = (sum(window[i] for window in layer.windows) for i in (1, 2))
+        recent = torch.stack([load for _, load, _ in layer.windows]).sum(0)
+        probs = torch.stack([summed for _, _, summed in layer.windows]).sum(0)
         if not recent.sum():
             return
         yield from self._collapsed(name, layer, load, recent)
@@ -198,11 +208,8 @@ class Alerts:
             layer.used.append(math.log(experts_in_use(load, top_k)))
         used = math.log(experts_in_use(recent, top_k))
         enough = layer.steps >= self.thresholds.steps
-        jumps = [abs(b - a) for a, b in zip(layer.used, list(layer.used)[1:])]
-        # scatter of a log, from the median of |difference of two|, whose standard deviation is sqrt(2) times as large
-        scatter = statistics.median(jumps) * 1.4826 / math.sqrt(2) if len(jumps) >= ENOUGH else math.inf
         factor = self.thresholds.collapse * (RECOVERED if "collapsed_layer" in layer.on else 1.0)
-        fallen = used < layer.best + math.log(factor) and layer.best - used > self._deviations * scatter
+        fallen = used < layer.best + math.log(factor) and layer.best - used > self._deviations * layer.scatter()
         rest = recent.sort().values[: experts - top_k]  # those outside the busiest
         alone = bool(len(rest)) and float(rest.mean() / recent.mean()) < self.thresholds.dead_load
         if enough and (fallen or alone):
@@ -244,9 +251,9 @@ class Alerts:
                 )  # fmt: skip
         elif unchanged is None or since < self.thresholds.steps:
             return
-        elif unchanged == 1 and not router["gradient"]:
+        elif router["gradient"] is False or (router["gradient"] is None and unchanged == 1):
             yield (
-                kind, set(), f"its weights have not changed in {since} steps: no gradient reaches them.",
+                kind, set(), f"no gradient has reached its weights in {since} steps.",
                 "Its output must depend on its weights. A top-1 weight that is scaled to 1, or scores that are detached, do not: "
                 "balance with coef=0.01, which gives the router a gradient, or freeze it by method='frozen'.",
             )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..balancing import Counts, Figures, PhiBalancer, describe_router, get_balancer
-from ..files import public_name, quoted, versions
+from ..files import public_name, versions
 from ..routers import canonical_name
 from .alerts import Alerts, RouterAlert, Thresholds, text_of
 from .records import RECORDS_NAME, append_record, layer_figures, plain, read_records
@@ -57,15 +57,11 @@ class Watch:
         on_alert: str = "log",
         thresholds: Thresholds | None = None,
     ) -> None:
-        if on_alert not in ("log", "raise"):
-            raise ValueError(f"`on_alert` must be 'log' or 'raise', got {quoted(on_alert)}.")
-        if not isinstance(thresholds, Thresholds | None):
-            raise TypeError(f"`thresholds` must be a watching.Thresholds, got {quoted(thresholds)}.")
         self.path = None if output_dir is None else Path(output_dir, RECORDS_NAME)
         self.on_alert, self.thresholds = on_alert, thresholds or Thresholds()
         self.alerts: list[dict[str, Any]] = []
         self.keeps_figures = True  # for the metrics of `log`; in a Trainer the callback of balancing keeps them
-        self.on_stop: list[Callable[[], None]] = []
+        self.on_stop: list[Callable[[], Any]] = []
         self._step = 0  # of the last log
         self._balancer: PhiBalancer | None = None
         self.follow(model)
@@ -87,7 +83,9 @@ class Watch:
         self._balancer, balancer.watcher = balancer, self._add
         self._finder: Alerts | None = None  # made at the first log, or when training begins
         self._weights: list[_Weights] = []  # of each router, from the first step on
-        self._gradients: list[Tensor | bool] = []
+        self._gradients: list[
+            Tensor | None
+        ] = []  # () for each router: whether one came in any step that was looked at
         self._since = 0  # steps since `_weights` were read
         self._forget()
 
@@ -118,7 +116,9 @@ class Watch:
         else:
             self._since += 1
         if balancer.measures_confidence:
-            self._gradients = [weights.has_gradient() for weights in self._weights]
+            found = [weights.has_gradient() for weights in self._weights]
+            before = self._gradients or [None] * len(found)
+            self._gradients = [now if then is None or now is None else now | then for now, then in zip(found, before)]
             balancer.measures_confidence = False
 
     # ------------------------------------------------------------------ the logs
@@ -155,7 +155,7 @@ class Watch:
         """Writes the line of a run that starts or resumes at `step`, and takes up what `moe.jsonl` has of it before."""
         root: Any = self.balancer.root
         config = getattr(root, "config", None)
-        run = {
+        run: dict[str, Any] = {
             "step": step,
             "model": public_name(getattr(config, "_name_or_path", "") or type(root).__name__),
             "model_type": getattr(config, "model_type", ""),
@@ -195,7 +195,7 @@ class Watch:
             figures[site.name]["router"] = weights.describe(gradient, self._since)
         row = {"step": step, "steps": steps, "tokens": int(totals[0]) if totals[0].isfinite() else None, "loss": loss}
         row = plain({name: value for name, value in row.items() if value is not None} | {"layers": figures})
-        began = [{"step": step, "alert": alert} for alert in self._finder.add(row)]
+        began: list[dict[str, Any]] = [{"step": step, "alert": alert} for alert in self._finder.add(row)]
         self.alerts += began
         self._write(row)
         if _is_first():
@@ -243,18 +243,23 @@ class _Weights:
         stride = sum(p.numel() for p in local) // SAMPLED | 1  # odd, so as not to take the same columns of all rows
         return torch.cat([p[::stride].float() for p in local]) if local else torch.zeros(0)
 
-    def has_gradient(self) -> Tensor | bool:
-        """Whether any trained weight has a gradient that is not 0; a tensor if only the device knows."""
+    def has_gradient(self) -> Tensor | None:
+        """Whether any trained weight has a gradient that is not 0, `()`. `None` without any, or if the engine keeps them elsewhere."""
         found = [_local(p.grad).any() for p in self.parameters if p.grad is not None]
-        return torch.stack(found).any() if found else False
+        return torch.stack(found).any() if found else None
 
-    def describe(self, gradient: Tensor | bool, since: int) -> dict[str, Any]:
+    def describe(self, gradient: Tensor | None, since: int) -> dict[str, Any]:
         """Returns what a row of `moe.jsonl` says of the weights, `since` steps after they were read."""
         found: dict[str, Any] = {"learns": self.learns, "experts": self.experts}
         if self.before.numel():
             unchanged = float((self.sample() == self.before).double().mean())
             dtype = str(self.parameters[0].dtype).removeprefix("torch.")
-            found |= {"dtype": dtype, "gradient": bool(gradient), "unchanged": unchanged, "since": since}
+            found |= {
+                "dtype": dtype,
+                "gradient": None if gradient is None else bool(gradient),
+                "unchanged": unchanged,
+                "since": since,
+            }
         return found
 
 

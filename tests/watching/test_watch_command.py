@@ -4,6 +4,7 @@ import io
 import re
 
 import pytest
+import torch
 from made_records import write_alert, write_collapse, write_row, write_run
 from rich.console import Console
 
@@ -45,6 +46,9 @@ def test_one_screen_is_plain_text_of_80_columns(tmp_path, capsys, monkeypatch):
 def test_a_screen_fits_the_terminal_and_shows_what_matters(tmp_path):
     """Of 20 layers, one collapses and one has a dead expert; of 8 alerts, the newest are shown."""
     sites = write_collapse(tmp_path, layers=20, experts=64, rows=60, collapsing=17)
+    loads = torch.full((20, 64), 100)
+    loads[[3, 4, 5], 0], loads[0, 63], loads[17, 0] = 300, 0, 2000
+    write_row(tmp_path, sites, 610, loads, loss=2.0)
     for step in range(1000, 1060, 10):
         write_alert(tmp_path, step, sites[17].name, reason="long " * 30, remedy="more " * 30)
     lines = shown(tmp_path, height=34)
