@@ -6,6 +6,7 @@ from . import maths as maths
 from . import models as models
 from . import routers as routers
 from . import tasks as tasks
+from . import watching as watching
 from .balancing import PhiBalancer as PhiBalancer
 from .balancing import calibrate as calibrate
 from .balancing import get_balancer as get_balancer
@@ -36,3 +37,5 @@ from .training import audit as audit
 from .training import doctor as doctor
 from .training import last_checkpoint as last_checkpoint
 from .training import lora_config as lora_config
+from .training import watch as watch
+from .watching import RouterAlert as RouterAlert

@@ -212,6 +212,11 @@ class PhiBalanceConfig:
         return self.coef > 0 or self.z_loss_coef > 0 or self.sequence_coef > 0
 
     @property
+    def only_counts(self) -> bool:
+        """Whether this config changes nothing and keeps nothing. A model under it is saved as one that is not patched."""
+        return self.method == "none" and not self.is_on
+
+    @property
     def statistics(self) -> tuple[str, ...]:
         """The statistics whose means are kept, in a fixed order."""
         return tuple(name for name in STATISTICS if name in (self.track, self.bias_track))

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import pytest
 from forked import run_script
+from made_records import write_collapse
 from paths import ROOT
 from tiny import tiny_model
 
@@ -40,6 +41,7 @@ TESTED_ELSEWHERE = {
     ("recipes/guides/LOOPS.md", "import lightning"): "tests/integrations/test_own_loops.py",
     ("recipes/guides/AUDIT.md", "phb.audit(trainer)"): "tests/diagnosis/test_audit.py",
     ("recipes/guides/AUDIT.md", "accumulation and ranks"): "tests/diagnosis/test_audit.py",
+    ("recipes/guides/WATCHING.md", "phb.watch"): "tests/watching/test_guide.py",
     ("recipes/guides/SERVING.md", "vllm.entrypoints"): "tests/integrations/test_vllm.py",
     ("recipes/README.md", "recipes/sft.py"): "tests/recipes/test_recipes.py",
     ("recipes/small-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_small_recipes.py",
@@ -139,7 +141,7 @@ def test_table_of_families_is_current():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with what the commands name: a model with a selection bias, data, and sources."""
+    """A folder with what the commands name: a model with a selection bias, the records of its training, data, and sources."""
     import torch
 
     import hf_phibalance as phb
@@ -156,6 +158,7 @@ def place(tmp_path_factory):
     for name in ("results/tiny-cpu/mixtral", "results/mine", "results/x"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    write_collapse(folder / "results/mine")
     (folder / "gsm8k").mkdir()
     for split in ("train", "test"):
         rows = splits[split]

@@ -28,7 +28,7 @@ from . import saving  # noqa: F401  registers its wrappers
 from .balancer import PhiBalancer
 from .changes import announce_switched_off
 from .checks import describe_router, warn_of_rounded_routers
-from .counts import Figures
+from .counts import Counts, Figures
 from .gradient import auxiliary_gradient
 from .observation import Ascent, Batch, Look, Measurement, RandomState, calibrate, evaluating, looking, repeatable
 from .patching import (
@@ -49,6 +49,7 @@ from .tokens import count_padding, refuse_virtual_tokens
 __all__ = [
     "Ascent",
     "Batch",
+    "Counts",
     "Figures",
     "Look",
     "Measurement",

@@ -6,7 +6,7 @@ import copy
 import os
 import statistics
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,8 @@ class PhiBalancer:
         self._adapter_layer: weakref.ref[nn.Module] | None = None
         self._adapter_names: tuple[str, ...] = ()
         self._is_held = False
+        self.watcher: Callable[[Counts], None] | None = None  # called with the counts of each optimizer step
+        self.measures_confidence = False  # whether forwards also sum how sure the routers are
         self.loop = Loop(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -235,6 +237,11 @@ class PhiBalancer:
     def has_bias(self) -> bool:
         """Whether a selection bias is in force."""
         return self.duals.has_bias
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the model is saved with a state. One that only counts, and has no selection bias of ours, has none."""
+        return self.has_bias or not self.config.only_counts
 
     def means(self, statistic: str | None = None) -> dict[str, Tensor]:
         """EMA m of the routing distribution, of `"probs"` or `"load"` (default: `config.track`), by layer name, each `(E,)` fp32."""

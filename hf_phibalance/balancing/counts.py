@@ -17,6 +17,7 @@ Sums over tokens, and the metrics computed from them. Shapes: L routers, E exper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -41,11 +42,14 @@ class Counts:
 
     def __init__(self, shape: tuple[int, int], device: torch.device, extra: int = 0) -> None:
         number = shape[0] * shape[1]
+        sizes = [2 * number, 4 * shape[0], 5, extra * number]
         with torch.inference_mode(False):  # an evaluation may begin inside inference mode and end outside
-            self.flat = torch.zeros((2 + extra) * number + 5, dtype=torch.float32, device=device)
-        sums, extras, totals = self.flat.split([2 * number, extra * number, 5])
+            self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        sums, confidence, totals, extras = self.flat.split(sizes)
         self.sums, self.extra = sums.view(2, *shape), extras.view(*shape, extra)
         self.probs, self.load = self.sums  # (L, E) routing probabilities, and top-k selections per expert
+        # (L, 4) greatest probability, that of the chosen experts, entropy in bits; and tokens. 0 unless they are measured
+        self.confidence = confidence.view(shape[0], 4)
         self.tokens = totals[0]  # () tokens that count
         self.replayed = totals[1]  # () forwards whose selection came from outside
         self.balance = totals[2]  # () Σ_routers Σ_tokens ⟨coef · q, p⟩
@@ -64,6 +68,14 @@ class Counts:
         own = self.probs[index, : site.num_experts]
         own.addmv_(probs.to(device=device, dtype=torch.float32).t(), mask)  # in place: autocast leaves it in fp32
         self.load[index].scatter_add_(0, chosen, tokens.repeated(mask, len(chosen) // len(mask)))
+
+    def add_confidence(self, index: int, site: RouterSite, probs: Tensor, selected: Tensor, tokens: Tokens) -> None:
+        """Adds how sure a router is, from the arguments of [`~Counts.add`]."""
+        device = self.flat.device
+        probs, chosen = probs.to(device=device, dtype=torch.float32), selected.reshape(len(probs), -1).to(device)
+        bits_T = torch.special.entr(probs).sum(-1) / math.log(2)
+        columns = [probs.amax(-1), probs.gather(-1, chosen).sum(-1), bits_T, torch.ones_like(bits_T)]
+        self.confidence[index].addmv_(torch.stack(columns), tokens.mask_at(site, len(probs)))
 
 
 @dataclass

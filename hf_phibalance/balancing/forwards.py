@@ -335,7 +335,10 @@ class Forwards:
                 "placeholder for each vector of an image, as the processor of the model makes them."
             )
         with unrecorded():
-            counts.add(index, site, routing_probs(logits.detach(), site.scoring), selected.detach(), tokens)
+            probs, chosen = routing_probs(logits.detach(), site.scoring), selected.detach()
+            counts.add(index, site, probs, chosen, tokens)
+            if self.balancer.measures_confidence:
+                counts.add_confidence(index, site, probs, chosen, tokens)
             if site.has_native_bias and counts.extra.numel():
                 by_logits = site.kind.traits.biases == "logits"
                 self._use_scores(index, logits if by_logits else SCORINGS[site.scoring].score(logits.float()))

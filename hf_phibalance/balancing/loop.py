@@ -67,7 +67,7 @@ class Loop:
     def now(self) -> OptimizerStep:
         """The current optimizer step."""
         if self._now is None:
-            self._now = OptimizerStep(self._counts(), self.balancer.ranks)
+            self._now = OptimizerStep(self._counts(), self.balancer.ranks, self.balancer.config.only_counts)
         return self._now
 
     @property
@@ -228,6 +228,8 @@ class Loop:
         self._notice_faults(step, counts)
         if is_first:  # which has waited for the device anyway
             self.say_faults()
+        if balancer.watcher is not None:
+            balancer.watcher(counts)
         balancer.duals.use_adapter(step.adapter)  # the adapter may be off now, for a reference model
         may_be_skipped = shared or isinstance(skipped, Tensor)
         balancer.duals.update(counts, may_be_skipped)

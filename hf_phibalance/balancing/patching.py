@@ -244,7 +244,7 @@ def _mark(balancer: PhiBalancer) -> None:
         root.register_forward_pre_hook(_push_labels, with_kwargs=True)
         root.register_forward_hook(_pop_labels, always_call=True)
         wrap_forward(root, _forward_with_labels, undo)  # PEFT calls it around the hooks
-    if hasattr(root, "config"):
+    if hasattr(root, "config") and balancer.is_saved:
         undo.set(root.config, "phi_balance", balancer.config.to_dict())
 
 
@@ -280,7 +280,10 @@ def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
     if not config.is_on:
         patch.built_in.restore()
     if hasattr(balancer.root, "config"):
-        vars(balancer.root.config)["phi_balance"] = config.to_dict()
+        if balancer.is_saved:
+            patch.undo.set(balancer.root.config, "phi_balance", config.to_dict())
+        else:
+            vars(balancer.root.config).pop("phi_balance", None)
     forget_compiled_code()
 
 

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 def _save_model(inner: Callable, root: Any, *args: Any, **kwargs: Any) -> Any:
     """Writes the state next to the weights. These have no bias, and the config is as without balancing."""
     balancer = find_balancer(root)
-    if balancer is None:
+    if balancer is None or not balancer.is_saved:
         return inner(root, *args, **kwargs)
     follow_root(balancer, root)
     if has_other_experts(balancer):
@@ -72,7 +72,7 @@ def _warn_about_plain_load(balancer: PhiBalancer) -> None:
 def _save_adapters(inner: Callable, model: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
     """Writes a state next to each adapter that has one."""
     balancer = find_balancer(model) if kwargs.get("is_main_process", True) else None
-    if balancer is not None and not (dist.is_initialized() and dist.get_rank()):
+    if balancer is not None and balancer.is_saved and not (dist.is_initialized() and dist.get_rank()):
         balancer.follow_adapter()
         for name in [balancer.duals.adapter, *(other for other in balancer.duals.by_adapter if other is not None)]:
             with balancer.using_adapter(name):

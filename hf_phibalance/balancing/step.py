@@ -68,8 +68,9 @@ class Forward:
 class OptimizerStep:
     """The current optimizer step: `counts` begins empty, `ranks` is the number of ranks that average gradients."""
 
-    def __init__(self, counts: Counts, ranks: int) -> None:
+    def __init__(self, counts: Counts, ranks: int, only_counts: bool = False) -> None:
         self.counts, self.ranks = counts, ranks
+        self.only_counts = only_counts  # no weight of a token is needed, so nothing need be announced
         self.number: int | None = None  # of micro-batches, if announced
         self.tokens: Tensor | None = None  # () N, if announced by batches
         self.expected: Tensor | None = None  # () tokens of all announcements, if all were by batches
@@ -148,7 +149,7 @@ class OptimizerStep:
             if self.parts is not None and index is not None and index < len(self.parts):
                 return scale * self.parts[index] / (announced * tokens)
             return scale / announced
-        if index is None and self.settled - self.first >= number:
+        if index is None and self.settled - self.first >= number and not self.only_counts:
             raise RuntimeError(
                 f"this is backward number {self.settled - self.first + 1} of an optimizer step that was to have {number}, so each "
                 "token's share of the coefficient is not known. Call get_balancer(model).begin_step(batches), or "
@@ -166,7 +167,7 @@ class OptimizerStep:
     def complaint(self) -> str | None:
         """A warning, if the step was announced by number and had another number of backwards."""
         number, came = self.number or accelerate_steps(), self.settled - self.first
-        if self.tokens is not None or came == number:
+        if self.tokens is not None or came == number or self.only_counts:
             return None
         return (
             f"an optimizer step of {number} announced micro-batches had {came} backwards, so it received "

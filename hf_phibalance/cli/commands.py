@@ -1,4 +1,4 @@
-"""The commands `inspect`, `doctor` and `export`. Each imports what it needs only when it runs, so that `--help` is fast."""
+"""The commands `inspect`, `doctor`, `export` and `watch`. Each imports what it needs only when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -153,6 +153,28 @@ def run_export(args: argparse.Namespace, command: list[str]) -> int:
         report = export(args.model, args.destination, args.texts, **options)
     _write_json(report.to_dict(), args.json)
     console.print(f"An ordinary checkpoint in {escape(printable(args.destination))}", highlight=False)
+    return 0
+
+
+def run_watch(args: argparse.Namespace, command: list[str]) -> int:
+    _check_file("html", args.html)
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from ..inspection import html_report
+    from .runs import Run, follow, screen
+
+    console = Console()
+    if args.html:
+        run = Run(args.folder)
+        words = list(map(printable, command))
+        _write(html_report(run.inspection(), command=words, run=run.for_page()), args.html)
+        console.print(f"HTML report in {escape(printable(args.html))}", highlight=False)
+    elif args.once or not console.is_terminal:
+        console.print(screen(Run(args.folder), console))
+    else:
+        follow(args.folder, console)
     return 0
 
 

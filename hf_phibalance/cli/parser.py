@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..files import STATE_NAME
-from .commands import run_doctor, run_export, run_inspect
+from .commands import run_doctor, run_export, run_inspect, run_watch
 
 
 MODEL = "folder or Hub name of a MoE model or PEFT adapter"
@@ -16,12 +16,13 @@ PATHS = "A path is a file, a folder or a quoted glob: plain text, or rows (.json
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="phibalance", description="Inspects, checks and exports Mixture-of-Experts models."
+        prog="phibalance", description="Inspects, checks, watches and exports Mixture-of-Experts models."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_inspect(commands)
     _add_doctor(commands)
     _add_export(commands)
+    _add_watch(commands)
     return parser
 
 
@@ -137,6 +138,21 @@ def _add_export(commands: Any) -> None:
         help="do not load the result again to compare it, which needs the model's memory once more",
     )
     _add_loading(export)
+
+
+def _add_watch(commands: Any) -> None:
+    watch = commands.add_parser(
+        "watch",
+        help="show the routers of a training that is going on: loads, MaxVio, dead experts, alerts",
+        description="Shows what phb.watch(trainer) records, as the training goes on, until Ctrl-C. Where the output is no "
+        "terminal, it shows one screen of plain text.",
+    )
+    watch.set_defaults(run=run_watch, after_error=1)
+    watch.add_argument("folder", help="output_dir of the training")
+    watch.add_argument("--once", action="store_true", help="show one screen with all layers and alerts, and end")
+    watch.add_argument(
+        "--html", metavar="FILE", help="write the page of `inspect` about the training so far to FILE, and end"
+    )
 
 
 def _add_texts(command: Any, metavar: str, text: str, field: str = "[NAME=]FIELD", required: bool = False) -> None:

@@ -218,7 +218,7 @@ class _UploadCallback(TrainerCallback):
 
     def on_push_begin(self, args, state, control, model=None, **kwargs) -> None:
         balancer = find_balancer(model)
-        if balancer is not None and state.is_world_process_zero:
+        if balancer is not None and balancer.is_saved and state.is_world_process_zero:
             balancer.save(str(args.output_dir))
 
 
@@ -242,7 +242,7 @@ def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = No
         before = path.read_text(encoding="utf-8", errors="replace") if is_writer and path.is_file() else ""
         create(*args, **kwargs)
         balancer = find_balancer(trainer.model)  # type: ignore[arg-type]
-        if not is_writer or balancer is None or not path.is_file():
+        if not is_writer or balancer is None or not balancer.is_saved or not path.is_file():
             return
         if CARD_MARK in before:
             path.write_text(before, encoding="utf-8")

@@ -16,8 +16,8 @@ html_report(Comparison(before, after))
 
 from .comparing import Comparison
 from .counting import inspect_model
-from .reports import html_report, print_comparison, print_inspection
-from .results import Inspection
+from .reports import html_report, load_strip, print_comparison, print_inspection
+from .results import Inspection, Layer
 from .texts import Domain, TextStream, check_same_ids, check_texts, padded_batches, padding_of, parse_domains
 
 
@@ -25,11 +25,13 @@ __all__ = [
     "Comparison",
     "Domain",
     "Inspection",
+    "Layer",
     "TextStream",
     "check_same_ids",
     "check_texts",
     "html_report",
     "inspect_model",
+    "load_strip",
     "padded_batches",
     "padding_of",
     "parse_domains",

@@ -158,18 +158,28 @@ def print_comparison(comparison: Comparison, console: Console, top: int = 5) -> 
         console.print(Text(f"Note: {note}"), style="yellow")
 
 
-def html_report(found: Inspection | Comparison, top: int = 10, command: Sequence[str] | None = None) -> str:
+def html_report(
+    found: Inspection | Comparison,
+    top: int = 10,
+    command: Sequence[str] | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> str:
     """
     Returns an inspection or a comparison as one HTML page that loads nothing else. It follows the reader's light or dark theme.
 
     Args:
         found (`Inspection` or `Comparison`):
-            The result of [`inspect_model`], or two of them. The page describes the second model, and what changed.
+            The result of [`inspect_model`], or two of them, or the records of a training run. Of two models, the page describes the
+            second, and what changed.
         top (`int`, *optional*, defaults to `10`): Longest list of specialists of a domain.
         command (`Sequence[str]`, *optional*): The command line to show. Folders are left out.
+        run (`Mapping`, *optional*):
+            The training run, if the domains are its stretches of steps: `description`, `versions`, `alerts`, and the lines of the
+            pictures over its steps: `steps`, `max_vio`, `worst`, `floor`, `loss_steps` and `loss`.
     """
     comparison = found if isinstance(found, Comparison) else None
     inspection = found.after if isinstance(found, Comparison) else found
+    overall, used = inspection.summary("overall"), run["versions"] if run else versions()
     layers, several = inspection.layers, len(inspection.domains) > 1
     information = [specialisation_figures(layer.halves, layer.top_k) for layer in layers] if several else []
     by_bits = sorted(range(len(information)), key=lambda index: -information[index]["mutual_information"])
@@ -179,8 +189,9 @@ def html_report(found: Inspection | Comparison, top: int = 10, command: Sequence
     sides = {"after": inspection} if comparison is None else {"before": comparison.before, "after": inspection}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=_title(inspection),
-        description=_description(inspection),
-        cutting=_cutting(inspection),
+        description=run["description"] if run else _description(inspection),
+        cutting="" if run else _cutting(inspection),
+        run=run,
         inspection=inspection,
         layers=layers,
         labels=layer_labels([layer.name for layer in layers]),
@@ -193,7 +204,7 @@ def html_report(found: Inspection | Comparison, top: int = 10, command: Sequence
             when: {scope: [side.loads(layer, scope) for layer in side.layers] for scope in side.scopes()}
             for when, side in sides.items()
         },
-        headings=HEADINGS,
+        headings={name: heading for name, heading in HEADINGS.items() if not math.isnan(overall[name])},
         dead=DEAD_THRESHOLD,
         information=information,
         lifts=[_lifts(layer.counts) for layer in layers],
@@ -205,7 +216,7 @@ def html_report(found: Inspection | Comparison, top: int = 10, command: Sequence
         before=comparison and {"title": _title(comparison.before), "description": _description(comparison.before)},
         tokens=_token_view(list(sides.values())),
         command=command and without_paths([_without_folder(word) for word in command]),
-        versions={name: versions()[name] for name in ("hf_phibalance", "torch", "transformers") if name in versions()},
+        versions={name: used[name] for name in ("hf_phibalance", "torch", "transformers") if name in used},
     )
 
 
@@ -312,7 +323,7 @@ def _print_loads(console: Console, rows: Sequence[tuple[str, Sequence[float]]]) 
     console.print(Text("Load of each expert: ▄ is the fair share, × less than a twentieth of it", style="italic"))
     width = max(len(label) for label, _ in rows)
     for label, relative in rows:
-        strip, room = _load_strip(relative), max(console.width - width - 1, 8)
+        strip, room = load_strip(relative), max(console.width - width - 1, 8)
         for start in range(0, len(strip), room):
             console.print(Text(f"{'' if start else label:<{width}} ") + strip[start : start + room])
 
@@ -321,7 +332,7 @@ def _dimmed(text: str) -> Text:
     return Text(text, style="dim" if text.startswith("≈") else "")
 
 
-def _load_strip(relative: Sequence[float]) -> Text:
+def load_strip(relative: Sequence[float]) -> Text:
     """Returns one character for the relative load of each expert."""
     strip = Text()
     for value in relative:

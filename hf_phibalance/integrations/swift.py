@@ -6,6 +6,8 @@ from hf_phibalance.integrations import swift
 
 swift.register(coef=0.01)
 ```
+
+`swift.register(watch=True)` watches the routers ([`watch`]) without balancing them, `swift.register(watch=True, coef=0.01)` does both.
 """
 
 from __future__ import annotations
@@ -18,21 +20,28 @@ from swift.callbacks import callbacks_map
 
 from ..balancing import patch
 from ..config import PhiBalanceConfig
-from ..training import PhiBalanceCallback, attach
+from ..training import PhiBalanceCallback, attach, watch
 
 
 NAME = "phi_balance"
 
 
-def register(**fields: Any) -> None:
-    """Makes `--callbacks phi_balance` known to ms-swift. `fields` are those of [`PhiBalanceConfig`], which checks them."""
-    callbacks_map[NAME] = functools.partial(SwiftCallback, PhiBalanceConfig.from_dict(fields))
+def register(*, watch: bool = False, **fields: Any) -> None:
+    """
+    Makes `--callbacks phi_balance` known to ms-swift.
+
+    Args:
+        watch (`bool`, *optional*, defaults to `False`): whether to watch the routers; without `fields`, nothing is balanced.
+        fields: those of [`PhiBalanceConfig`], which checks them.
+    """
+    config = PhiBalanceConfig.from_dict({"method": "none"} if watch and not fields else fields)
+    callbacks_map[NAME] = functools.partial(SwiftCallback, config, watch)
 
 
 class SwiftCallback(PhiBalanceCallback):
     """Patches and attaches in `on_init_end`, since ms-swift makes a trainer's callbacks before its model is there."""
 
-    def __init__(self, config: PhiBalanceConfig, args: Any, trainer: Any) -> None:
+    def __init__(self, config: PhiBalanceConfig, is_watched: bool, args: Any, trainer: Any) -> None:
         super().__init__()
         if config.is_on and args.router_aux_loss_coef:
             raise ValueError(
@@ -44,7 +53,7 @@ class SwiftCallback(PhiBalanceCallback):
                 f"--sequence_parallel_size {trainer.template.sequence_parallel_size} splits a sequence over ranks, whose "
                 "tokens are then counted as if they were different sequences'. Set --sequence_parallel_size 1."
             )
-        self.config = config
+        self.config, self.is_watched = config, is_watched
         self.trainer = trainer
 
     def on_init_end(self, args: Any, *others: Any, **kwargs: Any) -> None:
@@ -55,3 +64,5 @@ class SwiftCallback(PhiBalanceCallback):
             )
         patch(self.trainer.model, self.config)
         attach(self.trainer)
+        if self.is_watched:
+            watch(self.trainer)

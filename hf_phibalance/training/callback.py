@@ -103,7 +103,7 @@ class PhiBalanceCallback(TrainerCallback):
         reload_converted_weights(self.balancer.root, Path(best))
         if state_in(best) is not None:
             self.balancer.load(best)
-        else:
+        elif self.balancer.is_saved:
             logger.warning(
                 f"The best checkpoint {best} has no {STATE_NAME}: its weights get the duals of the last step."
             )
@@ -144,6 +144,8 @@ class PhiBalanceCallback(TrainerCallback):
         if state_in(folder) is not None:
             reload_converted_weights(self.balancer.root, folder)
             self.balancer.load(folder)
+        elif not self.balancer.is_saved:
+            reload_converted_weights(self.balancer.root, folder)
         elif self.fresh_duals:
             logger.warning(
                 f"There is no {STATE_NAME} in {folder}: training resumes with fresh duals, as fresh_duals=True asks."

@@ -89,7 +89,7 @@ def save_in_order(trainer: Any, balancer: PhiBalancer, folder: Path, save: Calla
         is_filled = True
         flush_tree(folder)
         trainer.accelerator.wait_for_everyone()
-        if writes:
+        if writes and balancer.is_saved:
             balancer.save(folder)
 
     def mark_filled(json_path: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..balancing import PhiBalancer, RandomState, find_balancer
+from ..balancing import PhiBalancer, RandomState, find_balancer, get_balancer
 from ..diagnosis import Check, DoctorReport, StepRecorder, Subject, run_checks
 from ..routers import predicts_tokens, unwrap
 from .batches import generates, leaving_order, model_inputs
@@ -250,7 +250,8 @@ def refuse_unknown_scaling(trainer: Any, process_group: dist.ProcessGroup | None
             f"this process drives {trainer.args.n_gpu} GPUs by torch.nn.DataParallel, whose threads would count into the "
             "same statistics. Launch one process per GPU (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES."
         )
-    if trainer.is_deepspeed_enabled and trainer.args.fp16:
+    is_on = get_balancer(trainer.model).config.is_on
+    if is_on and trainer.is_deepspeed_enabled and trainer.args.fp16:
         raise ValueError(
             "DeepSpeed keeps its fp16 loss scale to itself, so the strength of the price gradient would be unknown. "
             "Train with bf16=True."

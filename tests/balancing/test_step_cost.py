@@ -89,6 +89,19 @@ def test_a_step_reads_nothing_off_the_device(model_type, case, checkpointing, mo
     assert balancer.steps == 2 and any(price.abs().max() > 1e-3 for price in balancer.prices().values())
 
 
+def test_a_watched_step_reads_nothing_off_the_device(monkeypatch):
+    model, batches = tiny_model("mixtral").train(), [tiny_batch(tiny_model("mixtral"))]
+    step(model, batches)
+    with counted_reads(monkeypatch) as unwatched:
+        step(model, batches)
+    balancer = phb.watch(model).balancer
+    for _ in range(2):
+        step(model, batches, balancer)
+    with counted_reads(monkeypatch) as watched:
+        step(model, batches, balancer)
+    assert watched - unwatched == {"tolist": 1}
+
+
 def test_metrics_read_the_device_only_when_logging(monkeypatch, tmp_path):
     """A trainer that logs at every third step reads there what the callback logs, and nothing in between."""
     reads = {}
@@ -147,7 +160,7 @@ def test_one_all_reduce_a_step(case, announced, two_ranks):
             collectives = {name: count for (name, space), count in operators.seen.items() if space.startswith("c10d")}
             assert collectives == {"allreduce_": 2 + len(once)}
             assert sizes[:-1] == [1, *once]
-            assert 0 < sizes[-1] - 2 * 8 * layers < 8  # probs, load; tokens, replays, what they paid
+            assert 0 < sizes[-1] - (2 * 8 + 4) * layers < 8  # probs, load, confidence; tokens, replays, what they paid
 
 
 # Operators that start no kernel: what they return is a view, or no tensor.
@@ -161,7 +174,9 @@ def kernels(layers, config=None, built_in=False):
     """How many a step of one micro-batch takes, forward, backward and duals, on a Mixtral of so many layers."""
     model = tiny_model("mixtral", num_hidden_layers=layers, output_router_logits=built_in).train()
     balancer = None
-    if config is not None:
+    if config == "watched":
+        balancer = phb.watch(model).balancer
+    elif config is not None:
         phb.patch(model, config)
         balancer = phb.get_balancer(model)
     batch = tiny_batch(model)
@@ -179,8 +194,8 @@ def added_by_a_router(config=None, built_in=False):
 
 @pytest.mark.parametrize(
     ("config", "most"),
-    [({}, 4), ({"coef": 0.0, "bias_coef": 0.003}, 6), ({"bias_coef": 0.003}, 7)],
-    ids=["price", "bias", "both"],
+    [("watched", 3), ({}, 4), ({"coef": 0.0, "bias_coef": 0.003}, 6), ({"bias_coef": 0.003}, 7)],
+    ids=["watched", "price", "bias", "both"],
 )
 def test_kernels_that_a_router_adds(config, most):
     """A number that depends on no machine: much less than the loss of transformers takes."""

@@ -1,4 +1,4 @@
-"""The HTML page, also in a real browser: headless Chromium."""
+"""The HTML page of texts and of a watched run, also in a real browser: headless Chromium."""
 
 import html
 import json
@@ -9,9 +9,11 @@ import urllib.parse
 
 import pytest
 import torch
+from made_records import write_collapse
 
-from hf_phibalance.inspection import Comparison, Inspection, html_report
-from hf_phibalance.inspection.results import Example, Layer
+from hf_phibalance.cli.runs import Run
+from hf_phibalance.inspection import Comparison, Inspection, Layer, html_report
+from hf_phibalance.inspection.results import Example
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -129,10 +131,13 @@ def said(inspections, token, layer):
 def test_the_page_in_a_browser(tmp_path, theme):
     """Wide and narrow: no message in the console, nothing cut off, nothing to scroll sideways; the pointer shows values."""
     pair = [inspected(layers=2, experts=300, domains=("x" * 300, "y"), seed=seed, examples=2) for seed in range(2)]
+    write_collapse(tmp_path, layers=12, experts=64)
+    run = Run(str(tmp_path))
     shown = inspected(examples=3)
     assert len(html_report(inspected())) < 200_000  # so that 61 layers of 384 experts stay below 5 MB
-    made = [[shown], [inspected(layers=1, experts=8, domains=("x" * 300,))], pair]
-    pages, widths = [html_report(found[0] if len(found) < 2 else Comparison(*found)) for found in made], [1280, 390]
+    made = [[shown], [inspected(layers=1, experts=8, domains=("x" * 300,))], pair, [run.inspection()]]
+    pages = [html_report(found[0] if len(found) < 2 else Comparison(*found)) for found in made[:3]]
+    pages, widths = [*pages, html_report(made[3][0], run=run.for_page())], [1280, 390]
     frames = [
         f'<iframe style="width:{width}px; height:900px; border:0" srcdoc="{html.escape(page)}"></iframe>'
         for page in pages
@@ -146,7 +151,7 @@ def test_the_page_in_a_browser(tmp_path, theme):
     found = re.search("MEASURED(.*)DONE</body>", done.stdout)
     assert found and "CONSOLE" not in done.stderr, done.stderr
     measured = json.loads(urllib.parse.unquote(found[1]))
-    assert [frame["page"] for frame in measured] == widths * 3
+    assert [frame["page"] for frame in measured] == widths * 4
     for frame, inspections in zip(measured, [found for found in made for _ in widths]):
         assert not frame["bad"] and not frame["loaded"]
         check_tokens(frame["tokens"], inspections)
@@ -155,7 +160,9 @@ def test_the_page_in_a_browser(tmp_path, theme):
         load = layer.counts.sum(0).double()
         assert frame["tips"][0] == f"layer 0, expert 0: {load[0] / load.mean():.2f}× the fair share"
         plotted = [f": {first.layer_figures(layer)['overall']['max_vio']:.4f}"]
-        if len(inspections) > 1:
+        if inspections is made[3]:
+            plotted = [f": {run.curves(30)['max_vio'][0]:.4f}"]
+        elif len(inspections) > 1:
             differ = Comparison(*inspections).layer_figures[0]
             plotted = [f"{scope}: {figures['differ']:.4f}" for scope, figures in differ.items()]
         assert all(text in frame["tips"][1] for text in plotted)

@@ -19,6 +19,7 @@ import hf_phibalance as phb
 from hf_phibalance.files import STATE_NAME
 from hf_phibalance.models.tiny import build_model, train_tokenizer
 from hf_phibalance.tasks import make_splits
+from hf_phibalance.watching import read_records
 
 
 pytest.importorskip("axolotl", reason="Axolotl pins versions of its own: see recipes/environments")
@@ -177,12 +178,15 @@ def check_merged(made, config, adapted):
     assert len(routers) == 2 and not any(torch.equal(start[name], merged.get_parameter(name)) for name in routers)
 
 
-def test_at_strength_zero_axolotl_trains_as_without_the_plugin(made):
+def test_at_strength_zero_and_watched_axolotl_trains_as_without_the_plugin(made):
     _, counted = train(made, "counted", phi_balance={"coef": 0.0})
     _, plain = train(made, "plain", plugins=None, phi_balance=None)
     _, off = train(made, "off", phi_balance=False)
-    assert_same_files(plain, counted, "model.safetensors")
-    assert_same_files(plain, off, "model.safetensors")
+    _, watched = train(made, "watched", phi_balance=None, watch=True)
+    for other in (counted, off, watched):
+        assert_same_files(plain, other, "model.safetensors")
+    assert [row["step"] for row in read_records(watched).rows] == [1, 2, 3, 4]
+    assert not list(watched.glob(f"**/{STATE_NAME}"))
     assert (counted / "checkpoint-2" / STATE_NAME).is_file()
     assert not (plain / STATE_NAME).exists() and not (off / STATE_NAME).exists()
 
@@ -194,7 +198,8 @@ def test_at_strength_zero_axolotl_trains_as_without_the_plugin(made):
         ({"phi_balance": {"coef": -1.0}}, "`coef` must lie in"),
         ({"phi_balance": {"method": "loss_free", "coef": 0.5}}, "method='loss_free' does not read it"),
         ({"phi_balance": 0.01}, "`phi_balance` must be a PhiBalanceConfig"),
-        ({"phi_balance": None}, "phi_balance\n *Field required"),
+        ({"phi_balance": None}, "phi_balance is missing"),
+        ({"phi_balance": None, "watch": True, "streaming": True}, "{method: none, token_mask: labels}"),
         ({"overrides_of_model_config": {"router_aux_loss_coef": 0.02}}, "router_aux_loss_coef: 0.02 adds a second"),
         ({"overrides_of_model_config": {"output_router_logits": True}}, "output_router_logits: True adds a second"),
         ({"streaming": True}, "streaming: true with sample_packing fills.*token_mask: labels"),

@@ -16,6 +16,8 @@ pytest.importorskip("llamafactory", reason="LLaMA-Factory pins versions of its o
 
 from tool_runs import COEF, assert_merged, effective, log_of, run, write_inputs
 
+from hf_phibalance.watching import read_records
+
 
 TOOL = "llamafactory"
 OURS = [sys.executable, "-m", "hf_phibalance.integrations.llamafactory", "train"]
@@ -126,6 +128,15 @@ def test_overrides_reach_the_configuration(inputs):
     out = train(inputs, "overridden", "mixtral", {"coef": COEF}, overrides=["phi_balance.coef=0"]) / "out"
     rows = [row for row in log_of(out) if "loss" in row]
     assert len(rows) == 2 and all("moe/max_vio" in row and "moe/balance_loss" not in row for row in rows)
+
+
+def test_a_watched_run_ends_as_llamafactory_alone(inputs):
+    alone = train(inputs, "alone", "mixtral", learning_rate=0.01)
+    watched = train(inputs, "watched", "mixtral", balance=False, learning_rate=0.01, watch=True)
+    expected, found = (load_file(run / "out" / "model.safetensors") for run in (alone, watched))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    assert [row["step"] for row in read_records(watched / "out").rows] == [1, 2]
+    assert not list(watched.glob("**/phi_balance.state"))
 
 
 BALANCED = {"phi_balance": {"coef": 0.01}}

@@ -15,9 +15,12 @@ pytest.importorskip("swift", reason="ms-swift pins versions of its own: see reci
 
 from tool_runs import COEF, assert_merged, effective, log_of, run, write_inputs
 
+from hf_phibalance.watching import read_records
+
 
 TOOL = "ms-swift"
 PLUGIN = f"from hf_phibalance.integrations import swift\n\nswift.register(coef={COEF})\n"
+WATCHING = "from hf_phibalance.integrations import swift\n\nswift.register(watch=True)\n"
 REWARD = """
 from swift.rewards import ORM, orms
 
@@ -71,7 +74,7 @@ def inputs(tmp_path_factory):
     told = [[*ask, {"role": "assistant", "content": row["answer"]}] for ask, row in zip(asked, rows)]
     for name, conversations in (("sft", told), ("rl", asked)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations))
-    for name, text in (("plugin", PLUGIN), ("reward", REWARD), ("packing", PACKING)):
+    for name, text in (("plugin", PLUGIN), ("watching", WATCHING), ("reward", REWARD), ("packing", PACKING)):
         (folder / f"{name}.py").write_text(text)
     return folder
 
@@ -176,6 +179,17 @@ def test_a_trained_adapter_is_merged(inputs):
     command = ["swift", "export", "--adapters", str(adapter), "--merge_lora", "true", "--output_dir", "whole"]
     run([*command, "--use_hf", "true", "--torch_dtype", "float32"], folder)
     assert_merged(inputs / "qwen3_moe", adapter, folder / "whole", "mlp.gate.weight", "mlp.experts.down_proj")
+
+
+def test_a_watched_run_ends_as_swift_alone(inputs):
+    changes = {"learning_rate": "0.01"}
+    alone = train(inputs, "alone", "mixtral", *FULL, changes=changes)
+    plugin = ["--external_plugins", "watching.py", "--callbacks", "phi_balance"]
+    watched = train(inputs, "watched", "mixtral", *FULL, *plugin, changes=changes)
+    expected, found = (load_file(run / "out" / "checkpoint-2" / "model.safetensors") for run in (alone, watched))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    assert [row["step"] for row in read_records(watched / "out").rows] == [1, 2]
+    assert not list(watched.glob("**/phi_balance.state"))
 
 
 def test_a_second_auxiliary_loss_is_refused(inputs):

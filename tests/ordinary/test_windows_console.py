@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from forked import call
+from made_records import write_collapse
 from made_texts import make_tokenizer, words
 from paths import ROOT
 from tiny import tiny_model
@@ -60,6 +61,13 @@ def test_each_command_ends_well_and_writes_its_json(folder, tmp_path, command, t
     assert report and "? ? ?" in done.stdout and (to == "-" or shown)
     if command == "doctor":
         assert any("φ-balancing" in check["finding"] for check in report["checks"])
+
+
+def test_watch_ends_well(tmp_path):
+    write_collapse(tmp_path)
+    done = call(on_code_page_1252, cli.main, ["watch", str(tmp_path), "--once"])
+    assert done.returncode == 0, done.stderr
+    assert "layer 1" in done.stdout and "dead experts" in done.stdout and "? ? ?" in done.stdout
 
 
 def test_a_recipe_ends_well(tmp_path):

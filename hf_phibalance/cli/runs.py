@@ -1,0 +1,216 @@
+"""A watched run: its records as one screen of the terminal, and as an [`Inspection`] for the page of `inspect`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..files import layer_labels, printable, public_name, quoted
+from ..inspection import Inspection, Layer, load_strip
+from ..maths import relative_load
+from ..watching import CONFIDENCE, RECORDS_NAME, Records, read_records
+
+
+BARS = "▁▂▃▄▅▆▇█"
+POINTS = 200  # most points of a line on the page
+STRETCHES = 3  # of the run, compared on the page
+NEWEST = 3  # number of alerts on a screen that must fit the terminal
+PAUSE = 1.0  # seconds between two looks at the file
+
+
+class Run:
+    """The records of a watched run in `folder`. Raises `ValueError` if there are none."""
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder, RECORDS_NAME)
+        exists = self.path.is_file()
+        self.size = self.path.stat().st_size if exists else 0  # before it grows
+        records = read_records(self.path) if exists else Records()
+        if not records.run:
+            raise ValueError(
+                f"there is no {RECORDS_NAME} in {quoted(folder)}: name the output_dir of a training that is watched "
+                "(phb.watch(trainer) before trainer.train())."
+            )
+        self.about, self.rows = records.run, records.rows
+        self.routers = {router["name"]: router for router in self.about["routers"]}
+        self.labels = dict(zip(self.routers, map(printable, layer_labels(list(self.routers)))))
+        self.alerts = [self._in_words(**record) for record in records.alerts]
+        shape = [sorted({router[name] for router in self.about["routers"]}) for name in ("experts", "top_k")]
+        experts, top_k = (" or ".join(map(str, numbers)) for numbers in shape)
+        self.description = printable(
+            f"{self.about['model_type']}, {len(self.routers)} routers of {experts} experts, top-{top_k}; "
+            f"method: {self.about['method']}"
+        )
+
+    def _in_words(self, step: int, alert: dict[str, Any]) -> dict[str, str]:
+        """Returns title, reason and remedy of an alert."""
+        title = f"step {step}, {self.labels[alert['layer']]}: {alert['kind'].replace('_', ' ')}"
+        reason = alert["reason"][:1].upper() + alert["reason"][1:]
+        return {"title": title, "reason": printable(reason), "remedy": printable(alert["remedy"])}
+
+    def curves(self, points: int) -> dict[str, list[float]]:
+        """
+        Returns figures over the run, each as at most `points` numbers, which are means over successive records: `steps` (the
+        last), `max_vio`, `floor` and `loss`. `worst` is the greatest MaxVio of a layer.
+        """
+        size = math.ceil(len(self.rows) / points)
+        found: dict[str, list[float]] = {name: [] for name in ("steps", "max_vio", "worst", "floor", "loss")}
+        for start in range(0, len(self.rows), size):
+            rows = self.rows[start : start + size]
+            layers = [layer for row in rows for layer in row["layers"].values()]
+            found["steps"].append(rows[-1]["step"])
+            found["max_vio"].append(fmean(layer["max_vio"] for layer in layers))
+            found["worst"].append(max(layer["max_vio"] for layer in layers))
+            found["floor"].append(fmean(layer["noise_floor"] for layer in layers))
+            found["loss"].append(fmean(_number(row.get("loss")) for row in rows))
+        return found
+
+    def inspection(self) -> Inspection:
+        """
+        Returns the loads as an inspection, whose domains are stretches of the run. Its halves are every other record.
+
+        Raises:
+            ValueError: if no step was logged yet.
+        """
+        if not self.rows:
+            raise ValueError(f"no step is in {quoted(str(self.path))} yet: wait for the first log of the training.")
+        number = max(min(STRETCHES, len(self.rows) // 2), 1)
+        edges = [len(self.rows) * index // number for index in range(number + 1)]
+        parts = [self.rows[start:stop] for start, stop in pairwise(edges)]
+        domains = {
+            f"steps {part[0]['step'] - part[0]['steps'] + 1}-{part[-1]['step']}": {
+                "tokens": _tokens(part),
+                "steps": sum(row["steps"] for row in part),
+            }
+            for part in parts
+        }
+        model = {"name": public_name(self.about["model"]), "model_type": self.about["model_type"]}
+        settings = {"method": self.about["method"], "records": len(self.rows)}
+        return Inspection(model, settings, domains, [self._layer(name, parts) for name in self.routers])
+
+    def _layer(self, name: str, parts: list[list[dict[str, Any]]]) -> Layer:
+        """Returns the sums of a router over each of `parts`. Its confidence is NaN if it was not measured."""
+        top_k, halves, sums = self.routers[name]["top_k"], [], []
+        for part in parts:
+            layers = [row["layers"][name] for row in part]
+            load_RE = torch.tensor([layer["load"] for layer in layers])  # R records
+            halves.append(torch.stack([load_RE[::2].sum(0), load_RE[1::2].sum(0)]))
+            known = [layer.get("confidence", {}) for layer in layers]
+            means_R3 = torch.tensor([[_number(means.get(key)) for key in CONFIDENCE] for means in known]).double()
+            weight_R3 = load_RE.sum(1, keepdim=True) * means_R3.isfinite()
+            means_3 = (weight_R3 * means_R3.nan_to_num()).sum(0) / weight_R3.sum(0)
+            sums.append(means_3 * load_RE.sum() / top_k)
+        return Layer(name, top_k, self.routers[name]["scoring"], torch.stack(halves, 1), torch.stack(sums))
+
+    def for_page(self) -> dict[str, Any]:
+        """Returns what the page shows besides [`~Run.inspection`]."""
+        curves = self.curves(POINTS)
+        losses = {step: loss for step, loss in zip(curves["steps"], curves["loss"]) if math.isfinite(loss)}
+        curves |= {"loss": list(losses.values()), "loss_steps": list(losses)}
+        named = ("description", "alerts")
+        return {**curves, **{name: getattr(self, name) for name in named}, "versions": self.about["versions"]}
+
+
+def screen(run: Run, console: Console, height: int | None = None) -> RenderableType:
+    """Returns the run as one screen. To fit into `height` lines, it has the newest alerts and some layers only: first those with dead experts, then by MaxVio."""
+    age = time.time() - run.path.stat().st_mtime
+    ago = f"{age:.0f} s" if age < 120 else f"{age / 60:.0f} min" if age < 7200 else f"{age / 3600:.0f} h"
+    head = Text().append(printable(public_name(run.about["model"])), "bold").append(f"\n{run.description}\n")
+    if not run.rows:
+        return head.append(f"No step is logged yet; started {ago} ago.")
+    head.append(f"step {run.rows[-1]['step']:,}, {_tokens(run.rows):,} tokens; logged {ago} ago")
+    newest = run.alerts[::-1][: NEWEST if height else None]
+    notes = [
+        Text().append(alert["title"], "bold red").append(f"\n{alert['reason']} {alert['remedy']}") for alert in newest
+    ]
+    if len(newest) < len(run.alerts) or not run.alerts:
+        notes.append(Text(f"{len(run.alerts) - len(newest)} earlier alerts" if newest else "No alerts", "dim"))
+    names, layers = list(run.labels), run.rows[-1]["layers"]
+    above = Group(head, Text(), _lines(run, console.width), Text())
+    if height:
+        room = height - len(console.render_lines(Group(above, *notes))) - 5  # heading, key, and the cursor's line
+        each = len(console.render_lines(_layers(run, names[:1]))) - 1
+        least = sorted(names, key=lambda name: (not layers[name]["dead"], -layers[name]["max_vio"]))[
+            : max(room // each, 1)
+        ]
+        names = [name for name in names if name in least]
+    others = len(layers) - len(names)
+    key = "▄ is the fair share; dead (×) is less than 1/20 of it, cold less than 1/2"
+    key += f"\n{others} other layers are not shown" if others else ""
+    return Group(above, _layers(run, names), Text(key, "dim"), Text(), *notes)
+
+
+def _lines(run: Run, width: int) -> Table:
+    """Returns loss and MaxVio over the run, with their newest values."""
+    layers, curves = run.rows[-1]["layers"], run.curves(max(width - 46, 8))
+    worst = max(layers, key=lambda name: layers[name]["max_vio"])
+    mean, floor = (fmean(layer[name] for layer in layers.values()) for name in ("max_vio", "noise_floor"))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(3):
+        table.add_column(no_wrap=True)
+    if "loss" in run.rows[-1]:
+        table.add_row("loss", _sparkline(curves["loss"]), f"{_number(run.rows[-1]['loss']):.4g}")
+    table.add_row("MaxVio", _sparkline(curves["max_vio"], 0.0), f"{mean:.3f} (chance: {floor:.3f})")
+    table.add_row(
+        "worst layer", _sparkline(curves["worst"], 0.0), f"{layers[worst]['max_vio']:.3f} ({run.labels[worst]})"
+    )
+    return table
+
+
+def _tokens(rows: list[dict[str, Any]]) -> int:
+    """Returns the tokens of `rows`. A row with a NaN in it has no number."""
+    return sum(row.get("tokens", 0) for row in rows)
+
+
+def _number(value: float | None) -> float:
+    """Returns a number of the records. `None` stands for one that is unknown or not finite."""
+    return math.nan if value is None else value
+
+
+def _sparkline(values: list[float], lowest: float | None = None) -> str:
+    """Returns one bar per value, from `lowest` (by default the least value) to the greatest. `×` is not finite."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    lowest = min(finite) if lowest is None else lowest
+    span = max(finite) - lowest or 1.0
+    return "".join(BARS[round(7 * (value - lowest) / span)] if math.isfinite(value) else "×" for value in values)
+
+
+def _layers(run: Run, names: list[str]) -> Table:
+    """Returns the newest loads of the routers `names` as a table."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="italic")
+    table.add_column("layer", no_wrap=True, max_width=24)
+    for heading in ("MaxVio", "entropy", "dead", "cold"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("load of each expert", overflow="fold")
+    for name in names:
+        layer, experts = run.rows[-1]["layers"][name], run.routers[name]["experts"]
+        noise = layer["max_vio"] <= layer["noise_floor"]
+        counts = [str(round(layer[kind] * experts)) for kind in ("dead", "cold")]
+        strip = load_strip(relative_load(torch.tensor(layer["load"], dtype=torch.float64)).tolist())
+        max_vio = Text(f"{'≈' if noise else ''}{layer['max_vio']:.3f}", "dim" if noise else "")
+        table.add_row(Text(run.labels[name]), max_vio, f"{layer['entropy']:.3f}", *counts, strip)
+    return table
+
+
+def follow(folder: str, console: Console) -> None:
+    """Shows the run until Ctrl-C, as it goes on. Reading its file takes at most a tenth of the time."""
+    run, pause = Run(folder), PAUSE
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(screen(run, console, console.height), refresh=True)
+            time.sleep(pause)
+            began = time.monotonic()
+            if run.path.stat().st_size != run.size:
+                run = Run(folder)
+            pause = max(PAUSE, 9 * (time.monotonic() - began))

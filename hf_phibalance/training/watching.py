@@ -1,0 +1,102 @@
+"""`watch`: follows the routers of a Trainer or of a model in a loop of one's own, without changing the training."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from ..balancing import find_balancer, get_balancer, patch, unpatch
+from ..files import quoted
+from ..watching import Thresholds, Watch
+from .attaching import attach
+from .callback import find_callback
+
+
+def watch(
+    subject: Trainer | nn.Module,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    on_alert: str = "log",
+    thresholds: Thresholds | None = None,
+) -> Watch:
+    """
+    Watches the routers in training, and changes nothing: weights, losses, checkpoints and `config.json` are those of a run
+    that is not watched. An auxiliary loss of the model or the trainer stays on. A model that is balanced stays balanced.
+
+    Loads and other figures go to the log (`moe/...`), to `moe.jsonl` in `output_dir`, and to the trackers that run. What goes wrong
+    is said once, with a reason and a remedy, in the log and in the trackers' alerts.
+
+    Args:
+        subject (`transformers.Trainer` or `torch.nn.Module`):
+            A trainer, before `train()`; or the model of a loop of your own, which calls [`~watching.Watch.log`].
+        output_dir (`str` or `os.PathLike`, *optional*): where `moe.jsonl` is written. Defaults to that of the trainer; without a trainer,
+            nothing is written by default.
+        on_alert (`str`, *optional*, defaults to `"log"`): `"raise"` stops the training with a [`RouterAlert`].
+        thresholds (`watching.Thresholds`, *optional*): when an alert begins.
+
+    Returns:
+        `Watch`: its `stop()` undoes everything.
+
+    Raises:
+        ValueError: if the model has no routers that can be watched.
+    """
+    if not isinstance(subject, Trainer | nn.Module):
+        raise TypeError(f"`subject` must be a Trainer or a torch.nn.Module, got {quoted(subject)}.")
+    if on_alert not in ("log", "raise"):
+        raise ValueError(f"`on_alert` must be 'log' or 'raise', got {quoted(on_alert)}.")
+    if not isinstance(thresholds, Thresholds | None):
+        raise TypeError(f"`thresholds` must be a watching.Thresholds, got {quoted(thresholds)}.")
+    trainer = subject if isinstance(subject, Trainer) else None
+    model: Any = subject if trainer is None else trainer.model
+    was_patched = find_balancer(model) is not None
+    if not was_patched:
+        patch(model, {"method": "none"})
+    if trainer is not None and output_dir is None:
+        output_dir = trainer.args.output_dir
+    found = Watch(model, output_dir, on_alert, thresholds)
+    if not was_patched:
+        found.on_stop.append(lambda: unpatch(model))
+    if trainer is not None:
+        callback = find_callback(trainer)
+        if callback is None or callback.detach is None:
+            found.on_stop.append(attach(trainer).detach)  # type: ignore[arg-type]
+        follower = _WatchCallback(trainer, found)
+        trainer.add_callback(follower)
+        found.on_stop.append(lambda: trainer.remove_callback(follower))
+        found.keeps_figures = False
+    return found
+
+
+class _WatchCallback(TrainerCallback):
+    """Tells a [`Watch`] when a Trainer begins, which steps it will log, and what it logs."""
+
+    def __init__(self, trainer: Any, watch: Watch) -> None:
+        self.watch, self.trainer = watch, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.watch.follow(model)
+        self.watch.begin(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if get_balancer(model) is not self.watch.balancer:  # patched anew
+            self.watch.follow(model)
+            self.watch.begin(state.global_step)
+        self.watch.measure_confidence(_will_be_logged(args, state))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            writers = (getattr(callback, "tb_writer", None) for callback in self.trainer.callback_handler.callbacks)
+            writer = next((writer for writer in writers if writer is not None), None)
+            self.watch.record(state.global_step, logs["loss"], writer, in_trainer=True)
+
+
+def _will_be_logged(args: Any, state: Any) -> bool:
+    """Whether the optimizer step that begins will be logged."""
+    step, every = state.global_step + 1, state.logging_steps
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        every = state.max_steps / max(state.num_train_epochs, 1)
+    return step % max(round(every), 1) == 0 or (step == 1 and args.logging_first_step)
