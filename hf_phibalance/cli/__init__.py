@@ -5,6 +5,7 @@ The command `phibalance`.
 phibalance inspect Qwen/Qwen1.5-MoE-A2.7B --texts math=gsm8k/test.jsonl code=src/ prose=wiki/*.txt --html report.html --json report.json
 phibalance doctor Qwen/Qwen1.5-MoE-A2.7B --coef 0.01 --lora router=lora
 phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl
+phibalance upcycle Qwen/Qwen3-0.6B results/qwen3-moe --experts 8 --top_k 2
 ```
 """
 
