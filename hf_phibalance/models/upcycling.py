@@ -112,11 +112,6 @@ class Upcycling:
             if not valid or not math.isfinite(getattr(self, name)):
                 raise ValueError(f"`{name}` must be {what}. Got {getattr(self, name)}.")
 
-    @property
-    def keeps_function(self) -> bool:
-        """True if the result computes what the dense model computes."""
-        return not self.noise and not self.reinit and self.top_k % self.splits == 0
-
 
 class Upcycler:
     """
@@ -333,6 +328,7 @@ def upcycle(
         attn_implementation=dense.config._attn_implementation,
         device_map={"": dense.device},
     )
+    model.name_or_path = model.config.name_or_path = ""  # an adapter must not take the dense model for its base
     model.generation_config = copy.deepcopy(dense.generation_config)
     found = difference(made_logits(dense), made_logits(model))
     logger.log(logging.WARNING if found.kl > NOTABLE else logging.INFO, f"Upcycled into {experts} experts. {found}")
