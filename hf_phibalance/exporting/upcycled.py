@@ -85,7 +85,7 @@ def upcycle_checkpoint(
     **loading: Any,
 ) -> UpcycleReport:
     """
-    Like [`upcycle`], from folder to folder. Needs memory for one shard and one matrix. The weights are the same as those
+    Like [`upcycle`], from folder to folder. Needs memory for one shard and one matrix; to compare, for the embeddings and one layer. The weights are the same as those
     of [`upcycle`] with the same options.
 
     Args:
@@ -182,10 +182,12 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: in
 
 
 def _logits(source: str | os.PathLike, scratch: Path, loading: Mapping[str, Any]) -> Tensor:
-    """Returns the logits of a checkpoint on random tokens. Its weights stay on disk, in `scratch` if they are converted."""
+    """Returns the logits of a checkpoint on random tokens. Its layers stay on disk, in `scratch` if they are converted."""
+    devices = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+    devices["model.layers"] = "disk"
     with tempfile.TemporaryDirectory(dir=scratch) as offload:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, device_map={"": "disk"}, offload_folder=offload, output_loading_info=True, **hub_arguments(loading)
+            source, device_map=devices, offload_folder=offload, output_loading_info=True, **hub_arguments(loading)
         )
         if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
             raise ValueError(

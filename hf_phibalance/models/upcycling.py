@@ -318,6 +318,8 @@ def upcycle(
         )
     upcycler = Upcycler(dense.config, type(dense).__name__, options)
     tensors = dense.state_dict()
+    if dense.get_output_embeddings().weight is dense.get_input_embeddings().weight:
+        del tensors["lm_head.weight"]  # some versions of transformers would untie it
     upcycler.check_names(tensors)
     state = {name: make(part) for source, part in tensors.items() for name, make in upcycler.tensors(source).items()}
     model = upcycler.model_class.from_pretrained(
@@ -339,12 +341,7 @@ def made_logits(model: Any) -> Tensor:
     """Returns the logits of a model on random tokens, `(batch, length, vocabulary)` in float32 on the CPU."""
     tokens = torch.randint(model.config.vocab_size, MADE_TOKENS, generator=torch.Generator().manual_seed(0))
     with evaluating(model), torch.no_grad():
-        # weights that are offloaded to disk are on the meta device until they are needed
-        return (
-            model(tokens.to(model.device if model.device.type != "meta" else "cpu"), use_cache=False)
-            .logits.float()
-            .cpu()
-        )
+        return model(tokens.to(model.device), use_cache=False).logits.float().cpu()
 
 
 def difference(dense: Tensor, moe: Tensor) -> Difference:

@@ -74,6 +74,7 @@ def test_copies_compute_what_the_dense_model_computes(name, options, warned):
     assert torch.equal(*written)
     assert_same(dense.state_dict(), before)
     assert not {p.data_ptr() for p in dense.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == dense.config.tie_word_embeddings
     assert not warned.about("logits differ")
 
 
