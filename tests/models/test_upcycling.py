@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_same
+from paths import ROOT
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import random_model, tiny_batch, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -60,7 +61,13 @@ def matrices_of(model, layer=0):
 # ---------------------------------------------------------------------- what is exact
 
 
-@pytest.mark.parametrize("options", [{}, {"splits": 4, "experts": 16, "top_k": 8}], ids=["copies", "parts"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="copies"),
+        pytest.param({"splits": 4, "experts": 16, "top_k": 8}, id="parts", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", DENSE)
 def test_copies_compute_what_the_dense_model_computes(name, options, warned):
     """With grouped heads, wide heads, scaled rope, biases, tied embeddings, and windows shorter than the text."""
@@ -108,11 +115,16 @@ def test_weights_of_the_chosen_experts_sum_to_1():
         torch.testing.assert_close(weights.sum(-1), torch.ones(7))
 
 
-def test_it_can_be_balanced_and_trained():
-    model = phb.patch(phb.upcycle(dense_model("qwen3")), {"coef": 0.01}).train()
+def test_it_can_be_balanced_and_trained(tmp_path, monkeypatch):
+    """By the lines of the guide."""
+    dense_model("qwen3").save_pretrained(tmp_path / "results/dense")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "recipes/guides/UPCYCLING.md").read_text(encoding="utf-8")
+    exec(page.split("```python\n")[1].split("```")[0], names := {})
+    model = names["model"].train()
     model(**tiny_batch(model)).loss.backward()
     phb.get_balancer(model).step()
-    assert phb.get_balancer(model).metrics()["tokens"] > 0
+    assert phb.get_balancer(model).metrics()["tokens"] > 0 and phb.get_balancer(model).config.track == "load"
     assert all(layer.mlp.gate.weight.grad.any() for layer in model.model.layers)
 
 
