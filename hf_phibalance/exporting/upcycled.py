@@ -172,7 +172,7 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: in
         size += tensor.nbytes
         total += tensor.nbytes
     write()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         os.replace(folder / f"{number}.safetensors", folder / file)
@@ -186,9 +186,10 @@ def _logits(source: str | os.PathLike, scratch: Path, loading: Mapping[str, Any]
     devices = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
     devices["model.layers"] = "disk"
     with tempfile.TemporaryDirectory(dir=scratch) as offload:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source, device_map=devices, offload_folder=offload, output_loading_info=True, **hub_arguments(loading)
         )
+        model, info = loaded
         if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
             raise ValueError(
                 f"{wrong[0]!r} in {source} is missing or has another shape than config.json says: download it again."

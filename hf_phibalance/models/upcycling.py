@@ -142,7 +142,8 @@ class Upcycler:
             raise ValueError(f"`dense_layers` must be numbers from 0 to {count - 1}, got {wrong}.")
         self.options, self.family = options, found
         self.config = self._make_config(dense)
-        self.model_class: Any = transformers.AutoModelForCausalLM._model_mapping[type(self.config)]
+        classes: Any = transformers.AutoModelForCausalLM._model_mapping
+        self.model_class = classes[type(self.config)]
         self.config.architectures = [self.model_class.__name__]
         self.layers = [n for n in range(count) if (n + 1) % options.every == 0 and n not in options.dense_layers]
         if not self.layers:
