@@ -1,14 +1,17 @@
 """`phibalance upcycle`: what is written is what `phb.upcycle` makes, completely or not at all, in little memory."""
 
 import json
+import multiprocessing
+import os
 import re
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from checks import assert_same
-from forked import run_script
 from huggingface_hub import metadata_load
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -17,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import hf_phibalance as phb
 from hf_phibalance import cli
-from hf_phibalance.exporting import upcycle_checkpoint
+from hf_phibalance.exporting import upcycle_checkpoint, upcycled
 from hf_phibalance.models import Upcycling, train_tokenizer
 
 
@@ -122,29 +125,31 @@ def test_computed_buffers_of_old_checkpoints_are_left_out(saved, tmp_path):
 
 # ---------------------------------------------------------------------- completely or not at all
 
-KILLED = """
-import os, signal, sys
-from hf_phibalance.exporting import upcycle_checkpoint, upcycled
-from hf_phibalance.models import Upcycling
 
-save, written = upcycled.save_file, []
+def in_a_child(function, *args):
+    """Runs a function in a fork of this process, which has the imports. Returns the exit code."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join(120)
+    return process.exitcode
 
-def save_or_die(*args, **kwargs):
-    if len(written) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    written.append(save(*args, **kwargs))
 
-upcycled.save_file = save_or_die
-upcycle_checkpoint(sys.argv[1], sys.argv[2], Upcycling(4), max_shard_gb=4e-5)
-"""
+def killed(source, destination):
+    save, written = upcycled.save_file, []
+
+    def save_or_die(*args, **kwargs):
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(save(*args, **kwargs))
+
+    upcycled.save_file = save_or_die
+    upcycle_checkpoint(source, destination, Upcycling(4), max_shard_gb=SHARD / 1e9)
 
 
 def test_killed_in_the_middle(saved, tmp_path):
     """No folder loads. The next run does not mind what is there."""
     source, _ = saved()
-    (tmp_path / "killed.py").write_text(KILLED)
-    died = run_script(tmp_path / "killed.py", source, tmp_path / "moe")
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert in_a_child(killed, source, tmp_path / "moe") == -signal.SIGKILL
     assert not (tmp_path / "moe").exists() and len(list((tmp_path / "moe.partial").iterdir())) == 2
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "moe.partial")
@@ -166,38 +171,31 @@ def test_an_error_leaves_nothing(saved, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------- memory
 
-MEASURED = """
-import re, sys, threading, time
-from pathlib import Path
-from hf_phibalance.exporting import upcycle_checkpoint
-from hf_phibalance.models import Upcycling, train_tokenizer
-import transformers.models.mixtral.modeling_mixtral, transformers.models.llama.modeling_llama
 
-def memory():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+def measured(source, destination, result):
+    """Writes the parameters of the result, and the most memory that it took, in megabytes."""
 
-def watch():
-    while True:
-        seen.append(memory())
-        time.sleep(0.002)
+    def memory():
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
 
-start, seen = memory(), [0.0]
-threading.Thread(target=watch, daemon=True).start()
-report = upcycle_checkpoint(sys.argv[1], sys.argv[2], Upcycling(16), max_shard_gb=0.01)
-print(report.parameters, max(seen) - start)
-"""
+    def watch():
+        while True:
+            seen.append(memory())
+            time.sleep(0.002)
+
+    start, seen = memory(), [0.0]
+    threading.Thread(target=watch, daemon=True).start()
+    report = upcycle_checkpoint(source, destination, Upcycling(16), max_shard_gb=0.01)
+    result.write_text(f"{report.parameters} {max(seen) - start}")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_that_of_a_shard_or_a_layer(tmp_path):
     """Of a model of 216 MB, 13 MB of which are a layer, with the comparison."""
     fields = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16}
-    model = random_model(AutoModelForCausalLM, tiny_config("llama", **fields), 0)
-    model.save_pretrained(tmp_path / "dense")
-    (tmp_path / "measured.py").write_text(MEASURED)
-    done = run_script(tmp_path / "measured.py", tmp_path / "dense", tmp_path / "moe")
-    assert done.returncode == 0, done.stderr
-    parameters, megabytes = map(float, done.stdout.split())
+    random_model(AutoModelForCausalLM, tiny_config("llama", **fields), 0).save_pretrained(tmp_path / "dense")
+    assert in_a_child(measured, tmp_path / "dense", tmp_path / "moe", tmp_path / "result") == 0
+    parameters, megabytes = map(float, (tmp_path / "result").read_text().split())
     assert parameters * 4 / 1e6 > 200 and megabytes < 70, megabytes
 
 
