@@ -65,7 +65,7 @@ class UpcycleReport:
             where = f"layers {', '.join(map(str, self.layers))} of 0 to {self.depth - 1}"
         part = "copy" if options.splits == 1 else f"part, 1/{options.splits} in size,"
         text = (
-            f"A {as_code(self.model_type)} with {self.parameters / 1e6:,.1f} M parameters, of which a token uses {self.active / 1e6:,.1f} M. "
+            f"A {as_code(self.model_type)} with {self.parameters / 1e6:,.2f} M parameters, of which a token uses {self.active / 1e6:,.2f} M. "
             f"It was made of the dense model {base} by `phibalance upcycle`, and has not been trained since. In {where}, it has "
             f"{options.experts} experts, of which a token uses {options.top_k}. Each is a {part} of the layer's MLP. The routers are random."
         )
