@@ -30,6 +30,7 @@ from .models import AutoModelForSequenceClassification as AutoModelForSequenceCl
 from .models import AutoModelForTokenClassification as AutoModelForTokenClassification
 from .models import disable as disable
 from .models import enable as enable
+from .models import upcycle as upcycle
 from .routers import supported_families as supported_families
 from .training import PhiBalanceCallback as PhiBalanceCallback
 from .training import attach as attach

@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = {
     ("recipes/guides/TOOLS.md", "swift"): "tests/integrations/test_swift.py",
     ("recipes/guides/TOOLS.md", "llamafactory"): "tests/integrations/test_llamafactory.py",
     ("recipes/guides/TOOLS.md", "phi_balance:\n  coef"): "tests/integrations/test_llamafactory.py",
+    ("recipes/guides/UPCYCLING.md", "phb.upcycle"): "tests/models/test_upcycling.py",
     ("recipes/guides/LOOPS.md", "for micro_batches in steps"): "tests/integrations/test_own_loops.py",
     ("recipes/guides/LOOPS.md", "import Accelerator"): "tests/integrations/test_own_loops.py",
     ("recipes/guides/LOOPS.md", "import lightning"): "tests/integrations/test_own_loops.py",
@@ -159,6 +160,8 @@ def place(tmp_path_factory):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     write_collapse(folder / "results/mine")
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "results/dense")
+    tokenizer.save_pretrained(folder / "results/dense")
     (folder / "gsm8k").mkdir()
     for split in ("train", "test"):
         rows = splits[split]

@@ -6,6 +6,7 @@ phibalance inspect Qwen/Qwen1.5-MoE-A2.7B --texts math=gsm8k/test.jsonl code=src
 phibalance doctor Qwen/Qwen1.5-MoE-A2.7B --coef 0.01 --lora router=lora
 phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl
 phibalance watch results/mine
+phibalance upcycle Qwen/Qwen3-0.6B results/qwen3-moe --experts 8 --top_k 2
 ```
 """
 

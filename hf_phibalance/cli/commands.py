@@ -1,4 +1,4 @@
-"""The commands `inspect`, `doctor`, `export` and `watch`. Each imports what it needs only when it runs, so that `--help` is fast."""
+"""The commands of `phibalance`. Each imports what it needs only when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -175,6 +175,29 @@ def run_watch(args: argparse.Namespace, command: list[str]) -> int:
         console.print(screen(Run(args.folder), console))
     else:
         follow(args.folder, console)
+    return 0
+
+
+def run_upcycle(args: argparse.Namespace, command: list[str]) -> int:
+    _check_file("json", args.json)
+    _check_model(args)
+
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.markup import escape
+
+    from ..exporting import upcycle_checkpoint
+    from ..models import Upcycling
+
+    options = Upcycling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Upcycling)})
+    names = ("tokenizer", "max_shard_gb", "revision")
+    settings = {name: getattr(args, name) for name in names} | {"check": not args.no_check}
+    with Console(stderr=True).status(f"Upcycling {escape(printable(args.model))}"):
+        report = upcycle_checkpoint(args.model, args.destination, options, **settings)
+    _write_json(report.to_dict(), args.json)
+    console = Console(stderr=args.json == "-")
+    console.print(Markdown(report.to_markdown()))
+    console.print(f"A checkpoint in {escape(printable(args.destination))}", highlight=False)
     return 0
 
 

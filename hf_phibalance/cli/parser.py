@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..files import STATE_NAME
-from .commands import run_doctor, run_export, run_inspect, run_watch
+from .commands import run_doctor, run_export, run_inspect, run_upcycle, run_watch
 
 
 MODEL = "folder or Hub name of a MoE model or PEFT adapter"
@@ -16,13 +16,14 @@ PATHS = "A path is a file, a folder or a quoted glob: plain text, or rows (.json
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="phibalance", description="Inspects, checks, watches and exports Mixture-of-Experts models."
+        prog="phibalance", description="Inspects, checks, watches, exports and makes Mixture-of-Experts models."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_inspect(commands)
     _add_doctor(commands)
     _add_export(commands)
     _add_watch(commands)
+    _add_upcycle(commands)
     return parser
 
 
@@ -153,6 +154,47 @@ def _add_watch(commands: Any) -> None:
     watch.add_argument(
         "--html", metavar="FILE", help="write the page of `inspect` about the training so far to FILE, and end"
     )
+
+
+def _add_upcycle(commands: Any) -> None:
+    upcycle = commands.add_parser(
+        "upcycle",
+        help="make a MoE checkpoint of a dense one: experts that are copies of its MLPs, and new routers",
+        description="Makes a Mixtral of a dense Llama or Mistral, a Qwen2-MoE of a Qwen2, a Qwen3-MoE of a Qwen3. Copies compute "
+        "what the dense model computes. How much the result differs is measured on random tokens.",
+    )
+    upcycle.set_defaults(run=run_upcycle, after_error=1, dtype="auto", device_map=None, trust_remote_code=False)
+    upcycle.add_argument("model", metavar="source", help="folder or Hub name of a dense model, in safetensors files")
+    upcycle.add_argument("destination", help="a new or empty folder")
+    for name, default, text in (
+        ("experts", 8, "experts of a layer"),
+        ("top_k", 2, "experts of a token"),
+        ("splits", 1, "cut each MLP into this many experts; exact if top_k is a multiple of it"),
+        ("every", 1, "upcycle every n-th layer (Qwen)"),
+        ("seed", 0, "seed of everything random"),
+    ):
+        upcycle.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
+    upcycle.add_argument(
+        "--dense_layers",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="LAYER",
+        help="layers that stay dense, from 0 (Qwen)",
+    )
+    for name, size, text in (
+        ("router_std", 0.02, "standard deviation of the routers' weights"),
+        ("noise", 0.0, "noise on the experts, as a share of the standard deviation of each matrix"),
+        ("reinit", 0.0, "share of the neurons of each expert to draw anew (Drop-Upcycling)"),
+        ("max_shard_gb", 5.0, "largest file of weights; so much memory is needed"),
+    ):
+        upcycle.add_argument(f"--{name}", type=float, default=size, help=f"{text} (default: %(default)s)")
+    upcycle.add_argument(
+        "--no_check", action="store_true", help="do not load both models, layer by layer, to compare them"
+    )
+    upcycle.add_argument("--json", metavar="FILE", help="write the report to FILE, or to standard output if it is -")
+    upcycle.add_argument("--revision", help="branch, tag or commit on the Hub")
+    upcycle.add_argument("--tokenizer", help="folder or Hub name of the tokenizer (default: the model's)")
 
 
 def _add_texts(command: Any, metavar: str, text: str, field: str = "[NAME=]FIELD", required: bool = False) -> None:

@@ -10,12 +10,14 @@ report = phb.export("results/mine", "results/mine-plain", texts=["math=gsm8k/tra
 | `checkpoint` | the export: measures on texts how much the loss rises without the bias, and refuses if too much |
 | `folding` | puts a selection bias into the weights of the routers; compares variants of a model |
 | `writing` | the report and the folder |
+| `upcycled` | an upcycled checkpoint, tensor by tensor |
 | `alone` | a script that loads the folder without this package |
 """
 
 from .checkpoint import export
 from .folding import FoldReport, fold
+from .upcycled import UpcycleReport, upcycle_checkpoint
 from .writing import ExportReport, print_export
 
 
-__all__ = ["ExportReport", "FoldReport", "export", "fold", "print_export"]
+__all__ = ["ExportReport", "FoldReport", "UpcycleReport", "export", "fold", "print_export", "upcycle_checkpoint"]

@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..balancing import Measurement, evaluating
-from ..files import LARGE, find_file, layer_labels, public_name, read_json, versions
+from ..files import LARGE, find_file, flush_tree, layer_labels, public_name, read_json, versions
 from ..hub import CARD_NAME, as_code, markdown_table
 from ..models import auto_class_name
 
@@ -169,7 +169,24 @@ def print_export(report: ExportReport, console: Any) -> None:
 def check_destination(destination: Path) -> None:
     """Raises `ValueError` unless `destination` is new or an empty folder."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} must be a new or an empty folder: an export would mix with what is there.")
+        raise ValueError(f"{destination} must be a new or an empty folder: a checkpoint would mix with what is there.")
+
+
+@contextmanager
+def whole_folder(destination: Path) -> Iterator[Path]:
+    """Context manager: yields a folder to write to, which becomes `destination` at the end, or is deleted after an error."""
+    partial = destination.with_name(f"{destination.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        flush_tree(partial)
+        with suppress(FileNotFoundError):
+            destination.rmdir()  # an empty one
+        os.replace(partial, destination)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_plain(
@@ -187,15 +204,12 @@ def write_plain(
     that transformers did not load, `loading` are the arguments that the weights were loaded with. With `check`, a
     process without this package loads the result; raises `ValueError` if its logits of the batch `example` differ.
     """
-    partial = destination.with_name(f"{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     weights_of = report.base or report.source
-    try:
+    with whole_folder(destination) as partial:
         saved: Any = model
         carried = _ignored_tensors(saved, weights_of, loading)
         saved.save_pretrained(partial, **({"state_dict": saved.state_dict() | carried} if carried else {}))
-        _warn_of_missing(saved, report, {*carried, *not_loaded}, _weight_files(partial, {}).keys())
+        _warn_of_missing(saved, report, {*carried, *not_loaded}, weight_files(partial, {}).keys())
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         for name in COPIED:
@@ -206,15 +220,9 @@ def write_plain(
             report.loaded_alone = _load_alone(saved, partial, example, loading)
         (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
         _write_card(report, partial)
-        with suppress(FileNotFoundError):
-            destination.rmdir()  # an empty one
-        os.replace(partial, destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
-def _weight_files(source: str | os.PathLike, loading: Mapping[str, Any]) -> dict[str, Any]:
+def weight_files(source: str | os.PathLike, loading: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `{tensor name: safetensors file}` of a checkpoint."""
     path = find_file(source, SAFE_WEIGHTS_NAME, loading)
     if path is not None:
@@ -232,7 +240,7 @@ def _ignored_tensors(model: Any, source: str, loading: Mapping[str, Any]) -> dic
     """Returns the tensors of a checkpoint that this class ignores on load: multi-token-prediction layers."""
     patterns = "|".join(f"(?:{pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ())
     own, found = model.state_dict().keys(), {}
-    for name, path in _weight_files(source, loading).items():
+    for name, path in weight_files(source, loading).items():
         if patterns and name not in own and re.search(patterns, name):
             with safe_open(path, "pt") as file:
                 found[name] = file.get_tensor(name)

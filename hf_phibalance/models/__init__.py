@@ -7,6 +7,7 @@ Models: loads them with balancing, and builds those that transformers lacks. Kno
 | `checkpoints` | what a checkpoint contains: head, adapter, tokenizer |
 | `deepseek_moe` | a class for the first DeepSeek-MoE |
 | `tiny` | tiny models from scratch, for the CPU recipes and tests |
+| `upcycling` | `upcycle`: a MoE model made of a dense one |
 """
 # ruff: noqa: F401
 
@@ -34,3 +35,4 @@ from .checkpoints import (
     load_tokenizer,
 )
 from .tiny import build_model, train_tokenizer
+from .upcycling import Difference, Upcycler, Upcycling, difference, made_logits, upcycle

@@ -1,0 +1,361 @@
+"""Upcycling: makes a Mixture-of-Experts model of a dense one. Its experts are copies of the dense MLPs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+from ..balancing import evaluating
+from ..files import quoted
+
+
+logger = logging.get_logger(__name__)
+MATRICES = ("gate_proj", "up_proj", "down_proj")
+MLP_WEIGHT = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
+NOT_SAVED = "rotary_emb.inv_freq"  # in old Llama checkpoints; computed today
+MADE_TOKENS = (4, 32)  # batch and length of the random tokens that models are compared on
+NOTABLE = 1e-4  # KL divergence in nats, above which the difference is a warning
+
+
+@dataclass(frozen=True)
+class MoeFamily:
+    """How a MoE family names what the experts are made of, in its config and in its checkpoints."""
+
+    model_type: str
+    experts: str  # config field with the number of experts
+    expert_size: str  # config field with the intermediate size of an expert
+    block: str  # name of the MoE block in a layer
+    weights: tuple[str, str, str] = MATRICES
+    dense_layers: bool = True  # if layers may stay dense
+    shared_expert: bool = False
+
+
+MIXTRAL = MoeFamily(
+    "mixtral", "num_local_experts", "intermediate_size", "block_sparse_moe", ("w1", "w3", "w2"), dense_layers=False
+)
+QWEN2_MOE = MoeFamily("qwen2_moe", "num_experts", "moe_intermediate_size", "mlp", shared_expert=True)
+QWEN3_MOE = MoeFamily("qwen3_moe", "num_experts", "moe_intermediate_size", "mlp")
+FAMILIES = {"llama": MIXTRAL, "mistral": MIXTRAL, "qwen2": QWEN2_MOE, "qwen3": QWEN3_MOE}  # by dense model type
+
+
+@dataclass(frozen=True)
+class Difference:
+    """
+    How much the logits of a MoE model differ from those of the dense model, on random tokens.
+
+    Attributes:
+        logit (`float`): Largest absolute difference of a logit.
+        largest (`float`): Largest absolute logit of the dense model.
+        kl (`float`): Mean KL divergence of the next-token probabilities from those of the dense model, in nats.
+        changed (`float`): Share of the tokens whose most likely next token is another one.
+    """
+
+    logit: float
+    largest: float
+    kl: float
+    changed: float
+
+    def __str__(self) -> str:
+        return (
+            f"On {math.prod(MADE_TOKENS)} random tokens, logits differ by at most {self.logit:.2g} (the largest is "
+            f"{self.largest:.3g}), the next-token probabilities by a KL divergence of {self.kl:.2g}, and the most likely next token "
+            f"changes for {self.changed:.1%} of them."
+        )
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """The options of [`upcycle`]. Raises `ValueError` if they do not fit together."""
+
+    experts: int = 8
+    top_k: int = 2
+    splits: int = 1
+    every: int = 1
+    dense_layers: Sequence[int] = ()
+    router_std: float = 0.02
+    noise: float = 0.0
+    reinit: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("splits", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+        if self.experts < 2 or self.experts % self.splits:
+            raise ValueError(
+                f"`experts` must be at least 2 and a multiple of `splits`, got experts={self.experts} and splits={self.splits}. "
+                "`experts` counts the parts: with splits=4, 8 copies of an MLP are 32 experts."
+            )
+        if not 2 <= self.top_k <= self.experts:
+            raise ValueError(
+                f"`top_k` must be between 2 and experts={self.experts}, got {self.top_k}. The weights of the chosen experts sum to 1, "
+                "so a single one always has the weight 1, and its router would learn nothing from the loss."
+            )
+        for name, valid, what in (
+            ("router_std", self.router_std > 0, "more than 0: equal routers choose the same experts for every token"),
+            ("noise", self.noise >= 0, "0 or more"),
+            ("reinit", 0 <= self.reinit <= 1, "a share between 0 and 1"),
+        ):
+            if not valid or not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` must be {what}. Got {getattr(self, name)}.")
+
+
+class Upcycler:
+    """
+    Makes the config and the tensors of a MoE model.
+
+    Args:
+        dense (`PreTrainedConfig`): Config of the dense model.
+        class_name (`str`): Class of the dense model.
+        options (`Upcycling`): The options.
+
+    Raises:
+        ValueError: If the model is not a dense language model of a known family, or the options do not fit it.
+    """
+
+    def __init__(self, dense: PreTrainedConfig, class_name: str, options: Upcycling) -> None:
+        found = FAMILIES.get(dense.model_type)
+        if found is None or not class_name.endswith("ForCausalLM") or class_name.startswith("Peft"):
+            raise ValueError(
+                f"{quoted(class_name)} of model_type={dense.model_type!r} cannot be upcycled: it must be a dense language model "
+                f"(...ForCausalLM) of type {', '.join(FAMILIES)}. Merge an adapter first (`merge_and_unload`)."
+            )
+        if getattr(dense, "quantization_config", None) is not None:
+            raise ValueError(
+                "`quantization_config` is set: a quantized model cannot be upcycled. Use the model that it was made of."
+            )
+        count = dense.num_hidden_layers
+        if wrong := [layer for layer in options.dense_layers if not 0 <= layer < count]:
+            raise ValueError(f"`dense_layers` must be numbers from 0 to {count - 1}, got {wrong}.")
+        self.options, self.family = options, found
+        self.config = self._make_config(dense)
+        classes: Any = transformers.AutoModelForCausalLM._model_mapping
+        self.model_class = classes[type(self.config)]
+        self.config.architectures = [self.model_class.__name__]
+        self.layers = [n for n in range(count) if (n + 1) % options.every == 0 and n not in options.dense_layers]
+        if not self.layers:
+            raise ValueError(
+                f"`every`={options.every} and `dense_layers`={list(options.dense_layers)} leave none of the {count} layers to "
+                "upcycle: choose less."
+            )
+
+    def _make_config(self, dense: PreTrainedConfig) -> PreTrainedConfig:
+        options, family = self.options, self.family
+        size, rest = divmod(dense.intermediate_size, options.splits)
+        if rest:
+            raise ValueError(
+                f"`splits` must divide intermediate_size={dense.intermediate_size}, got {options.splits}."
+            )
+        if not family.dense_layers and (options.every > 1 or options.dense_layers):
+            raise ValueError(
+                f"`every`={options.every} and `dense_layers`={list(options.dense_layers)} are not possible with {dense.model_type}: "
+                f"all layers of a {family.model_type} have experts. Leave both at their defaults."
+            )
+        for name in ("attention_bias", "mlp_bias"):
+            if family is MIXTRAL and getattr(dense, name, False):
+                raise ValueError(f"`{name}`=True cannot be upcycled: a {family.model_type} has no such biases.")
+        windows = sorted({*(getattr(dense, "layer_types", None) or ())})
+        if family is QWEN3_MOE and len(windows) > 1:
+            raise ValueError(
+                f"`layer_types` with {windows} cannot be upcycled: in a {family.model_type} all layers have a sliding window, or "
+                "none. If your texts are shorter than the window, set `use_sliding_window` to false in config.json."
+            )
+        known = AutoConfig.for_model(family.model_type)
+        fields = {name: value for name, value in dense.to_dict().items() if hasattr(known, name) or name == "head_dim"}
+        for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
+            fields.pop(name, None)
+        fields |= {family.experts: options.experts, "num_experts_per_tok": options.top_k, family.expert_size: size}
+        if family.dense_layers:
+            fields |= {"norm_topk_prob": True, "decoder_sparse_step": options.every}
+            fields["mlp_only_layers"] = sorted(options.dense_layers)
+        if family.shared_expert:
+            fields["shared_expert_intermediate_size"] = size
+        if family is QWEN3_MOE and windows == ["full_attention"]:
+            fields["use_sliding_window"] = False
+        return AutoConfig.for_model(family.model_type, **fields)
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raises `ValueError` if a matrix of an MLP that is to be upcycled is not among the names of tensors."""
+        wanted = (f"model.layers.{layer}.mlp.{matrix}.weight" for layer in self.layers for matrix in MATRICES)
+        if missing := next((name for name in wanted if name not in names), None):
+            raise ValueError(
+                f"{missing!r} is not among the tensors of the model. It must be an ordinary checkpoint in the safetensors format: "
+                "load yours by from_pretrained, merge adapters, and save it by save_pretrained."
+            )
+
+    def tensors(self, name: str) -> dict[str, Callable[[Tensor], Tensor]]:
+        """
+        Returns the tensors that are made of the dense tensor `name`: their names in a MoE checkpoint, and functions that make
+        each of the dense tensor. Every function has random numbers of its own, so the order of the calls does not matter.
+        """
+        if name.endswith(NOT_SAVED):
+            return {}
+        found = MLP_WEIGHT.fullmatch(name)
+        if found is None or int(found[1]) not in self.layers:
+            return {name: torch.clone}
+        layer, matrix = found.groups()
+        block = f"model.layers.{layer}.{self.family.block}"
+        ours = self.family.weights[MATRICES.index(matrix)]
+        made: dict[str, Callable[[Tensor], Tensor]] = {
+            f"{block}.experts.{expert}.{ours}.weight": partial(self._expert, layer, matrix, expert)
+            for expert in range(self.options.experts)
+        }
+        if matrix == "gate_proj":
+            made[f"{block}.gate.weight"] = partial(self._router, layer)
+        if self.family.shared_expert:
+            made[f"{block}.shared_expert.{matrix}.weight"] = partial(self._shared_expert, matrix)
+            if matrix == "gate_proj":
+                made[f"{block}.shared_expert_gate.weight"] = lambda dense: dense.new_zeros(1, dense.shape[1])
+        return made
+
+    def _part(self, matrix: str, number: int, dense: Tensor) -> Tensor:
+        """Returns a copy of one of the `splits` parts of an MLP's matrix, in float32 or better."""
+        part = dense.chunk(self.options.splits, dim=_axis(matrix))[number]
+        return part.to(torch.promote_types(dense.dtype, torch.float32), copy=True)
+
+    def _expert(self, layer: str, matrix: str, expert: int, dense: Tensor) -> Tensor:
+        options = self.options
+        part = self._part(matrix, expert % options.splits, dense)
+        if matrix == "down_proj":
+            part *= options.splits  # a token's weights sum to 1, so each of its parts has 1/splits of the weight
+        if options.noise:
+            part += options.noise * part.std() * self._normal(part, layer, matrix, expert, "noise")
+        if options.reinit:
+            # the same neurons in all three matrices
+            neurons = torch.randperm(part.shape[_axis(matrix)], generator=self._generator(layer, expert, "neurons"))
+            neurons = neurons[: math.ceil(options.reinit * len(neurons))].to(part.device)
+            old = part.index_select(_axis(matrix), neurons)
+            new = old.mean() + old.std() * self._normal(old, layer, matrix, expert, "reinit")
+            part.index_copy_(_axis(matrix), neurons, new)
+        return part.to(dense.dtype)
+
+    def _router(self, layer: str, dense: Tensor) -> Tensor:
+        """Returns a random router, `(E, hidden)`. The parts of a copy share a row, if a token gets all of them or none."""
+        options = self.options
+        shared = options.splits if options.top_k % options.splits == 0 else 1
+        rows = dense.new_empty(options.experts // shared, dense.shape[1], dtype=torch.float32)
+        return (options.router_std * self._normal(rows, layer, "router")).repeat_interleave(shared, 0).to(dense.dtype)
+
+    def _shared_expert(self, matrix: str, dense: Tensor) -> Tensor:
+        """Returns a part of the dense MLP whose output is 0 until training moves its `down_proj`."""
+        part = self._part(matrix, 0, dense).to(dense.dtype)
+        return torch.zeros_like(part) if matrix == "down_proj" else part
+
+    def _generator(self, *words: object) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(repr((self.options.seed, *words)).encode()))
+
+    def _normal(self, like: Tensor, *words: object) -> Tensor:
+        return torch.randn(like.shape, generator=self._generator(*words), dtype=like.dtype).to(like.device)
+
+
+def upcycle(
+    model_or_path: nn.Module | str | os.PathLike,
+    experts: int = 8,
+    top_k: int = 2,
+    *,
+    splits: int = 1,
+    every: int = 1,
+    dense_layers: Sequence[int] = (),
+    router_std: float = 0.02,
+    noise: float = 0.0,
+    reinit: float = 0.0,
+    seed: int = 0,
+    **loading: Any,
+) -> Any:
+    """
+    Makes a Mixture-of-Experts model of a dense one: a Mixtral of a Llama or Mistral, a Qwen2-MoE of a Qwen2, a Qwen3-MoE of
+    a Qwen3. Each expert is a copy of its layer's MLP, or a part of it. The routers are random and new.
+
+    Copies compute what the dense model computes, up to rounding: the weights of the chosen experts sum to 1
+    (`norm_topk_prob=True`). The shared expert of Qwen2-MoE begins with an output of 0. The result is compared with the
+    dense model on random tokens, and the log says how much it differs.
+
+    Args:
+        model_or_path (`PreTrainedModel` or `str`): The dense model. A folder or Hub name is loaded.
+        experts (`int`, *optional*, defaults to 8): Experts of a layer.
+        top_k (`int`, *optional*, defaults to 2): Experts of a token.
+        splits (`int`, *optional*, defaults to 1):
+            Cuts each MLP into this many experts ([arXiv 2410.07524](https://arxiv.org/abs/2410.07524)), whose outputs are
+            scaled up by as much. If `top_k` is a multiple of it, the parts of a copy share a router row, a token gets
+            all parts of its copies, and the result is exact. Otherwise a token gets a random part of the MLP.
+        every (`int`, *optional*, defaults to 1): Upcycles every n-th layer, the n-th first. Not for Mixtral.
+        dense_layers (`Sequence[int]`, *optional*): Layers that stay dense, from 0. Not for Mixtral.
+        router_std (`float`, *optional*, defaults to 0.02): Standard deviation of the routers' weights.
+        noise (`float`, *optional*, defaults to 0.0):
+            Standard deviation of noise on the experts' weights, as a share of that of each matrix.
+        reinit (`float`, *optional*, defaults to 0.0):
+            Share of the neurons of each expert that are drawn anew, with the mean and standard deviation of those that they
+            replace (Drop-Upcycling, [arXiv 2502.19261](https://arxiv.org/abs/2502.19261), which uses 0.5).
+        seed (`int`, *optional*, defaults to 0): Seed of everything random.
+        loading:
+            Passed to `from_pretrained`, if a path was given: `dtype`, `revision`, `gguf_file`, ...
+
+    Returns:
+        `PreTrainedModel`: The MoE model, in eval mode. The dense model stays as it is, and shares nothing with it.
+
+    Raises:
+        ValueError: If the model is not a dense language model of these families or is quantized, or an option is wrong.
+    """
+    options = Upcycling(experts, top_k, splits, every, dense_layers, router_std, noise, reinit, seed)
+    dense: Any = model_or_path
+    if not isinstance(dense, nn.Module):
+        dense = transformers.AutoModelForCausalLM.from_pretrained(dense, **loading)
+    elif loading:
+        raise TypeError(
+            f"{', '.join(loading)}: only for a model that is loaded from a path, got a {type(dense).__name__}."
+        )
+    upcycler = Upcycler(dense.config, type(dense).__name__, options)
+    tensors = dense.state_dict()
+    if dense.get_output_embeddings().weight is dense.get_input_embeddings().weight:
+        del tensors["lm_head.weight"]  # some versions of transformers would untie it
+    upcycler.check_names(tensors)
+    state = {name: make(part) for source, part in tensors.items() for name, make in upcycler.tensors(source).items()}
+    model = upcycler.model_class.from_pretrained(
+        None,
+        config=upcycler.config,
+        state_dict=state,
+        dtype=dense.dtype,
+        attn_implementation=dense.config._attn_implementation,
+        device_map={"": dense.device},
+    )
+    model.name_or_path = model.config.name_or_path = ""  # an adapter must not take the dense model for its base
+    model.generation_config = copy.deepcopy(dense.generation_config)
+    found = difference(made_logits(dense), made_logits(model))
+    logger.log(logging.WARNING if found.kl > NOTABLE else logging.INFO, f"Upcycled into {experts} experts. {found}")
+    return model
+
+
+def made_logits(model: Any) -> Tensor:
+    """Returns the logits of a model on random tokens, `(batch, length, vocabulary)` in float32 on the CPU."""
+    tokens = torch.randint(model.config.vocab_size, MADE_TOKENS, generator=torch.Generator().manual_seed(0))
+    with evaluating(model), torch.no_grad():
+        return model(tokens.to(model.device), use_cache=False).logits.float().cpu()
+
+
+def difference(dense: Tensor, moe: Tensor) -> Difference:
+    """Compares the logits of [`made_logits`] of two models."""
+    before, after = dense.double().log_softmax(-1), moe.double().log_softmax(-1)
+    return Difference(
+        logit=float((moe - dense).abs().max()),
+        largest=float(dense.abs().max()),
+        kl=float((before.exp() * (before - after)).sum(-1).mean()),
+        changed=float((dense.argmax(-1) != moe.argmax(-1)).float().mean()),
+    )
+
+
+def _axis(matrix: str) -> int:
+    """Returns the dimension of a matrix that counts the neurons of the MLP."""
+    return 1 if matrix == "down_proj" else 0
