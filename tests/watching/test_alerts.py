@@ -102,6 +102,7 @@ HEALTHY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_healthy_runs_have_no_alarm():
     runs, alarms = 0, []
     for name, options in HEALTHY.items():
@@ -145,6 +146,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens, texts", [(512, 0.0), (20_000, 0.5)])
 def test_planted_collapses_are_found(tokens, texts):
     planted, missed = 0, []
