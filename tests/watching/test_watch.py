@@ -170,6 +170,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_real_training_is_said(fault, tmp_path, caplog):
     model_type, spoil, options = FAULTS[fault]
@@ -193,6 +194,7 @@ def test_a_fault_in_a_real_training_is_said(fault, tmp_path, caplog):
 HEALTHY = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", HEALTHY)
 def test_healthy_trainings_have_no_alarm(model_type):
     alarms = []
@@ -204,6 +206,7 @@ def test_healthy_trainings_have_no_alarm(model_type):
     assert alarms == []
 
 
+@pytest.mark.slow
 def test_lora_without_routers_and_frozen_by_the_method_have_no_alarm():
     adapted = get_peft_model(tiny_model("mixtral"), LoraConfig(target_modules=["q_proj", "v_proj"]))
     for model in (adapted, phb.patch(tiny_model("mixtral"), {"method": "frozen"})):
