@@ -284,7 +284,7 @@ class PhiBalancer:
         values = figures.means(self.sites, per_layer)
         if self.config.coef > 0:
             values["balance_loss"] = float(figures.totals[1]) / figures.steps
-        values["price_range"] = max(float(price.max() - price.min()) for price in self.prices().values())
+            values["price_range"] = max(float(price.max() - price.min()) for price in self.prices().values())
         if self.has_bias:
             values["bias_range"] = max(float(bias.max() - bias.min()) for bias in self.biases().values())
         if self.config.schedule != "constant":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..balancing import PhiBalancer, RandomState, find_balancer, get_balancer
+from ..balancing import PhiBalancer, RandomState, find_balancer
 from ..diagnosis import Check, DoctorReport, StepRecorder, Subject, run_checks
 from ..routers import predicts_tokens, unwrap
 from .batches import generates, leaving_order, model_inputs
@@ -214,7 +214,7 @@ def _subject_of(trainer: Any, balancer: PhiBalancer | None) -> Subject:
         refuse_unknown_scaling(trainer, None if balancer is None else balancer.process_group)
     except ValueError as error:
         parallel = str(error)
-    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", True)
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)  # as transformers 5 does
     return Subject(
         unwrap(trainer.model)[-1],
         balancer,
@@ -250,7 +250,8 @@ def refuse_unknown_scaling(trainer: Any, process_group: dist.ProcessGroup | None
             f"this process drives {trainer.args.n_gpu} GPUs by torch.nn.DataParallel, whose threads would count into the "
             "same statistics. Launch one process per GPU (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES."
         )
-    is_on = get_balancer(trainer.model).config.is_on
+    balancer = find_balancer(trainer.model)
+    is_on = balancer is not None and balancer.config.is_on
     if is_on and trainer.is_deepspeed_enabled and trainer.args.fp16:
         raise ValueError(
             "DeepSpeed keeps its fp16 loss scale to itself, so the strength of the price gradient would be unknown. "
