@@ -36,6 +36,7 @@ from hf_phibalance.files import replace_unprintable
 
 
 UNPATCHED, BUILT_IN = "unpatched", "built-in aux loss"
+WATCHED, LOGGED = "watched", "watched and logged"
 METHODS: dict[str, dict[str, Any] | None] = {
     UNPATCHED: None,
     BUILT_IN: None,
@@ -49,6 +50,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "loss-free": {"method": "loss_free"},
     "quantile": {"method": "quantile"},
     "counting only": {"method": "none"},
+    WATCHED: {"method": "none"},
+    LOGGED: {"method": "none"},  # a step that measures confidence, and a log
 }
 MAIN = (UNPATCHED, BUILT_IN, "price gradient", "dual bias", "gradient and bias")
 LIGHT_HIDDEN_SIZE, LIGHT_EXPERT_SIZE = 128, 8
@@ -101,6 +104,7 @@ class Bench:
         if METHODS[name] is not None:
             phb.patch(self.model, phb.PhiBalanceConfig(**METHODS[name]))
             balancer = phb.get_balancer(self.model)
+        watch = phb.watch(self.model) if name in (WATCHED, LOGGED) else None
         own = {"output_router_logits": name == BUILT_IN} if balancer is None else {}
 
         def step() -> None:
@@ -109,12 +113,16 @@ class Bench:
             self.model(**self.batch, **own).loss.backward()
             if balancer is not None:
                 balancer.step()
+            if watch is not None and name == LOGGED:
+                watch.log()
             for parameter in self.model.parameters():
                 parameter.grad = None
 
         try:
             yield step
         finally:
+            if watch is not None:
+                watch.stop()
             phb.unpatch(self.model)
 
     def clock(self) -> float:
