@@ -55,7 +55,8 @@ class Records:
 def read_records(path: str | os.PathLike) -> Records:
     """
     Reads `moe.jsonl`, also while it is being written. A line that is not finished, or was left unfinished by a killed run, is
-    ignored. Where a run resumed from step N, what it had written of later steps is dropped.
+    ignored, and so are lines of other programs. Where a run resumed from step N, what it had written of later steps is dropped; where
+    a run of other routers began, everything before.
 
     Args:
         path (`str` or `os.PathLike`): the file, or its folder.
@@ -72,11 +73,13 @@ def read_records(path: str | os.PathLike) -> Records:
             continue
         if not isinstance(record, dict):
             continue
-        if "run" in record:
-            found.run, step = record["run"], record["run"]["step"]
+        run = record.get("run")
+        if isinstance(run, dict) and {"step", "routers"} <= run.keys():
+            step = run["step"] if run["routers"] == found.run.get("routers") else -1
+            found.run = run
             found.rows = [row for row in found.rows if row["step"] <= step]
             found.alerts = [alert for alert in found.alerts if alert["step"] <= step]
-        else:
+        elif "step" in record and ("layers" in record or "alert" in record):
             (found.alerts if "alert" in record else found.rows).append(record)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,12 +72,22 @@ class Watch:
 
     @property
     def balancer(self) -> PhiBalancer:
-        """The balancer of the watched model."""
-        assert self._balancer is not None
+        """The balancer of the watched model. Raises `RuntimeError` if it is watched no longer."""
+        if self._balancer is None or self._balancer.watcher is None:
+            raise RuntimeError("This watch was stopped, or its model was unpatched. Call phb.watch again.")
         return self._balancer
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `stop()` was called."""
+        return self._balancer is None
+
+    def follows(self, model: nn.Module) -> bool:
+        """Whether `model` has not been patched anew since [`~Watch.follow`]."""
+        return get_balancer(model) is self._balancer
+
     def follow(self, model: nn.Module) -> None:
-        """Watches `model`, which may have been patched anew, from its next step on."""
+        """Watches `model` from its next step on. A former watch of it is stopped."""
         balancer = get_balancer(model)
         if self._balancer is not None and self._balancer is not balancer:
             self._balancer.watcher = None
@@ -136,15 +147,21 @@ class Watch:
 
         Raises:
             RouterAlert: if an alert begins, with `on_alert="raise"`.
+            ValueError: if `step` is not after that of the last log.
+            RuntimeError: if watching was stopped.
         """
-        figures, steps = self._figures, self._steps
+        balancer, figures, steps = self.balancer, self._figures, self._steps
         if figures is None:
             return {}
-        step = self._step + steps if step is None else step
+        step = self._step + steps if step is None else operator.index(step)
+        if self._finder is not None and step <= self._step:
+            raise ValueError(
+                f"`step` must be after that of the last log, {self._step}, got {step}: count optimizer steps over all epochs."
+            )
         if self._finder is None:
             self.begin(max(step - steps, 0))
-        self.balancer.check_finite()
-        values = {f"moe/{name}": value for name, value in self.balancer.metrics(figures=figures).items()}
+        balancer.check_finite()
+        values = {f"moe/{name}": value for name, value in balancer.metrics(figures=figures).items()}
         try:
             self.record(step)
         finally:
@@ -169,15 +186,21 @@ class Watch:
         self._finder = Alerts(self.thresholds, run["routers"], run["method"])
         self._write({"run": run})
         if step and self.path is not None and self.path.is_file():
-            known = {site.name for site in self.balancer.sites}
             for row in read_records(self.path).rows:
-                if row["layers"].keys() == known:
-                    self._finder.add(row)
+                self._finder.add(row)
         self._step = step
 
-    def record(self, step: int, loss: float | None = None, writer: Any = None, in_trainer: bool = False) -> None:
+    def record(
+        self,
+        step: int,
+        loss: float | None = None,
+        writer: Any = None,
+        in_trainer: bool = False,
+        reads_weights: bool = True,
+    ) -> None:
         """
-        Writes the row of the steps since the last log, shows it in the trackers and finds alerts. Nothing if there was no step.
+        Writes the row of the steps since the last log, shows it in the trackers and finds alerts. Does nothing if there was no step.
+        `reads_weights=False` where the weights are no longer those of the last step.
 
         Raises:
             RouterAlert: if an alert begins, with `on_alert="raise"`.
@@ -185,13 +208,15 @@ class Watch:
         if self._sums is None or self._finder is None:
             return
         balancer = self.balancer
+        if self._finder.method != balancer.config.method:  # patch() has changed it
+            self.begin(step - self._steps)
         sums, steps, (layers, experts) = self._sums.cpu(), self._steps, balancer.duals.shape
         self._forget()
         self._step = step
         counted, confidence, totals = sums.split([2 * layers * experts, 4 * layers, 5])
         probs_LE, load_LE = counted.view(2, layers, experts)
         figures = layer_figures(balancer.sites, load_LE, probs_LE, confidence.view(layers, 4))
-        for weights, gradient, site in zip(self._weights, self._gradients, balancer.sites):
+        for weights, gradient, site in zip(self._weights if reads_weights else (), self._gradients, balancer.sites):
             figures[site.name]["router"] = weights.describe(gradient, self._since)
         row = {"step": step, "steps": steps, "tokens": int(totals[0]) if totals[0].isfinite() else None, "loss": loss}
         row = plain({name: value for name, value in row.items() if value is not None} | {"layers": figures})
@@ -215,7 +240,10 @@ class Watch:
 
     def stop(self) -> None:
         """Stops watching, and undoes what [`watch`] has changed in model and trainer. The file stays."""
-        self.balancer.watcher, self.balancer.measures_confidence = None, False
+        if self._balancer is not None:
+            self._balancer.watcher, self._balancer.measures_confidence = None, False
+            self._balancer = None
+        self._forget()
         while self.on_stop:
             self.on_stop.pop()()
 
