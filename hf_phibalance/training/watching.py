@@ -80,7 +80,7 @@ def watch(
         found.on_stop.append(lambda: trainer.remove_callback(follower))
         # a callback may call stop(): removing from a copy of the list skips none of the others
         found.on_stop.append(lambda: setattr(handler, "callbacks", list(handler.callbacks)))
-        found.keeps_figures = False
+        found.in_trainer = True
     return found
 
 
@@ -94,7 +94,7 @@ def _unless_balanced(model: nn.Module, undo: Callable[[], Any]) -> None:
 def _refuse_watch_of_a_loop(trainer: Any) -> None:
     """Raises if a Trainer begins whose model is watched as in a loop of one's own: nothing would be written."""
     found = [] if trainer.model is None else find_balancers(trainer.model)
-    if any(balancer.watcher is not None and balancer.watcher.__self__.keeps_figures for balancer in found):  # type: ignore[attr-defined]
+    if any(balancer.watcher is not None and not balancer.watcher.__self__.in_trainer for balancer in found):  # type: ignore[attr-defined]
         raise RuntimeError(
             "phb.watch(model) is for a loop of your own, so this Trainer would write nothing to moe.jsonl. Call phb.watch(trainer)."
         )
@@ -119,13 +119,13 @@ class _WatchCallback(TrainerCallback):
         if not self.watch.follows(model):  # patched anew
             self.watch.follow(model)
             self.watch.begin(state.global_step)
-        self.watch.measure_confidence(_will_be_logged(args, state))
+        self.watch.balancer.measures_confidence = _will_be_logged(args, state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             writers = (getattr(callback, "tb_writer", None) for callback in self.trainer.callback_handler.callbacks)
             writer = next((writer for writer in writers if writer is not None), None)
-            self.watch.record(state.global_step, logs["loss"], writer, in_trainer=True)
+            self.watch.record(state.global_step, logs["loss"], writer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the steps since the last log, of which a short run, or one without logs, has nothing else."""

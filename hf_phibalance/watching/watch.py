@@ -29,16 +29,7 @@ SAMPLED = 1024  # weights of a router that are compared: the share that has move
 class Watch:
     """
     Watches the routers of a model in training; [`watch`] makes it. In a Trainer it works by itself. In a loop of your own, call
-    [`~Watch.log`] when you log:
-
-    ```python
-    watch = phb.watch(model, "out")
-    for step, batch in enumerate(batches, start=1):
-        model(**batch).loss.backward()
-        optimizer.step(); optimizer.zero_grad()
-        if step % 10 == 0:
-            print(watch.log(step))
-    ```
+    [`~Watch.log`] when you log.
 
     Args:
         model (`torch.nn.Module`): a patched model.
@@ -61,12 +52,12 @@ class Watch:
         self.path = None if output_dir is None else Path(output_dir, RECORDS_NAME)
         self.on_alert, self.thresholds = on_alert, thresholds or Thresholds()
         self.alerts: list[dict[str, Any]] = []
-        self.keeps_figures = True  # for the metrics of `log`; in a Trainer the callback of balancing keeps them
+        self.in_trainer = False  # whether the callback of balancing, instead of `log`, returns the metrics
         self.on_stop: list[Callable[[], Any]] = []
         self._step = 0  # of the last log
         self._balancer: PhiBalancer | None = None
         self.follow(model)
-        self.measure_confidence(True)
+        self.balancer.measures_confidence = True
 
     # ------------------------------------------------------------------ the steps
 
@@ -94,9 +85,7 @@ class Watch:
         self._balancer, balancer.watcher = balancer, self._add
         self._finder: Alerts | None = None  # made at the first log, or when training begins
         self._weights: list[_Weights] = []  # of each router, from the first step on
-        self._gradients: list[
-            Tensor | None
-        ] = []  # () for each router: whether one came in any step that was looked at
+        self._gradients: list[Tensor | None] = []  # () for each router: whether a gradient came, in any measured step
         self._since = 0  # steps since `_weights` were read
         self._forget()
 
@@ -104,10 +93,6 @@ class Watch:
         self._sums: Tensor | None = None
         self._figures: Figures | None = None
         self._steps = 0
-
-    def measure_confidence(self, on: bool) -> None:
-        """Whether the current optimizer step measures how sure the routers are, and whether a gradient reaches them."""
-        self.balancer.measures_confidence = on
 
     @torch.no_grad()
     def _add(self, counts: Counts) -> None:
@@ -119,14 +104,14 @@ class Watch:
             self._sums = torch.zeros_like(own, dtype=exact)
         self._sums += torch.where(counts.skipped > 0, 0.0, own)
         self._steps += 1
-        if self.keeps_figures:
+        if not self.in_trainer:
             figures = Figures.of(counts, balancer.sites)
             self._figures = figures if self._figures is None else self._figures + figures
         if not self._weights:  # not before, since wrappers may replace the parameters
             self._weights, self._since = read_weights(balancer), 0
         else:
             self._since += 1
-        if balancer.measures_confidence:
+        if balancer.measures_confidence:  # and with it, whether a gradient reaches the routers
             found = [weights.has_gradient() for weights in self._weights]
             before = self._gradients or [None] * len(found)
             self._gradients = [now if then is None or now is None else now | then for now, then in zip(found, before)]
@@ -136,11 +121,11 @@ class Watch:
 
     def log(self, step: int | None = None) -> dict[str, float]:
         """
-        Writes the steps since the last log to `moe.jsonl` and finds alerts, in a loop of your own. Reads the device. Call it on every
-        rank. The optimizer step after it measures how sure the routers are, for the next log.
+        Writes the steps since the last log to `moe.jsonl`, and finds alerts. For a loop of your own: call it on every rank. It waits for
+        the device. The next optimizer step then measures confidence for the next log.
 
         Args:
-            step (`int`, *optional*): optimizer steps so far. Defaults to those that this object has seen. If you resume, pass it.
+            step (`int`, *optional*): optimizer steps so far, over all epochs. Defaults to those since [`watch`], so pass it if you resume.
 
         Returns:
             `dict[str, float]`: `moe/...`, means over the steps since the last log, for your tracker. Empty if there was no step.
@@ -165,7 +150,7 @@ class Watch:
         try:
             self.record(step)
         finally:
-            self.measure_confidence(True)
+            balancer.measures_confidence = True
         return values
 
     def begin(self, step: int) -> None:
@@ -186,18 +171,15 @@ class Watch:
         self._finder = Alerts(self.thresholds, run["routers"], run["method"])
         self._write({"run": run})
         if step and self.path is not None and self.path.is_file():
+            known = {site.name for site in self.balancer.sites}
             for row in read_records(self.path).rows:
-                self._finder.add(row)
+                if (
+                    row["step"] <= step and row["layers"].keys() == known
+                ):  # the first rank may not have written `run` yet
+                    self._finder.add(row)
         self._step = step
 
-    def record(
-        self,
-        step: int,
-        loss: float | None = None,
-        writer: Any = None,
-        in_trainer: bool = False,
-        reads_weights: bool = True,
-    ) -> None:
+    def record(self, step: int, loss: float | None = None, writer: Any = None, reads_weights: bool = True) -> None:
         """
         Writes the row of the steps since the last log, shows it in the trackers and finds alerts. Does nothing if there was no step.
         `reads_weights=False` where the weights are no longer those of the last step.
@@ -222,12 +204,11 @@ class Watch:
         row = plain({name: value for name, value in row.items() if value is not None} | {"layers": figures})
         began: list[dict[str, Any]] = [{"step": step, "alert": alert} for alert in self._finder.add(row)]
         self.alerts += began
-        self._write(row)
         if _is_first():
-            show_loads(row, writer, in_trainer)
-        for alert in began:
-            self._write(alert)
-            if _is_first():
+            self._write(row)
+            show_loads(row, writer, self.in_trainer)
+            for alert in began:
+                self._write(alert)
                 text = text_of(alert["alert"])
                 logger.warning(f"step {step}: {text}")
                 alert_trackers(alert["alert"], text)
@@ -282,12 +263,8 @@ class _Weights:
         if self.before.numel():
             unchanged = float((self.sample() == self.before).double().mean())
             dtype = str(self.parameters[0].dtype).removeprefix("torch.")
-            found |= {
-                "dtype": dtype,
-                "gradient": None if gradient is None else bool(gradient),
-                "unchanged": unchanged,
-                "since": since,
-            }
+            came = None if gradient is None else bool(gradient)
+            found |= {"dtype": dtype, "gradient": came, "unchanged": unchanged, "since": since}
         return found
 
 
