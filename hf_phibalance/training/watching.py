@@ -133,8 +133,10 @@ class _WatchCallback(TrainerCallback):
 
 
 def _will_be_logged(args: Any, state: Any) -> bool:
-    """Whether the optimizer step that begins will be logged."""
+    """Whether the optimizer step that begins will be logged, or is the last."""
     step, every = state.global_step + 1, state.logging_steps
     if args.logging_strategy == IntervalStrategy.EPOCH:
         every = state.max_steps / max(state.num_train_epochs, 1)
-    return step % max(round(every), 1) == 0 or (step == 1 and args.logging_first_step)
+    elif args.logging_strategy == IntervalStrategy.NO:
+        every = state.max_steps
+    return step % max(round(every), 1) == 0 or step == state.max_steps or (step == 1 and args.logging_first_step)

@@ -199,6 +199,7 @@ def test_the_last_steps_are_written_though_they_are_not_logged(logging, tmp_path
     rows = read_records(tmp_path).rows
     assert [row["step"] for row in rows] == ([3, 4] if logging.get("logging_steps") == 3 else [4])
     assert sum(row["steps"] for row in rows) == 4
+    assert all({"confidence", "router"} <= layer.keys() for row in rows for layer in row["layers"].values())
 
 
 def test_a_callback_may_stop_watching(tmp_path):
