@@ -318,6 +318,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             del hooks[key]
         del vars(backbone)[PATCH], backbone._modules[NAME]
         process.forget(balancer)
+        balancer.watcher = None
     return model
 
 

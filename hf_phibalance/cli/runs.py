@@ -39,8 +39,8 @@ class Run:
         records = read_records(self.path) if exists else Records()
         if not records.run:
             raise ValueError(
-                f"there is no {RECORDS_NAME} in {quoted(folder)}: name the output_dir of a training that is watched "
-                "(phb.watch(trainer) before trainer.train())."
+                f"there is no watched run in {quoted(folder)} ({RECORDS_NAME}): name the output_dir of a training that calls "
+                "phb.watch(trainer) before trainer.train()."
             )
         self.about, self.rows = records.run, records.rows
         self.routers = {router["name"]: router for router in self.about["routers"]}
@@ -61,8 +61,8 @@ class Run:
 
     def curves(self, points: int) -> dict[str, list[float]]:
         """
-        Returns figures over the run, each as at most `points` numbers, which are means over successive records: `steps` (the
-        last), `max_vio`, `floor` and `loss`. `worst` is the greatest MaxVio of a layer.
+        Returns `steps`, `max_vio`, `floor` and `loss` over the run, and as `worst` the greatest MaxVio of a layer. Successive records are
+        joined to at most `points` numbers.
         """
         size = math.ceil(len(self.rows) / points)
         found: dict[str, list[float]] = {name: [] for name in ("steps", "max_vio", "worst", "floor", "loss")}
@@ -115,15 +115,17 @@ class Run:
 
     def for_page(self) -> dict[str, Any]:
         """Returns what the page shows besides [`~Run.inspection`]."""
-        curves = self.curves(POINTS)
+        curves: dict[str, Any] = {**self.curves(POINTS)}
         losses = {step: loss for step, loss in zip(curves["steps"], curves["loss"]) if math.isfinite(loss)}
         curves |= {"loss": list(losses.values()), "loss_steps": list(losses)}
-        named = ("description", "alerts")
-        return {**curves, **{name: getattr(self, name) for name in named}, "versions": self.about["versions"]}
+        return curves | {"description": self.description, "alerts": self.alerts, "versions": self.about["versions"]}
 
 
 def screen(run: Run, console: Console, height: int | None = None) -> RenderableType:
-    """Returns the run as one screen. To fit into `height` lines, it has the newest alerts and some layers only: first those with dead experts, then by MaxVio."""
+    """
+    Returns the run as one screen. If it must fit into `height` lines, it has the newest alerts, and the layers that need attention:
+    first those with dead experts, then those with the greatest MaxVio.
+    """
     age = time.time() - run.path.stat().st_mtime
     ago = f"{age:.0f} s" if age < 120 else f"{age / 60:.0f} min" if age < 7200 else f"{age / 3600:.0f} h"
     head = Text().append(printable(public_name(run.about["model"])), "bold").append(f"\n{run.description}\n")
@@ -141,10 +143,8 @@ def screen(run: Run, console: Console, height: int | None = None) -> RenderableT
     if height:
         room = height - len(console.render_lines(Group(above, *notes))) - 5  # heading, key, and the cursor's line
         each = len(console.render_lines(_layers(run, names[:1]))) - 1
-        least = sorted(names, key=lambda name: (not layers[name]["dead"], -layers[name]["max_vio"]))[
-            : max(room // each, 1)
-        ]
-        names = [name for name in names if name in least]
+        worst = sorted(names, key=lambda name: (not layers[name]["dead"], -layers[name]["max_vio"]))
+        names = [name for name in names if name in worst[: max(room // each, 1)]]
     others = len(layers) - len(names)
     key = "▄ is the fair share; dead (×) is less than 1/20 of it, cold less than 1/2"
     key += f"\n{others} other layers are not shown" if others else ""

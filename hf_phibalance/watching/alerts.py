@@ -28,10 +28,10 @@ from torch import Tensor
 from ..maths import DEAD_THRESHOLD, max_vio, noise_floor, relative_load
 
 
-ALIVE = 4  # an expert that had this many times the load of a dead one was alive
+ALIVE = 4  # an expert with this many times the load of a dead one is alive
 ENOUGH = 5  # logs before the scatter between them is known
 HISTORY = 1000  # logs that it is computed from
-RECOVERED = 1.2  # a layer must use this many times more experts than it was called collapsed at, so that it can be called so again
+RECOVERED = 1.2  # a collapsed layer must use this many times more experts before it counts as recovered
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,24 @@ class Thresholds:
 
     Args:
         false_alarm (`float`, *optional*, defaults to `1e-9`):
-            Largest probability that chance alone makes one expert, or one layer, look dead or collapsed at one log. A run with 48
-            layers of 128 experts and 1,000 logs makes 6 million such tests, so 0.6 % of these runs have a false alarm.
+            Probability, at most, that chance makes one expert look dead, or one layer collapsed, at one log. A run with 48 layers of 128
+            experts and 1,000 logs makes 6 million such tests, so 0.6 % of these runs have a false alarm.
         steps (`int`, *optional*, defaults to `100`):
-            Optimizer steps N that a state must last. Tokens of a step resemble each other, so steps are what is independent: an
-            expert that every fifth step uses is missed by 100 steps with probability 0.8^100 = 2e-10.
+            Optimizer steps N that a state must last. Tokens of one step resemble each other; steps do not. An expert that one step in
+            five uses is missed by all of 100 steps with probability 0.8^100 = 2e-10.
         dead_load (`float`, *optional*, defaults to `0.05`):
-            Experts with a smaller share of the fair load are dead. That is tested against the Poisson distribution of the number of tokens
-            that such an expert gets, at `false_alarm`: 414 tokens per expert are needed to call one dead that got none.
+            Experts with less than this part of the fair load are dead. The test takes an expert's number of tokens for a Poisson variable:
+            one without tokens is called dead after 414 tokens per expert.
         collapse (`float`, *optional*, defaults to `0.5`):
-            A layer has collapsed if it uses less than this part of the experts that it used at its best. The number of experts in use
-            is 1 / Σ share², without what chance adds to it. The loss must also exceed the scatter between logs by as many standard
-            deviations as `false_alarm` asks for: 6.
+            A layer has collapsed if it uses less than this part of the experts that it used at its best, see [`experts_in_use`]. The
+            fall must also be greater than 6 standard deviations (from `false_alarm`) of the scatter between logs.
         even_probs (`float`, *optional*, defaults to `0.02`): Mean probabilities this close to each other, relatively, are even.
         uneven_load (`float`, *optional*, defaults to `0.5`):
-            Loads are uneven if MaxVio exceeds three noise floors by this much. Three floors alone are 3 sqrt(2 log E) standard deviations of a
-            load: at least 5, so chance exceeds them with probability 3e-7 per expert, and with this much more practically never.
+            Loads are uneven if MaxVio exceeds three noise floors by this much. Three floors are at least 5 standard deviations of a load,
+            so chance alone exceeds them with probability 3e-7 per expert.
         unmoved (`float`, *optional*, defaults to `0.5`):
-            A router in 16 bits does not move if more than this part of its weights are bit for bit those of N steps before. In float32
-            all weights move in each step, so chance plays no part.
+            A router in 16 bits does not move if more than this part of its weights have not changed in N steps. In float32 every step
+            changes all weights.
     """
 
     false_alarm: float = 1e-9
@@ -77,6 +76,9 @@ class Thresholds:
                 raise ValueError(
                     f"`{each.name}` of Thresholds must be above 0{'' if top > 1 else ' and at most 1'}, got {value!r}."
                 )
+
+
+State = tuple[str, set[int], str, str]  # kind, experts, reason and remedy
 
 
 class RouterAlert(RuntimeError):
@@ -110,8 +112,8 @@ class _Layer:
 
     def scatter(self) -> float:
         """
-        Returns the standard deviation of `used` between logs, from the median of the differences of neighbours: theirs is sqrt(2) times as
-        large, and a trend does not change it.
+        Returns the standard deviation of `used` between logs, from the median of the differences between neighbours, so that a trend
+        does not count.
         """
         jumps = [abs(after - before) for before, after in pairwise(self.used)]
         return statistics.median(jumps) * 1.4826 / math.sqrt(2) if len(jumps) >= ENOUGH else math.inf
@@ -150,16 +152,14 @@ class Alerts:
             layer.on = seen
         return found
 
-    def _states(
-        self, name: str, layer: _Layer, steps: int, figures: Mapping[str, Any]
-    ) -> Iterator[tuple[str, set[int], str, str]]:
-        """Yields each kind that holds at this row: its experts, reason and remedy."""
+    def _states(self, name: str, layer: _Layer, steps: int, figures: Mapping[str, Any]) -> Iterator[State]:
+        """Yields each state that holds at this row."""
         yield from self._unmoved(figures.get("router"))
         load = torch.tensor(figures["load"], dtype=torch.float64)
         if None in figures["probs"]:
             yield (
                 "not_finite", set(), "its probabilities are NaN or infinite.",
-                "Resume from an earlier checkpoint with a lower learning rate, and look for what is not finite in the data of these steps.",
+                "Resume from an earlier checkpoint with a lower learning rate, and check the data of these steps.",
             )  # fmt: skip
             return
         probs = torch.tensor(figures["probs"], dtype=torch.float64) * (load.sum() / self.top_k[name])
@@ -177,7 +177,7 @@ class Alerts:
 
     # ------------------------------------------------------------------ the kinds
 
-    def _dead(self, layer: _Layer, recent: Tensor) -> Iterator[tuple[str, set[int], str, str]]:
+    def _dead(self, layer: _Layer, recent: Tensor) -> Iterator[State]:
         """`recent (E,)`: selections of each expert in the last N steps."""
         limit, chance = self.thresholds.dead_load, self.thresholds.false_alarm
         bound = (limit * recent.mean()).expand_as(recent)  # expected count of an expert that is just not dead
@@ -199,9 +199,7 @@ class Alerts:
                 self._balance(),
             )  # fmt: skip
 
-    def _collapsed(
-        self, name: str, layer: _Layer, load: Tensor, recent: Tensor
-    ) -> Iterator[tuple[str, set[int], str, str]]:
+    def _collapsed(self, name: str, layer: _Layer, load: Tensor, recent: Tensor) -> Iterator[State]:
         """`load (E,)` of this row, `recent (E,)` of the last N steps."""
         experts, top_k = len(load), self.top_k[name]
         if load.sum():
@@ -221,24 +219,21 @@ class Alerts:
             )  # fmt: skip
         layer.best = max(layer.best, used) if enough or math.isinf(layer.best) else layer.best
 
-    def _even(
-        self, name: str, layer: _Layer, recent: Tensor, probs: Tensor
-    ) -> Iterator[tuple[str, set[int], str, str]]:
+    def _even(self, name: str, layer: _Layer, recent: Tensor, probs: Tensor) -> Iterator[State]:
+        """`probs (E,)`: summed probabilities of the last N steps."""
+        if layer.steps < self.thresholds.steps:
+            return
         tokens = float(recent.sum()) / self.top_k[name]
         even, uneven = float((relative_load(probs) - 1).abs().max()), float(max_vio(recent))
         floor = float(noise_floor(len(recent), self.top_k[name], tokens))
-        if (
-            layer.steps >= self.thresholds.steps
-            and even < self.thresholds.even_probs
-            and uneven > 3 * floor + self.thresholds.uneven_load
-        ):
+        if even < self.thresholds.even_probs and uneven > 3 * floor + self.thresholds.uneven_load:
             yield (
                 "even_probabilities", set(),
-                f"its mean probabilities are even (to {even:.1%}) while its loads are not (MaxVio {uneven:.2f}), as in routers that are new.",
-                "A price on probabilities has nothing to act on: balance with track='load', or with bias_coef=0.003.",
+                f"its mean probabilities are even (to {even:.1%}) while its loads are not (MaxVio {uneven:.2f}), as in new routers.",
+                "A price on probabilities would do nothing: balance with track='load', or with bias_coef=0.003.",
             )  # fmt: skip
 
-    def _unmoved(self, router: Mapping[str, Any] | None) -> Iterator[tuple[str, set[int], str, str]]:
+    def _unmoved(self, router: Mapping[str, Any] | None) -> Iterator[State]:
         """`router`: what a row says of the router's weights."""
         if router is None:
             return
@@ -247,26 +242,26 @@ class Alerts:
             if router["experts"] == "full" and self.method != "frozen":
                 yield (
                     kind, set(), "it is frozen while its experts are trained in full.",
-                    "Train it too (requires_grad_(True)). If it is to be frozen, say so: phb.patch(model, {'method': 'frozen'}).",
+                    "Train it too (requires_grad_(True)). If you want it frozen, call phb.patch(model, {'method': 'frozen'}).",
                 )  # fmt: skip
         elif unchanged is None or since < self.thresholds.steps:
             return
         elif router["gradient"] is False or (router["gradient"] is None and unchanged == 1):
             yield (
                 kind, set(), f"no gradient has reached its weights in {since} steps.",
-                "Its output must depend on its weights. A top-1 weight that is scaled to 1, or scores that are detached, do not: "
-                "balance with coef=0.01, which gives the router a gradient, or freeze it by method='frozen'.",
+                "The loss does not depend on its weights, for instance because the weight of a single chosen expert is always 1. "
+                "Balance with coef=0.01, which gives the router a gradient, or freeze it by method='frozen'.",
             )  # fmt: skip
         elif unchanged > self.thresholds.unmoved and router["dtype"] in ("bfloat16", "float16"):
             yield (
                 kind, set(),
                 f"{unchanged:.0%} of its {router['dtype']} weights have not changed in {since} steps: the optimizer's steps are rounded away.",
-                "Keep its weights in float32: phb.patch(model, {'method': 'none', 'fp32_routers': True}), or fp32_routers=True beside your coef.",
+                "Keep its weights in float32: phb.patch(model, {'method': 'none', 'fp32_routers': True}), or add fp32_routers=True to your coef.",
             )  # fmt: skip
         elif unchanged == 1:
             yield (
                 kind, set(), f"it has a gradient, but its weights have not changed in {since} steps.",
-                "Make the optimizer of all parameters that are trained, after all adapters are added, with a learning rate above 0.",
+                "Make the optimizer after all adapters are added, give it all trained parameters, and a learning rate above 0.",
             )  # fmt: skip
 
     def _balance(self) -> str:
@@ -277,9 +272,8 @@ class Alerts:
 
 def experts_in_use(load_E: Tensor, top_k: int) -> float:
     """
-    Returns 1 / Σ share², the number of experts that would give such loads if they were equally loaded, from `top_k` to E.
-
-    Counts of T tokens make Σ share² larger by (E - k) / (T k E) on average if all experts are equally likely; that is left out.
+    Returns 1 / Σ share² of the loads: k if only k experts are used, E if all are used equally. The part of Σ share² that chance adds
+    for T tokens, (E - k) / (T k E) on average, is subtracted first.
     """
     experts = len(load_E)
     chance = (experts - top_k) / (float(load_E.sum()) * experts)

@@ -33,7 +33,7 @@ RECORDS_NAME = "moe.jsonl"
 COLD_THRESHOLD = 0.5  # experts with less than half of the fair share are cold; dead ones are among them
 CONFIDENCE = ("top1_probability", "chosen_probability", "entropy_bits")  # means over tokens
 PERCENTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-RANKS = 8  # of expert parallelism, whose imbalance is told
+RANKS = 8  # of expert parallelism, in `busiest_rank_of_8`
 
 
 @dataclass
@@ -55,7 +55,8 @@ class Records:
 def read_records(path: str | os.PathLike) -> Records:
     """
     Reads `moe.jsonl`, also while it is being written. A line that is not finished, or was left unfinished by a killed run, is
-    ignored. Where a run resumed from step N, what it had written of later steps is dropped.
+    ignored, and so are lines of other programs. Where a run resumed from step N, what it had written of later steps is dropped; where
+    a run of other routers began, everything before.
 
     Args:
         path (`str` or `os.PathLike`): the file, or its folder.
@@ -72,17 +73,19 @@ def read_records(path: str | os.PathLike) -> Records:
             continue
         if not isinstance(record, dict):
             continue
-        if "run" in record:
-            found.run, step = record["run"], record["run"]["step"]
+        run = record.get("run")
+        if isinstance(run, dict) and {"step", "routers"} <= run.keys():
+            step = run["step"] if run["routers"] == found.run.get("routers") else -1
+            found.run = run
             found.rows = [row for row in found.rows if row["step"] <= step]
             found.alerts = [alert for alert in found.alerts if alert["step"] <= step]
-        else:
+        elif "step" in record and ("layers" in record or "alert" in record):
             (found.alerts if "alert" in record else found.rows).append(record)
     return found
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Appends a line to `moe.jsonl` and hands it to the system. Floats get 5 digits; numbers that are not finite become null."""
+    """Appends a line to `moe.jsonl`, unbuffered. Floats get 5 digits; NaN and infinity become null."""
     line = json.dumps(plain(record), allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
@@ -114,15 +117,8 @@ def layer_figures(
         confidence_L4 (`torch.Tensor` of shape `(L, 4)`): sums over some of the tokens of `CONFIDENCE`, and their number.
 
     Returns:
-        `dict`: for each router
-            - `load`: selections of each expert;
-            - `probs`: mean probability of each expert;
-            - `max_vio`, `entropy`, `noise_floor`: as in the log, of the load summed over the steps;
-            - `dead`, `cold`: share of experts with less than 5 % and less than half of the fair share;
-            - `percentiles`: of the load over the fair share: 5, 25, 50, 75, 95 %;
-            - `busiest_rank_of_8`: load of the busiest of 8 ranks of expert parallelism over the mean, if the experts divide by 8.
-              Each rank has a block of neighbouring experts;
-            - `confidence`: means of `CONFIDENCE`, if they were measured.
+        `dict`: for each router the keys of the table in `recipes/guides/WATCHING.md`. `busiest_rank_of_8` (each rank has a block of
+        neighbouring experts) is left out if 8 does not divide E; `confidence` if it was not measured.
     """
     load_LE, probs_LE, confidence_L4 = (sums.double().cpu() for sums in (load_LE, probs_LE, confidence_L4))
     found, start = {}, 0

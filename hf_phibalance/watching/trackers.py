@@ -30,14 +30,13 @@ def running_trackers() -> dict[str, Any]:
 
 def show_loads(row: dict[str, Any], writer: Any = None, in_trainer: bool = False) -> None:
     """
-    Shows a row of `moe.jsonl`: a histogram of loads per layer and a picture in TensorBoard, a table and the picture in Weights & Biases,
-    a table in trackio.
+    Shows a row of `moe.jsonl`: histograms and a picture in TensorBoard, a table and the picture in Weights & Biases, a table in trackio.
 
     Args:
         row (`dict`): the row.
-        writer (`SummaryWriter`, *optional*): the one of TensorBoard.
+        writer (`SummaryWriter`, *optional*): TensorBoard's.
         in_trainer (`bool`, *optional*, defaults to `False`):
-            Whether a Trainer has logged this step already. Otherwise the next `log` of the loop has the same step.
+            Whether a Trainer has logged this step already. Otherwise the loop's own `log` comes after this, with the same step.
     """
     trackers = running_trackers()
     if writer is None and not trackers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,16 +29,7 @@ SAMPLED = 1024  # weights of a router that are compared: the share that has move
 class Watch:
     """
     Watches the routers of a model in training; [`watch`] makes it. In a Trainer it works by itself. In a loop of your own, call
-    [`~Watch.log`] when you log:
-
-    ```python
-    watch = phb.watch(model, "out")
-    for step, batch in enumerate(batches, start=1):
-        model(**batch).loss.backward()
-        optimizer.step(); optimizer.zero_grad()
-        if step % 10 == 0:
-            print(watch.log(step))
-    ```
+    [`~Watch.log`] when you log.
 
     Args:
         model (`torch.nn.Module`): a patched model.
@@ -60,32 +52,40 @@ class Watch:
         self.path = None if output_dir is None else Path(output_dir, RECORDS_NAME)
         self.on_alert, self.thresholds = on_alert, thresholds or Thresholds()
         self.alerts: list[dict[str, Any]] = []
-        self.keeps_figures = True  # for the metrics of `log`; in a Trainer the callback of balancing keeps them
+        self.in_trainer = False  # whether the callback of balancing, instead of `log`, returns the metrics
         self.on_stop: list[Callable[[], Any]] = []
         self._step = 0  # of the last log
         self._balancer: PhiBalancer | None = None
         self.follow(model)
-        self.measure_confidence(True)
+        self.balancer.measures_confidence = True
 
     # ------------------------------------------------------------------ the steps
 
     @property
     def balancer(self) -> PhiBalancer:
-        """The balancer of the watched model."""
-        assert self._balancer is not None
+        """The balancer of the watched model. Raises `RuntimeError` if it is watched no longer."""
+        if self._balancer is None or self._balancer.watcher is None:
+            raise RuntimeError("This watch was stopped, or its model was unpatched. Call phb.watch again.")
         return self._balancer
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `stop()` was called."""
+        return self._balancer is None
+
+    def follows(self, model: nn.Module) -> bool:
+        """Whether `model` has not been patched anew since [`~Watch.follow`]."""
+        return get_balancer(model) is self._balancer
+
     def follow(self, model: nn.Module) -> None:
-        """Watches `model`, which may have been patched anew, from its next step on."""
+        """Watches `model` from its next step on. A former watch of it is stopped."""
         balancer = get_balancer(model)
         if self._balancer is not None and self._balancer is not balancer:
             self._balancer.watcher = None
         self._balancer, balancer.watcher = balancer, self._add
         self._finder: Alerts | None = None  # made at the first log, or when training begins
         self._weights: list[_Weights] = []  # of each router, from the first step on
-        self._gradients: list[
-            Tensor | None
-        ] = []  # () for each router: whether one came in any step that was looked at
+        self._gradients: list[Tensor | None] = []  # () for each router: whether a gradient came, in any measured step
         self._since = 0  # steps since `_weights` were read
         self._forget()
 
@@ -93,10 +93,6 @@ class Watch:
         self._sums: Tensor | None = None
         self._figures: Figures | None = None
         self._steps = 0
-
-    def measure_confidence(self, on: bool) -> None:
-        """Whether the current optimizer step measures how sure the routers are, and whether a gradient reaches them."""
-        self.balancer.measures_confidence = on
 
     @torch.no_grad()
     def _add(self, counts: Counts) -> None:
@@ -108,14 +104,14 @@ class Watch:
             self._sums = torch.zeros_like(own, dtype=exact)
         self._sums += torch.where(counts.skipped > 0, 0.0, own)
         self._steps += 1
-        if self.keeps_figures:
+        if not self.in_trainer:
             figures = Figures.of(counts, balancer.sites)
             self._figures = figures if self._figures is None else self._figures + figures
         if not self._weights:  # not before, since wrappers may replace the parameters
             self._weights, self._since = read_weights(balancer), 0
         else:
             self._since += 1
-        if balancer.measures_confidence:
+        if balancer.measures_confidence:  # and with it, whether a gradient reaches the routers
             found = [weights.has_gradient() for weights in self._weights]
             before = self._gradients or [None] * len(found)
             self._gradients = [now if then is None or now is None else now | then for now, then in zip(found, before)]
@@ -125,30 +121,36 @@ class Watch:
 
     def log(self, step: int | None = None) -> dict[str, float]:
         """
-        Writes the steps since the last log to `moe.jsonl` and finds alerts, in a loop of your own. Reads the device. Call it on every
-        rank. The optimizer step after it measures how sure the routers are, for the next log.
+        Writes the steps since the last log to `moe.jsonl`, and finds alerts. For a loop of your own: call it on every rank. It waits for
+        the device. The next optimizer step then measures confidence for the next log.
 
         Args:
-            step (`int`, *optional*): optimizer steps so far. Defaults to those that this object has seen. If you resume, pass it.
+            step (`int`, *optional*): optimizer steps so far, over all epochs. Defaults to those since [`watch`], so pass it if you resume.
 
         Returns:
             `dict[str, float]`: `moe/...`, means over the steps since the last log, for your tracker. Empty if there was no step.
 
         Raises:
             RouterAlert: if an alert begins, with `on_alert="raise"`.
+            ValueError: if `step` is not after that of the last log.
+            RuntimeError: if watching was stopped.
         """
-        figures, steps = self._figures, self._steps
+        balancer, figures, steps = self.balancer, self._figures, self._steps
         if figures is None:
             return {}
-        step = self._step + steps if step is None else step
+        step = self._step + steps if step is None else operator.index(step)
+        if self._finder is not None and step <= self._step:
+            raise ValueError(
+                f"`step` must be after that of the last log, {self._step}, got {step}: count optimizer steps over all epochs."
+            )
         if self._finder is None:
             self.begin(max(step - steps, 0))
-        self.balancer.check_finite()
-        values = {f"moe/{name}": value for name, value in self.balancer.metrics(figures=figures).items()}
+        balancer.check_finite()
+        values = {f"moe/{name}": value for name, value in balancer.metrics(figures=figures).items()}
         try:
             self.record(step)
         finally:
-            self.measure_confidence(True)
+            balancer.measures_confidence = True
         return values
 
     def begin(self, step: int) -> None:
@@ -171,13 +173,16 @@ class Watch:
         if step and self.path is not None and self.path.is_file():
             known = {site.name for site in self.balancer.sites}
             for row in read_records(self.path).rows:
-                if row["layers"].keys() == known:
+                if (
+                    row["step"] <= step and row["layers"].keys() == known
+                ):  # the first rank may not have written `run` yet
                     self._finder.add(row)
         self._step = step
 
-    def record(self, step: int, loss: float | None = None, writer: Any = None, in_trainer: bool = False) -> None:
+    def record(self, step: int, loss: float | None = None, writer: Any = None, reads_weights: bool = True) -> None:
         """
-        Writes the row of the steps since the last log, shows it in the trackers and finds alerts. Nothing if there was no step.
+        Writes the row of the steps since the last log, shows it in the trackers and finds alerts. Does nothing if there was no step.
+        `reads_weights=False` where the weights are no longer those of the last step.
 
         Raises:
             RouterAlert: if an alert begins, with `on_alert="raise"`.
@@ -185,24 +190,25 @@ class Watch:
         if self._sums is None or self._finder is None:
             return
         balancer = self.balancer
+        if self._finder.method != balancer.config.method:  # patch() has changed it
+            self.begin(step - self._steps)
         sums, steps, (layers, experts) = self._sums.cpu(), self._steps, balancer.duals.shape
         self._forget()
         self._step = step
         counted, confidence, totals = sums.split([2 * layers * experts, 4 * layers, 5])
         probs_LE, load_LE = counted.view(2, layers, experts)
         figures = layer_figures(balancer.sites, load_LE, probs_LE, confidence.view(layers, 4))
-        for weights, gradient, site in zip(self._weights, self._gradients, balancer.sites):
+        for weights, gradient, site in zip(self._weights if reads_weights else (), self._gradients, balancer.sites):
             figures[site.name]["router"] = weights.describe(gradient, self._since)
         row = {"step": step, "steps": steps, "tokens": int(totals[0]) if totals[0].isfinite() else None, "loss": loss}
         row = plain({name: value for name, value in row.items() if value is not None} | {"layers": figures})
         began: list[dict[str, Any]] = [{"step": step, "alert": alert} for alert in self._finder.add(row)]
         self.alerts += began
-        self._write(row)
         if _is_first():
-            show_loads(row, writer, in_trainer)
-        for alert in began:
-            self._write(alert)
-            if _is_first():
+            self._write(row)
+            show_loads(row, writer, self.in_trainer)
+            for alert in began:
+                self._write(alert)
                 text = text_of(alert["alert"])
                 logger.warning(f"step {step}: {text}")
                 alert_trackers(alert["alert"], text)
@@ -215,7 +221,10 @@ class Watch:
 
     def stop(self) -> None:
         """Stops watching, and undoes what [`watch`] has changed in model and trainer. The file stays."""
-        self.balancer.watcher, self.balancer.measures_confidence = None, False
+        if self._balancer is not None:
+            self._balancer.watcher, self._balancer.measures_confidence = None, False
+            self._balancer = None
+        self._forget()
         while self.on_stop:
             self.on_stop.pop()()
 
@@ -254,12 +263,8 @@ class _Weights:
         if self.before.numel():
             unchanged = float((self.sample() == self.before).double().mean())
             dtype = str(self.parameters[0].dtype).removeprefix("torch.")
-            found |= {
-                "dtype": dtype,
-                "gradient": None if gradient is None else bool(gradient),
-                "unchanged": unchanged,
-                "since": since,
-            }
+            came = None if gradient is None else bool(gradient)
+            found |= {"dtype": dtype, "gradient": came, "unchanged": unchanged, "since": since}
         return found
 
 

@@ -167,7 +167,7 @@ OTHERS = {
     "zero_gradient": ("unmoved_router", {"gradient": False}, "no gradient has reached", 110),
     "no_optimizer": ("unmoved_router", {"unchanged": 1.0}, "it has a gradient, but", 110),
     "rounded": ("unmoved_router", {"unchanged": 0.9, "dtype": "bfloat16"}, "the optimizer's steps are rounded away", 110),
-    "even": ("even_probabilities", {"even": True}, "as in routers that are new", 100),
+    "even": ("even_probabilities", {"even": True}, "as in new routers", 100),
     "nan": ("not_finite", {"probs": [None] * 8}, "its probabilities are NaN or infinite", 10),
 }  # fmt: skip
 

@@ -14,9 +14,13 @@ def line(step, **more):
     return {"step": step, "layers": {}, **more}
 
 
+def run(step, routers=("a",)):
+    return {"run": {"step": step, "routers": list(routers)}}
+
+
 def test_an_unfinished_line_is_ignored_and_ended(tmp_path):
     path = tmp_path / "out" / "moe.jsonl"
-    append_record(path, {"run": {"step": 0}})
+    append_record(path, run(0))
     append_record(path, line(10))
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):  # killed at any moment
@@ -28,11 +32,29 @@ def test_an_unfinished_line_is_ignored_and_ended(tmp_path):
 
 
 def test_a_resumed_run_drops_what_it_does_again(tmp_path):
-    records = [{"run": {"step": 0}}, line(10), line(20), line(20, alert={}), line(30), {"run": {"step": 10}}, line(20)]
+    records = [run(0), line(10), line(20), line(20, alert={}), line(30), run(10), line(20)]
     for record in records:
         append_record(tmp_path / "moe.jsonl", record)
     found = read_records(tmp_path)
     assert [row["step"] for row in found.rows] == [10, 20] and not found.alerts and found.run["step"] == 10
+
+
+def test_lines_of_other_models_and_programs_are_no_part_of_a_run(tmp_path):
+    path = tmp_path / "moe.jsonl"
+    for record in (
+        run(0),
+        line(2),
+        line(2, alert={}),
+        run(4, "b"),
+        line(6),
+        {"run": 3},
+        {"run": {}},
+        {"step": 7},
+        [1],
+    ):
+        append_record(path, record)
+    found = read_records(path)
+    assert found.run["routers"] == ["b"] and [row["step"] for row in found.rows] == [6] and not found.alerts
 
 
 def test_numbers_are_short_and_json(tmp_path):

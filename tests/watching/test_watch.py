@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from references import forward
 from tiny import tiny_batch, tiny_model
 from training import make_trainer
+from transformers import TrainerCallback
 
 import hf_phibalance as phb
 from hf_phibalance.watching import Thresholds, read_records
@@ -110,6 +112,112 @@ def test_saved_as_if_it_were_not_watched(tmp_path):
     assert (tmp_path / "balanced" / "phi_balance.state").is_file() and model.config.phi_balance["coef"] == 0.1
     phb.patch(model, {"method": "none"})
     assert not hasattr(model.config, "phi_balance")
+
+
+def test_a_watch_that_has_ended_says_so():
+    model = tiny_model("mixtral")
+    first, second = phb.watch(model), phb.watch(model)
+    with pytest.raises(RuntimeError, match="This watch was stopped, or its model was unpatched"):
+        first.log()
+    first.stop()  # nothing is left to stop
+    assert train(model, second, 4)[0]["moe/tokens"]
+    phb.unpatch(model)
+    with pytest.raises(RuntimeError, match="This watch was stopped, or its model was unpatched"):
+        second.log()
+
+
+def test_steps_that_begin_anew_are_refused(tmp_path):
+    model = tiny_model("mixtral")
+    watch = phb.watch(model, tmp_path)
+    train(model, watch, 4)
+    with pytest.raises(ValueError, match="`step` must be after that of the last log, 4, got 4"):
+        train(model, watch, 4)
+    watch.log(np.int64(9))
+    assert [row["step"] for row in read_records(tmp_path).rows] == [4, 9]
+
+
+def test_stop_keeps_a_balance_that_was_asked_for_meanwhile(tmp_path):
+    trainer = make_trainer(tiny_model("mixtral").train(), tmp_path)
+    watch = phb.watch(trainer)
+    trainer.train()
+    phb.patch(trainer.model, {"coef": 0.1})
+    trainer.train()
+    assert read_records(tmp_path).run["method"] == "phi"
+    watch.stop()
+    assert phb.get_balancer(trainer.model).config.coef == 0.1 and trainer.callback_handler.callbacks
+    trainer.train()
+    assert "moe/balance_loss" in trainer.state.log_history[1]
+
+
+def test_a_method_that_changes_during_the_run_is_written(tmp_path):
+    model = tiny_model("mixtral")
+    watch = phb.watch(model, tmp_path)
+    train(model, watch, 4)
+    phb.patch(model, {"coef": 0.1})
+    model(**tiny_batch(model)).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    watch.log(5)
+    found = read_records(tmp_path)
+    assert found.run["method"] == "phi" and [row["step"] for row in found.rows] == [4, 5]
+
+
+def test_watched_as_a_loop_but_given_to_a_trainer(tmp_path):
+    model = tiny_model("mixtral").train()
+    phb.watch(model, tmp_path)
+    trainer = make_trainer(model, tmp_path)
+    callbacks = list(trainer.callback_handler.callbacks)
+    with pytest.raises(RuntimeError, match=r"is for a loop of your own, .* Call phb.watch\(trainer\)"):
+        trainer.train()
+    assert trainer.callback_handler.callbacks == callbacks
+    watch = phb.watch(trainer)
+    trainer.train()
+    assert len(read_records(tmp_path).rows) == 4
+    watch.stop()
+    with pytest.raises(ValueError, match="is not φ-balanced"):
+        phb.get_balancer(model)
+
+
+def test_a_trainer_that_makes_its_model_anew(tmp_path):
+    trainer = make_trainer(tiny_model("mixtral"), tmp_path)
+    trainer.model_init = lambda: tiny_model("mixtral").train()
+    with pytest.raises(ValueError, match="train\\(\\) will call `model_init`"):
+        phb.watch(trainer)
+    trainer.model_init = lambda: phb.patch(tiny_model("mixtral").train(), {"method": "none"})
+    trainer.model = trainer.model_init()
+    phb.watch(trainer)
+    trainer.train()
+    assert len(read_records(tmp_path).rows) == 4
+
+
+@pytest.mark.parametrize(
+    "logging", [{"logging_steps": 3}, {"logging_steps": 500}, {"logging_strategy": "no"}], ids=str
+)
+def test_the_last_steps_are_written_though_they_are_not_logged(logging, tmp_path):
+    trainer = make_trainer(tiny_model("mixtral").train(), tmp_path, **logging)
+    phb.watch(trainer)
+    trainer.train()
+    rows = read_records(tmp_path).rows
+    assert [row["step"] for row in rows] == ([3, 4] if logging.get("logging_steps") == 3 else [4])
+    assert sum(row["steps"] for row in rows) == 4
+    assert all({"confidence", "router"} <= layer.keys() for row in rows for layer in row["layers"].values())
+
+
+def test_a_callback_may_stop_watching(tmp_path):
+    trainer = make_trainer(tiny_model("mixtral").train(), tmp_path)
+    watch, seen = phb.watch(trainer), []
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            watch.stop()
+
+    class Other(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+
+    trainer.add_callback(Stop())
+    trainer.add_callback(Other())
+    trainer.train()
+    assert seen == [1, 2, 3, 4]
 
 
 def test_a_loop_that_resumes_says_its_step(tmp_path):

@@ -102,9 +102,11 @@ def test_errors_name_the_folder_and_the_remedy(tmp_path, capsys):
         assert cli.main(["watch", str(tmp_path), *words]) == 1
         return capsys.readouterr().err
 
-    assert f"there is no {RECORDS_NAME} in {str(tmp_path)!r}: name the output_dir" in error()
+    assert f"there is no watched run in {str(tmp_path)!r} ({RECORDS_NAME}): name the output_dir" in error()
     (tmp_path / RECORDS_NAME).write_text('{"run": {"step"')  # killed at once
-    assert f"there is no {RECORDS_NAME}" in error()
+    assert "there is no watched run" in error()
+    (tmp_path / RECORDS_NAME).write_text('{"run": 3}\n{"run": {"name": "x"}}\n{"step": 1}\n')  # another program's
+    assert "there is no watched run" in error()
     write_run(tmp_path)
     page = tmp_path / "page.html"
     assert "no step is in" in error("--html", str(page)) and not page.exists()
