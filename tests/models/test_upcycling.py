@@ -345,3 +345,17 @@ def test_what_is_no_plain_language_model():
     quantized.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(ValueError, match="`quantization_config` is set: a quantized model cannot be upcycled"):
         phb.upcycle(quantized)
+
+
+def test_a_gguf_file_that_was_unpacked(tmp_path):
+    """transformers keeps `quantization_config` even so. A packed one has blocks of bytes for weights."""
+    dense = dense_model()
+    dense.config.quantization_config = {"quant_method": "gguf"}
+    model = phb.upcycle(dense, experts=4)
+    torch.testing.assert_close(logits_of(model), logits_of(dense), rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert not hasattr(AutoModelForCausalLM.from_pretrained(tmp_path).config, "quantization_config")
+    packed = dense.model.layers[1].mlp.up_proj
+    packed.weight = torch.nn.Parameter(packed.weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="Some weights are not floating-point numbers: a quantized model cannot be"):
+        phb.upcycle(dense)
