@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 MLP_WEIGHT = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 NOT_SAVED = "rotary_emb.inv_freq"  # in old Llama checkpoints; computed today
+NOT_COPIED = ("model_type", "architectures", "transformers_version", "_name_or_path")  # config fields
 MADE_TOKENS = (4, 32)  # batch and length of the random tokens that models are compared on
 QUANTIZED = (
     "a quantized model cannot be upcycled. Load it unpacked (`dequantize`), or use the model that it was made of."
@@ -85,9 +86,19 @@ class Upcycling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("splits", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+        for name, valid, what in (
+            ("splits", self.splits >= 1, "1 or more"),
+            ("every", self.every >= 1, "1 or more"),
+            (
+                "router_std",
+                0 < self.router_std < math.inf,
+                "more than 0: equal routers choose the same experts for every token",
+            ),
+            ("noise", 0 <= self.noise < math.inf, "0 or more"),
+            ("reinit", 0 <= self.reinit <= 1, "a share between 0 and 1"),
+        ):
+            if not valid:
+                raise ValueError(f"`{name}` must be {what}. Got {getattr(self, name)}.")
         if self.experts < 2 or self.experts % self.splits:
             raise ValueError(
                 f"`experts` must be at least 2 and a multiple of `splits`, got experts={self.experts} and splits={self.splits}. "
@@ -98,20 +109,13 @@ class Upcycling:
                 f"`top_k` must be between 2 and experts={self.experts}, got {self.top_k}. The weights of the chosen experts sum to 1, "
                 "so a single one always has the weight 1, and its router would learn nothing from the loss."
             )
-        for name, valid, what in (
-            ("router_std", self.router_std > 0, "more than 0: equal routers choose the same experts for every token"),
-            ("noise", self.noise >= 0, "0 or more"),
-            ("reinit", 0 <= self.reinit <= 1, "a share between 0 and 1"),
-        ):
-            if not valid or not math.isfinite(getattr(self, name)):
-                raise ValueError(f"`{name}` must be {what}. Got {getattr(self, name)}.")
 
 
 class Upcycler:
     """
-    Makes the config and the tensors of a MoE model from the config, class name and tensors of a dense one.
+    Makes the config and the tensors of a MoE model. Needs the config and the class name of the dense model.
 
-    Raises `ValueError` if the model is not a dense language model of a known family, or the options do not fit it.
+    Raises `ValueError` if it is not a dense language model of a known family, or the options do not fit it.
     """
 
     def __init__(self, dense: PreTrainedConfig, class_name: str, options: Upcycling) -> None:
@@ -149,7 +153,7 @@ class Upcycler:
         if not family.dense_layers and (options.every > 1 or options.dense_layers):
             raise ValueError(
                 f"`every`={options.every} and `dense_layers`={list(options.dense_layers)} are not possible with {dense.model_type}: "
-                f"all layers of a {family.model_type} have experts. Leave both at their defaults."
+                f"it becomes a {family.model_type}, which has experts in every layer. Leave out both options."
             )
         for name in ("attention_bias", "mlp_bias"):
             if family is MIXTRAL and getattr(dense, name, False):
@@ -162,8 +166,7 @@ class Upcycler:
             )
         known = AutoConfig.for_model(family.model_type)
         fields = {name: value for name, value in dense.to_dict().items() if hasattr(known, name) or name == "head_dim"}
-        for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
-            fields.pop(name, None)
+        fields = {name: value for name, value in fields.items() if name not in NOT_COPIED}
         fields |= {family.experts: options.experts, "num_experts_per_tok": options.top_k, family.expert_size: size}
         if family.dense_layers:
             fields |= {"norm_topk_prob": True, "decoder_sparse_step": options.every}
@@ -257,29 +260,27 @@ def upcycle(
     Makes a Mixture-of-Experts model of a dense one: a Mixtral of a Llama or Mistral, a Qwen2-MoE of a Qwen2, a Qwen3-MoE of
     a Qwen3. Each expert is a copy of its layer's MLP, or a part of it. The routers are random and new.
 
-    Copies compute what the dense model computes, up to rounding: the weights of the chosen experts sum to 1
-    (`norm_topk_prob=True`). The shared expert of Qwen2-MoE begins with an output of 0. The result is compared with the
-    dense model on random tokens, and the log says how much it differs.
+    Copies compute what the dense model computes, up to rounding, because the weights of the chosen experts sum to 1. The shared
+    expert of Qwen2-MoE begins with an output of 0. The log says how much the logits differ on random tokens.
 
     Args:
         model_or_path (`PreTrainedModel` or `str`): The dense model. A folder or Hub name is loaded.
         experts (`int`, *optional*, defaults to 8): Experts of a layer.
         top_k (`int`, *optional*, defaults to 2): Experts of a token.
         splits (`int`, *optional*, defaults to 1):
-            Cuts each MLP into this many experts ([arXiv 2410.07524](https://arxiv.org/abs/2410.07524)), whose outputs are
-            scaled up by as much. If `top_k` is a multiple of it, the parts of a copy share a router row, a token gets
-            all parts of its copies, and the result is exact. Otherwise a token gets a random part of the MLP.
+            Cuts each MLP into this many experts and scales their outputs up by as much
+            ([arXiv 2410.07524](https://arxiv.org/abs/2410.07524)). If `top_k` is a multiple of it, the parts of a copy share
+            a router row, and the result is exact. Otherwise a token gets random parts of the MLP.
         every (`int`, *optional*, defaults to 1): Upcycles every n-th layer, the n-th first. Not for Mixtral.
         dense_layers (`Sequence[int]`, *optional*): Layers that stay dense, from 0. Not for Mixtral.
         router_std (`float`, *optional*, defaults to 0.02): Standard deviation of the routers' weights.
         noise (`float`, *optional*, defaults to 0.0):
             Standard deviation of noise on the experts' weights, as a share of that of each matrix.
         reinit (`float`, *optional*, defaults to 0.0):
-            Share of the neurons of each expert that are drawn anew, with the mean and standard deviation of those that they
-            replace (Drop-Upcycling, [arXiv 2502.19261](https://arxiv.org/abs/2502.19261), which uses 0.5).
+            Share of the neurons of each expert that are drawn anew, with the mean and standard deviation of the old ones
+            (Drop-Upcycling, [arXiv 2502.19261](https://arxiv.org/abs/2502.19261), which uses 0.5).
         seed (`int`, *optional*, defaults to 0): Seed of everything random.
-        loading:
-            Passed to `from_pretrained`, if a path was given: `dtype`, `revision`, `gguf_file`, ...
+        loading: Passed to `from_pretrained`, if a path was given: `dtype`, `revision`, `gguf_file`, ...
 
     Returns:
         `PreTrainedModel`: The MoE model, in eval mode. The dense model stays as it is, and shares nothing with it.
@@ -292,9 +293,7 @@ def upcycle(
     if not isinstance(dense, nn.Module):
         dense = transformers.AutoModelForCausalLM.from_pretrained(dense, **loading)
     elif loading:
-        raise TypeError(
-            f"{', '.join(loading)}: only for a model that is loaded from a path, got a {type(dense).__name__}."
-        )
+        raise TypeError(f"{', '.join(loading)}: needs a path to load from, got a {type(dense).__name__}.")
     upcycler = Upcycler(dense.config, type(dense).__name__, options)
     tensors = dense.state_dict()
     if dense.get_output_embeddings().weight is dense.get_input_embeddings().weight:
