@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..balancing import PhiBalancer, get_balancer, patch, read_state, unpatch
 from ..files import STATE_NAME, find_state
 from ..inspection import Domain, TextStream, padded_batches, padding_of, parse_domains
-from ..models import auto_class_name, base_of, find_adapter, load_any, load_tokenizer, register_deepseek_moe
+from ..models import auto_class_name, base_of, find_adapter, load_any, register_deepseek_moe
 from .folding import Folding, compare
-from .writing import ExportReport, check_destination, write_plain
+from .writing import ExportReport, check_destination, find_tokenizer, write_plain
 
 
 VARIANTS = {
@@ -102,7 +102,7 @@ def export(
     domains = parse_domains(texts, field) if texts else []  # before the weights are loaded
     register_deepseek_moe()
     model, report, not_loaded, of_weights = _load(source, loading)
-    tokens = _tokenizer(source, tokenizer, loading, needed=bool(domains))
+    tokens = find_tokenizer(source, tokenizer, loading, needed=bool(domains))
     report.max_loss_increase, report.forced = max_loss_increase, force
     if report.bias == "ours" and not domains:
         raise ValueError(
@@ -217,16 +217,6 @@ def _check_native(balancer: PhiBalancer, state: str, biases: dict[str, Tensor]) 
                 f"differ by up to {float(difference):.3g}): these files were not saved at the same step. Save both "
                 "again, or load the model with phi_balance=True, which takes the bias of the state, and save that."
             )
-
-
-def _tokenizer(source: str, named: str | os.PathLike | None, loading: dict[str, Any], needed: bool) -> Any:
-    """Returns the tokenizer; `None` if there is none and none is needed."""
-    try:
-        return load_tokenizer(source, named, loading)
-    except ValueError:
-        if needed or named is not None:
-            raise
-        return None
 
 
 def _measure(model: Any, report: ExportReport, bias: str, fitted: list[Any], measured: list[Any]) -> None:

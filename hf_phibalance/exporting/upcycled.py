@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from ..files import find_file, flush, hub_arguments, hub_name, public_name, versions
+from ..files import find_file, hub_arguments, hub_name, public_name, versions
 from ..hub import CARD_NAME, as_code, markdown_table
-from ..models import Difference, Upcycler, Upcycling, difference, find_adapter, load_tokenizer, made_logits
-from .writing import check_destination, weight_files, whole_folder
+from ..models import Difference, Upcycler, Upcycling, difference, find_adapter, made_logits
+from .writing import check_destination, find_tokenizer, weight_files, whole_folder
 
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")  # of a model card
@@ -36,7 +36,6 @@ class UpcycleReport:
         source (`str`): The dense checkpoint.
         model_type (`str`): Type of the MoE model.
         layers (`list[int]`): Layers with experts, from 0.
-        depth (`int`): Number of layers.
         options (`Upcycling`): The options.
         parameters (`int`): Number of parameters.
         active (`int`): Number of parameters that a token uses.
@@ -46,10 +45,9 @@ class UpcycleReport:
     source: str
     model_type: str
     layers: list[int]
-    depth: int
     options: Upcycling
-    parameters: int = 0
-    active: int = 0
+    parameters: int
+    active: int
     difference: Difference | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,17 +58,15 @@ class UpcycleReport:
         """Returns the report as text, with a table of the options."""
         options, name = self.options, hub_name(self.source)
         base = f"[{name}](https://huggingface.co/{name})" if name else as_code(public_name(self.source))
-        where = "each layer"
-        if len(self.layers) < self.depth:
-            where = f"layers {', '.join(map(str, self.layers))} of 0 to {self.depth - 1}"
-        part = "copy" if options.splits == 1 else f"part, 1/{options.splits} in size,"
+        expert = "a copy" if options.splits == 1 else f"1/{options.splits}"
         text = (
-            f"A {as_code(self.model_type)} with {self.parameters / 1e6:,.2f} M parameters, of which a token uses {self.active / 1e6:,.2f} M. "
-            f"It was made of the dense model {base} by `phibalance upcycle`, and has not been trained since. In {where}, it has "
-            f"{options.experts} experts, of which a token uses {options.top_k}. Each is a {part} of the layer's MLP. The routers are random."
+            f"A {as_code(self.model_type)} with {self.parameters / 1e6:,.2f} M parameters, of which a token uses "
+            f"{self.active / 1e6:,.2f} M. `phibalance upcycle` made it of the dense model {base}. It has not been trained since. "
+            f"{len(self.layers)} layers have {options.experts} experts each, and a token uses {options.top_k} of them. An expert is "
+            f"{expert} of the layer's MLP. The routers are random."
         )
         rows = [[as_code(key), as_code(value)] for key, value in dataclasses.asdict(options).items()]
-        compared = "It was not compared with the dense model." if self.difference is None else str(self.difference)
+        compared = self.difference or "It was not compared with the dense model."
         return f"{text}\n\n{markdown_table(['option', 'value'], rows)}\n\n{compared}"
 
 
@@ -85,8 +81,8 @@ def upcycle_checkpoint(
     **loading: Any,
 ) -> UpcycleReport:
     """
-    Like [`upcycle`], from folder to folder. Needs memory for one shard and one matrix; to compare, for the embeddings and one layer. The weights are the same as those
-    of [`upcycle`] with the same options.
+    Like [`upcycle`] from folder to folder, with the same weights. Needs memory for one file of weights and one matrix, and for
+    the comparison the embeddings and one layer.
 
     Args:
         source (`str` or `os.PathLike`): Folder or Hub name of the dense model, in the safetensors format.
@@ -95,8 +91,8 @@ def upcycle_checkpoint(
         tokenizer (`str` or `os.PathLike`, *optional*): Another folder or name to take the tokenizer from.
         max_shard_gb (`float`, *optional*, defaults to 5.0): Largest size of a file of weights, in 10⁹ bytes.
         check (`bool`, *optional*, defaults to `True`):
-            Whether to load both models, layer by layer, and compare their logits on random tokens. The experts need as much
-            space on disk again meanwhile.
+            Whether to load both models, layer by layer, and compare their logits on random tokens. Meanwhile the experts
+            need their space on disk twice.
         loading: Arguments of `from_pretrained` that say where `source` is on the Hub, for example `revision`.
 
     Returns:
@@ -117,68 +113,61 @@ def upcycle_checkpoint(
     upcycler = Upcycler(dense, (dense.architectures or [""])[0], options)
     files = weight_files(source, loading)
     upcycler.check_names(files)
-    report = UpcycleReport(source, upcycler.family.model_type, upcycler.layers, dense.num_hidden_layers, options)
+    tokens = find_tokenizer(source, tokenizer, loading)
     with whole_folder(destination) as folder:
-        tensors = _made(upcycler, files, report)
-        _write_shards(tensors, folder, int(max_shard_gb * 1e9))
-        try:
-            load_tokenizer(source, tokenizer, loading).save_pretrained(folder)
-        except ValueError:
-            if tokenizer is not None:
-                raise
+        shared, experts = _write_weights(upcycler, files, folder, int(max_shard_gb * 1e9))
+        upcycler.config.save_pretrained(folder)
+        if tokens is not None:
+            tokens.save_pretrained(folder)
         if (generation := find_file(source, GENERATION_CONFIG_NAME, loading)) is not None:
             shutil.copyfile(generation, folder / GENERATION_CONFIG_NAME)
-        upcycler.config.save_pretrained(folder)
+        active = shared + experts * options.top_k // options.experts
+        report = UpcycleReport(source, upcycler.family.model_type, upcycler.layers, options, shared + experts, active)
         if check:
             report.difference = difference(_logits(source, folder, loading), _logits(folder, folder, {}))
         _write_card(report, folder, loading)
     return report
 
 
-def _made(upcycler: Upcycler, files: Mapping[str, str], report: UpcycleReport) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of the MoE model, and adds up their parameters in `report`."""
-    active = 0.0
+def _write_weights(upcycler: Upcycler, files: Mapping[str, str], folder: Path, limit: int) -> tuple[int, int]:
+    """Writes the weights and their index. Returns the number of parameters outside the experts, and inside."""
+    weight_map: dict[str, str] = {}
+    shared = experts = size = 0
+    for number, shard in enumerate(_shards(_converted(upcycler, files), limit), 1):
+        file = f"model-{number:05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        for name, tensor in shard.items():
+            weight_map[name] = file
+            size += tensor.nbytes
+            if ".experts." in name:
+                experts += tensor.numel()
+            else:
+                shared += tensor.numel()
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    return shared, experts
+
+
+def _converted(upcycler: Upcycler, files: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of the MoE model. `files` are the dense tensors' names and the files that hold them."""
     for path in dict.fromkeys(files.values()):
         with safe_open(path, "pt") as file:
-            for source in (name for name, holder in files.items() if holder == path):
-                dense = file.get_tensor(source)
-                for name, make in upcycler.tensors(source).items():
-                    tensor = make(dense)
-                    report.parameters += tensor.numel()
-                    used = upcycler.options.top_k / upcycler.options.experts if ".experts." in name else 1
-                    active += tensor.numel() * used
-                    yield name, tensor
-    report.active = round(active)
+            for name in (name for name, holder in files.items() if holder == path):
+                yield from upcycler.convert(name, file.get_tensor(name))
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> None:
-    """Writes `tensors` to files of at most `limit` bytes (or of one tensor), and their index."""
-    shards: list[list[str]] = []
-    total = size = 0
+def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Yields the tensors in groups of at most `limit` bytes, or of one tensor. A group is emptied when the next one is asked for."""
     shard: dict[str, Tensor] = {}
-
-    def write() -> None:
-        path = folder / f"{len(shards)}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
-        flush(path)
-        shards.append(list(shard))
-        shard.clear()
-
+    size = 0
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > limit:
-            write()
+            yield shard
+            shard.clear()
             size = 0
         shard[name] = tensor
         size += tensor.nbytes
-        total += tensor.nbytes
-    write()
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        os.replace(folder / f"{number}.safetensors", folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    yield shard
 
 
 def _logits(source: str | os.PathLike, scratch: Path, loading: Mapping[str, Any]) -> Tensor:
@@ -208,6 +197,5 @@ def _write_card(report: UpcycleReport, folder: Path, loading: Mapping[str, Any])
         tags=["mixture-of-experts", "upcycled", report.model_type],
         **license,
     )
-    ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# {as_code(folder.name.removesuffix('.partial'))}\n\n{report.to_markdown()}\n"
-    ).save(folder / CARD_NAME)
+    title = as_code(folder.name.removesuffix(".partial"))
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{report.to_markdown()}\n").save(folder / CARD_NAME)

@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from ..balancing import Measurement, evaluating
 from ..files import LARGE, find_file, flush_tree, layer_labels, public_name, read_json, versions
 from ..hub import CARD_NAME, as_code, markdown_table
-from ..models import auto_class_name
+from ..models import auto_class_name, load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -170,6 +170,16 @@ def check_destination(destination: Path) -> None:
     """Raises `ValueError` unless `destination` is new or an empty folder."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} must be a new or an empty folder: a checkpoint would mix with what is there.")
+
+
+def find_tokenizer(source: str, named: str | os.PathLike | None, loading: dict[str, Any], needed: bool = False) -> Any:
+    """Returns the tokenizer; `None` if there is none and none is needed."""
+    try:
+        return load_tokenizer(source, named, loading)
+    except ValueError:
+        if needed or named is not None:
+            raise
+        return None
 
 
 @contextmanager

@@ -7,9 +7,8 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,11 @@ logger = logging.get_logger(__name__)
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 MLP_WEIGHT = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 NOT_SAVED = "rotary_emb.inv_freq"  # in old Llama checkpoints; computed today
+NOT_COPIED = ("model_type", "architectures", "transformers_version", "_name_or_path")  # config fields
 MADE_TOKENS = (4, 32)  # batch and length of the random tokens that models are compared on
+QUANTIZED = (
+    "a quantized model cannot be upcycled. Load it unpacked (`dequantize`), or use the model that it was made of."
+)
 NOTABLE = 1e-4  # KL divergence in nats, above which the difference is a warning
 
 
@@ -53,20 +56,12 @@ FAMILIES = {"llama": MIXTRAL, "mistral": MIXTRAL, "qwen2": QWEN2_MOE, "qwen3": Q
 
 @dataclass(frozen=True)
 class Difference:
-    """
-    How much the logits of a MoE model differ from those of the dense model, on random tokens.
+    """How much the logits of a MoE model differ from those of the dense model, on random tokens."""
 
-    Attributes:
-        logit (`float`): Largest absolute difference of a logit.
-        largest (`float`): Largest absolute logit of the dense model.
-        kl (`float`): Mean KL divergence of the next-token probabilities from those of the dense model, in nats.
-        changed (`float`): Share of the tokens whose most likely next token is another one.
-    """
-
-    logit: float
-    largest: float
-    kl: float
-    changed: float
+    logit: float  # largest absolute difference of a logit
+    largest: float  # largest absolute logit of the dense model
+    kl: float  # mean KL divergence of the next-token probabilities from those of the dense model, in nats
+    changed: float  # share of the tokens whose most likely next token is another one
 
     def __str__(self) -> str:
         return (
@@ -91,9 +86,19 @@ class Upcycling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("splits", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+        for name, valid, what in (
+            ("splits", self.splits >= 1, "1 or more"),
+            ("every", self.every >= 1, "1 or more"),
+            (
+                "router_std",
+                0 < self.router_std < math.inf,
+                "more than 0: equal routers choose the same experts for every token",
+            ),
+            ("noise", 0 <= self.noise < math.inf, "0 or more"),
+            ("reinit", 0 <= self.reinit <= 1, "a share between 0 and 1"),
+        ):
+            if not valid:
+                raise ValueError(f"`{name}` must be {what}. Got {getattr(self, name)}.")
         if self.experts < 2 or self.experts % self.splits:
             raise ValueError(
                 f"`experts` must be at least 2 and a multiple of `splits`, got experts={self.experts} and splits={self.splits}. "
@@ -104,26 +109,13 @@ class Upcycling:
                 f"`top_k` must be between 2 and experts={self.experts}, got {self.top_k}. The weights of the chosen experts sum to 1, "
                 "so a single one always has the weight 1, and its router would learn nothing from the loss."
             )
-        for name, valid, what in (
-            ("router_std", self.router_std > 0, "more than 0: equal routers choose the same experts for every token"),
-            ("noise", self.noise >= 0, "0 or more"),
-            ("reinit", 0 <= self.reinit <= 1, "a share between 0 and 1"),
-        ):
-            if not valid or not math.isfinite(getattr(self, name)):
-                raise ValueError(f"`{name}` must be {what}. Got {getattr(self, name)}.")
 
 
 class Upcycler:
     """
-    Makes the config and the tensors of a MoE model.
+    Makes the config and the tensors of a MoE model. Needs the config and the class name of the dense model.
 
-    Args:
-        dense (`PreTrainedConfig`): Config of the dense model.
-        class_name (`str`): Class of the dense model.
-        options (`Upcycling`): The options.
-
-    Raises:
-        ValueError: If the model is not a dense language model of a known family, or the options do not fit it.
+    Raises `ValueError` if it is not a dense language model of a known family, or the options do not fit it.
     """
 
     def __init__(self, dense: PreTrainedConfig, class_name: str, options: Upcycling) -> None:
@@ -133,24 +125,23 @@ class Upcycler:
                 f"{quoted(class_name)} of model_type={dense.model_type!r} cannot be upcycled: it must be a dense language model "
                 f"(...ForCausalLM) of type {', '.join(FAMILIES)}. Merge an adapter first (`merge_and_unload`)."
             )
-        if getattr(dense, "quantization_config", None) is not None:
-            raise ValueError(
-                "`quantization_config` is set: a quantized model cannot be upcycled. Use the model that it was made of."
-            )
+        quantization = dense.to_dict().get("quantization_config") or {}
+        if quantization.get("quant_method", "gguf") != "gguf":  # a GGUF file may have been unpacked
+            raise ValueError(f"`quantization_config` is set: {QUANTIZED}")
         count = dense.num_hidden_layers
         if wrong := [layer for layer in options.dense_layers if not 0 <= layer < count]:
             raise ValueError(f"`dense_layers` must be numbers from 0 to {count - 1}, got {wrong}.")
         self.options, self.family = options, found
-        self.config = self._make_config(dense)
-        classes: Any = transformers.AutoModelForCausalLM._model_mapping
-        self.model_class = classes[type(self.config)]
-        self.config.architectures = [self.model_class.__name__]
         self.layers = [n for n in range(count) if (n + 1) % options.every == 0 and n not in options.dense_layers]
         if not self.layers:
             raise ValueError(
                 f"`every`={options.every} and `dense_layers`={list(options.dense_layers)} leave none of the {count} layers to "
-                "upcycle: choose less."
+                "upcycle: choose a smaller `every`, or fewer `dense_layers`."
             )
+        self.config = self._make_config(dense)
+        classes: Any = transformers.AutoModelForCausalLM._model_mapping
+        self.model_class = classes[type(self.config)]
+        self.config.architectures = [self.model_class.__name__]
 
     def _make_config(self, dense: PreTrainedConfig) -> PreTrainedConfig:
         options, family = self.options, self.family
@@ -162,7 +153,7 @@ class Upcycler:
         if not family.dense_layers and (options.every > 1 or options.dense_layers):
             raise ValueError(
                 f"`every`={options.every} and `dense_layers`={list(options.dense_layers)} are not possible with {dense.model_type}: "
-                f"all layers of a {family.model_type} have experts. Leave both at their defaults."
+                f"it becomes a {family.model_type}, which has experts in every layer. Leave out both options."
             )
         for name in ("attention_bias", "mlp_bias"):
             if family is MIXTRAL and getattr(dense, name, False):
@@ -175,8 +166,7 @@ class Upcycler:
             )
         known = AutoConfig.for_model(family.model_type)
         fields = {name: value for name, value in dense.to_dict().items() if hasattr(known, name) or name == "head_dim"}
-        for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
-            fields.pop(name, None)
+        fields = {name: value for name, value in fields.items() if name not in NOT_COPIED}
         fields |= {family.experts: options.experts, "num_experts_per_tok": options.top_k, family.expert_size: size}
         if family.dense_layers:
             fields |= {"norm_topk_prob": True, "decoder_sparse_step": options.every}
@@ -192,55 +182,51 @@ class Upcycler:
         wanted = (f"model.layers.{layer}.mlp.{matrix}.weight" for layer in self.layers for matrix in MATRICES)
         if missing := next((name for name in wanted if name not in names), None):
             raise ValueError(
-                f"{missing!r} is not among the tensors of the model. It must be an ordinary checkpoint in the safetensors format: "
-                "load yours by from_pretrained, merge adapters, and save it by save_pretrained."
+                f"{missing!r} is not among the tensors of the model. It must be an ordinary checkpoint: without an adapter, and for "
+                "the command in safetensors files. `phb.upcycle` takes whatever from_pretrained loads."
             )
 
-    def tensors(self, name: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    def convert(self, name: str, dense: Tensor) -> Iterator[tuple[str, Tensor]]:
         """
-        Returns the tensors that are made of the dense tensor `name`: their names in a MoE checkpoint, and functions that make
-        each of the dense tensor. Every function has random numbers of its own, so the order of the calls does not matter.
+        Yields the tensors that are made of the dense tensor `name`, and their names in a MoE checkpoint. They do not depend on
+        the order of the calls: each tensor has random numbers of its own.
         """
-        if name.endswith(NOT_SAVED):
-            return {}
         found = MLP_WEIGHT.fullmatch(name)
         if found is None or int(found[1]) not in self.layers:
-            return {name: torch.clone}
+            if not name.endswith(NOT_SAVED):
+                yield name, dense.clone()
+            return
         layer, matrix = found.groups()
-        block = f"model.layers.{layer}.{self.family.block}"
-        ours = self.family.weights[MATRICES.index(matrix)]
-        made: dict[str, Callable[[Tensor], Tensor]] = {
-            f"{block}.experts.{expert}.{ours}.weight": partial(self._expert, layer, matrix, expert)
-            for expert in range(self.options.experts)
-        }
+        family = self.family
+        block = f"model.layers.{layer}.{family.block}"
+        axis = 1 if matrix == "down_proj" else 0  # the dimension of the MLP's neurons
+        parts = dense.chunk(self.options.splits, axis)
+        for expert in range(self.options.experts):
+            part = parts[expert % len(parts)].to(torch.promote_types(dense.dtype, torch.float32), copy=True)
+            if matrix == "down_proj":
+                part *= len(parts)  # a token's weights sum to 1, so each of its parts has 1/splits of the weight
+            self._change(part, axis, layer, matrix, expert)
+            yield f"{block}.experts.{expert}.{family.weights[MATRICES.index(matrix)]}.weight", part.to(dense.dtype)
         if matrix == "gate_proj":
-            made[f"{block}.gate.weight"] = partial(self._router, layer)
-        if self.family.shared_expert:
-            made[f"{block}.shared_expert.{matrix}.weight"] = partial(self._shared_expert, matrix)
+            yield f"{block}.gate.weight", self._router(layer, dense)
+        if family.shared_expert:
             if matrix == "gate_proj":
-                made[f"{block}.shared_expert_gate.weight"] = lambda dense: dense.new_zeros(1, dense.shape[1])
-        return made
+                yield f"{block}.shared_expert_gate.weight", dense.new_zeros(1, dense.shape[1])
+            # its output is 0 until training moves its down_proj
+            part = torch.zeros_like(parts[0]) if matrix == "down_proj" else parts[0].clone()
+            yield f"{block}.shared_expert.{matrix}.weight", part
 
-    def _part(self, matrix: str, number: int, dense: Tensor) -> Tensor:
-        """Returns a copy of one of the `splits` parts of an MLP's matrix, in float32 or better."""
-        part = dense.chunk(self.options.splits, dim=_axis(matrix))[number]
-        return part.to(torch.promote_types(dense.dtype, torch.float32), copy=True)
-
-    def _expert(self, layer: str, matrix: str, expert: int, dense: Tensor) -> Tensor:
-        options = self.options
-        part = self._part(matrix, expert % options.splits, dense)
-        if matrix == "down_proj":
-            part *= options.splits  # a token's weights sum to 1, so each of its parts has 1/splits of the weight
-        if options.noise:
-            part += options.noise * part.std() * self._normal(part, layer, matrix, expert, "noise")
-        if options.reinit:
+    def _change(self, part: Tensor, axis: int, layer: str, matrix: str, expert: int) -> None:
+        """Adds noise to a matrix of an expert, and draws some of its neurons anew."""
+        if self.options.noise:
+            part += self.options.noise * part.std() * self._normal(part, layer, matrix, expert, "noise")
+        if self.options.reinit:
             # the same neurons in all three matrices
-            neurons = torch.randperm(part.shape[_axis(matrix)], generator=self._generator(layer, expert, "neurons"))
-            neurons = neurons[: math.ceil(options.reinit * len(neurons))].to(part.device)
-            old = part.index_select(_axis(matrix), neurons)
+            neurons = torch.randperm(part.shape[axis], generator=self._generator(layer, expert, "neurons"))
+            neurons = neurons[: math.ceil(self.options.reinit * len(neurons))].to(part.device)
+            old = part.index_select(axis, neurons)
             new = old.mean() + old.std() * self._normal(old, layer, matrix, expert, "reinit")
-            part.index_copy_(_axis(matrix), neurons, new)
-        return part.to(dense.dtype)
+            part.index_copy_(axis, neurons, new)
 
     def _router(self, layer: str, dense: Tensor) -> Tensor:
         """Returns a random router, `(E, hidden)`. The parts of a copy share a row, if a token gets all of them or none."""
@@ -248,11 +234,6 @@ class Upcycler:
         shared = options.splits if options.top_k % options.splits == 0 else 1
         rows = dense.new_empty(options.experts // shared, dense.shape[1], dtype=torch.float32)
         return (options.router_std * self._normal(rows, layer, "router")).repeat_interleave(shared, 0).to(dense.dtype)
-
-    def _shared_expert(self, matrix: str, dense: Tensor) -> Tensor:
-        """Returns a part of the dense MLP whose output is 0 until training moves its `down_proj`."""
-        part = self._part(matrix, 0, dense).to(dense.dtype)
-        return torch.zeros_like(part) if matrix == "down_proj" else part
 
     def _generator(self, *words: object) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(repr((self.options.seed, *words)).encode()))
@@ -279,29 +260,27 @@ def upcycle(
     Makes a Mixture-of-Experts model of a dense one: a Mixtral of a Llama or Mistral, a Qwen2-MoE of a Qwen2, a Qwen3-MoE of
     a Qwen3. Each expert is a copy of its layer's MLP, or a part of it. The routers are random and new.
 
-    Copies compute what the dense model computes, up to rounding: the weights of the chosen experts sum to 1
-    (`norm_topk_prob=True`). The shared expert of Qwen2-MoE begins with an output of 0. The result is compared with the
-    dense model on random tokens, and the log says how much it differs.
+    Copies compute what the dense model computes, up to rounding, because the weights of the chosen experts sum to 1. The shared
+    expert of Qwen2-MoE begins with an output of 0. The log says how much the logits differ on random tokens.
 
     Args:
         model_or_path (`PreTrainedModel` or `str`): The dense model. A folder or Hub name is loaded.
         experts (`int`, *optional*, defaults to 8): Experts of a layer.
         top_k (`int`, *optional*, defaults to 2): Experts of a token.
         splits (`int`, *optional*, defaults to 1):
-            Cuts each MLP into this many experts ([arXiv 2410.07524](https://arxiv.org/abs/2410.07524)), whose outputs are
-            scaled up by as much. If `top_k` is a multiple of it, the parts of a copy share a router row, a token gets
-            all parts of its copies, and the result is exact. Otherwise a token gets a random part of the MLP.
+            Cuts each MLP into this many experts and scales their outputs up by as much
+            ([arXiv 2410.07524](https://arxiv.org/abs/2410.07524)). If `top_k` is a multiple of it, the parts of a copy share
+            a router row, and the result is exact. Otherwise a token gets random parts of the MLP.
         every (`int`, *optional*, defaults to 1): Upcycles every n-th layer, the n-th first. Not for Mixtral.
         dense_layers (`Sequence[int]`, *optional*): Layers that stay dense, from 0. Not for Mixtral.
         router_std (`float`, *optional*, defaults to 0.02): Standard deviation of the routers' weights.
         noise (`float`, *optional*, defaults to 0.0):
             Standard deviation of noise on the experts' weights, as a share of that of each matrix.
         reinit (`float`, *optional*, defaults to 0.0):
-            Share of the neurons of each expert that are drawn anew, with the mean and standard deviation of those that they
-            replace (Drop-Upcycling, [arXiv 2502.19261](https://arxiv.org/abs/2502.19261), which uses 0.5).
+            Share of the neurons of each expert that are drawn anew, with the mean and standard deviation of the old ones
+            (Drop-Upcycling, [arXiv 2502.19261](https://arxiv.org/abs/2502.19261), which uses 0.5).
         seed (`int`, *optional*, defaults to 0): Seed of everything random.
-        loading:
-            Passed to `from_pretrained`, if a path was given: `dtype`, `revision`, `gguf_file`, ...
+        loading: Passed to `from_pretrained`, if a path was given: `dtype`, `revision`, `gguf_file`, ...
 
     Returns:
         `PreTrainedModel`: The MoE model, in eval mode. The dense model stays as it is, and shares nothing with it.
@@ -314,15 +293,15 @@ def upcycle(
     if not isinstance(dense, nn.Module):
         dense = transformers.AutoModelForCausalLM.from_pretrained(dense, **loading)
     elif loading:
-        raise TypeError(
-            f"{', '.join(loading)}: only for a model that is loaded from a path, got a {type(dense).__name__}."
-        )
+        raise TypeError(f"{', '.join(loading)}: needs a path to load from, got a {type(dense).__name__}.")
     upcycler = Upcycler(dense.config, type(dense).__name__, options)
     tensors = dense.state_dict()
     if dense.get_output_embeddings().weight is dense.get_input_embeddings().weight:
         del tensors["lm_head.weight"]  # some versions of transformers would untie it
     upcycler.check_names(tensors)
-    state = {name: make(part) for source, part in tensors.items() for name, make in upcycler.tensors(source).items()}
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise ValueError(f"Some weights are not floating-point numbers: {QUANTIZED}")
+    state = dict(made for name, tensor in tensors.items() for made in upcycler.convert(name, tensor))
     model = upcycler.model_class.from_pretrained(
         None,
         config=upcycler.config,
@@ -354,8 +333,3 @@ def difference(dense: Tensor, moe: Tensor) -> Difference:
         kl=float((before.exp() * (before - after)).sum(-1).mean()),
         changed=float((dense.argmax(-1) != moe.argmax(-1)).float().mean()),
     )
-
-
-def _axis(matrix: str) -> int:
-    """Returns the dimension of a matrix that counts the neurons of the MLP."""
-    return 1 if matrix == "down_proj" else 0

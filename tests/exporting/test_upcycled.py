@@ -224,14 +224,16 @@ def test_sources_that_are_refused(saved, tmp_path, capsys):
     assert not list(tmp_path.glob("moe*"))
 
 
-def test_numbers_and_destinations_that_are_refused(saved, tmp_path):
+def test_numbers_and_destinations_that_are_refused(saved, tmp_path, monkeypatch):
     source, _ = saved()
     with pytest.raises(ValueError, match="must be a new or an empty folder"):
         upcycle_checkpoint(source, source, Upcycling())
     with pytest.raises(ValueError, match=r"`max_shard_gb` must be more than 0, got 0\.0"):
         upcycle_checkpoint(source, tmp_path / "moe", Upcycling(), max_shard_gb=0.0)
-    with pytest.raises(ValueError, match=r"no tokenizer in nowhere/at-all .*, use --tokenizer"):
-        upcycle_checkpoint(source, tmp_path / "moe", Upcycling(), tokenizer="nowhere/at-all", check=False)
+    with monkeypatch.context() as before_it_writes:
+        before_it_writes.setattr(upcycled, "_write_weights", None)
+        with pytest.raises(ValueError, match=r"no tokenizer in nowhere/at-all .*, use --tokenizer"):
+            upcycle_checkpoint(source, tmp_path / "moe", Upcycling(), tokenizer="nowhere/at-all")
     index = json.loads((source / "model.safetensors.index.json").read_text())
     shard = source / index["weight_map"].pop(name := "model.norm.weight")
     save_file({key: part for key, part in load_file(shard).items() if key != name}, shard, metadata={"format": "pt"})

