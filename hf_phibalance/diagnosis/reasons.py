@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .report import PRECISE, ROUGH, Check, Coefficient, DoctorReport, Status
-from .stock import Stock
+from .stock import StockRecorder
 
 
 LARGE = 0.1  # coefficients that models were published with are mostly between 0.0001 and 0.02
@@ -92,8 +92,9 @@ class AuditReport(DoctorReport):
         return super().to_dict() | {name: getattr(self, name) for name in own}
 
 
-def explain(seen: Stock, declared: Declared, measured: str, model: dict[str, Any]) -> AuditReport:
+def explain(seen: StockRecorder, declared: Declared, measured: str) -> AuditReport:
     """Returns the report of a step: what it received, and every reason why that is not what was declared."""
+    model = {"class": declared.model, "model_type": getattr(seen.root.config, "model_type", None)}
     coefficient, wanted = None, declared.coefficient
     if wanted:
         where = "the logits of the routers"
@@ -106,7 +107,7 @@ def explain(seen: Stock, declared: Declared, measured: str, model: dict[str, Any
     return AuditReport(checks, measured, coefficient, model, wanted, *values)
 
 
-def _judge(seen: Stock, declared: Declared, coefficient: Coefficient | None) -> Check:
+def _judge(seen: StockRecorder, declared: Declared, coefficient: Coefficient | None) -> Check:
     if coefficient is None and seen.received:
         return Check("coefficient", "warning", f"no coefficient is declared, but {seen.received:.3g} arrives")
     if coefficient is None:
@@ -117,15 +118,15 @@ def _judge(seen: Stock, declared: Declared, coefficient: Coefficient | None) -> 
     return Check("coefficient", "ok" if is_exact else "warning" if is_off else "problem", found)
 
 
-def _figures(seen: Stock) -> Iterator[Check]:
+def _figures(seen: StockRecorder) -> Iterator[Check]:
     """Yields what is as it should be in the loss that arrives."""
     if seen.received and seen.padding and seen.on_padding <= 1e-6:
         yield Check("padding", "ok", f"not counted: {seen.padding:,} of {seen.positions:,} positions")
-    if seen.received and seen.counts == "step":
+    if seen.received and seen.is_of_step:
         yield Check("counts", "ok", f"of the whole step, {seen.forwards * seen.ranks} micro-batches")
 
 
-def _reasons(seen: Stock, declared: Declared) -> Iterator[tuple[str, str]]:
+def _reasons(seen: StockRecorder, declared: Declared) -> Iterator[tuple[str, str]]:
     """Yields the name and the text of each finding."""
     wanted, parts = declared.coefficient, seen.forwards * seen.ranks
     if seen.received == 0 and (wanted or (declared.is_on and not seen.computes)):
@@ -140,7 +141,7 @@ def _reasons(seen: Stock, declared: Declared) -> Iterator[tuple[str, str]]:
     if seen.received and seen.padding and seen.on_padding > 1e-6:
         share = f"{seen.padding / seen.positions:.1%} of the positions are padding"
         yield "padding", f"counted: {share}, and {seen.on_padding:.1%} of the squared gradient is there"
-    if seen.received and parts > 1 and seen.counts != "step":
+    if seen.received and parts > 1 and not seen.is_of_step:
         alone = f"about {seen.positions / parts:,.0f} positions, not of the step's {seen.positions:,}"
         yield "counts", f"of each micro-batch alone, {alone}: each is balanced by itself"
     if seen.residual > 0.05:
@@ -150,7 +151,7 @@ def _reasons(seen: Stock, declared: Declared) -> Iterator[tuple[str, str]]:
     worst = max(seen.layers, key=lambda name: seen.layers[name])
     mean = sum(seen.layers.values()) / len(seen.layers)
     pooled, each = (value / seen.top_k - 1 for value in (seen.pooled, mean))
-    if each > UNEVEN and pooled < HIDDEN * each:
+    if seen.received and each > UNEVEN and pooled < HIDDEN * each:
         figures = f"{seen.pooled:.4g} with all layers pooled, {mean:.4g} in the mean of the layers"
         yield (
             "pooled layers",
@@ -158,7 +159,7 @@ def _reasons(seen: Stock, declared: Declared) -> Iterator[tuple[str, str]]:
         )
 
 
-def _missing(seen: Stock, declared: Declared) -> tuple[str, str]:
+def _missing(seen: StockRecorder, declared: Declared) -> tuple[str, str]:
     """Returns why nothing arrives."""
     if not seen.computes and not declared.is_on and declared.by_trainer is None:
         return "switched off", "the model computes no auxiliary loss, because output_router_logits=False in its config"
@@ -175,7 +176,7 @@ def _missing(seen: Stock, declared: Declared) -> tuple[str, str]:
     )
 
 
-def _factors(seen: Stock, declared: Declared) -> Iterator[tuple[str, str]]:
+def _factors(seen: StockRecorder, declared: Declared) -> Iterator[tuple[str, str]]:
     """Yields the factors between the received and the declared coefficient."""
     tolerance = 10 * (PRECISE if seen.is_precise else ROUGH)
     wanted, forwards, ranks = declared.coefficient, seen.forwards, seen.ranks
