@@ -99,7 +99,7 @@ def explain(seen: StockRecorder, declared: Declared, measured: str) -> AuditRepo
     if wanted:
         where = "the logits of the routers"
         coefficient = Coefficient(wanted, seen.received / wanted, seen.residual, {}, where, seen.is_precise)
-    written = ", ".join(f"{name}={value:g}" for name, value in declared.sources.items()) or "nowhere"
+    written = ", ".join(f"{name}={value:g}" for name, value in declared.sources.items()) or "no coefficient"
     checks = [Check("declared", "ok", written), _judge(seen, declared, coefficient)]
     checks += [Check(name, REASONS[name][0], finding, REASONS[name][1]) for name, finding in _reasons(seen, declared)]
     checks += _figures(seen)
@@ -123,7 +123,7 @@ def _figures(seen: StockRecorder) -> Iterator[Check]:
     if seen.received and seen.padding and seen.on_padding <= 1e-6:
         yield Check("padding", "ok", f"not counted: {seen.padding:,} of {seen.positions:,} positions")
     if seen.received and seen.is_of_step:
-        yield Check("counts", "ok", f"of the whole step, {seen.forwards * seen.ranks} micro-batches")
+        yield Check("counts", "ok", f"taken from the whole step, {seen.forwards * seen.ranks} micro-batches")
 
 
 def _reasons(seen: StockRecorder, declared: Declared) -> Iterator[tuple[str, str]]:
@@ -142,21 +142,19 @@ def _reasons(seen: StockRecorder, declared: Declared) -> Iterator[tuple[str, str
         share = f"{seen.padding / seen.positions:.1%} of the positions are padding"
         yield "padding", f"counted: {share}, and {seen.on_padding:.1%} of the squared gradient is there"
     if seen.received and parts > 1 and not seen.is_of_step:
-        alone = f"about {seen.positions / parts:,.0f} positions, not of the step's {seen.positions:,}"
-        yield "counts", f"of each micro-batch alone, {alone}: each is balanced by itself"
+        alone = f"about {seen.positions / parts:,.0f} positions each, the step has {seen.positions:,}"
+        yield "counts", f"taken from each micro-batch alone ({alone}), so each is balanced by itself"
     if seen.residual > 0.05:
-        yield "other losses", f"{seen.residual:.0%} of the gradient from outside the routers is not this loss"
+        yield "other losses", f"{seen.residual:.0%} of the gradient that losses add at the logits is not from this one"
     if seen.received and not seen.learns:
         yield "routers that learn", "all routers are frozen, so the loss reaches only what lies below them"
     worst = max(seen.layers, key=lambda name: seen.layers[name])
     mean = sum(seen.layers.values()) / len(seen.layers)
     pooled, each = (value / seen.top_k - 1 for value in (seen.pooled, mean))
     if seen.received and each > UNEVEN and pooled < HIDDEN * each:
-        figures = f"{seen.pooled:.4g} with all layers pooled, {mean:.4g} in the mean of the layers"
-        yield (
-            "pooled layers",
-            f"hide imbalance: {figures}, {seen.layers[worst]:.4g} in {worst} ({seen.top_k} is balance)",
-        )
+        alone = f"{mean:.4g} for a layer alone on average, and {seen.layers[worst]:.4g} for {worst}"
+        together = f"the loss is {seen.pooled:.4g} for all layers together, but {alone}"
+        yield "pooled layers", f"they hide imbalance: {together}. {seen.top_k} is balance"
 
 
 def _missing(seen: StockRecorder, declared: Declared) -> tuple[str, str]:
@@ -170,10 +168,7 @@ def _missing(seen: StockRecorder, declared: Declared) -> tuple[str, str]:
         return "checkpointing", f"{first}, and the auxiliary loss is computed from these logits"
     if not seen.aux_has_path:
         return "gradient path", "the auxiliary loss has none: the routers, and all layers below them, are frozen"
-    return (
-        "dropped",
-        f"the model computes the auxiliary loss, but it is no part of the loss that {declared.trainer} trains on",
-    )
+    return "dropped", f"the model computes the auxiliary loss, but {declared.trainer} trains on a loss without it"
 
 
 def _factors(seen: StockRecorder, declared: Declared) -> Iterator[tuple[str, str]]:
