@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -109,6 +108,7 @@ def _record_trainer(trainer: Any) -> tuple[StockRecorder, str]:
     pad = getattr(getattr(trainer, "processing_class", None), "pad_token_id", None)
     recorder = StockRecorder(model, model.config.get_text_config().pad_token_id if pad is None else pad)
     objects = [trainer, trainer.args, accelerator, accelerator.gradient_state, *_objects(model)]
+    objects += [trainer.data_collator] if hasattr(trainer.data_collator, "__dict__") else []
     with _restoring(model, objects), eager(model):
         trainer.args.eval_on_start = False
         trainer.model_init = trainer.lr_scheduler = None
@@ -146,21 +146,14 @@ def _unread(dataset: Any) -> Any:
 def _declared(model: nn.Module, trainer: Any) -> Declared:
     """Returns where a coefficient is declared: in the trainer's arguments, by the trainer itself, in the config."""
     root: Any = unwrap(model)[-1]
-    config = root.config.get_text_config()
-    sources: dict[str, float] = {}
-    is_default, by_trainer = False, None
-    if trainer is not None:
-        args = trainer.args
-        defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
-        is_enabled = getattr(trainer, "aux_loss_enabled", False)
-        for name in IN_ARGUMENTS:
-            value = getattr(args, name, None)
-            if value is not None:
-                sources[f"{type(args).__name__}.{name}"] = by_trainer = float(value)
-                is_default = is_enabled and value == defaults.get(name)
-        if is_enabled and by_trainer is None:
-            by_trainer, is_default = float(trainer.router_aux_loss_coef), True
-            sources[f"{type(trainer).__name__}.router_aux_loss_coef"] = by_trainer
+    config, args = root.config.get_text_config(), getattr(trainer, "args", None)
+    is_enabled = getattr(trainer, "aux_loss_enabled", False)  # TRL
+    given = {name: getattr(args, name, None) for name in IN_ARGUMENTS}
+    sources = {f"{type(args).__name__}.{name}": float(value) for name, value in given.items() if value is not None}
+    is_default = is_enabled and all(value == getattr(type(args), name, None) for name, value in given.items())
+    if is_enabled and not sources:
+        sources[f"{type(trainer).__name__}.router_aux_loss_coef"] = float(trainer.router_aux_loss_coef)
+    by_trainer = next(reversed(sources.values()), None)
     by_model = 0.0
     for name in IN_CONFIG:
         if hasattr(config, name):

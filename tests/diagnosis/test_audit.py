@@ -17,7 +17,7 @@ from invariance import in_ranks
 from paths import ROOT
 from stock_losses import COEF, CountsOfAllRanks, CountsOfTheStep, UnusedForward
 from tiny import MODEL_TYPES, tiny_batch, tiny_model
-from training import make_trainer, rows
+from training import make_trainer, pad, rows
 from transformers import Trainer, TrainerCallback
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -327,8 +327,9 @@ def test_no_trace(cls, arguments, tmp_path):
         trainer = make_trainer(build(attention_dropout=0.3), tmp_path, cls, max_steps=3, **data, **arguments)
         trainer.model.get_input_embeddings().weight.grad = torch.ones_like(trainer.model.get_input_embeddings().weight)
         if is_audited:
+            audit = phb.audit  # imports its module
             before = snapshot(trainer, tmp_path)
-            phb.audit(trainer)
+            audit(trainer)
             after = snapshot(trainer, tmp_path)
             for name in before:
                 assert str(before[name]) == str(after[name]), name
@@ -357,6 +358,41 @@ def test_a_stream_keeps_its_first_rows(tmp_path):
     data = Stream(list(rows()))
     phb.audit(make_trainer(build(), tmp_path, data=data, max_steps=1))
     assert data.rows == list(rows())
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Rows and a collator that draw from generators of their own, the collator's made when it is first called."""
+
+    def __init__(self, make):
+        self.rows, self.make, self.rng, self.data_collator = rows(), make, make(), self
+        self.generator = None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index] | {"weight": self.rng.random()}
+
+    def __call__(self, examples):
+        self.generator = self.generator or self.make()
+        self.drawn = [*(example["weight"] for example in examples), self.generator.random()]
+        return pad(examples)
+
+
+@pytest.mark.parametrize("make", [lambda: np.random.default_rng(0), lambda: random.Random(0)], ids=["numpy", "python"])
+def test_generators_of_the_data(make, tmp_path):
+    """An audited trainer draws the same rows as another."""
+    first = []
+    for is_audited in (True, False):
+        collator = Drawing(make)
+        trainer = make_trainer(build(), tmp_path, data=Drawing(make), remove_unused_columns=False, max_steps=1)
+        trainer.data_collator = collator
+        if is_audited:
+            phb.audit(trainer)
+            assert collator.generator is None
+        next(iter(trainer.get_train_dataloader()))
+        first.append(collator.drawn)
+    assert first[0] == first[1]
 
 
 # ---------------------------------------------------------------------- ranks
