@@ -143,12 +143,12 @@ class StockRecorder:
         inputs = arguments_by_name(module, args, kwargs)
         ids, given = inputs.get("input_ids"), inputs.get("attention_mask")
         ids = inputs["inputs_embeds"][..., 0] if ids is None else ids
-        has_mask = isinstance(given, Tensor) and given.shape == ids.shape
-        tokens = given.bool() if has_mask else torch.ones_like(ids, dtype=torch.bool)
-        if not has_mask and self._pad is not None and not ids.is_floating_point():
+        given = given if isinstance(given, Tensor) and given.shape == ids.shape else None
+        tokens = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
+        if given is None and self._pad is not None and not ids.is_floating_point():
             other = ids != self._pad  # padding is a run of pad tokens at an end of a row
             tokens = (other.cumsum(1) > 0) & (other.flip(1).cumsum(1).flip(1) > 0)
-        self._now = Forward(has_mask, tokens)
+        self._now = Forward(given is not None, tokens)
         self._open.append(self._now)
 
     def _ends(self, module: nn.Module, args: tuple, output: Any) -> None:

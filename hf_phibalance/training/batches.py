@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 BATCHES = 8  # of `calibrate=True`
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # inputs of attention for packed rows
 PARTS = ("base_dataloader", "batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # of a dataloader
-PARTS += ("generator", "synchronized_generator", "rng")
+GENERATORS = ("generator", "synchronized_generator", "rng")
 GENERATING = {"GRPOTrainer", "RLOOTrainer"}
 
 
@@ -122,7 +122,7 @@ def leaving_order(loader: Iterable) -> Iterator[None]:
             reset()
 
 
-def _resets(part: Any, depth: int = 0) -> Iterator[Callable[[], None]]:
+def _resets(part: Any, depth: int = 0) -> Iterator[Callable[[], Any]]:
     """Yields a function for each random generator that a dataloader draws from, besides the global ones. It resets the generator."""
     if isinstance(part, (torch.Generator, np.random.RandomState)):
         yield functools.partial(part.set_state, part.get_state())  # type: ignore[arg-type]
@@ -131,5 +131,5 @@ def _resets(part: Any, depth: int = 0) -> Iterator[Callable[[], None]]:
     elif isinstance(part, random.Random):
         yield functools.partial(part.setstate, part.getstate())
     elif part is not None and depth < 6:
-        for name in PARTS:
+        for name in (*PARTS, *GENERATORS):
             yield from _resets(getattr(part, name, None), depth + 1)

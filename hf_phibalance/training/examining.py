@@ -90,7 +90,6 @@ def try_step(model: nn.Module, balancer: PhiBalancer, batches: Sequence[Mapping[
     Runs the forwards and backwards of one step with known prices, without an optimizer. Restores model, gradients, duals and
     random numbers. All ranks must call it. `model` is the model as a loop calls it, `what` names the step in the report.
     """
-    batches = [_on_device_of(model, batch) for batch in batches]
     with leaving_no_trace(model), balancer.loop.step_aside(), eager(model):
         recorder = StepRecorder(balancer, what).start()
         recorder.batches.extend(batches)
@@ -108,23 +107,20 @@ def try_step(model: nn.Module, balancer: PhiBalancer, batches: Sequence[Mapping[
 
 def micro_batches(
     model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
-) -> Sequence[Mapping[str, Any]]:
-    """Returns the micro-batches of a step: those in `batch`, or one of random tokens."""
-    return [made_batch(model)] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
+) -> list[dict[str, Any]]:
+    """Returns the micro-batches of a step, on the model's device: those in `batch`, or one of random tokens."""
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    given = [made_batch(model)] if batch is None else [batch] if isinstance(batch, Mapping) else batch
+    return [{name: v.to(device) if isinstance(v, Tensor) else v for name, v in each.items()} for each in given]
 
 
 def losses(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
     """Yields the loss of each micro-batch, divided by their number. A model without a loss gets the mean of its output."""
     model.train()
     for batch in batches:
-        output = model(**_on_device_of(model, batch))
+        output = model(**batch)
         loss = getattr(output, "loss", None)
         yield output[0].float().mean() if loss is None else loss / len(batches)
-
-
-def _on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
 
 
 def counted(number: int, ranks: int = 1) -> str:
@@ -203,8 +199,7 @@ def _examine_trainer(trainer: Any) -> DoctorReport:
         ranks = f" on each of {trainer.args.world_size} ranks" if trainer.args.world_size > 1 else ""
         what = f"one step of the model's loss on {given} of {type(trainer).__name__}{ranks}"
         with trainer.accelerator.autocast():
-            batches = [made_batch(trainer.model) if batch is None else batch]
-            subject.seen = try_step(trainer.model, subject.balancer, batches, what)
+            subject.seen = try_step(trainer.model, subject.balancer, micro_batches(trainer.model, batch), what)
         subject.seen.error = error or subject.seen.error
     return _of_all_ranks(_report(subject))
 
