@@ -15,7 +15,7 @@ LARGE = 0.1  # coefficients that models were published with are mostly between 0
 HIDDEN = 0.5  # share of the mean imbalance of the layers that the pooled loss must show
 UNEVEN = 0.1  # imbalance of the layers, relative to top_k, below which there is nothing to hide
 VERDICTS = {
-    "ok": "The declared coefficient arrives.",
+    "ok": "As declared.",
     "warning": "Read the remedies.",
     "problem": "The declared coefficient does not arrive.",
 }
