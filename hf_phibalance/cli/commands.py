@@ -331,4 +331,10 @@ def _micro_batches(args: argparse.Namespace, domains: Sequence[Any]) -> list[dic
     else:
         problems = [f"{row['question']} {row['answer']}" for row in make_splits(count)["train"]]
         rows = [tokenizer(text)["input_ids"][: args.seq_len] for text in problems]
-    return padded_batches(rows, args.batch_size, padding_of(tokenizer))
+    batches = padded_batches(rows, args.batch_size, padding_of(tokenizer))
+    if len(batches) < args.accumulation:
+        raise ValueError(
+            f"`--accumulation` is {args.accumulation}, but `--texts` fill only {len(batches)} micro-batches of {args.batch_size} rows: "
+            "give more texts, or a smaller --batch_size or --seq_len."
+        )
+    return batches

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .report import PRECISE, ROUGH, Check, Coefficient, DoctorReport, Status
-from .stock import Stock
+from .stock import StockRecorder
 
 
 LARGE = 0.1  # coefficients that models were published with are mostly between 0.0001 and 0.02
 HIDDEN = 0.5  # share of the mean imbalance of the layers that the pooled loss must show
 UNEVEN = 0.1  # imbalance of the layers, relative to top_k, below which there is nothing to hide
 VERDICTS = {
-    "ok": "The declared coefficient arrives.",
+    "ok": "As declared.",
     "warning": "Read the remedies.",
     "problem": "The declared coefficient does not arrive.",
 }
@@ -92,13 +92,14 @@ class AuditReport(DoctorReport):
         return super().to_dict() | {name: getattr(self, name) for name in own}
 
 
-def explain(seen: Stock, declared: Declared, measured: str, model: dict[str, Any]) -> AuditReport:
+def explain(seen: StockRecorder, declared: Declared, measured: str) -> AuditReport:
     """Returns the report of a step: what it received, and every reason why that is not what was declared."""
+    model = {"class": declared.model, "model_type": getattr(seen.root.config, "model_type", None)}
     coefficient, wanted = None, declared.coefficient
     if wanted:
         where = "the logits of the routers"
         coefficient = Coefficient(wanted, seen.received / wanted, seen.residual, {}, where, seen.is_precise)
-    written = ", ".join(f"{name}={value:g}" for name, value in declared.sources.items()) or "nowhere"
+    written = ", ".join(f"{name}={value:g}" for name, value in declared.sources.items()) or "no coefficient"
     checks = [Check("declared", "ok", written), _judge(seen, declared, coefficient)]
     checks += [Check(name, REASONS[name][0], finding, REASONS[name][1]) for name, finding in _reasons(seen, declared)]
     checks += _figures(seen)
@@ -106,7 +107,7 @@ def explain(seen: Stock, declared: Declared, measured: str, model: dict[str, Any
     return AuditReport(checks, measured, coefficient, model, wanted, *values)
 
 
-def _judge(seen: Stock, declared: Declared, coefficient: Coefficient | None) -> Check:
+def _judge(seen: StockRecorder, declared: Declared, coefficient: Coefficient | None) -> Check:
     if coefficient is None and seen.received:
         return Check("coefficient", "warning", f"no coefficient is declared, but {seen.received:.3g} arrives")
     if coefficient is None:
@@ -117,15 +118,15 @@ def _judge(seen: Stock, declared: Declared, coefficient: Coefficient | None) -> 
     return Check("coefficient", "ok" if is_exact else "warning" if is_off else "problem", found)
 
 
-def _figures(seen: Stock) -> Iterator[Check]:
+def _figures(seen: StockRecorder) -> Iterator[Check]:
     """Yields what is as it should be in the loss that arrives."""
     if seen.received and seen.padding and seen.on_padding <= 1e-6:
         yield Check("padding", "ok", f"not counted: {seen.padding:,} of {seen.positions:,} positions")
-    if seen.received and seen.counts == "step":
-        yield Check("counts", "ok", f"of the whole step, {seen.forwards * seen.ranks} micro-batches")
+    if seen.received and seen.is_of_step:
+        yield Check("counts", "ok", f"taken from the whole step, {seen.forwards * seen.ranks} micro-batches")
 
 
-def _reasons(seen: Stock, declared: Declared) -> Iterator[tuple[str, str]]:
+def _reasons(seen: StockRecorder, declared: Declared) -> Iterator[tuple[str, str]]:
     """Yields the name and the text of each finding."""
     wanted, parts = declared.coefficient, seen.forwards * seen.ranks
     if seen.received == 0 and (wanted or (declared.is_on and not seen.computes)):
@@ -140,25 +141,23 @@ def _reasons(seen: Stock, declared: Declared) -> Iterator[tuple[str, str]]:
     if seen.received and seen.padding and seen.on_padding > 1e-6:
         share = f"{seen.padding / seen.positions:.1%} of the positions are padding"
         yield "padding", f"counted: {share}, and {seen.on_padding:.1%} of the squared gradient is there"
-    if seen.received and parts > 1 and seen.counts != "step":
-        alone = f"about {seen.positions / parts:,.0f} positions, not of the step's {seen.positions:,}"
-        yield "counts", f"of each micro-batch alone, {alone}: each is balanced by itself"
+    if seen.received and parts > 1 and not seen.is_of_step:
+        alone = f"about {seen.positions / parts:,.0f} positions each, the step has {seen.positions:,}"
+        yield "counts", f"taken from each micro-batch alone ({alone}), so each is balanced by itself"
     if seen.residual > 0.05:
-        yield "other losses", f"{seen.residual:.0%} of the gradient from outside the routers is not this loss"
+        yield "other losses", f"{seen.residual:.0%} of the gradient that losses add at the logits is not from this one"
     if seen.received and not seen.learns:
         yield "routers that learn", "all routers are frozen, so the loss reaches only what lies below them"
     worst = max(seen.layers, key=lambda name: seen.layers[name])
     mean = sum(seen.layers.values()) / len(seen.layers)
     pooled, each = (value / seen.top_k - 1 for value in (seen.pooled, mean))
-    if each > UNEVEN and pooled < HIDDEN * each:
-        figures = f"{seen.pooled:.4g} with all layers pooled, {mean:.4g} in the mean of the layers"
-        yield (
-            "pooled layers",
-            f"hide imbalance: {figures}, {seen.layers[worst]:.4g} in {worst} ({seen.top_k} is balance)",
-        )
+    if seen.received and each > UNEVEN and pooled < HIDDEN * each:
+        alone = f"{mean:.4g} for a layer alone on average, and {seen.layers[worst]:.4g} for {worst}"
+        together = f"the loss is {seen.pooled:.4g} for all layers together, but {alone}"
+        yield "pooled layers", f"they hide imbalance: {together}. {seen.top_k} is balance"
 
 
-def _missing(seen: Stock, declared: Declared) -> tuple[str, str]:
+def _missing(seen: StockRecorder, declared: Declared) -> tuple[str, str]:
     """Returns why nothing arrives."""
     if not seen.computes and not declared.is_on and declared.by_trainer is None:
         return "switched off", "the model computes no auxiliary loss, because output_router_logits=False in its config"
@@ -169,13 +168,10 @@ def _missing(seen: Stock, declared: Declared) -> tuple[str, str]:
         return "checkpointing", f"{first}, and the auxiliary loss is computed from these logits"
     if not seen.aux_has_path:
         return "gradient path", "the auxiliary loss has none: the routers, and all layers below them, are frozen"
-    return (
-        "dropped",
-        f"the model computes the auxiliary loss, but it is no part of the loss that {declared.trainer} trains on",
-    )
+    return "dropped", f"the model computes the auxiliary loss, but {declared.trainer} trains on a loss without it"
 
 
-def _factors(seen: Stock, declared: Declared) -> Iterator[tuple[str, str]]:
+def _factors(seen: StockRecorder, declared: Declared) -> Iterator[tuple[str, str]]:
     """Yields the factors between the received and the declared coefficient."""
     tolerance = 10 * (PRECISE if seen.is_precise else ROUGH)
     wanted, forwards, ranks = declared.coefficient, seen.forwards, seen.ranks

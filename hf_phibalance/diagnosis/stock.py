@@ -10,7 +10,7 @@ pooled: E · Σ_e f_e P_e, with f the top-k counts and P the mean probabilities)
 The gradients are averaged over R ranks, as data parallelism does. The same is fitted with the counts f of the whole step,
 which needs no second pass: the gradient of Σ_e f_e p_e at a token is J f, J = diag(p) - p pᵀ, so u = Σ J g and Q = Σ J² suffice.
 
-Shapes: L calls of routers in a forward, T = B x S tokens, E experts.
+Shapes: L routers, T = B x S tokens, E experts.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ class Call:
 class Forward:
     """One training forward of the model."""
 
-    given_BS: Tensor | None  # attention mask that the model received
+    has_mask: bool  # the model received an attention mask
     tokens_BS: Tensor  # True for tokens, False for padding
     calls: list[Call] = field(default_factory=list)
     is_reached: bool = False  # by a backward
+    computes: bool = False  # the model returned an `aux_loss`
+    has_path: bool = False  # ... with a gradient path
     from_loss: float = 0.0  # gradient of the model's `loss`
-    from_aux: float | None = None  # gradient of the model's `aux_loss`; `None` if it computes none
-    has_path: bool = False  # `aux_loss` has a gradient path
+    from_aux: float = 0.0  # gradient of the model's `aux_loss`
 
 
 class StockRecorder:
     """
-    A `RouterReader` that records the forwards of an optimizer step of `model`.
+    A `RouterReader` that records the forwards of an optimizer step of `model`, and measures what the step received.
 
     Args:
         model (`torch.nn.Module`): a MoE model of transformers, possibly wrapped.
@@ -66,24 +67,37 @@ class StockRecorder:
     def __init__(self, model: nn.Module, pad_token_id: int | None = None) -> None:
         self.root: Any = unwrap(model)[-1]
         self.sites = find_routers(self.root)
-        self.experts = max(site.num_experts for site in self.sites)
+        self.experts, self.top_k = max(site.num_experts for site in self.sites), self.sites[0].top_k
         self.is_precise = all(p.dtype not in LOW for p in self.root.parameters())
-        self.forwards = 0
-        self.positions, self.padding = 0, 0
-        self.is_reentrant = False
-        self.aux_path: list[bool] = []  # by forward: whether `aux_loss` has a gradient path
-        self.from_loss: list[float] = []
-        self.from_aux: list[float] = []
+        self.forwards = 0  # on this rank
+        self.positions = self.padding = 0  # in the forwards of all ranks
+        self.is_reentrant = False  # the routers ran without gradients, and again in the backward
+        self.computes = self.aux_has_path = False  # the model returned an `aux_loss`; with a gradient path
+        self.from_loss = self.from_aux = (
+            0.0  # gradients of `loss` and `aux_loss`, summed over the forwards of this rank
+        )
+        # set by `finish`
+        self.ranks = 1
+        self.received = 0.0  # coefficient at the logits
+        self.residual = 0.0  # norm of the foreign gradient outside the projection, relative to all of it
+        self.is_of_step = False  # the loss takes its counts from the whole step, not from each micro-batch
+        self.on_padding = 0.0  # share of the squared foreign gradient on padding
+        self.pooled = 0.0  # the loss over the step, all layers pooled; top_k is balance
+        self.layers: dict[str, float] = {}  # the same loss of each router alone
         # Σ ⟨g, d⟩ and Σ ⟨d, d⟩ without padding and with it, Σ ⟨g, g⟩ of all positions and of padding
-        self.products = torch.zeros(6, dtype=torch.float64)
-        # counts and probabilities by router, tokens by router
-        self.sums = torch.zeros(2, len(self.sites), self.experts, dtype=torch.float64)
-        self.tokens = torch.zeros(len(self.sites), dtype=torch.float64)
-        self.u, self.q = (torch.zeros(self.experts, *more, dtype=torch.float64) for more in ((), (self.experts,)))
+        self._products = torch.zeros(6, dtype=torch.float64)
+        self._sums = torch.zeros(2, len(self.sites), self.experts, dtype=torch.float64)  # counts and probabilities
+        self._tokens = torch.zeros(len(self.sites), dtype=torch.float64)  # by router
+        self._u, self._q = self._sums.new_zeros(self.experts), self._sums.new_zeros(self.experts, self.experts)
         self._pad = pad_token_id
         self._now: Forward | None = None
         self._open: list[Forward] = []
         self._loss = _loss_of(self.root)
+
+    @property
+    def learns(self) -> bool:
+        """True if some router has trainable parameters."""
+        return any(p.requires_grad for site in self.sites for p in site.router.parameters())
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -123,8 +137,8 @@ class StockRecorder:
         return carrier
 
     def _begins(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._now = None
         if not (torch.is_grad_enabled() and module.training):
-            self._now = None
             return
         inputs = arguments_by_name(module, args, kwargs)
         ids, given = inputs.get("input_ids"), inputs.get("attention_mask")
@@ -134,7 +148,7 @@ class StockRecorder:
         if given is None and self._pad is not None and not ids.is_floating_point():
             other = ids != self._pad  # padding is a run of pad tokens at an end of a row
             tokens = (other.cumsum(1) > 0) & (other.flip(1).cumsum(1).flip(1) > 0)
-        self._now = Forward(given, tokens)
+        self._now = Forward(given is not None, tokens)
         self._open.append(self._now)
 
     def _ends(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -145,16 +159,20 @@ class StockRecorder:
         def reached(gradient: Tensor | None) -> None:
             forward.is_reached |= gradient is not None
 
+        def kept(name: str) -> Callable[[Tensor | None], None]:
+            # DDP passes on outputs that nobody uses, and gives them no gradient
+            return lambda gradient: setattr(forward, name, 0.0 if gradient is None else float(gradient))
+
         for part in output.values() if isinstance(output, Mapping) else output:
             if isinstance(part, Tensor) and part.requires_grad:
                 part.register_hook(reached)
         loss, aux = getattr(output, "loss", None), getattr(output, "aux_loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad:
-            loss.register_hook(lambda gradient: setattr(forward, "from_loss", _number(gradient)))
+            loss.register_hook(kept("from_loss"))
         if isinstance(aux, Tensor):
-            forward.from_aux, forward.has_path = 0.0, aux.requires_grad
+            forward.computes, forward.has_path = True, aux.requires_grad
             if aux.requires_grad:
-                aux.register_hook(lambda gradient: setattr(forward, "from_aux", _number(gradient)))
+                aux.register_hook(kept("from_aux"))
 
     # ------------------------------------------------------------------ after backwards
 
@@ -170,142 +188,79 @@ class StockRecorder:
             return
         self.forwards += 1
         self.positions, self.padding = self.positions + mask.numel(), self.padding + int((~mask).sum())
-        if forward.from_aux is not None:
-            self.from_aux.append(forward.from_aux)
-            self.aux_path.append(forward.has_path)
-            self.from_loss.append(forward.from_loss)
+        self.computes, self.aux_has_path = self.computes | forward.computes, self.aux_has_path | forward.has_path
+        if forward.computes:
+            self.from_loss, self.from_aux = self.from_loss + forward.from_loss, self.from_aux + forward.from_aux
         device = calls[0].logits.device
         mask = mask.to(device)
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             logits = [call.logits.to(device, torch.float32).requires_grad_() for call in calls]
-            top_k = self.sites[calls[0].index].top_k
-            values = [
-                self._loss(tuple(logits), self.experts, top_k, rows)
-                for rows in (forward.tokens_BS.long().to(device), None)
-            ]
-            declared = [torch.autograd.grad(value, logits) for value in values]
+            masks = forward.tokens_BS.long().to(device), None
+            losses = [self._loss(tuple(logits), self.experts, self.top_k, rows) for rows in masks]
+            declared = [torch.autograd.grad(loss, logits) for loss in losses]
         for call, z, with_mask, without in zip(calls, logits, *declared):
             z = z.detach()
             g = torch.zeros_like(z) if call.foreign is None else call.foreign.to(device)
-            pairs = (
-                (g, with_mask),
-                (with_mask, with_mask),
-                (g, without),
-                (without, without),
-                (g, g),
-                (g[~mask], g[~mask]),
-            )
-            self.products += torch.stack([(a * b).sum().cpu().double() for a, b in pairs])
-            rows = mask if forward.given_BS is not None else torch.ones_like(mask)
+            pairs = [pair for d in (with_mask, without) for pair in ((g, d), (d, d))]
+            pairs += [(g, g), (g[~mask], g[~mask])]
+            self._products += torch.stack([(a * b).sum().cpu().double() for a, b in pairs])
+            rows = mask if forward.has_mask else torch.ones_like(mask)
             p, g = z[rows].softmax(-1), g[rows]
-            chosen = torch.bincount(p.topk(top_k).indices.reshape(-1), minlength=self.experts)
-            for sum_, part in zip(self.sums, (chosen, p.sum(0))):
-                sum_[call.index] += part.cpu().double()
-            self.tokens[call.index] += len(p)
+            chosen = torch.bincount(p.topk(self.top_k).indices.reshape(-1), minlength=self.experts)
+            self._sums[:, call.index] += torch.stack([chosen, p.sum(0)]).cpu().double()
+            self._tokens[call.index] += len(p)
             square = p.square()
             cross = p.T @ square
-            self.u += (p * (g - (g * p).sum(-1, keepdim=True))).sum(0).cpu().double()
+            self._u += (p * (g - (g * p).sum(-1, keepdim=True))).sum(0).cpu().double()
             jacobian = square.sum(0).diag() - cross - cross.T + (p * square.sum(-1, keepdim=True)).T @ p
-            self.q += jacobian.cpu().double()
+            self._q += jacobian.cpu().double()
 
     @torch.no_grad()
-    def finish(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums, loss_scale: float = 1.0) -> Stock:
+    def finish(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums, loss_scale: float = 1.0) -> StockRecorder:
         """
-        Returns what the step received.
+        Ends the recording and measures.
 
         Args:
             reduce: sums a tensor over the data-parallel ranks, all of which call it.
             loss_scale (`float`): of mixed precision, by which all gradients are multiplied.
         """
         self.settle()
-        own = torch.tensor([1, self.forwards, self.positions, self.padding, sum(self.from_aux)], dtype=torch.float64)
-        ranks, forwards, positions, padding, from_aux = reduce(own).tolist()
+        self.from_loss, self.from_aux = self.from_loss / loss_scale, self.from_aux / loss_scale
+        own = torch.tensor([1, self.forwards, self.positions, self.padding, self.from_aux], dtype=torch.float64)
+        *integers, from_aux = reduce(own).tolist()
+        self.ranks, forwards, self.positions, self.padding = map(int, integers)
         if not forwards:
             raise ValueError(
                 "no router ran in a training step: either there is no data, or something bypasses the routers (a fused kernel?). "
                 "Load the model with use_kernels=False."
             )
-        sums, tokens, u, q, products = map(reduce, (self.sums, self.tokens, self.u, self.q, self.products))
+        sums, tokens, u, q, products = map(reduce, (self._sums, self._tokens, self._u, self._q, self._products))
         products[[0, 2]] /= loss_scale
         products[4:] /= loss_scale**2
         *_, g_g, on_padding = products.tolist()
         total, called = tokens.sum(), tokens > 0
         load, scale = sums[0].sum(0) / total, self.experts / total
-        step = _Fit(scale * u @ load / loss_scale, scale**2 * load @ q @ load)
-        best = max(_Fit(*products[:2]), _Fit(*products[2:4]), key=lambda fit: fit.explained)
-        received, counts = best.coefficient * self.forwards, "micro-batch"
-        if forwards > 1 and step.explained > best.explained + 1e-3 * g_g:
-            best, received, counts = step, step.coefficient / ranks, "step"
+        explained, received = max(_fit(*products[:2]), _fit(*products[2:4]))
+        of_step = _fit(scale * u @ load / loss_scale, scale**2 * load @ q @ load)
+        self.received = received * self.forwards
+        self.is_of_step = forwards > 1 and of_step[0] > explained + 1e-3 * g_g
+        if self.is_of_step:
+            explained, self.received = of_step[0], of_step[1] / self.ranks
         if not self.is_precise and from_aux:  # at the logits, much of it is lost in rounding
-            received = from_aux / (loss_scale * ranks)
-        load_LE, prob_LE = (part[called] / tokens[called, None] for part in sums)
+            self.received = from_aux / self.ranks
+        if g_g:
+            self.residual = max(0.0, 1 - explained / g_g) ** 0.5 if self.is_precise else 0.0
+            self.on_padding = on_padding / g_g
+        self.pooled = float(scale * (load * sums[1].sum(0)).sum())
+        load_LE, prob_LE = sums[:, called] / tokens[called, None]
         names = [site.name for site, is_called in zip(self.sites, called) if is_called]
-        return Stock(
-            received=received,
-            residual=max(0.0, 1 - best.explained / g_g) ** 0.5 if g_g and self.is_precise else 0.0,
-            counts=counts,
-            forwards=self.forwards,
-            ranks=int(ranks),
-            positions=int(positions),
-            padding=int(padding),
-            on_padding=on_padding / g_g if g_g else 0.0,
-            is_reentrant=self.is_reentrant,
-            computes=bool(self.from_aux),
-            aux_has_path=any(self.aux_path),
-            from_loss=sum(self.from_loss) / loss_scale,
-            from_aux=sum(self.from_aux) / loss_scale,
-            pooled=float(scale * (load * sums[1].sum(0)).sum()),
-            layers=dict(zip(names, (self.experts * (load_LE * prob_LE).sum(-1)).tolist())),
-            top_k=self.sites[0].top_k,
-            learns=any(p.requires_grad for site in self.sites for p in site.router.parameters()),
-            is_precise=self.is_precise,
-        )
+        self.layers = dict(zip(names, (self.experts * (load_LE * prob_LE).sum(-1)).tolist()))
+        return self
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """A projection on a declared gradient d: ⟨g, d⟩ and ⟨d, d⟩."""
-
-    g_d: Any
-    d_d: Any
-
-    @property
-    def coefficient(self) -> float:
-        return float(self.g_d / self.d_d) if self.d_d > 0 else 0.0
-
-    @property
-    def explained(self) -> float:
-        """The part of ⟨g, g⟩ that the projection explains."""
-        return float(self.g_d**2 / self.d_d) if self.d_d > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class Stock:
-    """What one optimizer step received of the built-in loss."""
-
-    received: float  # coefficient at the logits
-    residual: float  # norm of the foreign gradient outside the projection, relative to all of it
-    counts: str  # "micro-batch" or "step": the tokens whose counts the loss takes
-    forwards: int  # on this rank
-    ranks: int
-    positions: int  # in the forwards of all ranks
-    padding: int
-    on_padding: float  # share of the squared foreign gradient on padding
-    is_reentrant: bool  # the routers ran without gradients, and again in the backward
-    computes: bool  # the model returned an `aux_loss`
-    aux_has_path: bool  # ... with a gradient path
-    from_loss: float  # gradient of the model's `loss`, summed over the forwards of this rank
-    from_aux: float  # the same of its `aux_loss`
-    pooled: float  # the loss over the step, all layers pooled; top_k is balance
-    layers: dict[str, float]  # the same loss of each router alone
-    top_k: int
-    learns: bool  # some router has trainable parameters
-    is_precise: bool
-
-
-def _number(gradient: Tensor | None) -> float:
-    """Returns the gradient of a scalar; 0 for an output that DDP passes on and nobody uses."""
-    return 0.0 if gradient is None else float(gradient)
+def _fit(g_d: Tensor, d_d: Tensor) -> tuple[float, float]:
+    """Projects g on d by ⟨g, d⟩ and ⟨d, d⟩. Returns how much of ⟨g, g⟩ that explains, and the coefficient."""
+    return (float(g_d**2 / d_d), float(g_d / d_d)) if d_d > 0 else (0.0, 0.0)
 
 
 def _loss_of(root: nn.Module) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,15 +10,16 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from ..balancing import RandomState, find_balancer
+from ..balancing import find_balancer
 from ..diagnosis import AuditReport, Declared, StockRecorder, explain
-from ..routers import unwrap
+from ..routers import predicts_tokens, unwrap
 from .batches import leaving_order
-from .examining import eager, made_batch, refuse_unknown_scaling
+from .examining import counted, eager, leaving_no_trace, losses, micro_batches, refuse_unknown_scaling
 
 
 IN_ARGUMENTS = ("router_aux_loss_coef", "moe_aux_loss_coef")  # of TRL and ms-swift, and of LLaMA-Factory
@@ -50,7 +50,8 @@ def audit(
         `AuditReport`: `print` it; `report.declared`, `report.received`, `report.ratio`, `report.checks`, `report.to_dict()`.
 
     Raises:
-        ValueError: if the model is φ-balanced, or if the loop would shard it.
+        ValueError: if the model is φ-balanced, if the loop would shard it, if a batch has no labels, or if a stream of training
+            data cannot be copied.
     """
     trainer = subject if isinstance(subject, Trainer) else None
     model: Any = subject if trainer is None else trainer.model
@@ -59,27 +60,25 @@ def audit(
             "the model is φ-balanced, which switches its built-in loss off: audit it before phb.patch(model), or call "
             "phb.doctor(...) to measure the coefficient of balancing."
         )
-    if trainer is None:
-        batches = [made_batch(model)] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
-        recorder = StockRecorder(model)
-        with _restoring(model, [*_objects(model)]), eager(model), recorder.recording():
-            _run(model, batches, recorder)
-        measured = f"one step of the model's own loss on {len(batches)} micro-batch{'es' * (len(batches) > 1)}"
-        return explain(recorder.finish(), _declared(model, None), measured, _described(model))
-    if batch is not None:
+    if trainer is not None and batch is not None:
         raise ValueError("`batch` is for a model; a trainer is audited on batches of its own. Leave it out.")
-    return _audit_trainer(trainer)
+    seen, measured = _record_model(model, batch) if trainer is None else _record_trainer(trainer)
+    return explain(seen, _declared(model, trainer), measured)
 
 
-def _run(model: nn.Module, batches: Sequence[Mapping[str, Any]], recorder: StockRecorder) -> None:
-    """Runs the forwards and backwards of one step of the model's own loss."""
-    model.train()
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    for batch in batches:
-        output = model(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()})
-        loss = getattr(output, "loss", None)
-        (output[0].float().mean() if loss is None else loss / len(batches)).backward()
-        recorder.settle()
+def _record_model(model: nn.Module, batch: Any) -> tuple[StockRecorder, str]:
+    """Records one step of the model's own loss. Returns the recorder, and names the step."""
+    recorder = StockRecorder(model)
+    batches = micro_batches(model, batch)
+    if predicts_tokens(recorder.root) and not all("labels" in each for each in batches):
+        raise ValueError(
+            "a batch has no `labels`, so the model computes no loss: add them, for example a copy of input_ids."
+        )
+    with _restoring(model, _objects(model)), eager(model), recorder.recording():
+        for loss in losses(model, batches):
+            loss.backward()
+            recorder.settle()
+    return recorder.finish(), f"one step of the model's own loss on {counted(len(batches))}"
 
 
 class _StepReached(Exception):
@@ -97,7 +96,8 @@ class _StopBeforeStep(TrainerCallback):
         raise _StepReached
 
 
-def _audit_trainer(trainer: Any) -> AuditReport:
+def _record_trainer(trainer: Any) -> tuple[StockRecorder, str]:
+    """Records the first step of the trainer's loop, and ends the loop. Returns the recorder, and names the step."""
     model, accelerator = trainer.model, trainer.accelerator
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -108,52 +108,52 @@ def _audit_trainer(trainer: Any) -> AuditReport:
     pad = getattr(getattr(trainer, "processing_class", None), "pad_token_id", None)
     recorder = StockRecorder(model, model.config.get_text_config().pad_token_id if pad is None else pad)
     objects = [trainer, trainer.args, accelerator, accelerator.gradient_state, *_objects(model)]
+    objects += [trainer.data_collator] if hasattr(trainer.data_collator, "__dict__") else []
     with _restoring(model, objects), eager(model):
         trainer.args.eval_on_start = False
         trainer.model_init = trainer.lr_scheduler = None
         trainer.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        trainer.callback_handler = CallbackHandler(
-            [DefaultFlowCallback(), _StopBeforeStep(recorder)], model, None, None, None
-        )
+        callbacks = [DefaultFlowCallback(), _StopBeforeStep(recorder)]
+        trainer.callback_handler = CallbackHandler(callbacks, model, None, None, None)
+        trainer.train_dataset = _unread(trainer.train_dataset)
         loader = trainer.get_train_dataloader()
         trainer.get_train_dataloader = lambda: loader
         with leaving_order(loader), recorder.recording(), suppress(_StepReached):
             trainer.train()
         scaler = getattr(accelerator, "scaler", None)
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        device = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        seen = recorder.finish(
-            lambda sums: accelerator.reduce(sums.to(accelerator.device, device), "sum").cpu().double(), scale
+        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        recorder.finish(
+            lambda sums: accelerator.reduce(sums.to(accelerator.device, dtype), "sum").cpu().double(), scale
         )
-    ranks = f" on each of {seen.ranks} ranks" if seen.ranks > 1 else ""
-    number = f"{seen.forwards} micro-batch{'es' * (seen.forwards > 1)}"
-    measured = f"the first optimizer step of {type(trainer).__name__}, {number}{ranks}"
-    return explain(seen, _declared(model, trainer), measured, _described(model))
+    number = counted(recorder.forwards, recorder.ranks)
+    return recorder, f"the first optimizer step of {type(trainer).__name__}, {number}"
 
 
-def _described(model: nn.Module) -> dict[str, Any]:
-    root = unwrap(model)[-1]
-    return {"class": type(root).__name__, "model_type": getattr(root.config, "model_type", None)}
+def _unread(dataset: Any) -> Any:
+    """Returns a copy of a stream, which may go on where it was left. Another dataset is returned itself."""
+    if not isinstance(dataset, IterableDataset):
+        return dataset
+    try:
+        return copy.deepcopy(dataset)
+    except TypeError as error:
+        raise ValueError(
+            f"the training data, a {type(dataset).__name__}, cannot be copied ({error}), and the audit would take its first "
+            "rows from the training: audit another trainer, with such a dataset of its own."
+        ) from error
 
 
 def _declared(model: nn.Module, trainer: Any) -> Declared:
     """Returns where a coefficient is declared: in the trainer's arguments, by the trainer itself, in the config."""
     root: Any = unwrap(model)[-1]
-    config = root.config.get_text_config()
-    sources: dict[str, float] = {}
-    is_default, by_trainer = False, None
-    if trainer is not None:
-        args = trainer.args
-        defaults = {f.name: f.default for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
-        is_enabled = getattr(trainer, "aux_loss_enabled", False)
-        for name in IN_ARGUMENTS:
-            value = getattr(args, name, None)
-            if value is not None:
-                sources[f"{type(args).__name__}.{name}"] = by_trainer = float(value)
-                is_default = is_enabled and value == defaults.get(name)
-        if is_enabled and by_trainer is None:
-            by_trainer, is_default = float(trainer.router_aux_loss_coef), True
-            sources[f"{type(trainer).__name__}.router_aux_loss_coef"] = by_trainer
+    config, args = root.config.get_text_config(), getattr(trainer, "args", None)
+    is_enabled = getattr(trainer, "aux_loss_enabled", False)  # TRL
+    given = {name: getattr(args, name, None) for name in IN_ARGUMENTS}
+    sources = {f"{type(args).__name__}.{name}": float(value) for name, value in given.items() if value is not None}
+    is_default = is_enabled and all(value == getattr(type(args), name, None) for name, value in given.items())
+    if is_enabled and not sources:
+        sources[f"{type(trainer).__name__}.router_aux_loss_coef"] = float(trainer.router_aux_loss_coef)
+    by_trainer = next(reversed(sources.values()), None)
     by_model = 0.0
     for name in IN_CONFIG:
         if hasattr(config, name):
@@ -175,40 +175,28 @@ def _declared(model: nn.Module, trainer: Any) -> Declared:
 # ---------------------------------------------------------------------- leaving no trace
 
 
-def _objects(model: nn.Module) -> Iterator[Any]:
-    """Yields the modules of `model` and their configs: training sets flags, hooks and special tokens in them."""
-    configs = {}
-    for module in model.modules():
-        yield module
-        for name in ("config", "generation_config"):
-            found = vars(module).get(name)
-            if found is not None:
-                configs[id(found)] = found
-    yield from configs.values()
+def _objects(model: nn.Module) -> list[Any]:
+    """Returns the modules of `model` and their configs: training sets flags, hooks and special tokens in them."""
+    modules = list(model.modules())
+    names = ("config", "generation_config")
+    configs = {
+        id(vars(module)[name]): vars(module)[name] for module in modules for name in names if name in vars(module)
+    }
+    return [*modules, *(config for config in configs.values() if config is not None)]
 
 
 @contextmanager
 def _restoring(model: nn.Module, objects: Sequence[Any]) -> Iterator[None]:
-    """Restores attributes of `objects` and the containers in them, gradients and buffers of `model`, and random numbers."""
-    random = RandomState()
+    """Context manager: leaves no trace in `model`, and restores the attributes of `objects` and the containers in them."""
     attributes = [(vars(each), dict(vars(each))) for each in objects]
     containers = [pair for _, values in attributes for value in values.values() for pair in _containers(value)]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for target, before in (*containers, *attributes):
-            _refill(target, before)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        random.restore()
-        gc.collect()  # a DDP wrapper that is still there would reduce gradients again
+    with leaving_no_trace(model):
+        try:
+            yield
+        finally:
+            for target, before in (*containers, *attributes):
+                _refill(target, before)
+    gc.collect()  # a DDP wrapper that is still there would reduce gradients again
 
 
 def _containers(value: Any) -> Iterator[tuple[Any, Any]]:

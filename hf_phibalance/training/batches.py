@@ -5,10 +5,12 @@ and RLOO have generated for a step.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+import random
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +26,8 @@ from ..balancing import RandomState, calibrate, get_balancer
 logger = logging.get_logger(__name__)
 BATCHES = 8  # of `calibrate=True`
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # inputs of attention for packed rows
-PARTS = ("base_dataloader", "batch_sampler", "sampler", "collate_fn", "generator", "synchronized_generator", "rng")
+PARTS = ("base_dataloader", "batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # of a dataloader
+GENERATORS = ("generator", "synchronized_generator", "rng")
 GENERATING = {"GRPOTrainer", "RLOOTrainer"}
 
 
@@ -107,8 +110,7 @@ class CalibrateFirst(TrainerCallback):
 @contextmanager
 def leaving_order(loader: Iterable) -> Iterator[None]:
     """Context manager to draw batches from `loader`. Restores the loader and all random states afterwards."""
-    random, generators = RandomState(), {id(g): g for g in _generators(loader)}.values()
-    states = [g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for g in generators]
+    resets = [RandomState().restore, *_resets(loader)]
     iteration = getattr(loader, "iteration", None)
     try:
         yield
@@ -116,18 +118,18 @@ def leaving_order(loader: Iterable) -> Iterator[None]:
         if iteration is not None:  # otherwise accelerate believes that it is still inside this loader
             loader.iteration = iteration  # type: ignore[attr-defined]
             loader.end()  # type: ignore[attr-defined]
-        random.restore()
-        for generator, state in zip(generators, states):
-            if isinstance(generator, torch.Generator):
-                generator.set_state(state)
-            else:
-                generator.bit_generator.state = state
+        for reset in resets:
+            reset()
 
 
-def _generators(part: Any, depth: int = 0) -> Iterator[Any]:
-    """Yields the random number generators of torch and numpy that a dataloader draws from, besides the global ones."""
-    if isinstance(part, (torch.Generator, np.random.Generator)):
-        yield part
+def _resets(part: Any, depth: int = 0) -> Iterator[Callable[[], Any]]:
+    """Yields a function for each random generator that a dataloader draws from, besides the global ones. It resets the generator."""
+    if isinstance(part, (torch.Generator, np.random.RandomState)):
+        yield functools.partial(part.set_state, part.get_state())  # type: ignore[arg-type]
+    elif isinstance(part, np.random.Generator):
+        yield functools.partial(setattr, part.bit_generator, "state", part.bit_generator.state)
+    elif isinstance(part, random.Random):
+        yield functools.partial(part.setstate, part.getstate())
     elif part is not None and depth < 6:
-        for name in PARTS:
-            yield from _generators(getattr(part, name, None), depth + 1)
+        for name in (*PARTS, *GENERATORS):
+            yield from _resets(getattr(part, name, None), depth + 1)

@@ -61,10 +61,10 @@ def doctor(
         return _examine_trainer(subject)
     found = Subject(unwrap(subject)[-1], find_balancer(subject))
     if found.balancer is not None:
-        batches = [made_batch(subject)] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
+        batches = micro_batches(subject, batch)
         rows = max(next((len(v) for v in each.values() if hasattr(v, "__len__")), 0) for each in batches)
         given = "made tokens" if batch is None else "the given texts"
-        what = f"{given}, {len(batches)} micro-batch{'es' * (len(batches) > 1)} of {rows} rows"
+        what = f"{given}, {counted(len(batches))} of {rows} rows"
         found.seen = try_step(subject, found.balancer, batches, f"one step of the model's loss on {what}")
     return _report(found)
 
@@ -90,22 +90,42 @@ def try_step(model: nn.Module, balancer: PhiBalancer, batches: Sequence[Mapping[
     Runs the forwards and backwards of one step with known prices, without an optimizer. Restores model, gradients, duals and
     random numbers. All ranks must call it. `model` is the model as a loop calls it, `what` names the step in the report.
     """
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    batches = [{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()} for batch in batches]
-    with _leaving_no_trace(model, balancer), eager(model):
+    with leaving_no_trace(model), balancer.loop.step_aside(), eager(model):
         recorder = StepRecorder(balancer, what).start()
         recorder.batches.extend(batches)
-        model.train()
         _set_known_prices(balancer)
         try:
             balancer.begin_step(batches)
-            for batch in batches:
-                output = model(**batch)
-                loss = getattr(output, "loss", None)
-                (output[0].float().mean() if loss is None else loss / len(batches)).backward()
+            for loss in losses(model, batches):
+                loss.backward()
         except FAILURES as error:
             recorder.error = f"{type(error).__name__}: {error}"
+        finally:
+            recorder.stop()
         return recorder.finish()  # after an error too: it communicates with the other ranks
+
+
+def micro_batches(
+    model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Returns the micro-batches of a step, on the model's device: those in `batch`, or one of random tokens."""
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    given = [made_batch(model)] if batch is None else [batch] if isinstance(batch, Mapping) else batch
+    return [{name: v.to(device) if isinstance(v, Tensor) else v for name, v in each.items()} for each in given]
+
+
+def losses(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
+    """Yields the loss of each micro-batch, divided by their number. A model without a loss gets the mean of its output."""
+    model.train()
+    for batch in batches:
+        output = model(**batch)
+        loss = getattr(output, "loss", None)
+        yield output[0].float().mean() if loss is None else loss / len(batches)
+
+
+def counted(number: int, ranks: int = 1) -> str:
+    """Returns `number` micro-batches in words."""
+    return f"{number} micro-batch{'es' * (number > 1)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
 
 
 @torch.no_grad()
@@ -118,8 +138,8 @@ def _set_known_prices(balancer: PhiBalancer) -> None:
 
 
 @contextmanager
-def _leaving_no_trace(model: nn.Module, balancer: PhiBalancer) -> Iterator[None]:
-    """Restores random numbers, gradients, buffers (the duals among them), train and eval modes, and the current step."""
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Context manager: restores random numbers, gradients, buffers (the duals among them), and train and eval modes."""
     random = RandomState()
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
@@ -127,11 +147,9 @@ def _leaving_no_trace(model: nn.Module, balancer: PhiBalancer) -> Iterator[None]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with balancer.loop.step_aside():
-            yield
+        yield
     finally:
         random.restore()
-        balancer.forwards.recorder = balancer.forwards.watch = None
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -181,8 +199,7 @@ def _examine_trainer(trainer: Any) -> DoctorReport:
         ranks = f" on each of {trainer.args.world_size} ranks" if trainer.args.world_size > 1 else ""
         what = f"one step of the model's loss on {given} of {type(trainer).__name__}{ranks}"
         with trainer.accelerator.autocast():
-            batches = [made_batch(trainer.model) if batch is None else batch]
-            subject.seen = try_step(trainer.model, subject.balancer, batches, what)
+            subject.seen = try_step(trainer.model, subject.balancer, micro_batches(trainer.model, batch), what)
         subject.seen.error = error or subject.seen.error
     return _of_all_ranks(_report(subject))
 
@@ -296,9 +313,7 @@ def verifying(trainer: Any, callback: PhiBalanceCallback, balancer: PhiBalancer 
         raise
     if not trainer.accelerator.sync_gradients:
         return
-    number, ranks = len(recorder.batches), trainer.args.world_size
-    recorder.what += f", {number} micro-batch{'es' * (number > 1)}"
-    recorder.what += f" on each of {ranks} ranks" if ranks > 1 else ""
+    recorder.what += f", {counted(len(recorder.batches), trainer.args.world_size)}"
     scaler: Any = getattr(trainer.accelerator, "scaler", None)
     scales = scaler is not None and scaler.is_enabled()
     recorder.finish(scaler.get_scale() if scales else None)

@@ -72,9 +72,9 @@ def test_ms_swift_6787(tmp_path):
     """`global_aux_loss` does nothing more than `aux_loss`, because its counts begin anew with each micro-batch."""
     arguments = {"coef": COEF, "gradient_accumulation_steps": 4}
     report = audited(on(coef=0.0), tmp_path, CountsThatStartAnew, **arguments)
-    assert_found(report, "counts", "of each micro-batch alone, about 15 positions, not of the step's 60", ratio=1)
+    assert_found(report, "counts", "from each micro-batch alone (about 15 positions each, the step has 60)", ratio=1)
     report = audited(on(coef=0.0), tmp_path, CountsOfTheStep, **arguments)
-    assert_found(report, "counts", "of the whole step", ratio=1)
+    assert_found(report, "counts", "from the whole step", ratio=1)
 
 
 def test_llama_factory_8054(tmp_path):
@@ -99,13 +99,19 @@ def test_megatron_3769(tmp_path):
     """A loss with the counts of all parts is averaged over the parts once more. Here, the parts are micro-batches; `test_audit.py` has ranks."""
     report = audited(on(coef=0.0), tmp_path, AveragedOnceMore, coef=COEF, gradient_accumulation_steps=4)
     assert_found(report, "accumulation and ranks", "divided by 4", "correct the coefficient", ratio=0.25)
-    assert_found(report, "counts", "of the whole step")
+    assert_found(report, "counts", "from the whole step")
 
 
 def test_trl_2197(tmp_path):
     """A trainer that computes its loss from the logits drops the auxiliary loss."""
     report = audited(on(), tmp_path, OnlyLogits)
-    assert_found(report, "dropped", "no part of the loss that OnlyLogits trains on", ratio=0)
+    assert_found(report, "dropped", "OnlyLogits trains on a loss without it", ratio=0)
+
+
+def test_label_smoothing(tmp_path):
+    """It computes the loss of the trainer from the logits, too."""
+    report = audited(on(), tmp_path, label_smoothing_factor=0.1)
+    assert_found(report, "dropped", "Trainer trains on a loss without it", "compute_loss", ratio=0)
 
 
 def test_ms_swift_5627(tmp_path):

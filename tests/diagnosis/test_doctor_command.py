@@ -140,6 +140,10 @@ def test_a_model_without_tokenizer(tmp_path, doctor):
         (["--coef", "-1"], "`coef`"),
         (["--stock", "--coef", "0.1"], "`--coef` is for balancing"),
         (["--texts", "missing.txt"], "no such file"),
+        (
+            ["--texts", __file__, "--accumulation", "3", "--batch_size", "9999"],
+            "fill only 1 micro-batches of 9999 rows",
+        ),
         (["--json", "."], "is a folder"),
     ],
 )
