@@ -169,3 +169,17 @@ def test_false_runs_llamafactory_as_it_is(tmp_path, monkeypatch):
     started = []
     llamafactory.run(started.append)
     assert started == [OPTIONS | {"moe_aux_loss_coef": 0.01}]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_the_audit_of_its_own_loss(inputs, checkpoints, accumulation):
+    """`moe_aux_loss_coef` does nothing with its checkpointing, which is on by default; else it arrives times the micro-batches."""
+    changes = {"gradient_accumulation_steps": accumulation, "moe_aux_loss_coef": 0.02, "max_steps": 1}
+    changes["disable_gradient_checkpointing"] = not checkpoints
+    name = f"audit-{checkpoints}-{accumulation}"
+    run = train(inputs, name, "mixtral", record=True, environment={"AUDIT": "1"}, **changes)
+    report = json.loads((run / "records" / "audit.json").read_text())
+    assert report["declared"] == 0.02
+    assert report["received"] == pytest.approx(0 if checkpoints else 0.02 * accumulation, rel=1e-3), report["checks"]
+    assert ("checkpointing" in [check["name"] for check in report["checks"]]) == checkpoints

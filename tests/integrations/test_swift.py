@@ -208,3 +208,17 @@ def test_a_wrong_field_stops_the_command_before_the_model_is_loaded():
 
     with pytest.raises(ValueError, match="unknown PhiBalanceConfig field"):
         swift.register(coeff=0.1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("checkpoints", ["true", "false"])
+def test_the_audit_of_its_own_loss(inputs, checkpoints, accumulation):
+    """`router_aux_loss_coef` does nothing with its checkpointing, which is on by default; else it arrives as set, within 1 %."""
+    changes = {"gradient_accumulation_steps": str(accumulation), "router_aux_loss_coef": "0.02", "max_steps": "1"}
+    changes["gradient_checkpointing"] = checkpoints
+    name = f"audit-{checkpoints}-{accumulation}"
+    run = train(inputs, name, "mixtral", *FULL, record=True, changes=changes, AUDIT="1")
+    report = json.loads((run / "records" / "audit.json").read_text())
+    assert report["declared"] == 0.02
+    assert report["received"] == pytest.approx(0.02 * (checkpoints == "false"), rel=1e-2), report["checks"]
+    assert ("checkpointing" in [check["name"] for check in report["checks"]]) == (checkpoints == "true")

@@ -1,6 +1,7 @@
 """
 On PYTHONPATH it notes what a model and its optimizer get in any command that trains with transformers' `Trainer`: for each
-optimizer step and rank, `$RECORD_TO/STEP-RANK.pt` holds the inputs of the training forwards, and the gradients.
+optimizer step and rank, `$RECORD_TO/STEP-RANK.pt` holds the inputs of the training forwards, and the gradients. With `$AUDIT`, it
+writes `$RECORD_TO/audit.json` instead: what `phb.audit` finds before the training.
 """
 
 import importlib.abc
@@ -21,7 +22,7 @@ class TrainerFinder(importlib.abc.MetaPathFinder):
 
         def execute_and_record(module):
             execute(module)
-            record(module.Trainer)
+            (audit if "AUDIT" in os.environ else record)(module.Trainer)
 
         spec.loader.exec_module = execute_and_record
         return spec
@@ -54,6 +55,23 @@ def record(trainer_class):
         forwards.clear()
 
     trainer_class.training_step = recording_step
+
+
+def audit(trainer_class):
+    train = trainer_class.train
+
+    def audited(trainer, *args, **kwargs):
+        trainer_class.train = train
+        import json
+
+        import hf_phibalance as phb
+
+        report = phb.audit(trainer)
+        with open(f"{os.environ['RECORD_TO']}/audit.json", "w") as file:
+            json.dump(report.to_dict(), file)
+        return trainer.train(*args, **kwargs)
+
+    trainer_class.train = audited
 
 
 if "RECORD_TO" in os.environ:
