@@ -21,7 +21,10 @@ from hf_phibalance.tasks import make_splits
 
 
 GUIDES = ROOT / "recipes" / "guides"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("**/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(page for page in sorted((ROOT / "recipes").glob("**/*.md")) if ".nox" not in page.parts),
+]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 
 # Tests of blocks by their page and a piece of their text. Those in `integrations` run in environments of nox.
