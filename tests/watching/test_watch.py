@@ -15,12 +15,12 @@ import hf_phibalance as phb
 from hf_phibalance.watching import Thresholds, read_records
 
 
-def train(model, watch, steps=12, every=4, lr=1e-3, batches=None, seed=0):
-    """AdamW on random batches. Returns what `watch.log` returned."""
+def train(model, watch, steps=12, every=4, lr=1e-3, batches=None, seed=0, done=0):
+    """AdamW on random batches, after the `done` first steps. Returns what `watch.log` returned."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     logs = []
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         batch = tiny_batch(model, batch=16, seed=seed + step) if batches is None else batches[step - 1]
         model(**batch).loss.backward()
         optimizer.step()
@@ -285,10 +285,11 @@ def test_a_fault_in_a_real_training_is_said(fault, tmp_path, caplog):
     overrides = {"n_group": 1, "topk_group": 1} if model_type == "deepseek_v3" else {}
     model = tiny_model(model_type, **overrides)
     watch = phb.watch(model, tmp_path, thresholds=Thresholds(steps=12, false_alarm=1e-3))
-    train(model, watch, steps=8, **options) if fault in ("dead_experts", "collapsed_layer") else None
+    done = 8 if fault in ("dead_experts", "collapsed_layer") else 0
+    train(model, watch, steps=done, **options)
     spoil(model)
     with caplog.at_level("WARNING"):
-        train(model, watch, steps=24, **options)
+        train(model, watch, steps=done + 24, done=done, **options)
     kinds = {alert["alert"]["kind"] for alert in watch.alerts}
     assert (fault if "_" in fault else "unmoved_router") in kinds
     assert all(alert in read_records(tmp_path).alerts for alert in watch.alerts)
