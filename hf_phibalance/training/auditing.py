@@ -57,8 +57,8 @@ def audit(
     model: Any = subject if trainer is None else trainer.model
     if find_balancer(model) is not None:
         raise ValueError(
-            "the model is φ-balanced, which switches its built-in loss off: audit it before phb.patch(model), or call "
-            "phb.doctor(...) to measure the coefficient of balancing."
+            "the model is φ-balanced or watched, and balancing switches its built-in loss off: audit it before phb.patch or "
+            "phb.watch, or call phb.doctor(...) to measure the coefficient of balancing."
         )
     if trainer is not None and batch is not None:
         raise ValueError("`batch` is for a model; a trainer is audited on batches of its own. Leave it out.")
