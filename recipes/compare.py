@@ -28,7 +28,7 @@ from compare.harness import Plan, Results, execute, load_plans
 from hf_phibalance.files import replace_unprintable
 
 
-AXES = ("models", "streams", "bases", "tasks", "ways")
+AXES = ("models", "streams", "bases", "tasks", "ways", "starts")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -47,7 +47,7 @@ from typing import Any, ClassVar
 import hf_phibalance as phb
 
 
-KINDS = ("scratch", "finetune")
+KINDS = ("scratch", "finetune", "real")
 
 
 # ---------------------------------------------------------------------- runs

@@ -15,7 +15,7 @@ from .text import DOMAINS
 def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
     """
     Draws, for each model, `<output>/<plan>-<model>-frontier.png` and `-experts.png`; in fine-tuning, for each way,
-    `<output>/<plan>-<way>.png`.
+    `<output>/<plan>-<way>.png`; for a real model, for each start.
     """
     import matplotlib
 
@@ -31,6 +31,9 @@ def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
             }
             name = way.replace(", ", "-").replace(" ", "_")
             figures[name] = draw_frontier(plan, panels, ("loss", "forgotten"), way)
+    elif plan.kind == "real":
+        for cell, rows in found.items():
+            figures[cell[0].replace(" ", "_")] = draw_frontier(plan, {cell[0]: {cell: rows}}, ("loss",), "GSM8K")
     else:
         for model in dict.fromkeys(model for model, _ in found):
             panels = {cell[1]: {cell: rows} for cell, rows in found.items() if cell[0] == model}

@@ -208,6 +208,17 @@ COLUMNS = {
         Column("rerouted", "rerouted", ".1%"),
         Column("domain_information", "information, bits"),
     ),
+    "real": (
+        Column("loss", "loss on answers", ".4f", paired=True),
+        Column("score", "exact match", ".1%"),
+        Column("forgotten", "WikiText-2 loss, rise", ".4f"),
+        Column("max_vio_global", "MaxVio", ".3f"),
+        Column("dropped_max_vio_global", "MaxVio without the bias", ".3f"),
+        Column("dropped_loss", "loss without the bias", ".4f"),
+        Column("base_max_vio", "MaxVio, three domains", ".2f"),
+        Column("domain_information", "information, bits", ".4f"),
+        Column("steps_until_even", "steps until even", ".0f"),
+    ),
 }
 MORE_COLUMNS = (
     *(Column(f"loss_{domain}", f"loss, {domain}") for domain in DOMAINS),

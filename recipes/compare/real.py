@@ -1,0 +1,324 @@
+"""
+Fine-tuning a real language model: a run tunes an upcycled model on GSM8K by TRL's `SFTTrainer`, in full and in bf16 autocast.
+
+The model is made by `recipes/smollm2-moe/upcycle.py`. A file of plans has these fields besides those of [`harness`]:
+
+```yaml
+kind: real
+starts:
+  new routers: {}          # fields of `Start`, by name
+  uneven: {steps: 100}
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import random
+import resource
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+import hf_phibalance as phb
+from hf_phibalance.evaluation import GSM8K_STOPS, extract_strict, normalise_answer, truncate
+from hf_phibalance.routers import find_routers
+from hf_phibalance.tasks import TASKS, load_rows, to_sft_dataset
+
+from . import harness, text
+from .measures import count_by_window, examine_text, mean_max_vio, recorded_choices, rounded
+from .training import Diverged, environment
+
+
+KEYS = ("starts",)
+HELD_OUT = 96  # training problems that are kept for the loss on their answers
+TESTED = 100  # test problems that are answered at the end
+LONGEST_ANSWER = 200  # tokens
+WINDOW = 128  # tokens of a window of text
+WINDOWS = 32  # of each domain
+AT_ONCE = 8  # held-out problems or windows of a forward
+EVEN = 0.15  # MaxVio of steps that count as even; chance alone gives about 0.04
+SMOOTH = 5  # steps of which it is the mean
+
+Rows = list[dict[str, Any]]
+
+
+def axes(content: Mapping[str, Any]) -> dict[str, dict[str, Start]]:
+    try:
+        return {"starts": {name: Start(name=name, **(given or {})) for name, given in content["starts"].items()}}
+    except TypeError as error:
+        raise ValueError(f"a start has an unknown field: {error}") from error
+
+
+# ---------------------------------------------------------------------- data
+
+
+def prepare_data(source: str, cache: Path) -> str:
+    """
+    Reads GSM8K, MBPP and WikiText-2 from the folder `source`, and keeps what the runs use in the folder `cache`. Returns its
+    fingerprint.
+    """
+    folder = Path(source)
+    problems = load_rows("gsm8k", str(folder / "gsm8k"), "train")
+    random.Random("gsm8k").shuffle(problems)
+    code = load_rows("mbpp", str(folder / "mbpp"), "all")
+    texts = {
+        "problems": [f"{row['question']}\n{row['answer']}" for row in problems[:HELD_OUT]],
+        "prose": text.read_documents(source)["prose"][:8],
+        "python": [f"{TASKS['mbpp'].prompt(row)}{TASKS['mbpp'].completion(row)}" for row in code[:200]],
+    }
+    tests = load_rows("gsm8k", str(folder / "gsm8k"), "test", limit=TESTED)
+    fields = {"train": problems[HELD_OUT:], "held_out": problems[:HELD_OUT], "test": tests, "texts": texts}
+    written = json.dumps(fields, sort_keys=True)
+    fingerprint = hashlib.sha256(written.encode()).hexdigest()[:16]
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / f"data-{fingerprint}.json").write_text(written, encoding="utf-8")
+    return fingerprint
+
+
+def load_data(fingerprint: str, cache: Path) -> dict[str, Any]:
+    return json.loads((cache / f"data-{fingerprint}.json").read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------- starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The upcycled model: with routers drawn by the run's seed, or trained for some steps without balancing."""
+
+    name: str
+    model: str = "results/smollm2-moe/base"  # folder of the upcycled model
+    steps: int = 0
+    seed: int = 100
+    corpus: str = ""  # fingerprint of the data
+
+    @property
+    def key(self) -> str:
+        fields = dataclasses.asdict(self)
+        return harness.key_of({name: fields[name] for name in ("model", "steps", "seed")})
+
+    def __str__(self) -> str:
+        return f"start {self.name}"
+
+    def path(self, output: Path) -> Path:
+        return output / "starts" / f"{self.key}-{self.corpus}.pt"
+
+    def load(self, seed: int, output: Path) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        if not Path(self.model, "config.json").is_file():
+            raise FileNotFoundError(
+                f"{self.model!r} holds no model; recipes/smollm2-moe/README.md shows how to make it."
+            )
+        # the fastest experts for so few tokens on the CPU
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, experts_implementation="eager")
+        if self.steps:
+            model.load_state_dict(text.load_tensors(self.path(output)))
+            return model
+        generator = torch.Generator().manual_seed(seed)
+        for site in find_routers(model):
+            nn.init.normal_(site.router.weight, std=model.config.initializer_range, generator=generator)
+        return model
+
+    def train(self, output: Path) -> None:
+        """Trains new routers with all else, without balancing, and writes the weights."""
+        fresh = dataclasses.replace(self, steps=0)
+        run = Run(start=fresh, seed=self.seed, method={"method": "none"}, steps=self.steps, corpus=self.corpus)
+        trainer = fit(run, load_data(self.corpus, output), output)
+        text.save_tensors(phb.unpatch(trainer.model).state_dict(), self.path(output))
+
+
+# ---------------------------------------------------------------------- runs
+
+
+@dataclass(kw_only=True)
+class Run(harness.Run):
+    """
+    A fine-tuning run. `method` may also have `built_in`: the model is only watched, and TRL adds the built-in auxiliary loss as it
+    does by itself; and `muon`: matrices learn by Muon, the rest by AdamW.
+    """
+
+    own_arguments: ClassVar[tuple[str, ...]] = ("built_in", "muon")
+
+    start: Start
+    steps: int = 100
+    rows: int = 4  # problems of a step, about 800 tokens
+    learning_rate: float = 1e-4  # peak
+
+    def __post_init__(self) -> None:
+        self.start = dataclasses.replace(self.start, corpus=self.corpus)
+
+    def __str__(self) -> str:
+        method = " ".join(f"{name}={value}" for name, value in self.method.items())
+        return f"{self.start.name}, {self.steps} steps, seed {self.seed}  {method}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"start": self.start.key}
+
+    @property
+    def reference(self) -> Run:
+        """Returns a run of 0 steps, which measures the start."""
+        return dataclasses.replace(self, method={"method": "none"}, steps=0, seed=0)
+
+    def figures(self, results: harness.Results) -> dict[str, float] | None:
+        """Adds `forgotten`, the growth of the loss on WikiText-2."""
+        figures, before = super().figures(results), results.get(self.reference)
+        if not figures or before is None:
+            return figures
+        return {**figures, "forgotten": figures["loss_prose"] - before["metrics"]["loss_prose"]}
+
+    @classmethod
+    def prepare(cls, data: str, settings: Mapping[str, Any], output: Path) -> str:
+        return prepare_data(data, output)
+
+    def needs(self, output: Path) -> list[Start]:
+        return [self.start] if self.start.steps and not self.start.path(output).is_file() else []
+
+    def train(self, output: Path) -> dict[str, Any]:
+        data, started, cpu_started = load_data(self.corpus, output), time.perf_counter(), time.process_time()
+        trainer = fit(self, data, output)
+        record = {"environment": environment(), "experts": [], "curve": {}}
+        try:
+            figures = on_answers(trainer)
+        except Diverged:
+            return {**record, "metrics": {"diverged_at": self.steps}}
+        on_texts, record["experts"] = on_text(trainer, data["texts"])
+        figures |= on_texts
+        if self.is_served_plainly:
+            balancer = phb.get_balancer(trainer.model)
+            biases = balancer.biases()
+            balancer.set_biases({name: torch.zeros_like(bias) for name, bias in biases.items()})
+            figures |= {f"dropped_{name}": value for name, value in on_answers(trainer).items()}
+            balancer.set_biases(biases)
+        figures["score"] = score(trainer, data["test"])
+        figures |= of_training(record["curve"], trainer.state.log_history)
+        figures |= {
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "run_seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
+        }
+        return {**record, "metrics": figures}
+
+
+def fit(run: Run, data: Mapping[str, Any], output: Path):
+    """Trains the run's start. Returns its trainer."""
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    model = run.start.load(run.seed, output)
+    tokenizer = AutoTokenizer.from_pretrained(run.start.model, padding_side="left")
+    chosen = random.Random(f"real {run.seed}").sample(data["train"], max(1, run.steps) * run.rows)
+    is_built_in = run.method.get("built_in", False)
+    if not is_built_in:
+        phb.patch(model, run.config)
+    options = SFTConfig(
+        str(output / "trainer"),
+        max_steps=run.steps,
+        per_device_train_batch_size=run.rows,
+        learning_rate=run.learning_rate,
+        warmup_steps=run.steps // 20,
+        router_aux_loss_coef=None if is_built_in else 0.0,
+        bf16=True,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=run.seed,
+    )
+    trainer = SFTTrainer(
+        model,
+        options,
+        train_dataset=to_sft_dataset("gsm8k", chosen, tokenizer),
+        eval_dataset=to_sft_dataset("gsm8k", data["held_out"], tokenizer),
+        processing_class=tokenizer,
+    )
+    if is_built_in:
+        phb.watch(trainer)
+    if run.steps:
+        trainer.train()
+    return trainer
+
+
+def of_training(curve: dict[str, list[float]], log: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Fills `curve` with loss and MaxVio of each step, and returns the figures that follow from them."""
+    steps = [entry for entry in log if "moe/max_vio" in entry and "loss" in entry]
+    if not steps:
+        return {}
+    curve |= {"loss": rounded([s["loss"] for s in steps]), "max_vio": rounded([s["moe/max_vio"] for s in steps])}
+    max_vios = curve["max_vio"]
+    figures = {"max_vio_train_batch": statistics.fmean(max_vios[-len(max_vios) // 4 :])}
+    means = [statistics.fmean(max_vios[i - SMOOTH : i]) for i in range(SMOOTH, len(max_vios) + 1)]
+    even = next((step for step, mean in enumerate(means, SMOOTH) if mean <= EVEN), None)
+    return figures | ({} if even is None else {"steps_until_even": even})
+
+
+# ---------------------------------------------------------------------- measures
+
+
+@torch.no_grad()
+def on_answers(trainer: Any) -> dict[str, float]:
+    """Measures loss and balance on the held-out problems, given their questions. Raises `Diverged` if the loss is not finite."""
+    model, balancer = trainer.model.eval(), phb.get_balancer(trainer.model)
+    experts = balancer.sites[0].num_experts
+    total = count = 0
+    loads_LE = torch.zeros(len(balancer.sites), experts)
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in trainer.get_eval_dataloader():
+            with recorded_choices(balancer) as chosen:
+                loss = model(**batch).loss
+            labels = int((batch["labels"][:, 1:] != -100).sum())
+            total, count = total + float(loss) * labels, count + labels
+            is_token = batch["attention_mask"].bool().reshape(-1)
+            loads_LE += count_by_window([layer[is_token] for layer in chosen], 1, experts)[0]
+    if not math.isfinite(total):
+        raise Diverged
+    return {"loss": total / count, "max_vio_global": mean_max_vio(loads_LE)}
+
+
+@torch.no_grad()
+def on_text(trainer: Any, texts: Mapping[str, Sequence[str]]) -> tuple[dict[str, float], list]:
+    """Measures loss and balance on text of each domain. Returns the figures, and the experts' shares as lists `(L, D, E)`."""
+    tokenizer = trainer.processing_class.backend_tokenizer
+    windows = {
+        domain: text.spread_over(text.windows(tokenizer, documents, WINDOW), WINDOWS, domain)
+        for domain, documents in texts.items()
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        found, shares = examine_text(trainer.model, phb.get_balancer(trainer.model), windows, rows=8, batch=AT_ONCE)
+    figures = {name: value for name, value in found.items() if name.startswith("loss_")}
+    return {
+        **figures,
+        "base_max_vio": found["max_vio_global"],
+        "domain_information": found["domain_information"],
+    }, shares
+
+
+@torch.no_grad()
+def score(trainer: Any, rows: Rows) -> float:
+    """Returns the share of `rows` with a right greedy answer, by GSM8K's strict match."""
+    model, tokenizer = trainer.model.eval(), trainer.processing_class
+    prompts = to_sft_dataset("gsm8k", rows, tokenizer)["prompt"]
+    inputs = tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
+    answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [
+        normalise_answer(extract_strict(truncate(answer, GSM8K_STOPS))) == normalise_answer(row["answer"])
+        for answer, row in zip(answers, rows)
+    ]
+    return sum(right) / len(right)
