@@ -385,9 +385,9 @@ def test_off_unless_allowed(monkeypatch):
 
 @pytest.fixture
 def untried():
-    sandbox._try_walls.cache_clear()
+    sandbox._try_sandbox.cache_clear()
     yield
-    sandbox._try_walls.cache_clear()
+    sandbox._try_sandbox.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_other_systems_are_named(system, name, monkeypatch):
 
 @pytest.mark.slow
 def test_unsafe_has_limits_on_time_and_memory_and_a_loud_warning(victim, caplog):
-    sandbox._warn_of_no_walls.cache_clear()
+    sandbox._warn_of_no_sandbox.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_phibalance"):
         for name in ("plain", "multiprocessing.Pool", "changes its argument"):
             assert run(*HONEST_PROGRAMS[name], timeout=30.0, unsafe=True).passed
