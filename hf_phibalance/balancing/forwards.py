@@ -314,7 +314,7 @@ class Forwards:
         own: list[Tensor] = []  # for the recorder
         if self.recorder is not None:
             with unrecorded():
-                self.recorder.saw(forward, index, hidden, logits, selected, own)
+                self.recorder.record_router(forward, index, hidden, logits, selected, own)
         if not torch.is_grad_enabled() or not logits.requires_grad or not self.balancer.config.adds_gradient:
             return carrier
         due = functools.partial(self.due, forward, index, len(logits))
