@@ -48,6 +48,7 @@ TESTED_ELSEWHERE = {
     ("recipes/guides/WATCHING.md", "phb.watch"): "tests/watching/test_guide.py",
     ("recipes/guides/SERVING.md", "vllm.entrypoints"): "tests/integrations/test_vllm.py",
     ("recipes/README.md", "recipes/sft.py"): "tests/recipes/test_recipes.py",
+    ("recipes/olmoe-1b-7b/README.md", "recipes/"): "tests/recipes/test_recipes.py",
     ("recipes/small-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_small_recipes.py",
     ("recipes/tiny-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_recipe_sft.py",
     ("recipes/compare/README.md", "compare.py"): "tests/recipes/test_compare.py",

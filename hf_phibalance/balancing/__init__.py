@@ -30,7 +30,17 @@ from .changes import announce_switched_off
 from .checks import describe_router, warn_of_rounded_routers
 from .counts import Counts, Figures
 from .gradient import auxiliary_gradient
-from .observation import Ascent, Batch, Look, Measurement, RandomState, calibrate, evaluating, looking, repeatable
+from .observation import (
+    Ascent,
+    Batch,
+    Measurement,
+    Observation,
+    RandomState,
+    calibrate,
+    evaluating,
+    observing,
+    repeatable,
+)
 from .patching import (
     find_balancer,
     find_balancers,
@@ -51,8 +61,8 @@ __all__ = [
     "Batch",
     "Counts",
     "Figures",
-    "Look",
     "Measurement",
+    "Observation",
     "PhiBalancer",
     "RandomState",
     "StateFile",
@@ -70,7 +80,7 @@ __all__ = [
     "get_balancer",
     "give_own_config",
     "learning_report",
-    "looking",
+    "observing",
     "on_train",
     "patch",
     "read_state",

@@ -79,7 +79,7 @@ class Evaluation:
             self._is_over |= over_B
 
 
-class _Here(threading.local):
+class _ThreadState(threading.local):
     """State of one thread."""
 
     forward: Forward | Evaluation | None = None  # the current one
@@ -100,7 +100,7 @@ class Forwards:
         self._begin()
 
     def _begin(self) -> None:
-        self._here = _Here()
+        self._thread = _ThreadState()
         self._key = new_key(self)
         # for compiled code, which cannot read the state of its thread: number of the current forward, labels, replaying
         self._number: Tensor | None = None
@@ -130,13 +130,13 @@ class Forwards:
     @contextmanager
     def labels_of(self, labels: Tensor | None, micro_batch: int | None = None) -> Iterator[None]:
         """Context manager: forwards inside it use `labels` (B, S) and belong to `micro_batch` of a Trainer's step."""
-        here, outer = self._here, self._here.micro_batch
+        thread, outer = self._thread, self._thread.micro_batch
         self.push_labels(labels)
-        here.micro_batch = outer if micro_batch is None else micro_batch
+        thread.micro_batch = outer if micro_batch is None else micro_batch
         try:
             yield
         finally:
-            here.micro_batch = outer
+            thread.micro_batch = outer
             self.pop_labels()
 
     def push_labels(self, labels: Tensor | None) -> None:
@@ -144,25 +144,25 @@ class Forwards:
         if torch.compiler.is_compiling():
             self._labels = labels
             return
-        stack = self._here.labels
+        stack = self._thread.labels
         stack.append(labels if labels is not None or not stack else stack[-1])
         self._labels = stack[-1]
 
     def pop_labels(self) -> None:
         if not torch.compiler.is_compiling():
-            stack = self._here.labels
+            stack = self._thread.labels
             stack.pop()
             self._labels = stack[-1] if stack else None
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Context manager: routers called inside it are told from outside what to select."""
-        here, outer = self._here, self._here.replaying
-        here.replaying = self._replaying = True
+        thread, outer = self._thread, self._thread.replaying
+        thread.replaying = self._replaying = True
         try:
             yield
         finally:
-            here.replaying = self._replaying = outer
+            thread.replaying = self._replaying = outer
 
     @contextmanager
     def showing_scores(self, watch: Callable[[int, Tensor], None]) -> Iterator[None]:
@@ -180,29 +180,29 @@ class Forwards:
         if torch.compiler.is_compiling():
             self._number = self._open_traced(backbone, inputs)
             return inner(*args, **kwargs)
-        here = self._here
-        outer = here.forward, here.tokens
+        thread = self._thread
+        outer = thread.forward, thread.tokens
         try:
             self._open(backbone, inputs)
-            self._number = torch.tensor(_number_of(here.forward))  # for layers that are compiled one by one
+            self._number = torch.tensor(_number_of(thread.forward))  # for layers that are compiled one by one
             output = inner(*args, **kwargs)
-            if isinstance(here.forward, Forward) and here.forward.share is None:
-                self._settle_at(output, here.forward)
+            if isinstance(thread.forward, Forward) and thread.forward.share is None:
+                self._settle_at(output, thread.forward)
             return output
         except BaseException:
             BiasedTopK.leave_interrupted()  # Ctrl-C runs no hook of a module
-            if isinstance(here.forward, Forward) and not in_backward():  # the traceback may keep it alive
-                here.forward.step.alive.pop(here.forward.key, None)
+            if isinstance(thread.forward, Forward) and not in_backward():  # the traceback may keep it alive
+                thread.forward.step.alive.pop(thread.forward.key, None)
             raise
         finally:
-            here.forward, here.tokens = outer
+            thread.forward, thread.tokens = outer
 
     def _open(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Makes the forward that begins with these `inputs` the current one, by the table above."""
-        here, node, evaluation = self._here, backward_node(), self.evaluation
-        here.forward = here.tokens = None
+        thread, node, evaluation = self._thread, backward_node(), self.evaluation
+        thread.forward = thread.tokens = None
         if node is not None and (found := self.balancer.now.find(node)) is not None:
-            here.forward, here.tokens = found, found.tokens  # checkpointing recomputes the whole backbone
+            thread.forward, thread.tokens = found, found.tokens  # checkpointing recomputes the whole backbone
             return
         training = backbone.training and torch.is_grad_enabled()
         generates = evaluation is not None and evaluation.end_ids is not None
@@ -235,20 +235,20 @@ class Forwards:
         is_cached: bool = False,
     ) -> int:
         """Begins a forward with these tokens. Returns its number in compiled code, -1 if nothing is to be counted."""
-        here, device = self._here, self.balancer.duals.values.device
+        thread, device = self._thread, self.balancer.duals.values.device
         sequence_T = None if sequence_T is None else sequence_T.to(device)
-        here.forward, here.tokens = None, Tokens(mask_BS.to(device), image_T, sequence_T)
+        thread.forward, thread.tokens = None, Tokens(mask_BS.to(device), image_T, sequence_T)
         if training:
-            here.forward = self._begin_training(here.tokens, padding)
+            thread.forward = self._begin_training(thread.tokens, padding)
         elif self.evaluation is not None and not is_cached:
-            here.forward = self.evaluation
-            self.evaluation.counts.tokens.add_(here.tokens.count)
-        return _number_of(here.forward)
+            thread.forward = self.evaluation
+            self.evaluation.counts.tokens.add_(thread.tokens.count)
+        return _number_of(thread.forward)
 
     def _mask(self, inputs: Mapping[str, Any], must_be_known: bool) -> Tensor | None:
         kind = self.balancer.config.token_mask
         if kind == "labels" and inputs.get("labels") is None:
-            stack = [self._labels] if torch.compiler.is_compiling() else self._here.labels
+            stack = [self._labels] if torch.compiler.is_compiling() else self._thread.labels
             inputs = {**inputs, "labels": stack[-1] if stack else None}
         mask_BS = count_mask(inputs, kind, self.balancer.pad_token_id)
         if mask_BS is None and must_be_known:
@@ -276,8 +276,8 @@ class Forwards:
         number = tokens.count
         if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.adds_gradient:
             number = balancer.sum_over_ranks(number.clone())  # the step was not announced
-        forward = Forward(balancer.now, tokens, number, self._here.micro_batch, balancer.duals.adapter)
-        if self._here.replaying:
+        forward = Forward(balancer.now, tokens, number, self._thread.micro_batch, balancer.duals.adapter)
+        if self._thread.replaying:
             forward.counts.replayed.add_(1)
         if padding is not None:
             forward.counts.padding.copy_(padding)
@@ -296,25 +296,25 @@ class Forwards:
     def is_idle(self) -> bool:
         if torch.compiler.is_compiling():
             return self._number is None
-        return self._here.forward is None and backward_node() is None
+        return self._thread.forward is None and backward_node() is None
 
     def observe(self, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, carrier: Tensor) -> Tensor:
         """Counts a call of router `index`, and makes its backward add the auxiliary gradient; see [`RouterReader`]."""
         if torch.compiler.is_compiling():
             return torch.ops.phi_balance.observe(carrier, logits, selected, self._number, index, self._key)
-        node, here = backward_node(), self._here
+        node, thread = backward_node(), self._thread
         forward: Forward | Evaluation | None = None if node is None else self.balancer.now.find(node)
         if forward is None:
-            if here.forward is None or here.tokens is None:
+            if thread.forward is None or thread.tokens is None:
                 return carrier
-            self._count(index, logits, selected, here.forward.counts, here.tokens)
-            forward = here.forward
+            self._count(index, logits, selected, thread.forward.counts, thread.tokens)
+            forward = thread.forward
         if not isinstance(forward, Forward):
             return carrier
         own: list[Tensor] = []  # for the recorder
         if self.recorder is not None:
             with unrecorded():
-                self.recorder.saw(forward, index, hidden, logits, selected, own)
+                self.recorder.record_router(forward, index, hidden, logits, selected, own)
         if not torch.is_grad_enabled() or not logits.requires_grad or not self.balancer.config.adds_gradient:
             return carrier
         due = functools.partial(self.due, forward, index, len(logits))
@@ -412,7 +412,7 @@ class Forwards:
     def selection_bias(self, index: int) -> Tensor | None:
         """Returns the bias `(E,)` to add in the selection of router `index`; `None` if there is none or the router adds it."""
         duals, site = self.balancer.duals, self.sites[index]
-        replaying = self._replaying if torch.compiler.is_compiling() else self._here.replaying
+        replaying = self._replaying if torch.compiler.is_compiling() else self._thread.replaying
         if not duals.has_bias or self.balancer.ignores_bias or site.has_native_bias or replaying:
             return None
         return duals.biases[index, : site.num_experts]
@@ -433,7 +433,7 @@ class Forwards:
         """Fills the `extra` counts from the scores that router `index` ranks, if a method or an evaluation needs them."""
         if self.watch is not None:
             self.watch(index, scores)
-        forward, tokens, site = self._here.forward, self._here.tokens, self.sites[index]
+        forward, tokens, site = self._thread.forward, self._thread.tokens, self.sites[index]
         if forward is None or tokens is None or not forward.counts.extra.numel() or backward_node() is not None:
             return
         scores = scores.reshape(-1, site.num_experts).float()
@@ -452,8 +452,8 @@ class Forwards:
         if in_backward():
             return
         if number == EVALUATION:
-            if self.evaluation is not None and self._here.tokens is not None:
-                self._count(index, logits, selected, self.evaluation.counts, self._here.tokens)
+            if self.evaluation is not None and self._thread.tokens is not None:
+                self._count(index, logits, selected, self.evaluation.counts, self._thread.tokens)
         elif (forward := self.balancer.now.alive.get(number)) is not None:
             self._count(index, logits, selected, forward.counts, forward.tokens)
 

@@ -148,7 +148,7 @@ class Loop:
         self._now = None
 
     @contextmanager
-    def step_aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Context manager: inside it another step begins; afterwards the present one continues."""
         step, idle, self._now = self._now, self.idle_steps, None
         try:

@@ -115,13 +115,13 @@ class Measurement:
         return {**figures, "changed": self.changed_share, "tokens": self.tokens}
 
 
-class Look:
+class Observation:
     """
-    Reads the routers of a patched model; made by [`looking`].
+    Reads the routers of a patched model; made by [`observing`].
 
     Attributes:
         mask (`torch.Tensor` of shape `(T,)`):
-            Which tokens of the current forward count, as booleans; [`~Look.mask_of`] returns those that reach a router.
+            Which tokens of the current forward count, as booleans; [`~Observation.mask_of`] returns those that reach a router.
         on_choice (`Callable[[int, Tensor, Tensor], None]`, *optional*):
             Called with the number of a router, its logits `(T, E)` and its choice `(T, k)`.
         hidden (`dict[int, Tensor]`): by number, the last input of each router, or of its experts.
@@ -194,10 +194,10 @@ class Look:
 
 
 @contextmanager
-def looking(model: nn.Module) -> Iterator[Look]:
+def observing(model: nn.Module) -> Iterator[Observation]:
     """
-    Context manager: yields a [`Look`], whose forwards run in eval mode and uncompiled, without gradients. Restores the random
-    numbers. Raises `ValueError` if the model is not patched, or PEFT puts virtual tokens in front of its batches.
+    Context manager: yields an [`Observation`], whose forwards run in eval mode and uncompiled, without gradients. Restores the
+    random numbers. Raises `ValueError` if the model is not patched, or PEFT puts virtual tokens in front of its batches.
     """
     balancer = get_balancer(model)
     if balancer.is_trained_on:
@@ -206,10 +206,10 @@ def looking(model: nn.Module) -> Iterator[Look]:
             "steps, after balancer.step()."
         )
     refuse_virtual_tokens(model)
-    look, before = Look(model), RandomState()
+    observed, before = Observation(model), RandomState()
     try:
-        with evaluating(balancer.root), torch.no_grad(), torch.compiler.set_stance("force_eager"), reading(look):
-            yield look
+        with evaluating(balancer.root), torch.no_grad(), torch.compiler.set_stance("force_eager"), reading(observed):
+            yield observed
     finally:
         before.restore()
 
@@ -266,28 +266,28 @@ def _count(model: nn.Module, batches: Iterable[Batch], with_slopes: bool = False
     Counts `batches` in an evaluation, over all ranks. With slopes: also returns how steep each router's scores are at its selection
     threshold, in the geometric mean over the tokens, since a few sure tokens must not set the pace.
     """
-    with looking(model) as look, look.balancer.evaluation() as counts:
-        exact = torch.float32 if look.device.type == "mps" else torch.float64
-        log_slopes = torch.zeros(len(look.sites), dtype=exact, device=look.device)
+    with observing(model) as observed, observed.balancer.evaluation() as counts:
+        exact = torch.float32 if observed.device.type == "mps" else torch.float64
+        log_slopes = torch.zeros(len(observed.sites), dtype=exact, device=observed.device)
 
         def add_slopes(index: int, scores: Tensor) -> None:
-            site, bias_E = look.sites[index], look.choice_bias(index)
+            site, bias_E = observed.sites[index], observed.choice_bias(index)
             scores_TE = scores.reshape(-1, site.num_experts).float()
-            scores_NE = scores_TE[look.mask_of(index, len(scores_TE)).to(scores.device)]
+            scores_NE = scores_TE[observed.mask_of(index, len(scores_TE)).to(scores.device)]
             biased_NE = scores_NE if bias_E is None else scores_NE + bias_E.to(scores_NE)
             bounded = bool(((scores_NE >= 0) & (scores_NE <= 1)).all())
             ranked = ("sigmoid" if site.scoring == "sigmoid" else "probs") if bounded else "logits"
             slope_N1 = score_slope(selection_threshold(biased_NE, site.top_k), ranked)
             log_slopes[index] += slope_N1.clamp(min=FAINT).log().sum().to(log_slopes)
 
-        with look.balancer.forwards.showing_scores(add_slopes) if with_slopes else nullcontext():
+        with observed.balancer.forwards.showing_scores(add_slopes) if with_slopes else nullcontext():
             for batch in batches:
-                look.forward(batch)
-        look.balancer.sum_over_ranks(counts.flat)
-        look.balancer.sum_over_ranks(log_slopes)
+                observed.forward(batch)
+        observed.balancer.sum_over_ranks(counts.flat)
+        observed.balancer.sum_over_ranks(log_slopes)
     if not counts.tokens:
         raise ValueError("there is nothing to calibrate on: `batches` hold no token that counts.")
-    routed = [load_E.sum() / site.top_k for load_E, site in zip(counts.load, look.sites)]
+    routed = [load_E.sum() / site.top_k for load_E, site in zip(counts.load, observed.sites)]
     return counts, [float((total / number.clamp(min=1)).exp()) for total, number in zip(log_slopes, routed)]
 
 

@@ -70,7 +70,7 @@ class Patch:
                 elif parameter.requires_grad:
                     self.others.append(canonical_name(name))
 
-    def thaw(self, balancer: PhiBalancer) -> None:
+    def unfreeze(self, balancer: PhiBalancer) -> None:
         """Lets the routers be trained again, unless the whole model was frozen since (by PEFT, for instance)."""
         parameters = {canonical_name(name): p for name, p in balancer.root.named_parameters()}
         if not self.others or any(parameters[name].requires_grad for name in self.others if name in parameters):
@@ -275,7 +275,7 @@ def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
         return
     refuse_impossible(balancer.root, balancer.sites, config)
     balancer.set_config(config)
-    patch.thaw(balancer)
+    patch.unfreeze(balancer)
     patch.freeze(balancer)
     if not config.is_on:
         patch.built_in.restore()
@@ -312,7 +312,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         forget_compiled_code()
         patch.built_in.restore()
         patch.undo.restore()
-        patch.thaw(balancer)
+        patch.unfreeze(balancer)
         hooks: dict[int, Any] = backbone._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if hook.hook is _before_loading]:
             del hooks[key]

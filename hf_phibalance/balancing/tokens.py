@@ -74,7 +74,7 @@ def count_mask(inputs: Mapping[str, Any], token_mask: str, pad_token_id: int | N
         mask = next((part for part in mask.values() if isinstance(part, Tensor)), None)
     if mask is None:
         mask_BS = torch.ones(shape, dtype=torch.bool, device=hidden.device)
-        return mask_BS if token_mask == "all" else mask_BS & ~_filling(inputs, mask_BS, pad_token_id)
+        return mask_BS if token_mask == "all" else mask_BS & ~_packed_padding(inputs, mask_BS, pad_token_id)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask[:, -shape[1] :] != 0
     if isinstance(mask, Tensor) and mask.ndim == 4:
@@ -90,7 +90,7 @@ def count_mask(inputs: Mapping[str, Any], token_mask: str, pad_token_id: int | N
     )
 
 
-def _filling(inputs: Mapping[str, Any], mask_BS: Tensor, pad_token_id: int | None) -> Tensor:
+def _packed_padding(inputs: Mapping[str, Any], mask_BS: Tensor, pad_token_id: int | None) -> Tensor:
     """Finds padding at the end of packed rows without an attention mask: position 0, not followed by position 1."""
     position, ids = _positions(inputs), inputs.get("input_ids")
     if position is None or ids is None or pad_token_id is None or mask_BS.shape[1] == 1:

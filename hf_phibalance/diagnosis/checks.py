@@ -82,7 +82,7 @@ def _problem(finding: str, remedy: str = "") -> Result:
     return "problem", finding, remedy
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_three(names: Sequence[str]) -> str:
     """Returns the first three `names` as text."""
     shown = ", ".join(names[:3])
     return f"{shown}, ..." if len(names) > 3 else shown
@@ -140,7 +140,7 @@ def _judge(seen: Any) -> Result:
                 f"{text}. The model saw other tokens than the step was announced with", "see announced tokens"
             )
     worst = sorted(off, key=lambda name: -abs(off[name] - 1))
-    at = f"; {_some([f'{name} {off[name]:.4f}' for name in worst])}" if worst else ""
+    at = f"; {_first_three([f'{name} {off[name]:.4f}' for name in worst])}" if worst else ""
     return _problem(
         f"{text}{at}",
         "look for code that changes gradients (your own training_step, hooks on parameters), and at the other checks",
@@ -230,10 +230,10 @@ def _routers_that_run(subject: Subject) -> Result | None:
     silent = [name for name in names if not seen.loads.get(name) and name not in idle]
     if silent:
         return _problem(
-            f"{len(silent)} of {len(names)} routers were never called: {_some(silent)}",
+            f"{len(silent)} of {len(names)} routers were never called: {_first_three(silent)}",
             "switch off fused kernels (use_kernels=True) and skipped layers, or phb.unpatch(model)",
         )
-    return _ok(f"all {len(names)}" + (f" but {_some(idle)}, which had nothing to route" if idle else ""))
+    return _ok(f"all {len(names)}" + (f" but {_first_three(idle)}, which had nothing to route" if idle else ""))
 
 
 def _routers_that_learn(subject: Subject) -> Result | None:
@@ -244,7 +244,7 @@ def _routers_that_learn(subject: Subject) -> Result | None:
     learning = [row.name for row in rows if row.how != "frozen"]
     if balancer.config.rules.freezes and learning:
         return _problem(
-            f"method='frozen', but {len(learning)} routers are trained: {_some(learning)}",
+            f"method='frozen', but {len(learning)} routers are trained: {_first_three(learning)}",
             "leave the routers out of the adapter: phb.lora_config(model, router='frozen'), or choose another method",
         )
     if balancer.config.rules.freezes or not balancer.config.adds_gradient:
@@ -256,14 +256,14 @@ def _routers_that_learn(subject: Subject) -> Result | None:
         cut = [name for name in names if name not in (*seen.added, *unmoved, *subject.idle)]
         if cut:
             return _problem(
-                f"no gradient path leads from {len(cut)} of {len(names)} routers: {_some(cut)}",
+                f"no gradient path leads from {len(cut)} of {len(names)} routers: {_first_three(cut)}",
                 "use_reentrant=False or model.enable_input_require_grads(); else look for torch.no_grad() and detach()",
             )
     frozen = [name for name in names if name not in learning]
     if frozen:
         return _warning(
-            f"{len(frozen)} of {len(names)} routers are frozen ({_some(frozen)}): balancing moves only what lies below them"
-            + (f", and there is nothing below {_some(unmoved)}" if unmoved else ""),
+            f"{len(frozen)} of {len(names)} routers are frozen ({_first_three(frozen)}): balancing moves only what lies below them"
+            + (f", and there is nothing below {_first_three(unmoved)}" if unmoved else ""),
             TRAIN_ROUTERS,
         )
     kinds = sorted({"in full" if row.how == "full" else "by LoRA" for row in rows})
@@ -283,7 +283,7 @@ def _loads(subject: Subject) -> Result | None:
     if not collapsed:
         return None
     return _warning(
-        f"the probabilities of {len(collapsed)} routers are even, but their loads have collapsed: {_some(collapsed)}",
+        f"the probabilities of {len(collapsed)} routers are even, but their loads have collapsed: {_first_three(collapsed)}",
         "track='load', or a selection bias (bias_coef > 0): the price follows probabilities, not loads",
     )
 
@@ -306,7 +306,7 @@ def _precision(subject: Subject) -> Result:
     if packed:
         leaf = packed[0].rpartition(".")[2]
         return _warning(
-            f"{len(packed)} routers are quantised ({_some(packed)}): their choices are rounded, their weights cannot be trained",
+            f"{len(packed)} routers are quantised ({_first_three(packed)}): their choices are rounded, their weights cannot be trained",
             f"leave them out: BitsAndBytesConfig(llm_int8_skip_modules=['{leaf}'])",
         )
     rounded = None if subject.seen is None else subject.seen.rounded
@@ -344,7 +344,7 @@ def _patch(subject: Subject) -> Result:
     ]
     if bare:
         return _problem(
-            f"{len(bare)} of {len(sites)} routers have no hook: {_some(bare)}. They were replaced, or lost it, after the patch",
+            f"{len(bare)} of {len(sites)} routers have no hook: {_first_three(bare)}. They were replaced, or lost it, after the patch",
             "phb.unpatch(model), then phb.patch(model, config) as the last thing before training",
         )
     config = subject.balancer.config
@@ -363,7 +363,7 @@ def _auxiliary_loss(subject: Subject) -> Result | None:
     foreign = None if subject.seen is None else subject.seen.foreign
     if found:
         return _problem(
-            f"the model adds its own auxiliary loss, switched on after the patch ({_some(found)})",
+            f"the model adds its own auxiliary loss, switched on after the patch ({_first_three(found)})",
             "output_router_logits=False in the model's config, or phb.patch(model) again",
         )
     if subject.auxiliary:

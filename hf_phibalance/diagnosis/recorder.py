@@ -130,7 +130,7 @@ class StepRecorder:
 
     follow = staticmethod(follow)
 
-    def saw(
+    def record_router(
         self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor, own: list[Tensor]
     ) -> None:
         """
@@ -138,7 +138,7 @@ class StepRecorder:
         [`follow`] fills `own`.
         """
         if index not in self._calls:
-            self._calls[index] = self._look(forward, index, hidden, logits, selected)
+            self._calls[index] = self._record_call(forward, index, hidden, logits, selected)
         if logits.requires_grad:
             inputs = hidden.detach() if hidden is not None and index in self._weights else None
             # detached: a hook that holds its own tensor is a cycle, which would keep the forward alive
@@ -158,7 +158,7 @@ class StepRecorder:
             site = self.balancer.sites[index]
             self._plain[index] = torch.ops.aten.topk(scores.reshape(-1, site.num_experts), site.top_k)[1]
 
-    def _look(self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor) -> Call:
+    def _record_call(self, forward: Any, index: int, hidden: Tensor | None, logits: Tensor, selected: Tensor) -> Call:
         """Records the first call: its selections, and the weight if the logits are one linear layer of `hidden`."""
         site = self.balancer.sites[index]
         call = Call(forward.tokens.mask_at(site, len(logits)) != 0, selected.detach().reshape(len(logits), -1))

@@ -50,7 +50,7 @@ PLAIN: dict[str, tuple[Any, Callable, Callable]] = {
 }
 
 
-class Crossing:
+class Codec:
     """
     Encodes and decodes the values of one call and its answer.
 
@@ -166,17 +166,17 @@ class Program:
         """Returns a stand-in for the program's function of that name."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            crossing = Crossing()
-            message = {"name": name, "arguments": crossing.encode((args, kwargs))}
-            arguments = [*crossing.objects]
+            codec = Codec()
+            message = {"name": name, "arguments": codec.encode((args, kwargs))}
+            arguments = [*codec.objects]
             reply = self.ask(message)
             try:
                 if "raised" in reply:
                     error = _exception(*reply["raised"])
                 else:
-                    value = crossing.decode(reply["value"])
+                    value = codec.decode(reply["value"])
                     for number, parts in reply["changed"]:
-                        crossing.fill(arguments[number], parts)
+                        codec.fill(arguments[number], parts)
                     return value
             except Exception as wrong:
                 self.failure = "the program sent a malformed answer"
@@ -295,17 +295,17 @@ def serve(requests: BinaryIO, replies: BinaryIO, settings: dict) -> None:
 
 def answer(module: types.ModuleType, call: dict) -> dict:
     """Calls a function of the program. Returns its value and the arguments that it has changed, or its exception."""
-    crossing = Crossing()
+    codec = Codec()
     try:
         function = getattr(module, call["name"], None)
         if not callable(function):
             raise NameError(f"the program defines no function {call['name']!r}")
-        args, kwargs = crossing.decode(call["arguments"])
-        arguments = [*crossing.objects]
-        before = [crossing.content(argument) for argument in arguments]
-        reply = {"value": crossing.encode(function(*args, **kwargs)), "changed": []}
+        args, kwargs = codec.decode(call["arguments"])
+        arguments = [*codec.objects]
+        before = [codec.content(argument) for argument in arguments]
+        reply = {"value": codec.encode(function(*args, **kwargs)), "changed": []}
         with suppress(TypeError, RecursionError):  # an argument now holds something that cannot be sent
-            after = [crossing.content(argument) for argument in arguments]
+            after = [codec.content(argument) for argument in arguments]
             reply["changed"] = [(n, now) for n, now in enumerate(after) if now != before[n]]
         return reply
     except BaseException as error:

@@ -7,7 +7,7 @@ It is off until the user opts in: `HF_ALLOW_CODE_EVAL=1`, or `allow_code_executi
   comes back (numbers, text, lists, dictionaries and the like). The program can change everything in its own
   interpreter, but the kernel keeps it from reading or tracing the judge.
 - **Walls.** Both have their own namespaces (processes, network, IPC, mounts), no capabilities, no environment of the
-  caller and a seccomp filter (`FORBIDDEN`). They can read `/proc`, `/dev` and what `_walls` lists (interpreter,
+  caller and a seccomp filter (`FORBIDDEN`). They can read `/proc`, `/dev` and what `_bwrap_command` lists (interpreter,
   installed packages, the system's programs and libraries). They can write to `/tmp` and `/dev/shm`, which are limited
   in size and vanish afterwards. If the caller is root, they run with an unused user id.
 - **Limits.** At the deadline the caller kills everything behind the walls. CPU time, address space and file size are
@@ -149,14 +149,14 @@ def require_sandbox(allow_code_execution: bool | None = None, unsafe: bool = Fal
     if system == "Windows":
         raise CodeExecutionError("Generated code is not run on Windows. Use the Windows Subsystem for Linux (WSL).")
     if unsafe:
-        _warn_of_no_walls()
+        _warn_of_no_sandbox()
     elif system != "linux":
         raise CodeExecutionError(
             f"Generated code is run in bubblewrap, which {system} does not have. Use Linux, a container or a virtual "
             "machine, or unsafe=True, which runs it without any protection."
         )
     else:
-        _try_walls()
+        _try_sandbox()
 
 
 def run_program(
@@ -236,7 +236,7 @@ def _run(program: str, tests: dict, limits: dict, unsafe: bool) -> Verdict:
         else:
             rules.write(_seccomp())
             rules.seek(0)
-            command = [*_walls(limits["file_limit"], user), "--seccomp", str(rules.fileno()), *command]
+            command = [*_bwrap_command(limits["file_limit"], user), "--seccomp", str(rules.fileno()), *command]
         process = subprocess.Popen(
             command,
             stdin=job,
@@ -278,7 +278,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 @lru_cache
-def _try_walls() -> None:
+def _try_sandbox() -> None:
     """Runs a harmless program. Raises `CodeExecutionError` if it does not run, or its limits do not hold."""
     limits = {"timeout": START_LIMIT, "memory_limit": 1 << 30, "max_processes": 4, "file_limit": 1 << 20}
     try:
@@ -290,14 +290,14 @@ def _try_walls() -> None:
 
 
 @lru_cache
-def _warn_of_no_walls() -> None:
+def _warn_of_no_sandbox() -> None:
     logger.warning(
         "UNSAFE: generated code runs as your own user without a sandbox. It can read, change and delete your files, use "
         "the network, and stay behind. Only its time and its memory are limited."
     )
 
 
-def _walls(size: float, user: int | None) -> list[str]:
+def _bwrap_command(size: float, user: int | None) -> list[str]:
     """Returns the `bwrap` command, without the seccomp filter and the command to run."""
     if not (bwrap := shutil.which("bwrap")):
         raise CodeExecutionError("there is no `bwrap` on the PATH")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..balancing import Ascent, Batch, Look, Measurement, PhiBalancer, get_balancer, looking, repeatable
+from ..balancing import Ascent, Batch, Measurement, Observation, PhiBalancer, get_balancer, observing, repeatable
 from ..files import layer_labels
 from ..maths import FoldedShift, ShiftMoments, fold_shift, logit_shift, selection_threshold
 from ..routers import RouterLinear, find_linear, has_adapter, predicts_tokens, ranked_of
@@ -242,9 +242,9 @@ def _foldable(model: nn.Module, balancer: PhiBalancer) -> list[RouterLinear]:
 class _Regression:
     """Sums for each router the moments of its inputs and of the logit shifts that replace its bias."""
 
-    def __init__(self, look: Look, linears: list[RouterLinear]) -> None:
-        self.look, self.linears = look, linears
-        self.biases = [bias.float() for bias in look.balancer.biases().values()]
+    def __init__(self, observed: Observation, linears: list[RouterLinear]) -> None:
+        self.observed, self.linears = observed, linears
+        self.biases = [bias.float() for bias in observed.balancer.biases().values()]
         self.moments: list[ShiftMoments | None] = [None] * len(linears)
         self._ranked: list[str | None] = [None] * len(linears)
         self._received: dict[int, Tensor] = {}
@@ -256,7 +256,7 @@ class _Regression:
             for index, linear in enumerate(self.linears):
                 hook = linear.owner.register_forward_pre_hook(partial(self._receive, index))
                 stack.callback(hook.remove)
-            stack.enter_context(self.look.balancer.forwards.showing_scores(self._rank))
+            stack.enter_context(self.observed.balancer.forwards.showing_scores(self._rank))
             yield
 
     def _receive(self, index: int, module: nn.Module, args: tuple) -> None:
@@ -264,11 +264,11 @@ class _Regression:
 
     def _rank(self, index: int, scores: Tensor) -> None:
         """Adds a call of router `index`, which ranks `scores` plus its bias."""
-        site = self.look.sites[index]
+        site = self.observed.sites[index]
         # in transformers before 5.14 some blocks read the weight of their router instead of calling it
-        received = self._received.pop(index) if index in self._received else self.look.hidden[index]
+        received = self._received.pop(index) if index in self._received else self.observed.hidden[index]
         scores_TE = scores.reshape(-1, scores.shape[-1])
-        mask_T = self.look.mask_of(index, len(scores_TE)).to(scores.device)
+        mask_T = self.observed.mask_of(index, len(scores_TE)).to(scores.device)
         x_NH = received.reshape(-1, received.shape[-1]).to(scores.device)[mask_T].float()
         scores_NE = scores_TE[mask_T].float()
         if not len(x_NH):
@@ -283,7 +283,7 @@ class _Regression:
 
     def _checked(self, index: int, x_NH: Tensor, scores_NE: Tensor) -> str:
         """Returns what router `index` ranks. Raises `ValueError` if that does not follow from its matrix."""
-        site = self.look.sites[index]
+        site = self.observed.sites[index]
         ranked, distance = ranked_of(self.linears[index], x_NH, scores_NE)
         if distance > LINEAR:
             raise ValueError(
@@ -296,16 +296,16 @@ class _Regression:
 
 def _regress(model: nn.Module, linears: list[RouterLinear], batches: Iterable[Batch]) -> list[FoldedShift]:
     """Returns for each router the shift that best replaces its bias on the tokens of `batches`."""
-    with looking(model) as look:
-        regression = _Regression(look, linears)
+    with observing(model) as observed:
+        regression = _Regression(observed, linears)
         with regression.watching():
             for batch in batches:
-                look.forward(batch)
+                observed.forward(batch)
     shifts = []
-    for site, linear, moments in zip(look.sites, linears, regression.moments):
+    for site, linear, moments in zip(observed.sites, linears, regression.moments):
         if moments is None:
             moments = ShiftMoments.zeros(linear.weight.shape[1], site.num_experts, linear.weight)
-        look.balancer.sum_over_ranks(moments.flat)
+        observed.balancer.sum_over_ranks(moments.flat)
         if not moments.parts()[-1]:
             raise ValueError(
                 f"router {site.name!r} ranked nothing: `batches` hold no token that counts, or something bypasses the router."
@@ -327,25 +327,25 @@ def compare(
     [`Measurement`]). Raises `ValueError` if the token masks are empty.
     """
     counts = {name: _Counts() for name in variants}
-    with looking(model) as look:
+    with observing(model) as observed:
         for batch in batches:
             first: dict[int, Tensor] = {}
             expected: Tensor | None = None
             # batches in the outer loop, so that only the choices of one batch are kept
             for name, variant in variants.items():
                 counted = counts[name]
-                look.on_choice = partial(counted.add, look, first)
+                observed.on_choice = partial(counted.add, observed, first)
                 with variant():
-                    output = look.forward(batch, with_head=with_loss)
-                counted.tokens += int(look.mask.sum())
+                    output = observed.forward(batch, with_head=with_loss)
+                counted.tokens += int(observed.mask.sum())
                 if with_loss and predicts_tokens(model):
                     counted.add_loss(output.logits, batch["labels"])
                 elif with_loss:
                     expected = output.logits if expected is None else expected
-                    counted.add_distance(output.logits, expected, look.mask)
+                    counted.add_distance(output.logits, expected, observed.mask)
     if not any(counted.tokens for counted in counts.values()):
         raise ValueError("there is nothing to measure on: `batches` hold no token that counts.")
-    return {name: counted.figures(look) for name, counted in counts.items()}
+    return {name: counted.figures(observed) for name, counted in counts.items()}
 
 
 class _Counts:
@@ -354,9 +354,11 @@ class _Counts:
         self.kept: dict[int, Tensor] = {}  # assignments that the first variant makes too
         self.loss, self.predicted, self.tokens = 0.0, 0, 0
 
-    def add(self, look: Look, first: dict[int, Tensor], index: int, logits_TE: Tensor, chosen_Tk: Tensor) -> None:
+    def add(
+        self, observed: Observation, first: dict[int, Tensor], index: int, logits_TE: Tensor, chosen_Tk: Tensor
+    ) -> None:
         """Adds the choices of router `index`. The first variant stores its choices in `first`."""
-        mask_T = look.mask_of(index, len(logits_TE)).to(chosen_Tk.device)
+        mask_T = observed.mask_of(index, len(logits_TE)).to(chosen_Tk.device)
         chosen_Nk, first_Nk = chosen_Tk[mask_T], first.setdefault(index, chosen_Tk)[mask_T]
         load_E = torch.bincount(chosen_Nk.reshape(-1), minlength=logits_TE.shape[-1])
         kept = (chosen_Nk.unsqueeze(-1) == first_Nk.unsqueeze(-2)).any(-1).sum()
@@ -380,8 +382,8 @@ class _Counts:
             self.loss += float(nn.functional.cross_entropy(logits, expected.softmax(-1), reduction="sum"))
         self.predicted += len(logits)
 
-    def figures(self, look: Look) -> Measurement:
-        names = {index: look.sites[index].name for index in sorted(self.loads)}
+    def figures(self, observed: Observation) -> Measurement:
+        names = {index: observed.sites[index].name for index in sorted(self.loads)}
         loads = {name: self.loads[index].double().cpu() for index, name in names.items()}
         changed = {name: 1 - float(self.kept[i]) / max(float(loads[name].sum()), 1.0) for i, name in names.items()}
         return Measurement(loads, changed, self.loss / self.predicted if self.predicted else None, self.tokens)

@@ -147,7 +147,7 @@ def _load(load: Callable, source: str, args: tuple, phi_balance: Any, kwargs: di
     base, of_base = base_of(adapter, source, kwargs)
     state = find_state(source, kwargs)
     if state is not None and (phi_balance is None or phi_balance is True):
-        phi_balance = _asked(phi_balance, config_in(state), state)
+        phi_balance = _choose_config(phi_balance, config_in(state), state)
     if phi_balance is None:
         phi_balance = False
     loaded = load(base, *args, **labels_of(source, kwargs) | of_base)
@@ -173,7 +173,7 @@ def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs
         saved is None and source is not None
     ):  # the language model of a vision-language model has the settings of the whole
         saved = transformers.PreTrainedConfig.get_config_dict(source, **hub_arguments(kwargs))[0].get("phi_balance")
-    config = _asked(phi_balance, saved, f"{source or type(model).__name__}/config.json")
+    config = _choose_config(phi_balance, saved, f"{source or type(model).__name__}/config.json")
     if config is None:
         return
     state = None if source is None else find_state(source, kwargs)
@@ -198,7 +198,7 @@ def _warn_if_trained_since(model: nn.Module, source: str | None, state: str) -> 
         )
 
 
-def _asked(phi_balance: Any, saved: Any, file: str) -> PhiBalanceConfig | None:
+def _choose_config(phi_balance: Any, saved: Any, file: str) -> PhiBalanceConfig | None:
     """Returns the settings to load with: the user's, else those `saved` in `file` (`ValueError` if unusable)."""
     if phi_balance is not None and phi_balance is not True:
         return PhiBalanceConfig.from_any(phi_balance)

@@ -90,7 +90,7 @@ def try_step(model: nn.Module, balancer: PhiBalancer, batches: Sequence[Mapping[
     Runs the forwards and backwards of one step with known prices, without an optimizer. Restores model, gradients, duals and
     random numbers. All ranks must call it. `model` is the model as a loop calls it, `what` names the step in the report.
     """
-    with leaving_no_trace(model), balancer.loop.step_aside(), eager(model):
+    with leaving_no_trace(model), balancer.loop.paused(), eager(model):
         recorder = StepRecorder(balancer, what).start()
         recorder.batches.extend(batches)
         _set_known_prices(balancer)

@@ -62,6 +62,7 @@ ACCUMULATION = (1, 2, 4, 8)
 RANKS = (1, 2)
 RESIDUAL_BOUND = {"fp32": 1e-4, "bf16": 1e-2}  # of |effective / declared - 1| too
 COEF = AUX_COEF = 5.0  # large, so that g - g_0 is no difference of nearly equal numbers
+BUILT_IN = {"output_router_logits": True, "router_aux_loss_coef": AUX_COEF}
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,13 @@ FIELDS = {
 }
 
 
-def build_model(model_type: str, built_in: bool = False) -> nn.Module:
-    """Builds a tiny model with random weights; with `built_in` its own auxiliary loss is on."""
+def build_model(model_type: str, **options: Any) -> nn.Module:
+    """Builds a tiny model with random weights. `options` are further fields of its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     known = AutoConfig.for_model(model_type)
     fields = {name: value for name, value in FIELDS.items() if hasattr(known, name)}
-    config = AutoConfig.for_model(model_type, **fields)
-    if built_in:
-        config.output_router_logits, config.router_aux_loss_coef = True, AUX_COEF
+    config = AutoConfig.for_model(model_type, **fields, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -252,7 +251,7 @@ def random_duals(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]
 
 def built_in_gradient(model_type: str, batch: dict[str, Tensor]) -> Tensor:
     """Gradient of the model's own auxiliary loss, its coefficient included; zero if the family has none."""
-    model = build_model(model_type, built_in=True)
+    model = build_model(model_type, **BUILT_IN)
     loss = getattr(model(**batch), "aux_loss", None)
     if loss is not None:
         (AUX_COEF * loss).backward()
@@ -286,7 +285,7 @@ class Recorder(torch.optim.SGD):
 
 def optimizer_gradient(cell: Cell, model_type: str) -> Tensor:
     """Returns the gradient that the optimizer receives when `cell` trains on all rows."""
-    model = build_model(model_type, built_in=cell.balancing == "built-in")
+    model = build_model(model_type, **(BUILT_IN if cell.balancing == "built-in" else {}))
     if cell.balancing == "phi":
         phb.patch(model, {"coef": COEF, "token_mask": cell.token_mask})
         phb.get_balancer(model).load_state_dict(reference(model_type, cell.token_mask).duals)

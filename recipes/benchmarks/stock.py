@@ -4,8 +4,9 @@ Measures which coefficient of the built-in auxiliary loss arrives, in stock trai
     python recipes/benchmarks/stock.py                                        # all rows; a few minutes on 2 CPU cores, no network
     python recipes/benchmarks/stock.py --tool SFTTrainer --family mixtral     # one row, with its findings
 
-Without options, it writes `stock.json` beside this script and the table of `guides/AUDIT.md` that follows from it. Each row is a tool
-and a family, each column a way to train. 11 padded rows of unequal length, two per micro-batch.
+Without options, it writes `stock.json` beside this script and the tables of `guides/AUDIT.md` that follow from it. Each row is a tool
+and a family, each column a way to train. 11 padded rows of unequal length, two per micro-batch. In "SFTTrainer, published", the config has
+the coefficient of a published checkpoint.
 """
 
 from __future__ import annotations
@@ -48,6 +49,15 @@ ROWS = [
     ("DPOTrainer, LoRA", "mixtral"),
     ("DPOTrainer, LoRA", "qwen3_moe"),
 ]
+# Published checkpoints and `router_aux_loss_coef` in their config.json.
+PUBLISHED = {
+    "mixtral": ("mistralai/Mixtral-8x7B-v0.1", 0.02),
+    "qwen2_moe": ("Qwen/Qwen1.5-MoE-A2.7B", 0.001),
+    "qwen3_moe": ("Qwen/Qwen3-30B-A3B", 0.001),
+    "olmoe": ("allenai/OLMoE-1B-7B-0924", 0.01),
+    "gpt_oss": ("openai/gpt-oss-20b", 0.9),
+}
+DEFAULTS = [("SFTTrainer, published", family) for family in PUBLISHED]  # rows of the other table
 
 
 def without_mask(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -61,8 +71,9 @@ def make_trainer(tool: str, family: str, setting: str, folder: str) -> Any:
     from transformers import Trainer, TrainingArguments
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    model: Any = build_model(family)
     name, _, kind = tool.partition(", ")
+    options = {"router_aux_loss_coef": PUBLISHED[family][1]} if kind == "published" else {}
+    model: Any = build_model(family, **options)
     if name == "Trainer" and kind != "as it comes":
         model.config.output_router_logits = True
     if kind == "LoRA":
@@ -131,6 +142,18 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def defaults_table(results: list[dict[str, Any]]) -> str:
+    """Returns the table of what TRL applies by default: coefficients of the class and of a checkpoint, and what arrives."""
+    cells = {(cell["tool"], cell["family"]): cell for cell in results if cell["setting"] == "non-reentrant"}
+    lines = [["checkpoint", "family", "default of the class", "config.json", "received by default"]]
+    lines.append(["---", "---", "---:", "---:", "---:"])
+    for tool, family in DEFAULTS:
+        name, coef = PUBLISHED[family]
+        of_class, received = cells["SFTTrainer", family]["declared"], cells[tool, family]["received"]
+        lines.append([f"`{name}`", f"`{family}`", f"{of_class:g}", f"{coef:g}", f"{received:.2g}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def _shown(cell: dict[str, Any]) -> str:
     if "error" in cell:
         return "fails"
@@ -140,14 +163,15 @@ def _shown(cell: dict[str, Any]) -> str:
 
 
 def updated(page: str, results: list[dict[str, Any]]) -> str:
-    """Returns `page` with the table of `results`."""
-    marked = re.compile(r"(<!-- audit -->\n).*?(<!-- /audit -->)", re.DOTALL)
-    return marked.sub(lambda match: match[1] + table(results) + match[2], page)
+    """Returns `page` with the tables of `results`."""
+    for name, made in (("audit", table(results)), ("defaults", defaults_table(results))):
+        page = re.sub(rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{made}\g<2>", page)
+    return page
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tool", help=f"one of {', '.join(dict(ROWS))}")
+    parser.add_argument("--tool", help=f"one of {', '.join(dict(ROWS + DEFAULTS))}")
     parser.add_argument("--family", help="a model type of transformers")
     args = parser.parse_args()
     if (args.tool is None) != (args.family is None):
@@ -158,13 +182,14 @@ def main() -> int:
     if args.tool is not None:
         print(json.dumps(results, indent=1, ensure_ascii=False))
         return 0
-    order = list(SETTINGS)
-    results.sort(key=lambda cell: (ROWS.index((cell["tool"], cell["family"])), order.index(cell["setting"])))
+    results += measure_rows(DEFAULTS, ["non-reentrant"])  # TRL checkpoints this way by default
+    rows, order = ROWS + DEFAULTS, list(SETTINGS)
+    results.sort(key=lambda cell: (rows.index((cell["tool"], cell["family"])), order.index(cell["setting"])))
     cells = [json.dumps(cell | {"findings": list(cell.get("findings", []))}) for cell in results]
     lines = ",\n  ".join(cells)
     RESULTS.write_text(f'{{"versions": {json.dumps(versions())}, "cells": [\n  {lines}\n]}}\n', encoding="utf-8")
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
-    print(table(results))
+    print(f"{table(results)}\n{defaults_table(results)}")
     return 0
 
 

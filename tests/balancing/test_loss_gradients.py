@@ -73,7 +73,7 @@ def test_losses_where_only_the_number_of_micro_batches_is_known(method):
     assert_gradient(added, loss_gradient(build("mixtral"), batches, [(COEF, LOSSES[method])], shares))
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen3_moe"])
 def test_pooled_is_the_loss_of_transformers(model_type):
     model = build(model_type)
     (batch,) = micro_batches(model, [(3, 9)])

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from hf_phibalance.evaluation import CodeExecutionError, require_sandbox, run_program, sandbox
-from hf_phibalance.evaluation.runner import Crossing
+from hf_phibalance.evaluation.runner import Codec
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="generated code is only run on Linux")
@@ -71,7 +71,7 @@ HOSTILE = {
     "    return Same(0)\n",
     "redefines __class__": "class Same:\n    __class__ = int\n    def __eq__(self, other): return True\ndef add(x):\n    return Same()\n",
     "patches the runner": "import sys\nrunner = sys.modules['__main__']\nrunner.judge = lambda *a: ''\n"
-    "runner.Crossing.encode = lambda *a: {{'tuple': []}}\ndef add(x):\n    return 0\n",
+    "runner.Codec.encode = lambda *a: {{'tuple': []}}\ndef add(x):\n    return 0\n",
     "writes to every descriptor": "import os\nfor fd in range(64):\n    try: os.write(fd, b'\"\"')\n    except OSError: pass\nos._exit(0)\n",
     "forges the frames of its caller": "import sys, gc\ndef add(x):\n    frame = sys._getframe()\n    while frame:\n"
     "        frame.f_locals.update(passed=True, reason='', result=2)\n        frame = frame.f_back\n"
@@ -385,9 +385,9 @@ def test_off_unless_allowed(monkeypatch):
 
 @pytest.fixture
 def untried():
-    sandbox._try_walls.cache_clear()
+    sandbox._try_sandbox.cache_clear()
     yield
-    sandbox._try_walls.cache_clear()
+    sandbox._try_sandbox.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_other_systems_are_named(system, name, monkeypatch):
 
 @pytest.mark.slow
 def test_unsafe_has_limits_on_time_and_memory_and_a_loud_warning(victim, caplog):
-    sandbox._warn_of_no_walls.cache_clear()
+    sandbox._warn_of_no_sandbox.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_phibalance"):
         for name in ("plain", "multiprocessing.Pool", "changes its argument"):
             assert run(*HONEST_PROGRAMS[name], timeout=30.0, unsafe=True).passed
@@ -489,7 +489,7 @@ def test_a_name_of_the_context_is_the_programs_only_where_asked():
 
 
 def cross(value):
-    return Crossing().decode(json.loads(json.dumps(Crossing().encode(value))))
+    return Codec().decode(json.loads(json.dumps(Codec().encode(value))))
 
 
 def test_values_cross_unchanged():
@@ -520,4 +520,4 @@ def test_values_cross_unchanged():
 )
 def test_what_nobody_encoded_is_refused(forged):
     with pytest.raises((LookupError, TypeError, ValueError)):
-        Crossing().decode(forged)
+        Codec().decode(forged)

@@ -1,7 +1,7 @@
 """Every recipe for a real model runs at tiny size for two steps. Also their launchers, memory and README."""
 
 import gc
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 
 RECIPES = ROOT / "recipes"
 README = RECIPES / "README.md"
+REPLICATION = RECIPES / "olmoe-1b-7b" / "README.md"
 YAMLS = sorted(path.relative_to(RECIPES) for path in RECIPES.glob("*/*/*.yaml"))
 MODELS = sorted({path.parts[0] for path in YAMLS})
 VARIANTS = ("frozen-router", "none", "phibalance")
@@ -273,12 +274,15 @@ def test_sharding_divides_the_state(memory):
     assert memory.activation_bytes(size, rows=3, length=5) == 15 * (2 * 8 * 2 + 32 * 10)
 
 
-def commands():
-    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL)
+def commands(page):
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: command.replace("recipes/", "")[-60:])
+TRAININGS = [*commands(README), *(line for line in commands(REPLICATION) if "launch" in line)]
+
+
+@pytest.mark.parametrize("command", TRAININGS, ids=lambda command: command.replace("recipes/", "")[-60:])
 def test_command_of_the_readme(command, rehearse, tmp_path):
     words = shlex.split(command)
     if "path/to/gsm8k" in words:
@@ -314,3 +318,41 @@ def test_memory_table_of_the_readme(model, memory):
     written = re.search(r"<!-- memory -->\n(.*)\n<!-- /memory -->", README.read_text(), re.DOTALL)[1].splitlines()
     table = memory.table([model], processes=6, rows=3, length=1024).splitlines()
     assert table[:2] == written[:2] and table[2] in written and len(written) == 2 + len(MODELS)
+
+
+# ---------------------------------------------------------------------- the replication of OLMoE's Table 7
+
+
+@pytest.mark.parametrize(
+    ("row", "method", "coef", "bias_coef"),
+    [("loss", "pooled", 0.01, 0), ("off", "phi", 0, 0), ("price", "phi", 0.01, 0), ("both", "phi", 0.01, 0.0003)],
+)
+def test_rows_of_table_7(row, method, coef, bias_coef, rehearse):
+    (command,) = (line for line in commands(REPLICATION) if line.endswith(f"--output_dir results/table7/{row}"))
+    trainer, before, summary = rehearse(*shlex.split(command)[2:])
+    config = phb.get_balancer(trainer.model).config
+    assert (config.method, config.coef, config.bias_coef) == (method, coef, bias_coef)
+    assert trainer.model.config.output_router_logits is False and not trainer.aux_loss_enabled
+    assert of_routers(trainer, moved(trainer, before)) and summary["exact_match"]["trained"] is not None
+
+
+def test_table_7_has_the_batch_of_its_authors():
+    recipe = yaml.safe_load((REPLICATION.parent / "table7.yaml").read_text())
+    assert (recipe["global_batch_size"], recipe["num_train_epochs"], recipe["test_problems"]) == (128, 2, 1319)
+    assert recipe["global_batch_size"] % (8 * recipe["per_device_train_batch_size"]) == 0
+
+
+def test_evaluations_of_table_7_are_understood():
+    from trl import TrlParser
+
+    spec = importlib.util.spec_from_file_location("evaluate_recipe", RECIPES / "evaluate.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    lines = [shlex.split(line) for line in commands(REPLICATION) if "recipes/evaluate.py" in line]
+    parsed = [TrlParser(recipe.Arguments).parse_args_and_config(words[2:])[0] for words in lines]
+    assert [args.revision for args in parsed] == ["main", "main", "load-balancing"]
+    assert len({args.output_path for args in parsed}) == 3
+
+
+def test_memory_of_table_7(memory):
+    assert memory.table(["olmoe-1b-7b"], processes=8, rows=4, length=1024) in REPLICATION.read_text()
