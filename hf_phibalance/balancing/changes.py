@@ -88,8 +88,17 @@ class WrappedForward:
         self._owner, self._wrapper, self.own = weakref.ref(owner), wrapper, own
         method = type(owner).forward
         self.__name__, self.__doc__ = "forward", method.__doc__
-        self.__func__ = method  # TRL 1.9 reads the signature of `model.forward.__func__`
         self.__signature__ = inspect.signature(functools.partial(method, owner) if own is None else own)
+
+    @property
+    def __func__(self) -> Callable:
+        """The function of a bound method: accelerate wraps it for mixed precision, and TRL 1.9 reads its signature."""
+
+        @functools.wraps(type(self._owner()).forward)
+        def forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        return forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner: Any = self._owner()

@@ -231,7 +231,7 @@ def fit(run: Run, data: Mapping[str, Any], output: Path):
         router_aux_loss_coef=None if is_built_in else 0.0,
         bf16=True,
         use_cpu=True,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         dataloader_pin_memory=False,
         logging_steps=1,
         save_strategy="no",
@@ -242,6 +242,7 @@ def fit(run: Run, data: Mapping[str, Any], output: Path):
     trainer = SFTTrainer(
         model,
         options,
+        optimizers=(Muon(model, run.learning_rate) if run.method.get("muon") else None, None),
         train_dataset=to_sft_dataset("gsm8k", chosen, tokenizer),
         eval_dataset=to_sft_dataset("gsm8k", data["held_out"], tokenizer),
         processing_class=tokenizer,
@@ -250,7 +251,33 @@ def fit(run: Run, data: Mapping[str, Any], output: Path):
         phb.watch(trainer)
     if run.steps:
         trainer.train()
+    model.config.output_router_logits = False  # the built-in loss is no part of what is measured
     return trainer
+
+
+class Muon(torch.optim.Muon):
+    """Muon for matrices, those of experts one by one, at the step length of AdamW; AdamW for embeddings and vectors."""
+
+    def __init__(self, model: nn.Module, learning_rate: float) -> None:
+        tables = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+        of_matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in tables]
+        self.slices = {
+            p: [part.requires_grad_() for part in p.detach().reshape(-1, *p.shape[-2:])] for p in of_matrices
+        }
+        parts = [part for parts in self.slices.values() for part in parts]
+        super().__init__(parts, learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(
+            [p for p in model.parameters() if p not in self.slices], learning_rate, weight_decay=0.0, fused=True
+        )
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for parameter, parts in self.slices.items():
+            for part, gradient in zip(parts, parameter.grad.reshape(-1, *parameter.shape[-2:])):
+                part.grad = gradient
+        self.adamw.param_groups[0]["lr"] = self.param_groups[0]["lr"]  # the schedule changes Muon's
+        super().step()
+        self.adamw.step()
 
 
 def of_training(curve: dict[str, list[float]], log: Sequence[Mapping[str, float]]) -> dict[str, float]:

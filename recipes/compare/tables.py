@@ -132,7 +132,7 @@ def write_tables(plan: Plan, results: Results, output: Path) -> list[Path]:
     found = finished(plan, results)
     if not found:
         return []
-    wanted = ["plain"] * bool(plan.settings.get("portable"))
+    wanted = ["plain"] * bool(plan.settings.get("portable") and plan.kind != "real")
     if plan.kind == "finetune":
         ways = dict.fromkeys(way for _, _, way in found)
         wanted = ["bases", *(f"{way}{part}" for way in ways for part in ("", "; tasks", "; bases")), *wanted]

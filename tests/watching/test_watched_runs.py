@@ -63,6 +63,14 @@ def test_training_and_files_are_those_of_an_unwatched_run(cls, checkpointing, au
     assert row["loss"] == pytest.approx(plain[1][0]["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("cls", TRAINERS)
+def test_mixed_precision_keeps_the_forward_of_the_trainer(cls, tmp_path):
+    """accelerate wraps `forward.__func__`; TRL's trainer has its own forward below ours."""
+    plain, watched = (run(tmp_path / str(on), cls, on, aux=True, bf16=True, use_cpu=True) for on in (False, True))
+    assert watched[1] == plain[1]
+    assert read_records(tmp_path / "True").rows
+
+
 def zipped(files):
     """Names of files of torch, which hold times or memory addresses."""
     return [name for name in files if name.endswith((".pt", ".pth", ".bin"))]
