@@ -149,6 +149,7 @@ class Run(harness.Run):
     """
 
     own_arguments: ClassVar[tuple[str, ...]] = ("built_in", "muon")
+    keeps_memory: ClassVar[bool] = False
 
     start: Start
     steps: int = 100
