@@ -54,8 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{job.key}  {job}")
             return 0
         try:
-            for jobs in (list(needed.values()), todo):
-                failed += execute(jobs, output, args.workers, plans[0].run_class.keeps_memory)
+            failed = execute(list(needed.values()), output, args.workers) + execute(todo, output, args.workers)
         except KeyboardInterrupt:
             print("Interrupted. Finished runs are kept; the same command goes on with the rest.")
             return 130

@@ -66,9 +66,6 @@ class Run:
     """All settings that the result of a run depends on."""
 
     own_arguments: ClassVar[tuple[str, ...]] = ()  # arguments of methods beyond those of PhiBalanceConfig
-    keeps_memory: ClassVar[bool] = (
-        True  # whether the process keeps freed memory: faster for small models, waste for large ones
-    )
 
     seed: int = 0  # of the weights and of the order of the data
     method: dict[str, Any] = field(default_factory=dict)  # arguments of PhiBalanceConfig
@@ -355,15 +352,13 @@ ATTEMPTS = 3  # tries of a run whose process is killed
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 
 
-def execute(
-    jobs: Sequence[Any], output: Path, workers: int, keep_memory: bool = True, say: Callable[[str], None] = print
-) -> int:
+def execute(jobs: Sequence[Any], output: Path, workers: int, say: Callable[[str], None] = print) -> int:
     """
     Trains `jobs`, each in a process of one torch thread, `workers` at a time. Returns how many failed.
 
     Each process appends its result to `output/results.jsonl` itself. A killed process is started again.
     """
-    os.environ.update({"OMP_NUM_THREADS": "1", **(KEEP_MEMORY if keep_memory else {})})
+    os.environ.update(KEEP_MEMORY | {"OMP_NUM_THREADS": "1"})
     context = get_context("forkserver")  # imports once for all processes, and forks before any thread has started
     context.set_forkserver_preload(["hf_phibalance", "transformers", "peft"])
     waiting, running, attempts, failed = list(jobs), {}, Counter(), 0

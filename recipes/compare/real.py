@@ -149,11 +149,11 @@ class Run(harness.Run):
     """
 
     own_arguments: ClassVar[tuple[str, ...]] = ("built_in", "muon")
-    keeps_memory: ClassVar[bool] = False
 
     start: Start
     steps: int = 100
     rows: int = 4  # problems of a step, about 800 tokens
+    micro_batches: int = 2  # per step
     learning_rate: float = 1e-4  # peak
 
     def __post_init__(self) -> None:
@@ -226,7 +226,8 @@ def fit(run: Run, data: Mapping[str, Any], output: Path):
     options = SFTConfig(
         str(output / "trainer"),
         max_steps=run.steps,
-        per_device_train_batch_size=run.rows,
+        per_device_train_batch_size=run.rows // run.micro_batches,
+        gradient_accumulation_steps=run.micro_batches,
         learning_rate=run.learning_rate,
         warmup_steps=run.steps // 20,
         router_aux_loss_coef=None if is_built_in else 0.0,

@@ -98,7 +98,7 @@ def test_the_command_runs_plans_on_a_real_model(folder, monkeypatch):
     assert "| Muon | 1 |" in (output / "uneven.md").read_text()
 
 
-def run_here(jobs, output, workers, keep_memory):
+def run_here(jobs, output, workers):
     for job in jobs:
         record = job.train(output)
         if record is not None:
