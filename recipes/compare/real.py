@@ -153,7 +153,6 @@ class Run(harness.Run):
     start: Start
     steps: int = 100
     rows: int = 4  # problems of a step, about 800 tokens
-    micro_batches: int = 2  # per step
     learning_rate: float = 1e-4  # peak
 
     def __post_init__(self) -> None:
@@ -226,8 +225,7 @@ def fit(run: Run, data: Mapping[str, Any], output: Path):
     options = SFTConfig(
         str(output / "trainer"),
         max_steps=run.steps,
-        per_device_train_batch_size=run.rows // run.micro_batches,
-        gradient_accumulation_steps=run.micro_batches,
+        per_device_train_batch_size=run.rows,
         learning_rate=run.learning_rate,
         warmup_steps=run.steps // 20,
         router_aux_loss_coef=None if is_built_in else 0.0,
