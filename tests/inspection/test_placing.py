@@ -66,6 +66,10 @@ def test_a_map_needs_the_numbers_of_layers():
     placement = place(made([[1, 1], [1, 1]], names=("encoder.1.layers.0.gate",)), ranks=2)
     with pytest.raises(ValueError, match="names no single layer: leave out `--map`"):
         placement.expert_map()
+    placement.inspection.layers[0].name = "layers.0.gate"
+    placement.inspection.layers.append(made([[1, 1, 1, 1], [1, 1, 1, 1]], names=("layers.1.gate",)).layers[0])
+    with pytest.raises(ValueError, match=r"layers have \[2, 4\] experts"):
+        placement.expert_map()
 
 
 @pytest.mark.slow
