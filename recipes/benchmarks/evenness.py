@@ -158,19 +158,18 @@ def evaluated() -> str:
 
 
 def trained() -> str:
-    """Loss at the capacity of the training, and its difference to no balancing."""
+    """Loss of models by the capacity in training, evaluated at that capacity and without a limit, and its difference to no balancing."""
     plans, results = plans_of("capacity")
     heading, rows = ["method"], {}
-    for name, factor in {"free": 0.0, **TRAINED}.items():
+    for name, factor in TRAINED.items():
         (cell,) = plans[name].cells
-        found, figure = finished(plans[name], results), f"loss_at_{factor:g}" if factor else "loss"
-        heading += [f"capacity {factor:g}" if factor else "no limit", "Δ to none"]
-        for label, by_seed in found.get(cell, {}).items():
-            pairs = tables.pairs_of(found, label, "none")
-            difference = "" if label == "none" else tables.show_difference(pairs, figure, ".4f", error=False)
-            rows.setdefault(label, [label]).extend(
-                [tables.show([run[figure] for run in by_seed.values()], ".3f"), difference]
-            )
+        found = finished(plans[name], results)
+        for figure, at in ((f"loss_at_{factor:g}", f"{factor:g}"), ("loss", "no limit")):
+            heading += [f"trained at {factor:g}, evaluated at {at}", "Δ to none"]
+            for label, by_seed in found.get(cell, {}).items():
+                difference = tables.show_difference(tables.pairs_of(found, label, "none"), figure, ".3f", error=False)
+                losses = tables.show([run[figure] for run in by_seed.values()], ".3f")
+                rows.setdefault(label, [label]).extend([losses, "" if label == "none" else difference])
     return tables.markdown(heading, rows.values())
 
 

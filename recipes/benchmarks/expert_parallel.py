@@ -9,7 +9,7 @@ experts and back by all-to-all, forward and backward. There is no attention and 
 choose experts at random with given loads: even ones, those that a method left in the committed runs of `compare/main.yaml` (Mixtral,
 mixed stream, seed 0), or collapsed onto the first top-k experts.
 
-All loads take turns in every round, in an order that changes. Two figures are compared with those of even loads in the same round:
+All loads take turns in every round, in a random order. Two figures are compared with those of even loads in the same round:
 
 - `wall`: the time from the start of all ranks to the end of the last. It means something only if each rank has a core of its own.
 - `path`: the critical path. All-to-alls cut a step into sections, and in each section all ranks wait for the slowest. So the path is the
@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -42,7 +43,7 @@ from hf_phibalance.maths import busiest_rank
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
-from compare.harness import Results, load_plans  # noqa: E402, recipes/ is on the path now
+from compare.harness import KEEP_MEMORY, Results, load_plans  # noqa: E402, recipes/ is on the path now
 
 
 EVEN, COLLAPSED = "even", "collapsed"
@@ -182,7 +183,7 @@ def run_rank(args: argparse.Namespace, loads: dict[str, list[list[float]]]) -> t
     names, found = list(loads), []
     for turn in range(args.rounds + 1):
         times = {}
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in random.Random(turn).sample(names, len(names)):  # the same order on all ranks
             dist.barrier()
             start = time.perf_counter()
             _, sections = step(layers, hidden_TH, chosen[name])
@@ -242,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--expert_size", type=int, default=512)
     parser.add_argument("--output", default=str(HERE / "expert_parallel.json"), help="file, or - for standard output")
     args = parser.parse_args(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(KEEP_MEMORY | {"OMP_NUM_THREADS": "1"})
     loads = all_loads()
     shape = {name: getattr(args, name) for name in ("rounds", "tokens", "hidden_size", "expert_size")}
     layers, experts = loads[EVEN].shape
