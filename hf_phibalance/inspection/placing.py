@@ -49,8 +49,8 @@ class Placement:
 
     def summary(self, scope: str) -> dict[str, float]:
         """
-        Returns the means over layers of [`layer_figures`]. In each layer, all ranks wait for the busiest one, so this mean is how much
-        longer the experts of a step take than at even loads.
+        Returns the means over layers of [`layer_figures`]. In each layer, all ranks wait for the busiest one. So the experts of a step take
+        at most this many times as long as at even loads.
         """
         columns = [self.layer_figures(index, scope) for index in range(len(self.orders))]
         return {name: sum(column[name] for column in columns) / len(columns) for name in columns[0]}
@@ -107,7 +107,7 @@ def place(inspection: Inspection, ranks: int) -> Placement:
         `Placement`: the experts of each rank, and figures on the other sequences.
 
     Raises:
-        ValueError: If `ranks` does not divide the number of experts, or if there is only one sequence.
+        ValueError: If `ranks` does not divide the number of experts, or if a domain has only one sequence.
 
     Example:
 
@@ -118,7 +118,11 @@ def place(inspection: Inspection, ranks: int) -> Placement:
     """
     for layer in inspection.layers:
         experts_per_rank(layer.experts, ranks)
-        if not inspection.halves(layer, "overall").sum(1).all():
-            raise ValueError("the texts are a single sequence, so none is left to measure on: give more `--texts`.")
+        for domain, assignments_H in zip(inspection.domains, layer.halves.sum(-1).unbind(1)):
+            if not assignments_H.all():
+                raise ValueError(
+                    f"the texts of {domain} are a single sequence, so none is left to measure on: give more of them, or a smaller "
+                    "`--seq_len`."
+                )
     orders = [spread_experts(inspection.halves(layer, "overall")[0], ranks) for layer in inspection.layers]
     return Placement(inspection, ranks, orders)

@@ -112,16 +112,12 @@ def placed() -> str:
     return tables.markdown(["method", *(f"{model}, {ranks} ranks" for _, model, ranks in PLACED)], rows)
 
 
-def placement_figures(halves_LHE: Tensor, ranks: int) -> tuple[float, float, float]:
+def placement_figures(halves_LHE: Tensor, ranks: int) -> list[float]:
     """Returns [`busiest_rank`] on the second half of the text in the order of the checkpoint and as placed, and its bound."""
     fitted_LE, held_LE = halves_LHE.unbind(1)
     order_LE = torch.stack([spread_experts(load_E, ranks) for load_E in fitted_LE])
-    figures = (
-        busiest_rank(held_LE, ranks),
-        busiest_rank(held_LE.gather(1, order_LE), ranks),
-        least_busiest_rank(held_LE, ranks),
-    )
-    return tuple(float(figure_L.mean()) for figure_L in figures)  # type: ignore[return-value]
+    linear_L, placed_L = busiest_rank(held_LE, ranks), busiest_rank(held_LE.gather(1, order_LE), ranks)
+    return [float(figure_L.mean()) for figure_L in (linear_L, placed_L, least_busiest_rank(held_LE, ranks))]
 
 
 # ---------------------------------------------------------------------- capacity

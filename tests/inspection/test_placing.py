@@ -54,7 +54,7 @@ def test_the_map_has_a_row_for_every_decoder_layer():
     "inspection, ranks, message",
     [
         (made([[1, 1, 1], [1, 1, 1]]), 2, "`ranks` is 2.*3 experts.*divisor of 3"),
-        (made([[1, 1], [0, 0]]), 2, "single sequence.*more `--texts`"),
+        (made([[1, 1], [0, 0]]), 2, "texts of text are a single sequence.*smaller `--seq_len`"),
     ],
 )
 def test_what_cannot_be_placed_is_refused(inspection, ranks, message):
