@@ -168,10 +168,11 @@ def print_placement(placement: Placement, console: Console) -> None:
     labels = layer_labels([layer.name for layer in inspection.layers])
     console.print(Text(f"{_title(inspection)} on {placement.ranks} ranks", style="bold"))
     console.print(Text(_description(inspection)), highlight=False)
+    console.print("Load of the busiest rank over the mean, 1 at best:", highlight=False)
     rows = [(scope, placement.summary(scope)) for scope in inspection.scopes()]
     layers = [(label, placement.layer_figures(index, "overall")) for index, label in enumerate(labels)]
     for heading, first, parts in (("Means over layers", "texts", rows), ("Layers, all texts", "layer", layers)):
-        table = _table(console, f"{heading}: busiest rank over mean", first, *names)
+        table = _table(console, heading, first, *names)
         for label, figures in parts:
             table.add_row(Text(label), *(f"{figures[name]:.3f}" for name in names))
         console.print(table)

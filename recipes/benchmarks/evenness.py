@@ -139,7 +139,7 @@ def evaluated() -> str:
                 else tables.NONE
                 for factor in LIMITS
             ]
-            dropped = tables.show([run["dropped_at_1.25"] for run in runs], ".0%")
+            dropped = tables.show_mean([(run, run) for run in runs], "dropped_at_1.25", ".0%")
             rows.append(
                 [
                     f"{cell[0]}, {label}",
@@ -154,18 +154,18 @@ def evaluated() -> str:
 
 
 def trained() -> str:
-    """Loss of models by the capacity in training, evaluated at that capacity and without a limit, and its difference to no balancing."""
+    """Loss of models at the capacity of their training, its difference to no balancing, and the loss without a limit."""
     plans, results = plans_of("capacity")
-    heading, rows = ["method"], {}
+    heading, rows = ["method", "n"], {}
     for name, factor in TRAINED.items():
         (cell,) = plans[name].cells
-        found = finished(plans[name], results)
-        for figure, at in ((f"loss_at_{factor:g}", f"{factor:g}"), ("loss", "no limit")):
-            heading += [f"trained at {factor:g}, evaluated at {at}", "Δ to none"]
-            for label, by_seed in found.get(cell, {}).items():
-                difference = tables.show_difference(tables.pairs_of(found, label, "none"), figure, ".3f", error=False)
-                losses = tables.show([run[figure] for run in by_seed.values()], ".3f")
-                rows.setdefault(label, [label]).extend([losses, "" if label == "none" else difference])
+        found, figure = finished(plans[name], results), f"loss_at_{factor:g}"
+        heading += [f"trained and evaluated at {factor:g}", "Δ to none", "evaluated without a limit"]
+        for label, by_seed in found[cell].items():
+            difference = tables.show_difference(tables.pairs_of(found, label, "none"), figure, ".3f", error=False)
+            limited, free = (tables.show([run[at] for run in by_seed.values()], ".3f") for at in (figure, "loss"))
+            row = rows.setdefault(label, [label, f"{len(by_seed)}"])
+            row += [limited, "" if label == "none" else difference, free]
     return tables.markdown(heading, rows.values())
 
 
