@@ -3,6 +3,7 @@ The command `phibalance`.
 
 ```bash
 phibalance inspect Qwen/Qwen1.5-MoE-A2.7B --texts math=gsm8k/test.jsonl code=src/ prose=wiki/*.txt --html report.html --json report.json
+phibalance place Qwen/Qwen1.5-MoE-A2.7B --texts math=gsm8k/test.jsonl --ranks 6 --map experts.json
 phibalance doctor Qwen/Qwen1.5-MoE-A2.7B --coef 0.01 --lora router=lora
 phibalance export results/mine results/mine-plain --texts math=gsm8k/train.jsonl
 phibalance watch results/mine

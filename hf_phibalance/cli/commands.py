@@ -90,6 +90,32 @@ def _inspect(args: argparse.Namespace, tokenizer: Any, domains: Sequence[Any], e
     return inspection
 
 
+def run_place(args: argparse.Namespace, command: list[str]) -> int:
+    from ..inspection import check_texts, parse_domains
+
+    domains = parse_domains(args.texts, args.field)
+    _check_numbers(args, ranks=1, seq_len=1, batch_size=1, max_tokens=0)
+    for name in ("json", "map"):
+        _check_file(name, getattr(args, name))
+    _check_model(args)
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from ..inspection import place, print_placement
+
+    console, errors = Console(stderr="-" in (args.json, args.map)), Console(stderr=True)
+    tokenizer = _load_tokenizer(args)
+    check_texts(domains, tokenizer)
+    placement = place(_inspect(args, tokenizer, domains, errors), args.ranks)
+    print_placement(placement, console)
+    _write_json({**placement.to_dict(), "versions": versions()}, args.json)
+    if args.map:
+        _write_json(placement.expert_map(), args.map)
+        console.print(f"Map of experts for SGLang in {escape(printable(args.map))}", highlight=False)
+    return 0
+
+
 def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
     _check_numbers(args, seq_len=1, batch_size=1, accumulation=1)
     _check_file("json", args.json)

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..files import STATE_NAME
-from .commands import run_doctor, run_export, run_inspect, run_upcycle, run_watch
+from .commands import run_doctor, run_export, run_inspect, run_place, run_upcycle, run_watch
 
 
 MODEL = "folder or Hub name of a MoE model or PEFT adapter"
@@ -20,6 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_inspect(commands)
+    _add_place(commands)
     _add_doctor(commands)
     _add_export(commands)
     _add_watch(commands)
@@ -66,6 +67,26 @@ def _add_inspect(commands: Any) -> None:
         action="store_true",
         help=f"ignore the selection bias in {STATE_NAME}, like a plain from_pretrained",
     )
+
+
+def _add_place(commands: Any) -> None:
+    place = commands.add_parser(
+        "place",
+        help="spread the experts of each layer over the ranks of expert parallelism, by their loads on your texts",
+        description="Runs a MoE model over texts, and spreads the experts of each layer over ranks by their loads in one half of the "
+        "sequences, equally many on each rank. Reports the load of the busiest rank over the mean on the other half, in the order of the "
+        "checkpoint and as placed. The model is not changed.",
+    )
+    place.set_defaults(run=run_place, after_error=1, tuned=None, html=None, packing=False, ignore_phi_balance=False)
+    place.add_argument("model", help=MODEL)
+    _add_texts(place, "NAME=PATH", "texts like those the model will see, by domain.", required=True)
+    place.add_argument("--ranks", type=int, required=True, help="number of ranks, a divisor of the number of experts")
+    _add_sizes(place, seq_len=None, batch_size=8, max_tokens=True)
+    place.add_argument(
+        "--map", metavar="FILE", help="write the map for SGLang's --init-expert-location to FILE (.json)"
+    )
+    place.add_argument("--json", metavar="FILE", help="write all figures to FILE, or to standard output if it is -")
+    _add_loading(place)
 
 
 def _add_doctor(commands: Any) -> None:

@@ -11,12 +11,15 @@ html_report(found)
 
 before, after = (inspect_model(model, tokenizer, domains, keep_choices=True) for model in (base, tuned))
 html_report(Comparison(before, after))
+
+place(found, ranks=8)  # which rank of expert parallelism should hold which experts
 ```
 """
 
 from .comparing import Comparison
 from .counting import inspect_model
-from .reports import html_report, load_strip, print_comparison, print_inspection
+from .placing import Placement, place
+from .reports import html_report, load_strip, print_comparison, print_inspection, print_placement
 from .results import Inspection, Layer
 from .texts import Domain, TextStream, check_same_ids, check_texts, padded_batches, padding_of, parse_domains
 
@@ -26,6 +29,7 @@ __all__ = [
     "Domain",
     "Inspection",
     "Layer",
+    "Placement",
     "TextStream",
     "check_same_ids",
     "check_texts",
@@ -35,6 +39,8 @@ __all__ = [
     "padded_batches",
     "padding_of",
     "parse_domains",
+    "place",
     "print_comparison",
     "print_inspection",
+    "print_placement",
 ]

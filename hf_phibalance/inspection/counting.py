@@ -316,6 +316,7 @@ def _describe(counter: RouterCounter, layers: list[Layer]) -> dict[str, Any]:
         "model_type": config.model_type,
         "parameters": sum(p.numel() for p in counter.root.parameters()),
         "dtype": str(next(counter.root.parameters()).dtype).removeprefix("torch."),
+        "layers": config.get_text_config().num_hidden_layers,
         "routers": len(layers),
         "experts": sorted({layer.experts for layer in layers}),
         "top_k": sorted({layer.top_k for layer in layers}),

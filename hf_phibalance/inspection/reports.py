@@ -1,4 +1,7 @@
-"""An [`Inspection`], or a [`Comparison`] of two, as tables in the terminal, by rich, and as one HTML page, by Jinja."""
+"""
+An [`Inspection`], or a [`Comparison`] of two, as tables in the terminal, by rich, and as one HTML page, by Jinja. A [`Placement`] as
+tables.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from torch import Tensor
 from ..files import layer_labels, printable, versions, without_paths
 from ..maths import DEAD_THRESHOLD
 from .comparing import Comparison
+from .placing import Placement
 from .results import Inspection, lift, specialisation_figures
 
 
@@ -155,6 +159,26 @@ def print_comparison(comparison: Comparison, console: Console, top: int = 5) -> 
     console.print(key, style="dim", highlight=False)
     console.print(_cutting(after), style="dim", highlight=False)
     for note in dict.fromkeys([*before.notes, *after.notes]):
+        console.print(Text(f"Note: {note}"), style="yellow")
+
+
+def print_placement(placement: Placement, console: Console) -> None:
+    """Prints tables of a placement to a rich console."""
+    inspection, names = placement.inspection, ("linear", "placed", "least")
+    labels = layer_labels([layer.name for layer in inspection.layers])
+    console.print(Text(f"{_title(inspection)} on {placement.ranks} ranks", style="bold"))
+    console.print(Text(_description(inspection)), highlight=False)
+    console.print("Load of the busiest rank over the mean, 1 at best:", highlight=False)
+    rows = [(scope, placement.summary(scope)) for scope in inspection.scopes()]
+    layers = [(label, placement.layer_figures(index, "overall")) for index, label in enumerate(labels)]
+    for heading, first, parts in (("Means over layers", "texts", rows), ("Layers, all texts", "layer", layers)):
+        table = _table(console, heading, first, *names)
+        for label, figures in parts:
+            table.add_row(Text(label), *(f"{figures[name]:.3f}" for name in names))
+        console.print(table)
+    key = "Placed by the loads of every other sequence, measured on the rest. linear: in the order of the checkpoint; least: no placement "
+    console.print(f"{key}that has each expert once can go below", style="dim", highlight=False)
+    for note in inspection.notes:
         console.print(Text(f"Note: {note}"), style="yellow")
 
 

@@ -8,6 +8,7 @@ The maths: pure functions of tensors, without models, steps or trainers.
 | `pricing` | routing probabilities from logits, the gradient of ⟨q, p⟩ |
 | `folding` | folds a selection bias into the router's weight |
 | `metrics` | MaxVio, Gini and the other metrics of expert load |
+| `placement` | spreads experts over the ranks of expert parallelism; load of the busiest rank |
 """
 # ruff: noqa: F401
 
@@ -36,5 +37,6 @@ from .metrics import (
     relative_load,
     summarise,
 )
+from .placement import busiest_rank, experts_per_rank, least_busiest_rank, spread_experts
 from .potentials import POTENTIALS, Potential, centred_price, get_potential
 from .pricing import SCORINGS, price_gradient, price_of_load, routing_probs, sequence_price

@@ -58,7 +58,7 @@ READ_BY_ALL = ("method", "coef", "bias_coef", "token_mask")
 READ_BY_PHI = ("potential", "potential_kwargs", "ema_rate")
 READ_WITH = {"coef": ("track", "price_from"), "bias_coef": ("bias_track",)}  # only where that coefficient is not 0
 # Fields added later. At these values they do not enter a key.
-LATER = {"portable": False, "device": "cpu", "precision": "fp32"}
+LATER = {"portable": False, "device": "cpu", "precision": "fp32", "capacity": 0.0, "capacities": []}
 
 
 @dataclass(kw_only=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import hf_phibalance as phb
 
 from . import harness, text
+from .capacity import examine_capacity, limited
 from .measures import changed_share, examine_text, recorded_choices, steps_to_recover, thin
 from .models import MODELS, build_model
 from .training import Diverged, environment, micro_batches, optimize, served_plainly
@@ -48,6 +49,8 @@ class Run(harness.Run):
     validation_windows: int = 192  # held-out windows of each domain
     device: str = "cpu"
     precision: str = "fp32"  # "bf16": autocast over fp32 weights
+    capacity: float = 0.0  # of the experts in training, times the mean load; 0: no limit
+    capacities: list[float] = field(default_factory=list)  # of evaluations besides the one without a limit
 
     def __post_init__(self) -> None:
         if min(self.steps, self.window) < 1 or not 1 <= self.micro_batches <= self.rows:
@@ -77,7 +80,7 @@ def _fingerprint(*arguments: Any) -> str:
 def train(run: Run, corpus: text.Corpus) -> dict[str, Any]:
     """
     Trains one model and measures it. Returns `metrics` (only the step if it diverged), `curve`, `experts` (shares of the assignments
-    by layer, domain and expert) and `environment`.
+    by layer, domain and expert) and `environment`; with `capacities` also `halves` (assignments by layer, half of the text and expert).
     """
     model = build_model(run.model, corpus.vocab_size, run.seed, **run.model_fields).to(run.device)
     phb.patch(model, run.config)
@@ -93,11 +96,12 @@ def train(run: Run, corpus: text.Corpus) -> dict[str, Any]:
     start, cpu_start = time.perf_counter(), time.process_time()
     try:
         biases = balancer.biases()
-        for step in optimize(model, batches, run.steps, run.learning_rate, run.weight_decay, run.precision):
-            if len(steps) in probes:
-                churn.append(moved_by_bias(model, balancer, probe, biases))
-            steps.append(step)
-            biases = balancer.biases()
+        with limited(model, run.capacity):
+            for step in optimize(model, batches, run.steps, run.learning_rate, run.weight_decay, run.precision):
+                if len(steps) in probes:
+                    churn.append(moved_by_bias(model, balancer, probe, biases))
+                steps.append(step)
+                biases = balancer.biases()
         figures, experts = examine_text(model, balancer, corpus.validation, run.rows)
         if not math.isfinite(figures["loss"]):
             raise Diverged(run.steps)
@@ -109,6 +113,10 @@ def train(run: Run, corpus: text.Corpus) -> dict[str, Any]:
         figures |= served_plainly(
             model, last, lambda twin: examine_text(twin, phb.get_balancer(twin), corpus.validation, run.rows)[0]
         )
+    record: dict[str, Any] = {"experts": experts, "environment": environment()}
+    if run.capacities:
+        found, record["halves"] = examine_capacity(model, balancer, corpus.validation, run.rows, run.capacities)
+        figures |= found
     losses, max_vios, _, milliseconds = zip(*steps)
     figures |= {
         "train_loss": statistics.fmean(losses[settled:]),
@@ -129,7 +137,7 @@ def train(run: Run, corpus: text.Corpus) -> dict[str, Any]:
             "loss_after_shift": statistics.fmean(losses[switch : switch + soon]),
         }
     curve = {"loss": thin(losses, len(text.DOMAINS)), "max_vio": thin(max_vios, len(text.DOMAINS))}
-    return {"metrics": figures, "curve": curve, "experts": experts, "environment": environment()}
+    return {**record, "metrics": figures, "curve": curve}
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from paths import ROOT
 
 sys.path.append(str(ROOT / "recipes"))  # last, since some scripts there are named like libraries
 
-from compare import exercises, finetune, harness, measures, models, real, scratch, tables, text, training
+from compare import capacity, exercises, finetune, harness, measures, models, real, scratch, tables, text, training
 
 
 def load_command():
