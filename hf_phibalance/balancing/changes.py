@@ -94,7 +94,9 @@ class WrappedForward:
     def __func__(self) -> Callable:
         """The function of a bound method: accelerate wraps it for mixed precision, and TRL 1.9 reads its signature."""
 
-        @functools.wraps(type(self._owner()).forward)
+        module: Any = self._owner()
+
+        @functools.wraps(type(module).forward)
         def forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self(*args, **kwargs)
 
