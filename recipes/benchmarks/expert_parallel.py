@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from invariance import in_ranks
 from torch import Tensor, nn
 
+from hf_phibalance.files import replace_unprintable
 from hf_phibalance.maths import busiest_rank
 
 
@@ -266,4 +267,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     main()

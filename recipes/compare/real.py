@@ -299,7 +299,8 @@ def of_training(curve: dict[str, list[float]], log: Sequence[Mapping[str, float]
 @torch.no_grad()
 def on_answers(trainer: Any) -> dict[str, float]:
     """Measures loss and balance on the held-out problems, given their questions. Raises `Diverged` if the loss is not finite."""
-    model, balancer = trainer.model.eval(), phb.get_balancer(trainer.model)
+    model, balancer = trainer.model, phb.get_balancer(trainer.model)
+    model.eval()
     experts = balancer.sites[0].num_experts
     total = count = 0
     loads_LE = torch.zeros(len(balancer.sites), experts)
@@ -337,7 +338,8 @@ def on_text(trainer: Any, texts: Mapping[str, Sequence[str]]) -> tuple[dict[str,
 @torch.no_grad()
 def score(trainer: Any, rows: Rows) -> float:
     """Returns the share of `rows` with a right greedy answer, by GSM8K's strict match."""
-    model, tokenizer = trainer.model.eval(), trainer.processing_class
+    model, tokenizer = trainer.model, trainer.processing_class
+    model.eval()
     prompts = to_sft_dataset("gsm8k", rows, tokenizer)["prompt"]
     inputs = tokenizer.apply_chat_template(
         list(prompts), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True

@@ -146,7 +146,7 @@ def test_bad_plans_are_refused(tmp_path, monkeypatch, content, message):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
 def test_plans_that_ship_are_valid(path):
     for plan in harness.load_plans(path)[1]:
-        trained = [getattr(run, "base", run) for run in plan.runs()]
+        trained = [getattr(run, "base", run) for run in plan.runs() if plan.kind != "real"]  # that loads a checkpoint
         for model, fields in {(one.model, json.dumps(one.model_fields)) for one in trained}:
             with torch.device("meta"):  # without memory, at whatever size
                 models.build_model(model, 1024, 0, **json.loads(fields))
