@@ -192,6 +192,7 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
     training_args.output_dir, training_args.router_aux_loss_coef = str(folder), 0.0
     set_seed(training_args.seed)
     model, tokenizer = load_model(args, balance, training_args, model_args, problems["train"])
+    training_args.model_init_kwargs = None  # used; TRL would say that it ignores them
     if training_args.process_index == 0:
         print(what_is_trained(model, args, training_args, problems), flush=True)
     datasets = {split: to_sft_dataset(args.task, rows, tokenizer) for split, rows in problems.items()}

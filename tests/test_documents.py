@@ -30,6 +30,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COL
 # Tests of blocks by their page and a piece of their text. Those in `integrations` run in environments of nox.
 TESTED_ELSEWHERE = {
     ("README.md", "pip install"): ".ci/run",
+    ("README.md", "recipes/smollm2-moe/upcycle.py"): "tests/recipes/test_smollm2_moe.py",
     ("README.md", "SFTTrainer"): "tests/test_readme.py",
     ("README.md", "φ-balancing is on"): "tests/test_readme.py",
     ("README.md", "trainer.save_model()"): "tests/test_readme.py",
@@ -50,6 +51,14 @@ TESTED_ELSEWHERE = {
     ("recipes/README.md", "recipes/sft.py"): "tests/recipes/test_recipes.py",
     ("recipes/olmoe-1b-7b/README.md", "recipes/"): "tests/recipes/test_recipes.py",
     ("recipes/small-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_small_recipes.py",
+    ("recipes/smollm2-moe/README.md", "pip install"): "tests/recipes/test_smollm2_moe.py",
+    ("recipes/smollm2-moe/README.md", "export MALLOC"): "tests/recipes/test_smollm2_moe.py",
+    ("recipes/smollm2-moe/README.md", "recipes/smollm2-moe/upcycle.py"): "tests/recipes/test_smollm2_moe.py",
+    ("recipes/smollm2-moe/README.md", "phibalance "): "tests/recipes/test_smollm2_moe.py",
+    ("recipes/smollm2-moe/README.md", "recipes/sft.py"): "tests/recipes/test_smollm2_moe.py",
+    ("recipes/smollm2-moe/README.md", "recipes/evaluate.py"): "tests/recipes/test_smollm2_moe.py",
+    ("recipes/smollm2-moe/README.md", "from transformers"): "tests/recipes/test_smollm2_moe.py",
+    ("recipes/smollm2-moe/README.md", "recipes/render_cards.py"): "tests/recipes/test_smollm2_moe.py",
     ("recipes/tiny-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_recipe_sft.py",
     ("recipes/compare/README.md", "compare.py"): "tests/recipes/test_compare.py",
     ("recipes/compare/FINETUNING.md", "compare.py"): "tests/recipes/test_compare.py",

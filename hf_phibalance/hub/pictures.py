@@ -67,12 +67,13 @@ def plot_loads(runs: list[Run], path: str | os.PathLike, dpi: int = 130) -> None
 
 
 def plot_curves(runs: list[Run], path: str | os.PathLike, dpi: int = 130) -> None:
-    """Draws MaxVio, exact match and loss over training, one line per run."""
+    """Draws MaxVio, exact match (if it was measured during training) and loss over training, one line per run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for panel, (key, title, label) in zip(panels, CURVES):
+    curves = [curve for curve in CURVES if curve[0] != "eval_exact_match" or any(run.series(curve[0]) for run in runs)]
+    figure = Figure(figsize=(14 / 3 * len(curves), 4), layout="constrained")
+    panels = figure.subplots(1, len(curves))
+    for panel, (key, title, label) in zip(panels, curves):
         for run in runs:
             if points := run.series(key):
                 style = {"color": COLOURS.get(run.name, "tab:blue"), "marker": "o" if len(points) < 30 else None}
@@ -82,8 +83,9 @@ def plot_curves(runs: list[Run], path: str | os.PathLike, dpi: int = 130) -> Non
     if floor := runs[-1].series("moe/noise_floor"):
         panels[0].plot(*zip(*floor), label="noise floor", color="grey", linestyle="--", linewidth=1)
     panels[0].set_ylim(bottom=0)
-    panels[1].set_ylim(0, 1.02)
-    panels[2].set_yscale("log")
+    if len(panels) == 3:
+        panels[1].set_ylim(0, 1.02)
+    panels[-1].set_yscale("log")
     for panel in panels:
         if panel.get_legend_handles_labels()[0]:
             panel.legend()

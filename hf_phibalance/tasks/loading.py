@@ -212,8 +212,9 @@ def to_sft_dataset(task: str, rows: Iterable[Row], tokenizer: Any = None) -> Dat
         task (`str`): One of `TASKS`.
         rows (`Iterable[dict]`): Rows from `load_rows`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            If it has a chat template, prompt and completion are messages of the user and of the assistant. A template
-            that changes the completion (some strip the indentation of code) is not used.
+            If it has a chat template, prompt and completion are messages of the user and of the assistant. The template
+            is not used if it changes the completion (some strip the indentation of code), or if the tokenizer merges
+            the end of the prompt with the start of the completion.
 
     Returns:
         `datasets.Dataset`: One row for each of `rows`.
@@ -233,7 +234,10 @@ def to_sft_dataset(task: str, rows: Iterable[Row], tokenizer: Any = None) -> Dat
         chats = [_chat(*pair) for pair in pairs]
         if all(_survives(tokenizer, chat) for chat in chats[:8]):
             return Dataset.from_list(chats)
-        logger.warning(f"The chat template changes the completions of {task}: plain text is trained on instead.")
+        logger.warning(
+            f"The chat template changes the completions of {task}, or the tokenizer merges their start with it: plain text "
+            "is trained on instead."
+        )
     texts: list[dict[str, Any]] = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
     if tokenizer is not None and any(_merges(tokenizer, *pair) for pair in pairs[:8]):
         texts = [{**row, **_tokens(tokenizer, *pair)} for row, pair in zip(texts, pairs)]
@@ -247,9 +251,14 @@ def _chat(prompt: str, text: str) -> dict[str, list[dict[str, str]]]:
 
 
 def _survives(tokenizer: Any, chat: dict[str, list[dict[str, str]]]) -> bool:
-    """Returns whether the chat template keeps the completion, except for white space at its end."""
-    rendered = tokenizer.apply_chat_template([*chat["prompt"], *chat["completion"]], tokenize=False)
-    return chat["completion"][0]["content"].rstrip() in rendered
+    """
+    Returns whether the chat template keeps the completion, except for white space at its end, and its first token does
+    not merge with the end of the prompt.
+    """
+    prompt = tokenizer.apply_chat_template(chat["prompt"], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*chat["prompt"], *chat["completion"]], tokenize=False)
+    is_kept = chat["completion"][0]["content"].rstrip() in whole
+    return is_kept and not _merges(tokenizer, prompt, whole.removeprefix(prompt))
 
 
 def _merges(tokenizer: Any, prompt: str, text: str) -> bool:

@@ -9,12 +9,14 @@ import pytest
 from hub_stub import REPO, contents
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from matplotlib.image import imread
 from paths import ROOT
 from training import patched
 
 import hf_phibalance as phb
 from hf_phibalance.hub import Run, model_card, push_to_hub
 from hf_phibalance.hub.card import as_code
+from hf_phibalance.hub.pictures import plot_curves
 
 
 pytestmark = pytest.mark.slow
@@ -133,8 +135,19 @@ def test_cards_are_rendered_by_a_command(run_folder, tmp_path):
     assert ModelCard(files["README.md"].decode()).data.eval_results
 
 
-def test_committed_card_is_valid(stub):
-    (path,) = (ROOT / "model_cards").glob("*/README.md")
+def test_exact_match_is_drawn_only_if_it_was_measured(run_folder, tmp_path):
+    run = Run.load(run_folder)
+    run.log_history = [{"step": 1, "loss": 2.0, "moe/max_vio": 0.5, "eval_exact_match": 0.1}]
+    widths = []
+    for entry in run.log_history * 2:
+        plot_curves([run], tmp_path / "curves.png")
+        widths.append(imread(tmp_path / "curves.png").shape[1])
+        entry.pop("eval_exact_match", None)
+    assert widths[1] < 0.7 * widths[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*/README.md")), ids=lambda path: path.parent.name)
+def test_committed_card_is_valid(path, stub):
     card = ModelCard.load(path)
     card.validate()
     assert card.data.eval_results and "held-out data, before | " in card.text

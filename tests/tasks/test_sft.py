@@ -2,8 +2,10 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import zlib
 
 import pytest
 from paths import DATA
@@ -56,15 +58,20 @@ def test_mbpp_still_passes_its_tests():
 
 
 class ChatTokenizer:
-    def __init__(self, content):
-        self.chat_template = "<{role}>" + content
+    """One token for each character, or for a line break with the white space after it."""
 
-    def __call__(self, text):
-        return {"input_ids": list(text.encode())}
+    eos_token_id = 0
 
-    def apply_chat_template(self, messages, tokenize):
+    def __init__(self, content, end=">"):
+        self.chat_template, self.end = "<{role" + end + content, end
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [zlib.crc32(word.encode()) for word in re.findall(r"\n\s*|.", text)]}
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
         strip = "strip" in self.chat_template
-        return "".join(f"<{m['role']}>{m['content'].strip() if strip else m['content']}" for m in messages)
+        texts = [f"<{m['role']}{self.end}{m['content'].strip() if strip else m['content']}" for m in messages]
+        return "".join([*texts, f"<assistant{self.end}"] if add_generation_prompt else texts)
 
 
 def test_datasets_for_trl(warned):
@@ -78,9 +85,11 @@ def test_datasets_for_trl(warned):
     (chat,) = to_sft_dataset("mbpp", [MBPP], ChatTokenizer("{content}")).to_list()
     assert chat["completion"][0]["content"] == TASKS["mbpp"].completion(MBPP)
     assert not warned.lines
-    (code,) = to_sft_dataset("mbpp", [MBPP], ChatTokenizer("{content | strip}")).to_list()
-    assert code == {"prompt": TASKS["mbpp"].prompt(MBPP), "completion": TASKS["mbpp"].completion(MBPP)}
-    assert warned.about("The chat template changes the completions of mbpp")
+    for tokenizer in (ChatTokenizer("{content | strip}"), ChatTokenizer("{content}", end="\n")):
+        (code,) = to_sft_dataset("mbpp", [MBPP], tokenizer).to_list()
+        assert code["prompt"] == TASKS["mbpp"].prompt(MBPP)
+        assert code["completion"] == TASKS["mbpp"].completion(MBPP)
+    assert len(warned.about("The chat template changes the completions of mbpp")) == 2
     with pytest.raises(ValueError, match="no rows of gsm8k"):
         to_sft_dataset("gsm8k", [])
     with pytest.raises(ValueError, match="humaneval is for evaluation only"):
