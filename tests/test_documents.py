@@ -58,6 +58,7 @@ TESTED_ELSEWHERE = {
     ("recipes/smollm2-moe/README.md", "recipes/sft.py"): "tests/recipes/test_smollm2_moe.py",
     ("recipes/smollm2-moe/README.md", "recipes/evaluate.py"): "tests/recipes/test_smollm2_moe.py",
     ("recipes/smollm2-moe/README.md", "from transformers"): "tests/recipes/test_smollm2_moe.py",
+    ("recipes/smollm2-moe/README.md", "def max_element"): "tests/recipes/test_smollm2_moe.py",
     ("recipes/smollm2-moe/README.md", "recipes/render_cards.py"): "tests/recipes/test_smollm2_moe.py",
     ("recipes/tiny-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_recipe_sft.py",
     ("recipes/compare/README.md", "compare.py"): "tests/recipes/test_compare.py",

@@ -103,3 +103,9 @@ def test_commands_of_the_page(source, place):
     assert "hf_phibalance" not in block
     (place / "answer.py").write_text(block)
     assert run([str(place / "answer.py")], place).strip()
+
+
+def test_the_function_that_the_model_wrote():
+    (block,) = blocks("text")
+    exec(block, names := {})
+    assert names["max_element"]([5, 3, -5, 123, 1]) == 123
