@@ -5,7 +5,7 @@ import functools
 import re
 
 import pytest
-from paths import ROOT
+from paths import ROOT, sources
 
 
 pytestmark = pytest.mark.slow
@@ -41,11 +41,10 @@ def text_of(node):
 def said():
     """All texts in the sources of the package and of the recipes that are no docstrings."""
     found = set()
-    for folder in ("hf_phibalance", "recipes"):
-        for path in (ROOT / folder).glob("**/*.py"):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-            found |= {text_of(node) for node in ast.walk(tree) if id(node) not in documented}
+    for path in sources("hf_phibalance", "recipes"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        found |= {text_of(node) for node in ast.walk(tree) if id(node) not in documented}
     return [text for text in found if text]
 
 

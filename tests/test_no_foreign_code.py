@@ -3,10 +3,10 @@
 import ast
 
 import pytest
-from paths import ROOT
+from paths import ROOT, sources
 
 
-SOURCES = sorted([*(ROOT / "hf_phibalance").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
+SOURCES = sources("hf_phibalance", "recipes")
 SOURCES = [path for path in SOURCES if ".nox" not in path.parts]  # environments made by nox are others' code
 # what runs code: functions by their last name, and where they are allowed, with the reason
 RUNS = {"eval", "exec", "Unpickler", "unsafe_load", "full_load", "run_path"}

@@ -10,7 +10,7 @@ import pytest
 from forked import call
 from made_records import write_collapse
 from made_texts import make_tokenizer, words
-from paths import ROOT
+from paths import ROOT, sources
 from tiny import tiny_model
 
 import hf_phibalance as phb
@@ -20,7 +20,7 @@ from hf_phibalance import cli
 pytestmark = pytest.mark.slow
 
 
-SCRIPTS = [path for path in ROOT.glob("recipes/**/*.py") if '"__main__"' in path.read_text(encoding="utf-8")]
+SCRIPTS = [path for path in sources("recipes") if '"__main__"' in path.read_text(encoding="utf-8")]
 
 
 def on_code_page_1252(run, *arguments):

@@ -183,14 +183,14 @@ def test_chat_template_is_used_for_training_and_examination(monkeypatch, rehears
     def with_template(*args, **kwargs):
         tokenizer = train_tokenizer(*args, **kwargs)
         tokenizer.chat_template = (
-            "{% for message in messages %}{{ message.role }}> {{ message.content }}\n{% endfor %}"
-            "{% if add_generation_prompt %}assistant> {% endif %}"
+            "{% for message in messages %}{{ message.role }}>{{ message.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant>{% endif %}"
         )
         return tokenizer
 
     monkeypatch.setattr(models, "train_tokenizer", with_template)
     _, _, summary = rehearse("--config", RECIPES / "mixtral-8x7b/gsm8k/phibalance.yaml")
-    assert re.fullmatch(r"user> Question: .*\nAnswer:\nassistant> ", summary["example_prompt"], re.DOTALL)
+    assert re.fullmatch(r"user>Question: .*\nAnswer:\nassistant>", summary["example_prompt"], re.DOTALL)
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
