@@ -7,7 +7,7 @@ A document marks a table by `<!-- table: PLAN; WHAT -->` ... `<!-- /table -->`. 
 |---|---|
 | `plain` | models as served without their selection bias |
 | a cell, as `mixtral; blocked` or `mixtral balanced; near; full` | all figures of its runs |
-| `overview` | loss and MaxVio of every cell; from scratch, a table for each model |
+| `overview` | loss and MaxVio of every cell; a table for each model, in fine-tuning one for all bases |
 | `all` | from scratch: each method against the baseline over all cells and seeds |
 | `bases` | fine-tuning: the bases as they are |
 | a way, as `full` | fine-tuning: each method against the baseline over all bases, tasks and seeds |
@@ -290,9 +290,9 @@ def _kept(runs: Sequence[Figures], variant: str) -> Iterator[str]:
 
 
 def overview(plan: Plan, found: Cells) -> str:
-    """Loss (difference to the baseline) / MaxVio of each cell. A table for each model that is trained from scratch."""
+    """Loss (difference to the baseline) / MaxVio of each cell; a table for each model, in fine-tuning one for all bases."""
     made = []
-    for model in dict.fromkeys(cell[0] for cell in found) if plan.kind == "scratch" else ("",):
+    for model in ("",) if plan.kind == "finetune" else dict.fromkeys(cell[0] for cell in found):
         cells = [cell for cell in found if model in (cell[0], "")]
         rows = (
             [method.label, *(_overview_cell(plan, found[c], method.label) for c in cells)] for method in plan.methods
