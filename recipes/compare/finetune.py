@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import hf_phibalance as phb
 from hf_phibalance.evaluation import GSM8K_STOPS, extract_strict, normalise_answer, truncate
 from hf_phibalance.evaluation.sandbox import run_program
+from hf_phibalance.maths import Potential
 
 from . import harness, text
 from .exercises import EXERCISES, MADE, Exercise, Task
@@ -59,6 +60,16 @@ ADAPTED = {
     "LoRA, router full": "full",
 }  # router policy by way
 WAYS = ("full", *ADAPTED, "router")  # "router": the routers' weights and nothing else
+
+
+class Limit(Potential):
+    """f'(r) = max(0, r - value): only experts above the limit `value` have a price."""
+
+    def _f(self, r: Tensor) -> Tensor:
+        return (r - self.value).clamp(min=0.0).square() / 2
+
+    def _slope(self, r: Tensor) -> Tensor:
+        return (r - self.value).clamp(min=0.0)
 
 
 def axes(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -239,10 +250,10 @@ class Base:
 class Run(harness.Run):
     """
     A fine-tuning run. `method` may also have `calibrate`, the number of batches that calibrate the means before step
-    1, and `calibrate_bias`, whether they calibrate the bias too.
+    1, `calibrate_bias`, whether they calibrate the bias too, and `limit`, a relative load: the potential is [`Limit`].
     """
 
-    own_arguments: ClassVar[tuple[str, ...]] = ("calibrate", "calibrate_bias")
+    own_arguments: ClassVar[tuple[str, ...]] = ("calibrate", "calibrate_bias", "limit")
 
     base: Base
     task: str  # a key of `EXERCISES`
@@ -305,6 +316,8 @@ def tune(run: Run, material: Material, output: Path) -> dict[str, Any]:
     record = {"curve": {}, "experts": [], "environment": environment()}
     start, cpu_start = time.perf_counter(), time.process_time()
     phb.patch(model, run.config)
+    if run.method.get("limit"):
+        phb.get_balancer(model).duals.potential = Limit("limit", run.method["limit"])
     before = choices_on(model, task)
     if run.steps == 0:
         figures = examine(model, task, material, before)

@@ -26,9 +26,11 @@ def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
     figures = {}
     if plan.kind == "finetune":
         for way in dict.fromkeys(way for _, _, way in found):
-            panels = {
-                task: {c: rows for c, rows in found.items() if c[1:] == (task, way)} for task in plan.axes["tasks"]
-            }
+            at = (
+                0 if len(plan.axes["tasks"]) == 1 and len(plan.axes["bases"]) <= 3 else 1
+            )  # a panel for each base or task
+            names = list(plan.axes.values())[at]
+            panels = {n: {c: r for c, r in found.items() if c[at] == n and c[2] == way} for n in names}
             name = way.replace(", ", "-").replace(" ", "_")
             figures[name] = draw_frontier(plan, panels, ("loss", "forgotten"), way)
     elif plan.kind == "real":

@@ -7,13 +7,14 @@ A document marks a table by `<!-- table: PLAN; WHAT -->` ... `<!-- /table -->`. 
 |---|---|
 | `plain` | models as served without their selection bias |
 | a cell, as `mixtral; blocked` or `mixtral balanced; near; full` | all figures of its runs |
-| `overview` | from scratch: loss and MaxVio of every cell, a table for each model |
+| `overview` | loss and MaxVio of every cell; a table for each model, in fine-tuning one for all bases |
 | `all` | from scratch: each method against the baseline over all cells and seeds |
 | `bases` | fine-tuning: the bases as they are |
 | a way, as `full` | fine-tuning: each method against the baseline over all bases, tasks and seeds |
 | `full; tasks`, `full; bases` | the same for each task or base: loss and score |
 | `full; first` | the first steps |
 | `full; A against B` | two methods against each other |
+| `full; loss along A` | families of methods against the family A at the same MaxVio, by base |
 
 Means are ± standard deviation over seeds. Differences are paired by cell and seed: ± the standard deviation of the
 pairs in tables of one cell, ± the standard error in tables over cells. `*` marks differences that are significant in a
@@ -29,6 +30,8 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy
 
 from .harness import Cells, Plan, Results, finished
 from .text import DOMAINS
@@ -157,8 +160,10 @@ def make(plan: Plan, results: Results, what: str, found: Cells, more: bool = Fal
         return plain_table(found)
     if at in found:
         return cell_table(plan, found[at], more)
+    if what == "overview":
+        return overview(plan, found)
     if plan.kind != "finetune":
-        return {"overview": overview, "all": summary}.get(what, lambda *_: "")(plan, found)
+        return summary(plan, found) if what == "all" else ""
     if at == ("bases",):
         return bases_table(plan, results)
     way, part = at if len(at) == 2 else (what, "")
@@ -167,6 +172,8 @@ def make(plan: Plan, results: Results, what: str, found: Cells, more: bool = Fal
         return ""
     if " against " in part:
         return versus_table(of_way, *part.split(" against "))
+    if " along " in part:
+        return along_table(plan, of_way, *part.split(" along "))
     tables = {"": way_table, "first": first_table}
     tables |= {name: functools.partial(parts_table, part=part) for name, part in (("bases", 0), ("tasks", 1))}
     return tables[part](plan, of_way) if part in tables else ""
@@ -293,14 +300,11 @@ def _kept(runs: Sequence[Figures], variant: str) -> Iterator[str]:
     yield f"{min(kept):.2f}"
 
 
-# ---------------------------------------------------------------------- from scratch
-
-
 def overview(plan: Plan, found: Cells) -> str:
-    """A table for each model: loss (difference to the baseline) / MaxVio of each stream."""
+    """Loss (difference to the baseline) / MaxVio of each cell; a table for each model, in fine-tuning one for all bases."""
     made = []
-    for model in dict.fromkeys(model for model, _ in found):
-        cells = [cell for cell in found if cell[0] == model]
+    for model in ("",) if plan.kind == "finetune" else dict.fromkeys(cell[0] for cell in found):
+        cells = [cell for cell in found if model in (cell[0], "")]
         rows = (
             [method.label, *(_overview_cell(plan, found[c], method.label) for c in cells)] for method in plan.methods
         )
@@ -316,6 +320,9 @@ def _overview_cell(plan: Plan, rows: Mapping[str, Mapping[int, Figures]], label:
     shown = "" if label == plan.baseline or difference == NONE else f" ({difference})"
     loss = statistics.fmean(figures["loss"] for figures in fine)
     return f"{loss:.3f}{shown} / {show([figures['max_vio_global'] for figures in fine], '.2f')}"
+
+
+# ---------------------------------------------------------------------- from scratch
 
 
 def summary(plan: Plan, found: Cells) -> str:
@@ -408,6 +415,51 @@ def versus_table(found: Cells, label: str, other: str) -> str:
             ratios = [own["max_vio_global"] / base["max_vio_global"] for own, base in pairs]
             made.append([*cells, f"{statistics.geometric_mean(ratios):.2f}"])
     return markdown(heading, made) if made else ""
+
+
+def along_table(plan: Plan, found: Cells, figure: str, reference: str) -> str:
+    """
+    Families of methods against the family `reference` at the same MaxVio, by base and over all. Empty without it.
+
+    The curve of `reference` joins its runs of a base and seed, and that of the baseline, linearly in log MaxVio. A pair
+    is the mean over a family's runs of a base and seed and the mean of the curve at their MaxVio. Runs that are evener
+    than the curve's evenest are left out.
+    """
+    labels = {m.family: [n.label for n in plan.methods if n.family == m.family] for m in plan.methods}
+    curve = [plan.baseline, *labels.pop(reference, [])]
+    bases = list(dict.fromkeys(base for base, _, _ in found))
+    made = []
+    for family in labels:
+        cells = []
+        for name in (*bases, "all"):
+            parts = (
+                _on_curve(rows, seed, labels[family], curve, figure)
+                for (base, *_), rows in found.items()
+                if name in (base, "all")
+                for seed in plan.seeds
+            )
+            pairs = list(filter(None, parts))
+            lower = sum(own[figure] < other[figure] for own, other in pairs)
+            cells.append(f"{show_difference(pairs, figure, '.4f')}, {lower} of {len(pairs)}" if pairs else NONE)
+        made += [[family, *cells]] * (family != plan.baseline)
+    return markdown([f"{figure}, against {reference} at its MaxVio; lower", *bases, "all"], made) if curve[1:] else ""
+
+
+def _on_curve(
+    rows: Mapping[str, Mapping[int, Figures]], seed: int, labels: Sequence[str], curve: Sequence[str], figure: str
+) -> tuple[Figures, Figures] | None:
+    """Returns the means of `figure` over runs of `labels` and, at their MaxVio, over the curve through those of `curve`."""
+    if not all(rows[label].get(seed) for label in curve):
+        return None
+    points, runs = (
+        sorted((math.log(run["max_vio_global"]), run[figure]) for label in some if (run := rows[label].get(seed)))
+        for some in (curve, labels)
+    )
+    inside = [run for run in runs if run[0] >= points[0][0]]
+    if not inside:
+        return None
+    x, y = zip(*inside)
+    return {figure: statistics.fmean(y)}, {figure: float(numpy.interp(x, *zip(*points)).mean())}
 
 
 def first_table(plan: Plan, found: Cells) -> str:

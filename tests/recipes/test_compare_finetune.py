@@ -168,6 +168,45 @@ def test_tables_of_made_up_runs(base, tmp_path):
     assert tables.show_difference(without_score, "score", ".1%") == "–"
 
 
+def test_families_are_compared_at_the_same_max_vio(base):
+    """The curve through the baseline and a family is linear in log MaxVio. Runs evener than its end are left out."""
+    entries = ({"label": "none", "method": "none"}, {"label": "φ {coef}", "family": "φ", "coef": [0.1, 0.2]})
+    entries += ({"label": "Switch {coef}", "family": "Switch", "method": "switch", "coef": [0.1, 0.2]},)
+    plan = harness.Plan(
+        name="made-up",
+        kind="finetune",
+        methods=[method for entry in entries for method in harness.expand(entry)],
+        axes={"bases": {"small": base}, "tasks": {"near": "near"}, "ways": {"full": "full"}},
+        settings={"learning_rates": RATES},
+        seeds=[0, 1],
+    )
+    points = {"none": (4.0, 1.0), "φ 0.1": (2.0, 1.1), "φ 0.2": (1.0, 1.5), "Switch 0.1": (2**0.5, 1.25)}
+    rows = {label: {0: {"max_vio_global": x, "loss": y}} for label, (x, y) in points.items()}
+    rows["Switch 0.2"] = {0: {"max_vio_global": 0.9, "loss": 9.0}}
+    rows["none"][1] = {"max_vio_global": 4.0, "loss": 1.0}  # seed 1 is not finished
+    found = {("small", "near", "full"): rows}
+    table = tables.make(plan, None, "full; loss along φ", found)
+    assert table.splitlines()[2:] == ["| Switch | -0.0500, 1 of 1 | -0.0500, 1 of 1 |"]  # 1.25 - (1.1 + 1.5) / 2
+    assert tables.make(plan, None, "full; loss along ψ", found) == ""
+    assert "| φ 0.2 | 1.500 (+0.500) / 1.00 |" in tables.make(plan, None, "overview", found)
+
+
+def test_a_limit_prices_only_what_is_over_it(material, base, folder):
+    """Its gradient is that of its value, and a run under a limit that no load reaches is a run without balancing."""
+    r = torch.tensor([0.0, 1.0, 1.5, 2.0, 4.5], requires_grad=True)
+    limit = finetune.Limit("limit", 1.5)
+    assert limit.grad(r).tolist() == torch.autograd.grad(limit.phi(r), r)[0].tolist() == [0, 0, 0, 0.5, 3]
+    methods = (
+        {"method": "none"},
+        {"coef": 0.1, "track": "load", "limit": 64.0},
+        {"coef": 0.1, "track": "load", "limit": 1.0},
+    )
+    runs = [tuning(base, method=method) for method in methods]
+    none, high, low = (run.train(folder)["metrics"]["loss"] for run in runs)
+    assert none == pytest.approx(high, rel=1e-6) and abs(low - none) > 1e-4
+    assert len({run.key for run in runs}) == 3
+
+
 PLANS = """
 kind: finetune
 base_training: {steps: 2, rows: 2, model_fields: {hidden_size: 32, num_attention_heads: 1, num_key_value_heads: 1}}
