@@ -26,9 +26,8 @@ def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
     figures = {}
     if plan.kind == "finetune":
         for way in dict.fromkeys(way for _, _, way in found):
-            at = (
-                0 if len(plan.axes["tasks"]) == 1 and len(plan.axes["bases"]) <= 3 else 1
-            )  # a panel for each base or task
+            # a panel for each base or task
+            at = 0 if len(plan.axes["tasks"]) == 1 and len(plan.axes["bases"]) <= 3 else 1
             names = list(plan.axes.values())[at]
             panels = {n: {c: r for c, r in found.items() if c[at] == n and c[2] == way} for n in names}
             name = way.replace(", ", "-").replace(" ", "_")

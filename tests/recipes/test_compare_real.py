@@ -98,6 +98,24 @@ def test_the_command_runs_plans_on_a_real_model(folder, monkeypatch):
     assert "| Muon | 1 |" in (output / "uneven.md").read_text()
 
 
+def test_muon_takes_experts_one_by_one(folder):
+    """A step moves each expert as torch's Muon moves that matrix alone, and embeddings as AdamW does."""
+    model = real.Start(name="new", model=str(folder / "moe")).load(0, folder)
+    experts, embeddings = model.model.layers[0].mlp.experts.down_proj, model.get_input_embeddings().weight
+    alone = [torch.nn.Parameter(tensor.detach().clone()) for tensor in (experts[1], embeddings)]
+    optimizers = [
+        torch.optim.Muon(alone[:1], 0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(alone[1:], 0.01, weight_decay=0.0),
+    ]
+    model(input_ids=torch.arange(40).view(2, 20), labels=torch.arange(40).view(2, 20)).loss.backward()
+    alone[0].grad, alone[1].grad = experts.grad[1].clone(), embeddings.grad.clone()
+    for optimizer in (real.Muon(model, 0.01), *optimizers):
+        optimizer.step()
+    assert alone[0].grad.abs().max() > 0
+    torch.testing.assert_close(experts[1], alone[0])
+    torch.testing.assert_close(embeddings, alone[1])
+
+
 def run_here(jobs, output, workers):
     for job in jobs:
         record = job.train(output)
