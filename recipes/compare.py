@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.report:
         for plan in plans:
             plan.settings["corpus"] = plan.run_class.prepare(args.data or plan.data, plan.settings, output)
-        runs = {run.key: run for plan in plans for run in plan.all_runs()}  # plans may share runs
+        runs = {(run.key, run.corpus): run for plan in plans for run in plan.all_runs()}  # plans may share runs
         todo = [run for run in runs.values() if run not in results]
         needed = {job.key: job for run in todo for job in run.needs(output)}
         print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished ({results.path})")

@@ -3,7 +3,7 @@
 import torch
 from transformers import TrainerCallback
 
-from hf_phibalance.evaluation import GSM8K_STOPS, extract_strict, normalise_answer, truncate
+from hf_phibalance.evaluation import GSM8K_STOPS, score_gsm8k, truncate
 
 
 class Examiner(TrainerCallback):
@@ -50,9 +50,7 @@ class Examiner(TrainerCallback):
             )
             texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for text, row in zip(texts, batch):
-                right += normalise_answer(extract_strict(truncate(text, GSM8K_STOPS))) == normalise_answer(
-                    row["answer"]
-                )
+                right += score_gsm8k(truncate(text, GSM8K_STOPS), row["answer"])["strict_match"]
         model.train(was_training)
         return accelerator.reduce(right).item() / max(len(rows), 1)
 

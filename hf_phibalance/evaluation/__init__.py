@@ -18,7 +18,16 @@ Metrics need `evaluate`, `harness` needs `lm_eval` and the sandbox needs `pysecc
 from typing import TYPE_CHECKING, Any
 
 from .sandbox import CODE_EVAL_VARIABLE, CodeExecutionError, Verdict, require_sandbox, run_program
-from .scoring import GSM8K_STOPS, INVALID, extract_flexible, extract_strict, normalise_answer, pass_at_k, truncate
+from .scoring import (
+    GSM8K_STOPS,
+    INVALID,
+    extract_flexible,
+    extract_strict,
+    normalise_answer,
+    pass_at_k,
+    score_gsm8k,
+    truncate,
+)
 
 
 if TYPE_CHECKING:
@@ -40,6 +49,7 @@ __all__ = [
     "pass_at_k",
     "require_sandbox",
     "run_program",
+    "score_gsm8k",
     "score_humaneval",
     "truncate",
 ]

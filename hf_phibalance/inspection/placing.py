@@ -49,8 +49,8 @@ class Placement:
 
     def summary(self, scope: str) -> dict[str, float]:
         """
-        Returns the means over layers of [`layer_figures`]. In each layer, all ranks wait for the busiest one. So the experts of a step take
-        at most this many times as long as at even loads.
+        Returns the means over layers of [`layer_figures`]. In each layer, all ranks wait for the busiest one. A batch is less even than all of
+        the text, and waits longer.
         """
         columns = [self.layer_figures(index, scope) for index in range(len(self.orders))]
         return {name: sum(column[name] for column in columns) / len(columns) for name in columns[0]}

@@ -65,7 +65,7 @@ def measured() -> str:
     for ranks in found:
         heading += [f"{ranks} ranks: busiest rank over mean", "step time over that of even loads"]
     rows = []
-    for name in found["2"]["loads"]:
+    for name in next(iter(found.values()))["loads"]:
         row = [name]
         for one in found.values():
             low, middle, high = one["loads"][name]["path"]
@@ -127,12 +127,11 @@ def evaluated() -> str:
     """Loss of models that were trained without a limit, by the capacity of the evaluation, and the share dropped at 1.25."""
     plans, results = plans_of("capacity")
     heading = ["method", "n", "no limit", *(f"{factor:g}" for factor in LIMITS), "dropped at 1.25"]
-    parts = []
+    rows = []
     for name in ("free", "many"):
         (cell,) = plans[name].cells
-        rows = []
         for label, by_seed in finished(plans[name], results).get(cell, {}).items():
-            runs = list(by_seed.values())
+            runs = [figures for figures in by_seed.values() if figures]
             growth = [
                 f"{statistics.fmean(run[f'loss_at_{factor:g}'] - run['loss'] for run in runs):+.3f}"
                 if runs
@@ -149,8 +148,7 @@ def evaluated() -> str:
                     dropped,
                 ]
             )
-        parts += rows
-    return tables.markdown(heading, parts)
+    return tables.markdown(heading, rows)
 
 
 def trained() -> str:

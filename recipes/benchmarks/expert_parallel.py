@@ -238,16 +238,20 @@ def measure(ranks: int, args: argparse.Namespace, loads: dict[str, Tensor]) -> d
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12, help="at least 2")
     parser.add_argument("--tokens", type=int, default=512, help="of a rank")
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--expert_size", type=int, default=512)
     parser.add_argument("--output", default=str(HERE / "expert_parallel.json"), help="file, or - for standard output")
     args = parser.parse_args(arguments)
+    if args.rounds < 2:
+        parser.error(f"--rounds must be at least 2, got {args.rounds}.")
     os.environ.update(KEEP_MEMORY | {"OMP_NUM_THREADS": "1"})
     loads = all_loads()
     shape = {name: getattr(args, name) for name in ("rounds", "tokens", "hidden_size", "expert_size")}
     layers, experts = loads[EVEN].shape
+    if uneven := [ranks for ranks in args.ranks if experts % ranks]:
+        parser.error(f"--ranks must divide the {experts} experts, got {uneven[0]}.")
     found = {
         "settings": {
             **shape,

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_phibalance as phb
-from hf_phibalance.evaluation import GSM8K_STOPS, extract_strict, normalise_answer, truncate
+from hf_phibalance.evaluation import GSM8K_STOPS, score_gsm8k, truncate
 from hf_phibalance.evaluation.sandbox import run_program
 from hf_phibalance.maths import Potential
 
@@ -469,7 +469,7 @@ def generate(model: nn.Module, prompts: list[list[int]], tokenizer, most: int) -
 
 def is_answer(prompt: str, answer: str, reference: str) -> bool:
     """GSM8K's strict match."""
-    return normalise_answer(extract_strict(truncate(answer, GSM8K_STOPS))) == normalise_answer(reference)
+    return score_gsm8k(truncate(answer, GSM8K_STOPS), reference)["strict_match"]
 
 
 def is_function(prompt: str, answer: str, reference: str) -> bool:

@@ -95,8 +95,12 @@ def draw_experts(plan: Plan, results: Results, cell: tuple[str, ...]):
     """Draws the relative load of the experts by domain (1 is the fair share) in the last layer of the first seed's runs."""
     from matplotlib import pyplot as plt
 
-    records = {m.label: results.get(plan.run(m, cell, seed)) for m in plan.methods for seed in reversed(plan.seeds)}
-    shares_of = {label: record["experts"][-1] for label, record in records.items() if record and record["experts"]}
+    shares_of = {
+        method.label: record["experts"][-1]
+        for method in plan.methods
+        for seed in reversed(plan.seeds)
+        if (record := results.get(plan.run(method, cell, seed))) and record["experts"]
+    }
     size = (8, 0.9 * len(shares_of) + 0.8)
     figure, axes = plt.subplots(len(shares_of), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, (label, shares) in zip(axes[:, 0], shares_of.items()):

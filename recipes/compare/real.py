@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import hf_phibalance as phb
-from hf_phibalance.evaluation import GSM8K_STOPS, extract_strict, normalise_answer, truncate
+from hf_phibalance.evaluation import GSM8K_STOPS, score_gsm8k, truncate
 from hf_phibalance.routers import find_routers
 from hf_phibalance.tasks import TASKS, load_rows, to_sft_dataset
 
@@ -48,6 +48,7 @@ WINDOWS = 32  # of each domain
 AT_ONCE = 8  # held-out problems or windows of a forward
 EVEN = 0.15  # MaxVio of steps that count as even; chance alone gives about 0.04
 SMOOTH = 5  # steps of which it is the mean
+CURVES = {"loss": "loss", "max_vio": "moe/max_vio"}  # figures of each step, by their names in the log
 
 Rows = list[dict[str, Any]]
 
@@ -94,7 +95,11 @@ def load_data(fingerprint: str, cache: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The upcycled model: with routers drawn by the run's seed, or trained for some steps without balancing."""
+    """
+    The upcycled model: with routers drawn by the run's seed, or trained for some steps without balancing, by the defaults of [`Run`].
+
+    Runs are found again by the folder's name, not by the weights in it. So other weights need another folder.
+    """
 
     name: str
     model: str = "results/smollm2-moe/base"  # folder of the upcycled model
@@ -172,11 +177,16 @@ class Run(harness.Run):
         return dataclasses.replace(self, method={"method": "none"}, steps=0, seed=0)
 
     def figures(self, results: harness.Results) -> dict[str, float] | None:
-        """Adds `forgotten`, the growth of the loss on WikiText-2."""
+        """Adds `forgotten`, the growth of the loss on WikiText-2, and `steps_until_even`."""
         figures, before = super().figures(results), results.get(self.reference)
         if not figures or before is None:
             return figures
-        return {**figures, "forgotten": figures["loss_prose"] - before["metrics"]["loss_prose"]}
+        until = steps_until_even(results.get(self)["curve"].get("max_vio", []))
+        return {
+            **figures,
+            "forgotten": figures["loss_prose"] - before["metrics"]["loss_prose"],
+            "steps_until_even": until,
+        }
 
     @classmethod
     def prepare(cls, data: str, settings: Mapping[str, Any], output: Path) -> str:
@@ -188,22 +198,18 @@ class Run(harness.Run):
     def train(self, output: Path) -> dict[str, Any]:
         data, started, cpu_started = load_data(self.corpus, output), time.perf_counter(), time.process_time()
         trainer = fit(self, data, output)
-        record = {"environment": environment(), "experts": [], "curve": {}}
+        steps = [entry for entry in trainer.state.log_history if "moe/max_vio" in entry and "loss" in entry]
+        curve = {name: rounded([step[key] for step in steps]) for name, key in CURVES.items()}
+        record = {"environment": environment(), "experts": [], "curve": curve}
         try:
-            figures = on_answers(trainer)
+            figures = on_answers(trainer) | on_text(trainer, data["texts"])
+            if self.is_served_plainly:
+                with phb.get_balancer(trainer.model).without_bias():
+                    figures |= {f"dropped_{name}": value for name, value in on_answers(trainer).items()}
         except Diverged:
             return {**record, "metrics": {"diverged_at": self.steps}}
-        on_texts, record["experts"] = on_text(trainer, data["texts"])
-        figures |= on_texts
-        if self.is_served_plainly:
-            balancer = phb.get_balancer(trainer.model)
-            biases = balancer.biases()
-            balancer.set_biases({name: torch.zeros_like(bias) for name, bias in biases.items()})
-            figures |= {f"dropped_{name}": value for name, value in on_answers(trainer).items()}
-            balancer.set_biases(biases)
-        figures["score"] = score(trainer, data["test"])
-        figures |= of_training(record["curve"], trainer.state.log_history)
         figures |= {
+            "score": score(trainer, data["test"]),
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "run_seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu_started,
@@ -226,6 +232,7 @@ def fit(run: Run, data: Mapping[str, Any], output: Path):
         str(output / "trainer"),
         max_steps=run.steps,
         per_device_train_batch_size=run.rows,
+        per_device_eval_batch_size=AT_ONCE,
         learning_rate=run.learning_rate,
         warmup_steps=run.steps // 20,
         router_aux_loss_coef=None if is_built_in else 0.0,
@@ -256,41 +263,35 @@ def fit(run: Run, data: Mapping[str, Any], output: Path):
 
 
 class Muon(torch.optim.Muon):
-    """Muon for matrices, those of experts one by one, at the step length of AdamW; AdamW for embeddings and vectors."""
+    """Muon for matrices, at the step length of AdamW; AdamW for embeddings and vectors. Each matrix of each expert is one of its own."""
 
     def __init__(self, model: nn.Module, learning_rate: float) -> None:
         tables = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-        of_matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in tables]
-        self.slices = {
-            p: [part.requires_grad_() for part in p.detach().reshape(-1, *p.shape[-2:])] for p in of_matrices
-        }
-        parts = [part for parts in self.slices.values() for part in parts]
-        super().__init__(parts, learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(
-            [p for p in model.parameters() if p not in self.slices], learning_rate, weight_decay=0.0, fused=True
-        )
+        matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
+        others = [p for p in model.parameters() if p.ndim < 2 or id(p) in tables]
+        # torch's Muon takes no parameters of three dimensions
+        self.experts = [(n, p, matrices_of(n, p.detach())) for n, p in model.named_parameters() if p.ndim == 3]
+        parts = [part.requires_grad_() for _, _, parts in self.experts for part in parts]
+        super().__init__([*matrices, *parts], learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(others, learning_rate, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for parameter, parts in self.slices.items():
-            for part, gradient in zip(parts, parameter.grad.reshape(-1, *parameter.shape[-2:])):
+        for name, parameter, parts in self.experts:
+            for part, gradient in zip(parts, matrices_of(name, parameter.grad)):
                 part.grad = gradient
         self.adamw.param_groups[0]["lr"] = self.param_groups[0]["lr"]  # the schedule changes Muon's
         super().step()
         self.adamw.step()
+        for _, _, parts in self.experts:
+            for part in parts:
+                part.grad = None  # or two sets of gradients live in the next backward
 
 
-def of_training(curve: dict[str, list[float]], log: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Fills `curve` with loss and MaxVio of each step, and returns the figures that follow from them."""
-    steps = [entry for entry in log if "moe/max_vio" in entry and "loss" in entry]
-    if not steps:
-        return {}
-    curve |= {"loss": rounded([s["loss"] for s in steps]), "max_vio": rounded([s["moe/max_vio"] for s in steps])}
-    max_vios = curve["max_vio"]
-    figures = {"max_vio_train_batch": statistics.fmean(max_vios[-len(max_vios) // 4 :])}
-    means = [statistics.fmean(max_vios[i - SMOOTH : i]) for i in range(SMOOTH, len(max_vios) + 1)]
-    even = next((step for step, mean in enumerate(means, SMOOTH) if mean <= EVEN), None)
-    return figures | ({} if even is None else {"steps_until_even": even})
+def matrices_of(name: str, weights: Tensor) -> tuple[Tensor, ...]:
+    """Returns views of the matrices of all experts. `gate_up_proj` holds two for each."""
+    halves = 2 if name.endswith("gate_up_proj") else 1
+    return weights.unflatten(1, (halves, -1)).flatten(0, 1).unbind()
 
 
 # ---------------------------------------------------------------------- measures
@@ -318,21 +319,20 @@ def on_answers(trainer: Any) -> dict[str, float]:
 
 
 @torch.no_grad()
-def on_text(trainer: Any, texts: Mapping[str, Sequence[str]]) -> tuple[dict[str, float], list]:
-    """Measures loss and balance on text of each domain. Returns the figures, and the experts' shares as lists `(L, D, E)`."""
+def on_text(trainer: Any, texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Measures loss and balance on text of each domain."""
     tokenizer = trainer.processing_class.backend_tokenizer
     windows = {
         domain: text.spread_over(text.windows(tokenizer, documents, WINDOW), WINDOWS, domain)
         for domain, documents in texts.items()
     }
     with torch.autocast("cpu", torch.bfloat16):
-        found, shares = examine_text(trainer.model, phb.get_balancer(trainer.model), windows, rows=8, batch=AT_ONCE)
+        found, _ = examine_text(trainer.model, phb.get_balancer(trainer.model), windows, rows=8, batch=AT_ONCE)
     figures = {name: value for name, value in found.items() if name.startswith("loss_")}
-    return {
-        **figures,
+    return figures | {
         "base_max_vio": found["max_vio_global"],
         "domain_information": found["domain_information"],
-    }, shares
+    }
 
 
 @torch.no_grad()
@@ -344,10 +344,16 @@ def score(trainer: Any, rows: Rows) -> float:
     inputs = tokenizer.apply_chat_template(
         list(prompts), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
     answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     right = [
-        normalise_answer(extract_strict(truncate(answer, GSM8K_STOPS))) == normalise_answer(row["answer"])
-        for answer, row in zip(answers, rows)
+        score_gsm8k(truncate(answer, GSM8K_STOPS), row["answer"])["strict_match"] for answer, row in zip(answers, rows)
     ]
     return sum(right) / len(right)
+
+
+def steps_until_even(max_vios: Sequence[float]) -> int:
+    """Returns the first step at which the mean MaxVio of the last `SMOOTH` steps is at most `EVEN`; all steps if there is none."""
+    means = [statistics.fmean(max_vios[i - SMOOTH : i]) for i in range(SMOOTH, len(max_vios) + 1)]
+    return next((step for step, mean in enumerate(means, SMOOTH) if mean <= EVEN), len(max_vios))

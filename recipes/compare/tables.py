@@ -31,7 +31,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
+from scipy.interpolate import PchipInterpolator
+from scipy.special import stdtrit
 
 from .harness import Cells, Plan, Results, finished
 from .text import DOMAINS
@@ -45,19 +46,10 @@ NONE = "–"
 
 # ---------------------------------------------------------------------- statistics
 
-# Two-sided 95% quantiles of Student's t by degrees of freedom, for up to 25 pairs. Above, 2 is close enough.
-T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179),
-    *(2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064),
-)
-
 
 def is_told(mean: float, spread: float, count: int) -> bool:
     """True if the mean of `count` values with this standard deviation differs from 0 in a two-sided t-test at 5%."""
-    if count < 2:
-        return False
-    quantile = T95[count - 2] if count - 2 < len(T95) else 2.0
-    return abs(mean) > quantile * spread / math.sqrt(count)
+    return count > 1 and abs(mean) > float(stdtrit(count - 1, 0.975)) * spread / math.sqrt(count)
 
 
 def mean_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -421,12 +413,14 @@ def along_table(plan: Plan, found: Cells, figure: str, reference: str) -> str:
     """
     Families of methods against the family `reference` at the same MaxVio, by base and over all. Empty without it.
 
-    The curve of `reference` joins its runs of a base and seed, and that of the baseline, linearly in log MaxVio. A pair
-    is the mean over a family's runs of a base and seed and the mean of the curve at their MaxVio. Runs that are evener
-    than the curve's evenest are left out.
+    The curve of `reference` is a monotone cubic in log MaxVio (PCHIP; chords would lie above a convex curve) through its runs of a base and
+    seed, and that of the baseline. A pair is the mean over a family's runs of a base and seed and the mean of the curve at their MaxVio. Runs
+    beyond either end of the curve are left out.
     """
     labels = {m.family: [n.label for n in plan.methods if n.family == m.family] for m in plan.methods}
-    curve = [plan.baseline, *labels.pop(reference, [])]
+    if reference not in labels:
+        return ""
+    curve = [plan.baseline, *labels.pop(reference)]
     bases = list(dict.fromkeys(base for base, _, _ in found))
     made = []
     for family in labels:
@@ -442,7 +436,7 @@ def along_table(plan: Plan, found: Cells, figure: str, reference: str) -> str:
             lower = sum(own[figure] < other[figure] for own, other in pairs)
             cells.append(f"{show_difference(pairs, figure, '.4f')}, {lower} of {len(pairs)}" if pairs else NONE)
         made += [[family, *cells]] * (family != plan.baseline)
-    return markdown([f"{figure}, against {reference} at its MaxVio; lower", *bases, "all"], made) if curve[1:] else ""
+    return markdown([f"{figure}, against {reference} at its MaxVio; lower", *bases, "all"], made)
 
 
 def _on_curve(
@@ -455,11 +449,11 @@ def _on_curve(
         sorted((math.log(run["max_vio_global"]), run[figure]) for label in some if (run := rows[label].get(seed)))
         for some in (curve, labels)
     )
-    inside = [run for run in runs if run[0] >= points[0][0]]
+    inside = [run for run in runs if points[0][0] <= run[0] <= points[-1][0]]
     if not inside:
         return None
     x, y = zip(*inside)
-    return {figure: statistics.fmean(y)}, {figure: float(numpy.interp(x, *zip(*points)).mean())}
+    return {figure: statistics.fmean(y)}, {figure: float(PchipInterpolator(*zip(*points))(x).mean())}
 
 
 def first_table(plan: Plan, found: Cells) -> str:

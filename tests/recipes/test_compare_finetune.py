@@ -169,7 +169,7 @@ def test_tables_of_made_up_runs(base, tmp_path):
 
 
 def test_families_are_compared_at_the_same_max_vio(base):
-    """The curve through the baseline and a family is linear in log MaxVio. Runs evener than its end are left out."""
+    """The curve of a family passes through its runs, is monotone, and follows a parabola better than chords. Runs beyond its ends are left out."""
     entries = ({"label": "none", "method": "none"}, {"label": "φ {coef}", "family": "φ", "coef": [0.1, 0.2]})
     entries += ({"label": "Switch {coef}", "family": "Switch", "method": "switch", "coef": [0.1, 0.2]},)
     plan = harness.Plan(
@@ -180,13 +180,17 @@ def test_families_are_compared_at_the_same_max_vio(base):
         settings={"learning_rates": RATES},
         seeds=[0, 1],
     )
-    points = {"none": (4.0, 1.0), "φ 0.1": (2.0, 1.1), "φ 0.2": (1.0, 1.5), "Switch 0.1": (2**0.5, 1.25)}
+    points = {"none": (4.0, 1.0), "φ 0.1": (2.0, 1.1), "φ 0.2": (1.0, 1.5), "Switch 0.1": (2.0, 1.25)}
     rows = {label: {0: {"max_vio_global": x, "loss": y}} for label, (x, y) in points.items()}
     rows["Switch 0.2"] = {0: {"max_vio_global": 0.9, "loss": 9.0}}
     rows["none"][1] = {"max_vio_global": 4.0, "loss": 1.0}  # seed 1 is not finished
     found = {("small", "near", "full"): rows}
     table = tables.make(plan, None, "full; loss along φ", found)
-    assert table.splitlines()[2:] == ["| Switch | -0.0500, 1 of 1 | -0.0500, 1 of 1 |"]  # 1.25 - (1.1 + 1.5) / 2
+    assert table.splitlines()[2:] == ["| Switch | +0.1500, 0 of 1 | +0.1500, 0 of 1 |"]  # 1.25 - 1.1
+    rows["Switch 0.1"][0] = {"max_vio_global": 2**0.5, "loss": 1.25}
+    (between,) = tables.make(plan, None, "full; loss along φ", found).splitlines()[2:]
+    parabola = 1.2625  # through the three points of φ; a chord gives 1.3
+    assert float(between.split()[3].rstrip(",")) == pytest.approx(1.25 - parabola, abs=0.02)
     assert tables.make(plan, None, "full; loss along ψ", found) == ""
     assert "| φ 0.2 | 1.500 (+0.500) / 1.00 |" in tables.make(plan, None, "overview", found)
 
