@@ -235,7 +235,10 @@ def load_plans(path: Path) -> tuple[Path, list[Plan]]:
     keys = {"kind", "output", "defaults", "plans", *module.KEYS}
     if unknown := sorted(set(content) - keys):
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(keys))}.")
-    axes = module.axes(content)
+    try:
+        axes = module.axes(content)
+    except KeyError as error:
+        raise ValueError(f"{path}: the key {error} is missing; `kind: {kind}` needs it.") from error
     of_plan = {"question", "baseline", "seeds", "data"}
     of_run = {f.name for f in dataclasses.fields(module.Run)} - {"seed", "method", "corpus", *(a[:-1] for a in axes)}
     plans = []

@@ -129,6 +129,7 @@ def test_lists_of_a_method_are_multiplied_out():
         ("plans: {a: {}}", "`methods` is missing"),
         ("default: {}\nplans: {a: {methods: [{label: x}]}}", "unknown key 'default'; known are defaults, kind"),
         ("kind: os\nplans: {a: {methods: [{label: x}]}}", "`kind` is 'os'; choose from scratch, finetune"),
+        ("kind: real\nplans: {a: {methods: [{label: x}]}}", "the key 'starts' is missing; `kind: real` needs it"),
         ("plans: {}", "must hold a mapping with `plans`"),
         ("plans: {../a: {methods: [{label: x}]}}", "the plan '../a' cannot name a file"),
         ("plans: !!python/object/apply:os.makedirs ['made']", "python/object"),
