@@ -16,7 +16,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-import rehearsal
+import miniature
 
 from hf_phibalance.files import replace_unprintable
 
@@ -99,7 +99,7 @@ def table(models, processes, rows, length):
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for model in models:
-        size = measure(rehearsal.read_architecture(f"{model}/config.json"))
+        size = measure(miniature.read_architecture(f"{model}/config.json"))
         states = [state_bytes(size, full, count) for full in (False, True) for count in (1, processes)]
         memory = " | ".join(f"{value / GIB:.0f}" for value in [*states, activation_bytes(size, rows, length)])
         lines.append(

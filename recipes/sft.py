@@ -8,7 +8,7 @@ python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml
 python recipes/sft.py --config recipes/tiny-cpu/mixtral.yaml --coef 0.05 --potential log_cosh --output_dir results/cosh
 
 # A real model on several GPUs, see recipes/README.md. With --tiny: a miniature of the model on the CPU, whose results
-# go to the folder "...-rehearsal"
+# go to the folder "...-tiny"
 accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml recipes/sft.py \
     --config recipes/mixtral-8x7b/gsm8k/phibalance.yaml
 python recipes/sft.py --config recipes/mixtral-8x7b/gsm8k/phibalance.yaml --tiny
@@ -31,7 +31,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import rehearsal
+import miniature
 
 import hf_phibalance as phb
 from hf_phibalance.files import replace_unprintable
@@ -71,7 +71,7 @@ class Arguments:
     tiny: bool = option(
         False,
         "Rehearse the recipe offline in seconds: random weights in a miniature of the architecture, generated data, and "
-        + " ".join(rehearsal.OPTIONS),
+        + " ".join(miniature.OPTIONS),
     )
     tokenizer_trust_remote_code: bool = option(
         default=False, help="Run the code of the tokenizer, but not that of the model."
@@ -256,7 +256,7 @@ def load_problems(args):
     """Returns the splits `train`, `validation` and `test` of rows."""
     if args.dataset_path == "toy":
         sizes = args.train_problems or 32_000, args.validation_problems, args.test_problems or 256
-        return make_splits(*sizes, args.problem_seed) if args.task == "gsm8k" else rehearsal.toy_functions(*sizes)
+        return make_splits(*sizes, args.problem_seed) if args.task == "gsm8k" else miniature.toy_functions(*sizes)
     options = {"bad_rows": args.bad_rows}
     if args.task == "gsm8k" and not Path(args.dataset_path).is_file():
         train = load_rows(args.task, args.dataset_path, "train", **options)
@@ -288,7 +288,7 @@ def load_model(args, balance, training_args, model_args, rows):
         if args.model_type is not None:
             model = build_model(args.model_type, args.model_config or {}, tokenizer)
         else:
-            model = rehearsal.build_miniature(args.architecture, tokenizer)
+            model = miniature.build_miniature(args.architecture, tokenizer)
         return phb.patch(model, balance), tokenizer
     name, revision = model_args.model_name_or_path, model_args.model_revision
     trusted = training_args.trust_remote_code or args.tokenizer_trust_remote_code
@@ -359,9 +359,9 @@ def parse(argv=None):
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser((Arguments, BalanceArguments, SFTConfig, ModelArguments))
-    parsed = parser.parse_args_and_config([*(rehearsal.OPTIONS if "--tiny" in argv else ()), *argv])
+    parsed = parser.parse_args_and_config([*(miniature.OPTIONS if "--tiny" in argv else ()), *argv])
     if parsed[0].tiny and not any(word.split("=")[0] == "--output_dir" for word in argv):
-        parsed[2].output_dir += "-rehearsal"  # keeps the results of the recipe
+        parsed[2].output_dir += "-tiny"  # keeps the results of the recipe
     return parsed
 
 

@@ -108,7 +108,7 @@ class Forwards:
         self._replaying = False
         self.evaluation: Evaluation | None = None
         self.watch: Callable[[int, Tensor], None] | None = None  # called with the scores that a router ranks
-        self.recorder: Any = None  # a `StepRecorder` of the room `diagnosis`, while a step is recorded
+        self.recorder: Any = None  # a `StepRecorder` of the subpackage `diagnosis`, while a step is recorded
 
     def __getstate__(self) -> dict[str, Any]:
         return {"balancer": self.balancer}  # a copy has no current forward

@@ -111,11 +111,11 @@ def test_one_file_is_split(recipe, tmp_path):
         recipe.load_problems(recipe.Arguments(dataset_path=file, validation_problems=24, test_problems=6))
 
 
-def test_a_rehearsal_writes_beside_the_results(recipe):
+def test_a_miniature_writes_beside_the_results(recipe):
     file = ROOT / "recipes" / "olmoe-1b-7b" / "gsm8k" / "none.yaml"
     config = ["--config", str(file), "--use_cpu", "true", "--bf16", "false"]
     real = "results/olmoe-1b-7b/gsm8k/none"
-    for options, folder in (([], real), (["--tiny"], f"{real}-rehearsal"), (["--tiny", "--output_dir=x"], "x")):
+    for options, folder in (([], real), (["--tiny"], f"{real}-tiny"), (["--tiny", "--output_dir=x"], "x")):
         assert recipe.parse([*config, *options])[2].output_dir == folder
 
 

@@ -52,7 +52,7 @@ def quick():
 
 
 @pytest.fixture
-def rehearse(tmp_path, monkeypatch):
+def train_tiny(tmp_path, monkeypatch):
     """Runs `recipes/sft.py` with `--tiny` in this process; returns the trainer, its weights before, and the summary."""
     import trl
 
@@ -114,8 +114,8 @@ def test_settings_are_those_of_the_paper(model):
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=str)
-def test_recipe(path, rehearse):
-    trainer, before, summary = rehearse("--config", RECIPES / path)
+def test_recipe(path, train_tiny):
+    trainer, before, summary = train_tiny("--config", RECIPES / path)
     model, _, variant = path.parts[0], path.parts[1], path.stem
     declared = json.loads((RECIPES / model / "config.json").read_text())
     base = trainer.model.get_base_model()
@@ -144,9 +144,9 @@ def test_recipe(path, rehearse):
 
 
 @pytest.mark.parametrize("model, router", [*((model, "full") for model in MODELS), ("olmoe-1b-7b", "frozen")])
-def test_full_fine_tuning(model, router, rehearse):
+def test_full_fine_tuning(model, router, train_tiny):
     options = ["--use_peft", "false", "--router_policy", router, "--dtype", "float32", "--learning_rate", "1e-5"]
-    trainer, before, _ = rehearse("--config", RECIPES / model / "gsm8k" / "phibalance.yaml", *options)
+    trainer, before, _ = train_tiny("--config", RECIPES / model / "gsm8k" / "phibalance.yaml", *options)
     changed = moved(trainer, before)
     assert of_routers(trainer, changed) == (of_routers(trainer, before) if router == "full" else set())
     assert len(changed - of_routers(trainer, before)) > 0.9 * len(before.keys() - of_routers(trainer, before))
@@ -154,12 +154,12 @@ def test_full_fine_tuning(model, router, rehearse):
 
 
 @pytest.mark.parametrize("policy, targets", [("full", "experts"), ("lora", "attention"), ("router-only", None)])
-def test_other_adapters(policy, targets, rehearse):
+def test_other_adapters(policy, targets, train_tiny):
     # a YAML value cannot be unset, so this one has none
     recipe = yaml.safe_load((RECIPES / "mixtral-8x7b/gsm8k/phibalance.yaml").read_text())
     options = f"--model_name_or_path x --use_peft --learning_rate 1e-2 --router_policy {policy}".split()
     options += ["--architecture", recipe["architecture"], *(["--lora_targets", targets] if targets else [])]
-    trainer, before, _ = rehearse(*options)
+    trainer, before, _ = train_tiny(*options)
     changed = moved(trainer, before)
     routers, others = of_routers(trainer, changed), changed - of_routers(trainer, changed)
     assert routers and bool(others) == (policy != "router-only")
@@ -167,14 +167,14 @@ def test_other_adapters(policy, targets, rehearse):
     assert any("modules_to_save" in name for name in routers) == (policy == "full")
 
 
-def test_unknown_keys_are_refused(rehearse, tmp_path):
+def test_unknown_keys_are_refused(train_tiny, tmp_path):
     text = (RECIPES / "mixtral-8x7b/gsm8k/none.yaml").read_text()
     (tmp_path / "stale.yaml").write_text(text + "lora_rank: 4\n")
     with pytest.raises(ValueError, match="lora_rank"):
-        rehearse("--config", tmp_path / "stale.yaml")
+        train_tiny("--config", tmp_path / "stale.yaml")
 
 
-def test_chat_template_is_used_for_training_and_examination(monkeypatch, rehearse):
+def test_chat_template_is_used_for_training_and_examination(monkeypatch, train_tiny):
     """The same problems as chats: the prompt of the exact match is rendered as in training, once."""
     from hf_phibalance import models
 
@@ -189,7 +189,7 @@ def test_chat_template_is_used_for_training_and_examination(monkeypatch, rehears
         return tokenizer
 
     monkeypatch.setattr(models, "train_tokenizer", with_template)
-    _, _, summary = rehearse("--config", RECIPES / "mixtral-8x7b/gsm8k/phibalance.yaml")
+    _, _, summary = train_tiny("--config", RECIPES / "mixtral-8x7b/gsm8k/phibalance.yaml")
     assert re.fullmatch(r"user>Question: .*\nAnswer:\nassistant>", summary["example_prompt"], re.DOTALL)
 
 
@@ -239,11 +239,11 @@ def test_architectures_have_the_published_size(memory):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_state_is_what_lies_in_memory(full, memory, rehearse, monkeypatch):
+def test_state_is_what_lies_in_memory(full, memory, train_tiny, monkeypatch):
     """Bytes of a really trained miniature, whose base is bf16 with LoRA as in the recipes."""
-    import rehearsal
+    import miniature
 
-    build = rehearsal.build_miniature
+    build = miniature.build_miniature
     sizes = []
 
     def build_and_measure(architecture, tokenizer):
@@ -252,9 +252,9 @@ def test_state_is_what_lies_in_memory(full, memory, rehearse, monkeypatch):
         sizes.append(memory.measure({**fields, "model_type": "mixtral"}))
         return model if full else model.to(torch.bfloat16)
 
-    monkeypatch.setattr(rehearsal, "build_miniature", build_and_measure)
+    monkeypatch.setattr(miniature, "build_miniature", build_and_measure)
     options = ["--use_peft", "false", "--router_policy", "full"] if full else []
-    trainer, _, _ = rehearse("--config", RECIPES / "mixtral-8x7b/gsm8k/phibalance.yaml", *options)
+    trainer, _, _ = train_tiny("--config", RECIPES / "mixtral-8x7b/gsm8k/phibalance.yaml", *options)
     weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     gradients = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
     moments = sum(
@@ -283,7 +283,7 @@ TRAININGS = [*commands(README), *(line for line in commands(REPLICATION) if "lau
 
 
 @pytest.mark.parametrize("command", TRAININGS, ids=lambda command: command.replace("recipes/", "")[-60:])
-def test_command_of_the_readme(command, rehearse, tmp_path):
+def test_command_of_the_readme(command, train_tiny, tmp_path):
     words = shlex.split(command)
     if "path/to/gsm8k" in words:
         for split, rows in make_splits(16, 4, 4).items():
@@ -303,7 +303,7 @@ def test_command_of_the_readme(command, rehearse, tmp_path):
         args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words[2:]))
         words = ["python", args.training_script, *args.training_script_args]
     assert words[:2] == ["python", "recipes/sft.py"]
-    trainer, before, _ = rehearse(*(word for word in words[2:] if word != "--tiny"))
+    trainer, before, _ = train_tiny(*(word for word in words[2:] if word != "--tiny"))
     assert trainer.state.global_step == 2 and moved(trainer, before)
 
 
@@ -327,9 +327,9 @@ def test_memory_table_of_the_readme(model, memory):
     ("row", "method", "coef", "bias_coef"),
     [("loss", "pooled", 0.01, 0), ("off", "phi", 0, 0), ("price", "phi", 0.01, 0), ("both", "phi", 0.01, 0.0003)],
 )
-def test_rows_of_table_7(row, method, coef, bias_coef, rehearse):
+def test_rows_of_table_7(row, method, coef, bias_coef, train_tiny):
     (command,) = (line for line in commands(REPLICATION) if line.endswith(f"--output_dir results/table7/{row}"))
-    trainer, before, summary = rehearse(*shlex.split(command)[2:])
+    trainer, before, summary = train_tiny(*shlex.split(command)[2:])
     config = phb.get_balancer(trainer.model).config
     assert (config.method, config.coef, config.bias_coef) == (method, coef, bias_coef)
     assert trainer.model.config.output_router_logits is False and not trainer.aux_loss_enabled

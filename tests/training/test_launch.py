@@ -87,7 +87,7 @@ def recipe():
 @pytest.fixture(scope="module")
 def options(recipe, tmp_path_factory):
     """The options of `--tiny`, but with a miniature model that is loaded from a folder."""
-    import rehearsal
+    import miniature
 
     start = tmp_path_factory.mktemp("start")
     for name, (_, path, *_) in RECIPES.items():
@@ -101,7 +101,7 @@ def options(recipe, tmp_path_factory):
 
     def make(name, folder, *more):
         _, path, *changes = RECIPES[name]
-        given = ["--config", ROOT / path, *changes, *rehearsal.OPTIONS, *TRAINING]
+        given = ["--config", ROOT / path, *changes, *miniature.OPTIONS, *TRAINING]
         return [*map(str, [*given, "--model_name_or_path", start / name, "--output_dir", folder, *more])]
 
     return make
