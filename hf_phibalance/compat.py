@@ -31,15 +31,10 @@ def dependencies() -> list[tuple[Requirement, str]]:
     return [(requirement, importlib.metadata.version(requirement.name)) for requirement in own]
 
 
-def is_supported(requirement: Requirement, present: str) -> bool:
-    """Returns whether the version `present` fulfils `requirement`."""
-    return requirement.specifier.contains(present, prereleases=True)
-
-
 def refuse_unsupported_versions() -> None:
     """Raises `ImportError` early if an installed version is outside the supported range."""
     for requirement, present in dependencies():
-        if not is_supported(requirement, present):
+        if not requirement.specifier.contains(present, prereleases=True):
             raise ImportError(
                 f"hf_phibalance does not support {requirement.name} {present}: it works with {requirement.specifier}. "
                 f"pip install '{requirement}'"
@@ -92,9 +87,7 @@ def reload_converted_weights(root: nn.Module, checkpoint: Path) -> None:
     written = _written_keys(checkpoint)
     if not written or not isinstance(root, PreTrainedModel) or AcceleratorState().distributed_type in sharded:
         return
-    ours = {
-        key for key in root.state_dict() if "phi_balance." in key
-    }  # the selection bias, which is in the state file
+    ours = {key for key in root.state_dict() if "phi_balance." in key}  # the selection bias: in the state file
     missing = sorted(set(root.state_dict()) - written - set(root.all_tied_weights_keys) - ours)
     if not missing:
         return

@@ -216,11 +216,6 @@ class PhiBalanceConfig:
         """Whether this config changes nothing and keeps nothing. A model under it is saved as one that is not patched."""
         return self.method == "none" and not self.is_on
 
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        """The statistics whose means are kept, in a fixed order."""
-        return tuple(name for name in STATISTICS if name in (self.track, self.bias_track))
-
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields as JSON values, and the version of this package as `"version"`."""
         return {**dataclasses.asdict(self), "version": package_version()}

@@ -190,15 +190,10 @@ def replace_unprintable() -> None:
             stream.reconfigure(errors="replace")
 
 
-def short_layer(layer: str) -> str:
-    """Returns `layer 3` for `model.layers.3.mlp.gate`. A name without exactly one number stays as it is."""
-    numbers = [part for part in layer.split(".") if part.isdigit()]
-    return f"layer {numbers[0]}" if len(numbers) == 1 else layer
-
-
 def layer_labels(names: Sequence[str]) -> list[str]:
-    """Returns the short names of layers, or the full name if the short one is not unique."""
-    short = [short_layer(name) for name in names]
+    """Returns `layer 3` for `model.layers.3.mlp.gate`. A name without exactly one number, or with the label of another, stays whole."""
+    numbers = [[part for part in name.split(".") if part.isdigit()] for name in names]
+    short = [f"layer {own[0]}" if len(own) == 1 else name for name, own in zip(names, numbers)]
     seen = Counter(short)
     return [name if seen[label] > 1 else label for name, label in zip(names, short)]
 
@@ -213,8 +208,13 @@ def versions() -> dict[str, str]:
 
 
 def without_paths(words: Sequence[str]) -> str:
-    """Returns the command line of `words`. Cuts absolute paths to their last part, because they are private."""
-    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
+    """Returns the command line of `words`. Cuts absolute paths, also in `name=path`, to their last part, because they are private."""
+
+    def last(path: str) -> str:
+        return Path(path).name if Path(path).is_absolute() else path
+
+    parts = (last(word).partition("=") for word in words)
+    return shlex.join(f"{name}{equals}{last(value)}" for name, equals, value in parts)
 
 
 def hub_name(name: str | None) -> str | None:

@@ -150,8 +150,6 @@ def test_coefficient_by_schedule(schedule, steps, shares):
 def test_derived_properties():
     assert PhiBalanceConfig().is_on and PhiBalanceConfig(coef=0, bias_coef=0.1).is_on
     assert not PhiBalanceConfig(coef=0).is_on
-    assert PhiBalanceConfig().statistics == OTHER.statistics == ("probs", "load")
-    assert PhiBalanceConfig(bias_track="probs").statistics == ("probs",)
 
 
 # ---------------------------------------------------------------------- to JSON and back

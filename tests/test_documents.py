@@ -63,6 +63,7 @@ TESTED_ELSEWHERE = {
     ("recipes/tiny-cpu/README.md", "recipes/sft.py"): "tests/recipes/test_recipe_sft.py",
     ("recipes/compare/README.md", "compare.py"): "tests/recipes/test_compare.py",
     ("recipes/compare/FINETUNING.md", "compare.py"): "tests/recipes/test_compare.py",
+    ("recipes/compare/REAL.md", "compare.py"): "tests/recipes/test_compare_real.py",
 }
 HERE = ("recipes/evaluate.py", "phibalance ", "python -c", "python -m pytest", "--- ")
 NO_CODE = ("bibtex",)

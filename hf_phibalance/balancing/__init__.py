@@ -24,7 +24,9 @@ optimizer steps, not trainers.
 | `observation` | forwards that leave no trace; calibration by them |
 """
 
-from . import saving  # noqa: F401  registers its wrappers
+# ruff: noqa: F401
+
+from . import saving  # registers its wrappers
 from .balancer import PhiBalancer
 from .changes import announce_switched_off
 from .checks import describe_router, warn_of_rounded_routers
@@ -52,41 +54,5 @@ from .patching import (
     wrap_below,
 )
 from .process import on_train
-from .state import StateFile, check_model, config_in, fingerprint, read_state
+from .state import StateFile, check_model, fingerprint, read_state
 from .tokens import count_padding, refuse_virtual_tokens
-
-
-__all__ = [
-    "Ascent",
-    "Batch",
-    "Counts",
-    "Figures",
-    "Measurement",
-    "Observation",
-    "PhiBalancer",
-    "RandomState",
-    "StateFile",
-    "announce_switched_off",
-    "auxiliary_gradient",
-    "calibrate",
-    "check_model",
-    "config_in",
-    "count_padding",
-    "describe_router",
-    "evaluating",
-    "find_balancer",
-    "find_balancers",
-    "fingerprint",
-    "get_balancer",
-    "give_own_config",
-    "learning_report",
-    "observing",
-    "on_train",
-    "patch",
-    "read_state",
-    "refuse_virtual_tokens",
-    "repeatable",
-    "unpatch",
-    "warn_of_rounded_routers",
-    "wrap_below",
-]

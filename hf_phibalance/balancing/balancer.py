@@ -307,14 +307,7 @@ class PhiBalancer:
         """Counts of the last step, over all ranks."""
         return self.loop.last
 
-    def begin_step(
-        self,
-        micro_batches: Sequence[Any] | int,
-        loss_scale: float | Tensor = 1.0,
-        *,
-        by_part: bool = False,
-        share: float = 1.0,
-    ) -> None:
+    def begin_step(self, micro_batches: Sequence[Any] | int, *, by_part: bool = False, share: float = 1.0) -> None:
         """
         Announces an optimizer step that has several micro-batches. Every data-parallel rank must call it.
 
@@ -323,16 +316,13 @@ class PhiBalancer:
                 This rank's batches of the step, as they will be passed to the model. Their tokens are counted, so the gradient
                 does not depend on the split into micro-batches. If only their number is given, each gets the mean over its own
                 tokens, divided by that number.
-            loss_scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`):
-                Gradients are divided by it before the optimizer sees them. Only for scalers that are not torch's: the scale of a
-                `GradScaler` is found by itself.
             by_part (`bool`, *optional*, defaults to `False`): for trainers, whose forwards say which micro-batch they belong to.
             share (`float`, *optional*, defaults to `1.0`): share of the coefficient, if more micro-batches will be announced.
 
         Raises:
             ValueError: if there is no micro-batch.
         """
-        self.loop.begin(micro_batches, loss_scale, by_part, share)
+        self.loop.begin(micro_batches, by_part, share)
 
     def step(self, skipped: bool | None = None) -> None:
         """
@@ -389,15 +379,8 @@ class PhiBalancer:
 
     # ------------------------------------------------------------------ evaluation
 
-    @property
-    def is_evaluating(self) -> bool:
-        """Whether an [`~PhiBalancer.evaluation`] is open."""
-        return self.forwards.evaluation is not None
-
     @contextmanager
-    def evaluation(
-        self, generation: bool = False, eos_token_id: int | Sequence[int] | None = None
-    ) -> Iterator[Counts]:
+    def evaluation(self, generation: bool = False) -> Iterator[Counts]:
         """
         Context manager: counts forwards without gradients inside it, for [`~PhiBalancer.eval_metrics`]. Yields this rank's counts.
 
@@ -405,12 +388,10 @@ class PhiBalancer:
             generation (`bool`, *optional*, defaults to `False`):
                 Whether to count forwards with a cache too, as in `model.generate`: each token of a prompt and each new token once,
                 padding and rows that have ended never.
-            eos_token_id (`int` or `Sequence[int]`, *optional*): ends a row; defaults to that of the generation config.
         """
         end = None
         if generation:
-            settings: Any = getattr(self.root, "generation_config", None)
-            found = getattr(settings, "eos_token_id", None) if eos_token_id is None else eos_token_id
+            found: Any = getattr(getattr(self.root, "generation_config", None), "eos_token_id", None)
             end = [] if found is None else [found] if isinstance(found, int) else list(found)
         counts = Counts(self.duals.shape, self.duals.values.device, extra=1)
         outer, self.forwards.evaluation = self.forwards.evaluation, Evaluation(counts, end)
@@ -446,10 +427,6 @@ class PhiBalancer:
             yield
         finally:
             self.ignores_bias = had
-
-    def set_means(self, sums: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Sets means and prices by the sums over tokens of `"probs"` and `"load"`, by layer name, each `(E,)`. 0 keeps a mean."""
-        self.duals.set_means({statistic: self._rows(by_layer) for statistic, by_layer in sums.items()})
 
     def set_biases(self, biases: Mapping[str, Tensor]) -> None:
         """Sets the selection biases by layer name, each `(E,)`, in the family's own tensor where it has one."""

@@ -256,11 +256,6 @@ class LearningReport:
         """Whether all routers and experts are trained in full, as without an adapter."""
         return all(row.how == "full" and row.experts in ("full", None) for row in self.rows)
 
-    @property
-    def unmoved(self) -> list[str]:
-        """Routers whose balancing gradient reaches no trained parameter."""
-        return [row.name for row in self.rows if not row.parameters and not row.below]
-
     def __str__(self) -> str:
         routers, experts = _kinds([row.how for row in self.rows]), _kinds([row.experts for row in self.rows])
         lines = [

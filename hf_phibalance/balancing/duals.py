@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -184,13 +184,10 @@ class Duals(nn.Module):
         return torch.tensor(numbers, dtype=torch.float32).unsqueeze(-1).to(self.values.device, non_blocking=True)
 
     @torch.no_grad()
-    def set_means(self, sums: Mapping[str, Tensor]) -> None:
-        """Sets the means to the shares of `sums`, each `(L, E)`. A router with sum 0 keeps its mean."""
-        for statistic in STATISTICS:
-            total = sums[statistic].sum(-1, keepdim=True)
-            share = sums[statistic] / total.clamp(min=1e-30)
-            mean = self.mean(statistic)
-            mean.copy_(torch.where(total > 0, share.to(mean), mean))
+    def set_means(self, sums: Tensor) -> None:
+        """Sets the means to the shares of `sums (2, L, E)`, those of [`Counts`]. A router with sum 0 keeps its mean."""
+        total, means = sums.sum(-1, keepdim=True), self.values[:PRICE]
+        means.copy_(torch.where(total > 0, sums / total, means))
         self.set_price()
 
     @torch.no_grad()

@@ -376,7 +376,7 @@ class Forwards:
     def _price_of(self, forward: Forward) -> Tensor:
         """Returns the prices q of all routers in `forward`, `(L, E)`."""
         config, duals = self.balancer.config, self.balancer.duals
-        if config.coef == 0 or (config.price_from == "previous" and not config.rules.pooled):
+        if config.coef == 0 or config.price_from == "previous":
             return duals.price
         own, so_far = (getattr(counts, config.track) for counts in (forward.counts, forward.step.counts))
         price = torch.zeros_like(duals.price)

@@ -88,9 +88,7 @@ class Loop:
 
     # ------------------------------------------------------------------ the beginning of a step
 
-    def begin(
-        self, micro_batches: Sequence[Any] | int, loss_scale: float | Tensor, by_part: bool, share: float
-    ) -> None:
+    def begin(self, micro_batches: Sequence[Any] | int, by_part: bool, share: float) -> None:
         """See [`PhiBalancer.begin_step`]."""
         is_number = isinstance(micro_batches, int) and not isinstance(micro_batches, bool)
         if not is_number and (isinstance(micro_batches, str) or not isinstance(micro_batches, Sequence)):
@@ -116,14 +114,14 @@ class Loop:
         counted = [part for part in parts if part is not None]
         if counted and len(counted) == number:
             tokens = self.balancer.sum_over_ranks(torch.stack(counted).sum())
-            self.now.announce(number, tokens, counted if by_part else None, loss_scale, share)
+            self.now.announce(number, tokens, counted if by_part else None, share)
             return
         if not is_number:
             logger.warning_once(
                 f"The micro-batches do not hold what token_mask={self.balancer.config.token_mask!r} needs; each will get the mean "
                 "over its own tokens instead of its exact share of the step's."
             )
-        self.now.announce(number, loss_scale=loss_scale, share=share)
+        self.now.announce(number, share=share)
 
     def _tokens_of(self, batch: Any) -> Tensor | None:
         """Returns the number of tokens that count in a micro-batch, `()`; `None` if it cannot be known."""

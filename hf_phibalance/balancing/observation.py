@@ -256,7 +256,7 @@ def calibrate(
         batches = repeatable(batches)
         _even_out(model, batches, iterations)
     counts, _ = _count(model, batches)
-    balancer.duals.set_means({"probs": counts.probs, "load": counts.load})
+    balancer.duals.set_means(counts.sums)
     loads = {site.name: row[: site.num_experts].double().cpu() for site, row in zip(balancer.sites, counts.load)}
     return Measurement(loads=loads, tokens=int(counts.tokens))
 

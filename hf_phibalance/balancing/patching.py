@@ -20,7 +20,6 @@ from ..routers import (
     check_module,
     find_backbone,
     find_routers,
-    forget_compiled_code,
     hook_adapters,
     install_hooks,
     remove_hooks,
@@ -233,7 +232,7 @@ def _install(root: nn.Module, config: PhiBalanceConfig) -> PhiBalancer:
     backbone.register_load_state_dict_pre_hook(_before_loading)
     wrap_forward(backbone, _forward_of_backbone, patch.undo)
     _mark(balancer)
-    forget_compiled_code()
+    torch.compiler.reset()  # compiled code does not notice hooks
     return balancer
 
 
@@ -284,7 +283,7 @@ def _reconfigure(balancer: PhiBalancer, config: PhiBalanceConfig) -> None:
             patch.undo.set(balancer.root.config, "phi_balance", config.to_dict())
         else:
             vars(balancer.root.config).pop("phi_balance", None)
-    forget_compiled_code()
+    torch.compiler.reset()  # compiled code does not notice hooks
 
 
 def has_other_experts(balancer: PhiBalancer) -> bool:
@@ -309,7 +308,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         balancer.duals.use_adapter(None)
         remove_hooks(balancer.root, _push_labels, _pop_labels)
         restore_precision(balancer.root)
-        forget_compiled_code()
+        torch.compiler.reset()  # compiled code does not notice hooks
         patch.built_in.restore()
         patch.undo.restore()
         patch.unfreeze(balancer)

@@ -157,11 +157,6 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
         raise _damaged(path, f"its header holds {wrong} where nothing or something else belongs")
 
 
-def config_in(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the configuration in a state file. An adapter has no config.json for it."""
-    return read_state(path).config
-
-
 def fit_names(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """
     Renames the routers in `state` to `names`, those of this model. One of the two may have the path of the language model in a

@@ -89,24 +89,19 @@ class OptimizerStep:
         self.kept: list[Forward] = []  # compiled ones, which their autograd graph does not keep alive
 
     def announce(
-        self,
-        number: int,
-        tokens: Tensor | None = None,
-        parts: list[Tensor] | None = None,
-        loss_scale: float | Tensor = 1.0,
-        share: float = 1.0,
+        self, number: int, tokens: Tensor | None = None, parts: list[Tensor] | None = None, share: float = 1.0
     ) -> None:
         """
         Announces the next `number` of micro-batches. Those of an earlier announcement keep their weights. `tokens` () is how many
-        count in them, over all ranks; `parts` the tokens of each on this rank, if a Trainer says which one is current. Their
-        gradients will be divided by `loss_scale`. `share` of the coefficient left is below 1 if more will be announced.
+        count in them, over all ranks; `parts` the tokens of each on this rank, if a Trainer says which one is current.
+        `share` of the coefficient left is below 1 if more will be announced.
         """
         if self.settled:
             self.left *= 1 - self.share
             self.expected = None if self.expected is None or tokens is None else self.expected + tokens
         else:
             self.expected = tokens
-        self.number, self.tokens, self.parts, self.loss_scale, self.share = number, tokens, parts, loss_scale, share
+        self.number, self.tokens, self.parts, self.loss_scale, self.share = number, tokens, parts, 1.0, share
         self.first, self.served = self.settled, set()
 
     def find(self, node: int) -> Forward | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..balancing import count_padding, describe_router
-from ..compat import dependencies, is_supported
+from ..compat import dependencies
 from ..config import PhiBalanceConfig
 from ..files import STATE_NAME, state_in
 from ..routers import REMOTE_TRAITS, RouterHook, find_routers
@@ -462,7 +462,7 @@ def _state_file(subject: Subject) -> Result | None:
 
 def _versions(subject: Subject) -> Result | None:
     found = dependencies()
-    wrong = [(requirement, present) for requirement, present in found if not is_supported(requirement, present)]
+    wrong = [(r, present) for r, present in found if not r.specifier.contains(present, prereleases=True)]
     if wrong:
         names = ", ".join(f"{r.name} {present}" for r, present in wrong)
         wanted = " ".join(f'"{r.name}{r.specifier}"' for r, _ in wrong)

@@ -88,6 +88,7 @@ class StepRecorder:
 
     def __init__(self, balancer: PhiBalancer, what: str = "") -> None:
         self.balancer, self.what = balancer, what
+        self._keeps_prices = balancer.config.price_from == "previous"  # those of the last step, not of its own tokens
         self.batches: list[Mapping[str, Any]] = []  # micro-batches as the loop has them; the caller fills this
         self.error: str | None = None  # exception that ended the step; the caller sets this
         self.forwards: list[Any] = []  # `Tokens` of the step's training forwards
@@ -223,11 +224,6 @@ class StepRecorder:
             z = logits.detach().float().requires_grad_()
             term = (routing_probs(z, site.scoring) @ price_E * mask).sum()
             return torch.autograd.grad(term, z)[0]
-
-    @property
-    def _keeps_prices(self) -> bool:
-        """True if a step uses the previous step's prices instead of computing them from its own tokens."""
-        return self.balancer.config.price_from == "previous" and not self.balancer.config.rules.pooled
 
     # ------------------------------------------------------------------ the end of the step
 

@@ -17,17 +17,8 @@ Metrics need `evaluate`, `harness` needs `lm_eval` and the sandbox needs `pysecc
 
 from typing import TYPE_CHECKING, Any
 
-from .sandbox import CODE_EVAL_VARIABLE, CodeExecutionError, Verdict, require_sandbox, run_program
-from .scoring import (
-    GSM8K_STOPS,
-    INVALID,
-    extract_flexible,
-    extract_strict,
-    normalise_answer,
-    pass_at_k,
-    score_gsm8k,
-    truncate,
-)
+from .sandbox import CodeExecutionError, require_sandbox, run_program
+from .scoring import GSM8K_STOPS, INVALID, extract_flexible, extract_strict, pass_at_k, score_gsm8k, truncate
 
 
 if TYPE_CHECKING:
@@ -36,16 +27,13 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "CODE_EVAL_VARIABLE",
     "GSM8K_STOPS",
     "INVALID",
     "CodeExecutionError",
     "GSM8KAccuracy",
     "HumanEvalPassAtK",
-    "Verdict",
     "extract_flexible",
     "extract_strict",
-    "normalise_answer",
     "pass_at_k",
     "require_sandbox",
     "run_program",

@@ -83,11 +83,6 @@ def score_humaneval_samples(
     return {name: value for name, value in found.items() if name.startswith("pass@")}
 
 
-def all_samples(resps: Sequence[list[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Keeps all samples of each problem. The harness would keep only the first."""
-    return list(resps)
-
-
 def made_problems(problems: int = 256, seed: int = 0, **_: Any) -> dict[str, Any]:
     """Returns generated problems as the splits `train` (for few-shot examples) and `test`."""
     from datasets import Dataset

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from math import prod
+from math import comb
 from typing import Any
 
 
@@ -88,7 +88,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
         k (`int`): Number of attempts.
 
     Returns:
-        `float`: `1` if `n - c < k`, else `1 - prod_{i=n-c+1..n} (1 - k / i)`.
+        `float`: `1 - comb(n - c, k) / comb(n, k)`.
 
     Raises:
         `ValueError`: If not `1 <= k <= samples` and `0 <= correct <= samples`.
@@ -97,6 +97,4 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
         raise ValueError(
             f"samples={samples}, correct={correct}, k={k}: needs 1 <= k <= samples and 0 <= correct <= samples."
         )
-    if samples - correct < k:
-        return 1.0
-    return 1.0 - prod(1.0 - k / i for i in range(samples - correct + 1, samples + 1))
+    return 1.0 - comb(samples - correct, k) / comb(samples, k)

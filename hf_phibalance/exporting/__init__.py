@@ -14,10 +14,9 @@ report = phb.export("results/mine", "results/mine-plain", texts=["math=gsm8k/tra
 | `alone` | a script that loads the folder without this package |
 """
 
+# ruff: noqa: F401
+
 from .checkpoint import export
 from .folding import FoldReport, fold
 from .upcycled import UpcycleReport, upcycle_checkpoint
 from .writing import ExportReport, print_export
-
-
-__all__ = ["ExportReport", "FoldReport", "UpcycleReport", "export", "fold", "print_export", "upcycle_checkpoint"]

@@ -19,11 +19,7 @@ from .folding import Folding, compare
 from .writing import ExportReport, check_destination, find_tokenizer, write_plain
 
 
-VARIANTS = {
-    "fold": "folded",
-    "drop": "dropped",
-    "rebalance": "rebalanced",
-}  # values of `bias`, and names in the report
+VARIANTS = {"fold": "folded", "drop": "dropped", "rebalance": "rebalanced"}  # by `bias`: the name in the report
 REBALANCE = 3  # passes
 MEASURED = 3  # measure on every third document, fit on the others
 FEW = 6  # with fewer documents, measure on the last third of the sequences

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,19 +50,6 @@ class FoldReport:
     dropped: Measurement
     folded: Measurement
     held_out: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns everything as plain JSON values."""
-        variants = {"biased": self.biased, "dropped": self.dropped, "folded": self.folded}
-        layers: dict[str, dict[str, float]] = {}
-        for name in self.r2:
-            figures = {"r2": self.r2[name], "explained": self.explained[name], "changed": self.folded.changed[name]}
-            layers[name] = figures | {f"max_vio_{key}": one.max_vio[name] for key, one in variants.items()}
-        return {
-            **{key: one.to_dict() for key, one in variants.items()},
-            "held_out": self.held_out,
-            "layers": layers,
-        }
 
     def __str__(self) -> str:
         where = "other batches" if self.held_out else "the same batches"

@@ -43,10 +43,7 @@ MEANINGS = {  # what a variant is, and what was done to the bias
 }
 OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 COPIED = (*OF_PROCESSORS, "chat_template.json")
-ALLOWED = {
-    torch.float32: 1e-4,
-    torch.float64: 1e-4,
-}  # difference between two processes, as a share of the largest logit
+ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}  # difference of two processes, as a share of the largest logit
 ALLOWED_IN_HALF = 2e-2
 PROMISES = re.compile(r"(num_)?(mtp|nextn)\w*_layers")  # config fields of multi-token prediction
 

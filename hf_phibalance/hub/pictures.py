@@ -6,7 +6,7 @@ import os
 from itertools import accumulate
 from pathlib import Path
 
-from ..files import short_layer
+from ..files import layer_labels
 from .run import Run
 
 
@@ -57,7 +57,7 @@ def plot_loads(runs: list[Run], path: str | os.PathLike, dpi: int = 130) -> None
             panel.axhline(start, color="black", linewidth=1.2)
         panel.set(title=run.name, xlabel="optimizer step")
     middles = [start + size / 2 for start, size in zip(starts, sizes)]
-    panels[0].set_yticks(middles, [short_layer(name) for name in layers])
+    panels[0].set_yticks(middles, layer_labels(layers))
     panels[0].set_ylabel("layer; one row per expert")
     panels[0].invert_yaxis()
     figure.suptitle(f"Expert load over training, {runs[-1].model_type}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def print_inspection(inspection: Inspection, console: Console, top: int = 5) -> 
         row = [_dimmed(_marked(figures, name)) for name in IN_TERMINAL]
         row.append(Text(f"{figures['chance_in_text']['max_vio']:.3f}"))
         if several:
-            row.append(_dimmed(_marked_bits(specialisation_figures(layer.halves, layer.top_k))))
+            row.append(_dimmed(_marked(specialisation_figures(layer.halves, layer.top_k), "mutual_information")))
         table.add_row(Text(label), *row)
     console.print(table)
 
@@ -124,7 +124,7 @@ def print_comparison(comparison: Comparison, console: Console, top: int = 5) -> 
             _dimmed(_marked(side.layer_figures(layer)["overall"], "max_vio"))
             for side, layer in zip((before, after), pair)
         ]
-        table.add_row(Text(label), f"{own['differ']:.1%}", _dimmed(_marked_share(own, "load_moved")), *max_vios)
+        table.add_row(Text(label), f"{own['differ']:.1%}", _dimmed(_marked(own, "load_moved")), *max_vios)
     console.print(table)
 
     for start in range(0, len(domains) if several else 0, DOMAINS_ABREAST):
@@ -148,9 +148,9 @@ def print_comparison(comparison: Comparison, console: Console, top: int = 5) -> 
             found = comparison.specialists(domain, top)
             fates.append(f"{domain}: {found['before']} before, {found['still']} of them still, {found['new']} new.")
             for entry in found["experts"]:
-                lifts = [_dimmed(_marked_lift(entry[when])) for when in ("before", "after")]
+                lifts = [_dimmed(_marked(entry[when], "lift")) for when in ("before", "after")]
                 where = (Text(domain), Text(by_name[entry["layer"]]), str(entry["expert"]))
-                table.add_row(*where, "new" if entry["is_new"] else "", *lifts, _dimmed(_marked_change(entry)))
+                table.add_row(*where, "new" if entry["is_new"] else "", *lifts, _dimmed(_marked(entry, "change")))
         console.print(table)
         console.print(Text("\n".join(fates)), highlight=False)
     key = "differ: choices that the other model does not make for the same token; unrelated: expected of unrelated choices"
@@ -208,8 +208,7 @@ def html_report(
     information = [specialisation_figures(layer.halves, layer.top_k) for layer in layers] if several else []
     by_bits = sorted(range(len(information)), key=lambda index: -information[index]["mutual_information"])
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(zip=zip, marked=_marked, marked_bits=_marked_bits, shade=_shade)
-    environment.globals.update(marked_share=_marked_share, marked_lift=_marked_lift, marked_change=_marked_change)
+    environment.globals.update(zip=zip, marked=_marked, shade=_shade)
     sides = {"after": inspection} if comparison is None else {"before": comparison.before, "after": inspection}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=_title(inspection),
@@ -239,7 +238,7 @@ def html_report(
         top=top,
         before=comparison and {"title": _title(comparison.before), "description": _description(comparison.before)},
         tokens=_token_view(list(sides.values())),
-        command=command and without_paths([_without_folder(word) for word in command]),
+        command=command and without_paths(command),
         versions={name: used[name] for name in ("hf_phibalance", "torch", "transformers") if name in used},
     )
 
@@ -301,37 +300,20 @@ def _cutting(inspection: Inspection) -> str:
     return f"Each row and each plain text file is cut into sequences of at most {seq_len} tokens. No sequence holds two texts."
 
 
+FORMS: dict[str, Callable[[float], str]] = {  # of figures that are not shown with three digits
+    "mutual_information": "{:.4f}".format,
+    "load_moved": "{:.1%}".format,
+    "lift": "{:.2f}×".format,
+    "change": lambda share: f"{100 * share:+.1f} pp",
+}
+
+
 def _marked(figures: Mapping[str, Any], name: str) -> str:
     """Returns a figure as text, with `≈` in front if chance explains it."""
-    value = figures[name]
-    noise = value != 0 and figures.get("noise", {}).get(name, False)
-    return f"{'≈' if noise else ''}{value if isinstance(value, int) else f'{value:.3f}'}"
-
-
-def _marked_bits(information: Mapping[str, Any]) -> str:
-    """Returns a mutual information as text, with `≈` in front if chance explains it."""
-    return f"{'≈' if information['noise'] else ''}{information['mutual_information']:.4f}"
-
-
-def _marked_share(figures: Mapping[str, Any], name: str) -> str:
-    """Returns a share as text, with `≈` in front if chance explains it."""
-    return f"{'≈' if figures[name] and figures['noise'][name] else ''}{figures[name]:.1%}"
-
-
-def _marked_lift(preference: Mapping[str, Any]) -> str:
-    """Returns a lift as text, with `≈` in front if chance explains it."""
-    return f"{'≈' if preference['noise'] else ''}{preference['lift']:.2f}×"
-
-
-def _marked_change(entry: Mapping[str, Any]) -> str:
-    """Returns a change in the use of an expert in percentage points, with `≈` in front if chance explains it."""
-    return f"{'≈' if entry['change'] and entry['noise'] else ''}{100 * entry['change']:+.1f} pp"
-
-
-def _without_folder(word: str) -> str:
-    """Returns `name=/a/b` as `name=b`, because folders of one machine help nobody else."""
-    name, equals, path = word.partition("=")
-    return f"{name}={Path(path).name}" if equals and Path(path).is_absolute() else word
+    value, noise = figures[name], figures.get("noise", {})
+    is_noise = value != 0 and (noise if isinstance(noise, bool) else noise.get(name, False))
+    form = FORMS.get(name, str if isinstance(value, int) else "{:.3f}".format)
+    return f"{'≈' if is_noise else ''}{form(value)}"
 
 
 def _table(console: Console, heading: str, *columns: str) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -126,17 +127,14 @@ class Inspection:
         """Returns the means over layers of the figures of a scope, the worst MaxVio and the number of dead experts."""
         columns = [self._figures(layer, scope) for layer in self.layers]
 
-        def mean(values: list[float]) -> float:
-            return sum(values) / len(values)
-
         return {
             "tokens": sum(read["tokens"] for name, read in self.domains.items() if scope in ("overall", name)),
-            **{name: mean([column[name] for column in columns]) for name in BALANCE},
+            **{name: fmean(column[name] for column in columns) for name in BALANCE},
             "max_vio_worst_layer": max(column["max_vio"] for column in columns),
-            "noise_floor": mean([column["chance"]["max_vio"] for column in columns]),
-            "noise_floor_in_text": mean([column["chance_in_text"]["max_vio"] for column in columns]),
+            "noise_floor": fmean(column["chance"]["max_vio"] for column in columns),
+            "noise_floor_in_text": fmean(column["chance_in_text"]["max_vio"] for column in columns),
             "dead_experts": sum(column["dead_experts"] for column in columns),
-            **{name: mean([column[name] for column in columns]) for name in CONFIDENCE},
+            **{name: fmean(column[name] for column in columns) for name in CONFIDENCE},
         }
 
     def preferences(self, layer: Layer, domain: str) -> dict[str, Tensor]:

@@ -150,9 +150,7 @@ def margin_histogram(scores: Tensor, bias: Tensor, top_k: int, mask: Tensor, wid
     low, high = (bound.squeeze() for bound in _margin_range(bias.unsqueeze(0), bias.new_full((1, 1), width)))
     cutoff_T1 = (scores + bias).topk(top_k + 1, dim=-1).values[:, -1:]
     place_TE = (cutoff_T1 - scores - low) * (BINS / (high - low))
-    place_TE = (
-        place_TE.clamp_(max=BINS).long().clamp_(0, BINS - 1)
-    )  # the margin of a masked expert (score -inf) is inf
+    place_TE = place_TE.clamp_(max=BINS).long().clamp_(0, BINS - 1)  # a masked expert (score -inf) has margin inf
     place_TE += torch.arange(experts, device=scores.device) * BINS
     weight_TE = mask.unsqueeze(-1).expand_as(place_TE)
     counts = torch.zeros(experts * BINS, device=scores.device)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging
 
-from ..balancing import config_in, find_balancer, fingerprint, get_balancer, give_own_config, patch, read_state
+from ..balancing import find_balancer, fingerprint, get_balancer, give_own_config, patch, read_state
 from ..config import PhiBalanceConfig
 from ..files import STATE_NAME, find_state, hub_arguments
 from .checkpoints import auto_class_name, auto_class_of, base_of, class_below, find_adapter, labels_of
@@ -147,7 +147,7 @@ def _load(load: Callable, source: str, args: tuple, phi_balance: Any, kwargs: di
     base, of_base = base_of(adapter, source, kwargs)
     state = find_state(source, kwargs)
     if state is not None and (phi_balance is None or phi_balance is True):
-        phi_balance = _choose_config(phi_balance, config_in(state), state)
+        phi_balance = _choose_config(phi_balance, read_state(state).config, state)
     if phi_balance is None:
         phi_balance = False
     loaded = load(base, *args, **labels_of(source, kwargs) | of_base)
@@ -162,16 +162,12 @@ def _load(load: Callable, source: str, args: tuple, phi_balance: Any, kwargs: di
 def _patch_loaded(model: nn.Module, source: str | None, phi_balance: Any, kwargs: dict[str, Any]) -> None:
     """Patches a freshly loaded model as `phi_balance` asks, and loads the state beside its weights."""
     saved = getattr(model.config, "phi_balance", None)
-    if (
-        saved is not None
-    ):  # removed, so that the model is saved as an ordinary one if it is not patched, or unpatched later
+    if saved is not None:  # removed: the model is saved as an ordinary one if it is not patched, or unpatched later
         give_own_config(model)
         vars(model.config).pop("phi_balance", None)
     if phi_balance is False:
         return
-    if (
-        saved is None and source is not None
-    ):  # the language model of a vision-language model has the settings of the whole
+    if saved is None and source is not None:  # a language model has the settings of its vision-language model
         saved = transformers.PreTrainedConfig.get_config_dict(source, **hub_arguments(kwargs))[0].get("phi_balance")
     config = _choose_config(phi_balance, saved, f"{source or type(model).__name__}/config.json")
     if config is None:

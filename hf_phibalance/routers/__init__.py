@@ -19,7 +19,6 @@ from .hooks import (
     RouterReader,
     arguments_by_name,
     count_groups,
-    forget_compiled_code,
     hook_adapters,
     install_hooks,
     reading,

@@ -154,14 +154,8 @@ class RouterSite:
         return None if bias is None or bias.is_meta else bias
 
     def __getstate__(self) -> dict[str, Any]:
-        references: dict[str, Any] = {
-            "stored_logits": None,
-            "_modules": [],
-            "_parent": None,
-            "_experts": None,
-            "_native": [],
-        }
-        return {**vars(self), **references}  # a copy searches for its own modules
+        # a copy searches for its own modules
+        return {**vars(self), "stored_logits": None, "_modules": [], "_parent": None, "_experts": None, "_native": []}
 
 
 def find_routers(root: nn.Module) -> list[RouterSite]:

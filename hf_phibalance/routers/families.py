@@ -75,9 +75,7 @@ TRAITS: dict[str, RouterTraits] = {
     "ZayaRouter": RouterTraits(experts="num_router_classes", returns_choice=False, ranks="probs"),
 }
 # Gates of models with remote code.
-REMOTE_TRAITS: dict[str, RouterTraits] = {
-    "MoEGate": RouterTraits(scoring=_scoring_func),
-}
+REMOTE_TRAITS: dict[str, RouterTraits] = {"MoEGate": RouterTraits(scoring=_scoring_func)}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -212,7 +211,7 @@ def hook_adapters(reader: RouterBalancer) -> None:
         if site.kind.block is None or any(isinstance(h, RouterHook) for h in site.router._forward_hooks.values()):
             continue
         site.router.register_forward_hook(RouterHook(reader, index))
-        forget_compiled_code()
+        torch.compiler.reset()  # compiled code does not notice hooks
 
 
 def remove_hooks(root: nn.Module, *others: Callable) -> None:
@@ -227,9 +226,3 @@ def remove_hooks(root: nn.Module, *others: Callable) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) or hook in others]:
                 for table in (hooks, *flags):
                     table.pop(key, None)
-
-
-def forget_compiled_code() -> None:
-    """Resets `torch.compile`, which does not notice that hooks were added or removed."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

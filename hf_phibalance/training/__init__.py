@@ -13,6 +13,8 @@ Connects φ-balancing to a `Trainer`, and chooses which parameters an adapter tr
 | `adapters` | makes LoRA configurations from two options |
 """
 
+# ruff: noqa: F401
+
 from .adapters import lora_config
 from .attaching import attach
 from .auditing import audit
@@ -20,6 +22,3 @@ from .callback import PhiBalanceCallback
 from .checkpoints import last_checkpoint
 from .examining import doctor
 from .watching import watch
-
-
-__all__ = ["PhiBalanceCallback", "attach", "audit", "doctor", "last_checkpoint", "lora_config", "watch"]

@@ -226,7 +226,7 @@ class Attachment:
 
     def log(self, inner: Callable, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         trainer, balancer = self.trainer, self.current()
-        if balancer is not None and balancer.is_evaluating:
+        if balancer is not None and balancer.forwards.evaluation is not None:
             prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
             values = balancer.eval_metrics(self.callback.per_layer)
             logs.update({f"{prefix}_moe/{key}": value for key, value in values.items()})

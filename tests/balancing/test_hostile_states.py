@@ -22,7 +22,7 @@ from tiny import tiny_batch, tiny_model
 from trained import BIAS, duals, trained
 
 import hf_phibalance as phb
-from hf_phibalance.balancing import config_in
+from hf_phibalance.balancing import read_state
 from hf_phibalance.balancing.state import LARGEST, checksum
 from hf_phibalance.files import STATE_NAME, replacing
 
@@ -126,7 +126,7 @@ def test_files_that_are_no_state(model, content, sparse, tmp_path):
     tracemalloc.start()
     refused(model, path, "damaged|Load the state|delete it")
     with pytest.raises(ValueError, match="damaged"):
-        config_in(path)
+        read_state(path)
     assert tracemalloc.get_traced_memory()[1] < LARGEST / 10
     tracemalloc.stop()
 
@@ -137,7 +137,7 @@ def test_a_pickle_in_disguise_is_not_run(model, disguise, tmp_path):
     path.write_bytes(pickle.dumps(bomb)) if disguise == "pickle" else torch.save({"steps": bomb}, path)
     refused(model, path, "damaged")
     with pytest.raises(ValueError, match="damaged"):
-        config_in(path)
+        read_state(path)
     assert not (tmp_path / "it was run").exists()
     pickle.loads(pickle.dumps(bomb))
     assert (tmp_path / "it was run").exists()  # it would have been seen

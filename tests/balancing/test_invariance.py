@@ -144,7 +144,7 @@ def trajectory(accumulation, ranks, checkpointing, config):
         optimizer.step()
         optimizer.zero_grad()
         balancer.step()
-        tables = {f"mean_{name}": balancer.means(name) for name in balancer.config.statistics}
+        tables = {f"mean_{name}": balancer.means(name) for name in ("probs", "load")}
         tables |= {"prices": balancer.prices(), "biases": balancer.biases(), "loads": balancer.loads()}
         history.append({name: torch.cat(list(table.values())).numpy() for name, table in tables.items()})
     return history

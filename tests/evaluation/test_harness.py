@@ -147,7 +147,7 @@ def test_load_of_a_generation(folder, batch_size):
         texts = completions(lm)
         load = lm.expert_load()
     assert load["completions"] == len(texts) == 10
-    assert not balancer.is_evaluating  # nothing is left of counting
+    assert balancer.forwards.evaluation is None  # nothing is left of counting
     assert all(torch.equal(value, before[name]) for name, value in balancer.state_dict().items())
 
     tokens, counts, lengths = 0, torch.zeros(2, 4), set()

@@ -273,7 +273,9 @@ def naive_training(model, steps, config, lr):
             if config.bias_coef > 0:
                 biases[name] = biases[name] - config.bias_coef * price_of(means[name][config.bias_track])
                 select_with(routers(model)[name], biases[name].float())
-        kept = {kind: {name: means[name][kind].float() for name in means} for kind in config.statistics}
+        kept = {
+            kind: {name: means[name][kind].float() for name in means} for kind in (config.track, config.bias_track)
+        }
         history.append({"means": kept, "prices": dict(prices), "biases": {n: b.float() for n, b in biases.items()}})
     return history
 

@@ -84,7 +84,8 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         balancer = self.balancer
         assert balancer.steps == state.global_step
-        means = {statistic: balancer.means(statistic) for statistic in balancer.config.statistics}
+        read = balancer.config.track, balancer.config.bias_track
+        means = {statistic: balancer.means(statistic) for statistic in read}
         self.duals.append({"means": means, "prices": balancer.prices(), "biases": balancer.biases()})
 
 

@@ -40,10 +40,6 @@ Args:
         Numbers of attempts.
     timeout (`float`, *optional*, defaults to `3.0`):
         Seconds for each program.
-    memory_limit (`int`, *optional*, defaults to 1 GiB):
-        Bytes of address space for each process of a program.
-    num_workers (`int`, *optional*):
-        Programs run at a time, by default as many as there are CPU cores.
     allow_code_execution (`bool`, *optional*):
         Permission to run the completions; by default it is `HF_ALLOW_CODE_EVAL=1` in the environment.
     unsafe (`bool`, *optional*, defaults to `False`):
@@ -95,16 +91,7 @@ class HumanEvalPassAtK(evaluate.Metric):
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
-def score_humaneval(
-    predictions,
-    references,
-    k=(1,),
-    timeout=3.0,
-    memory_limit=1 << 30,
-    num_workers=None,
-    allow_code_execution=None,
-    unsafe=False,
-):
+def score_humaneval(predictions, references, k=(1,), timeout=3.0, allow_code_execution=None, unsafe=False):
     k = [k] if isinstance(k, int) else list(k)
     if not k or min(k) < 1:
         raise ValueError(f"k={k}: needs at least one number of attempts, each 1 or more.")
@@ -112,8 +99,6 @@ def score_humaneval(
         raise ValueError("predictions: there are none to run. Give the completions of at least one problem.")
     if len(predictions) != len(references):
         raise ValueError(f"predictions: there are {len(predictions)} lists for {len(references)} references.")
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"num_workers={num_workers}: needs at least one worker, or none given for all cores.")
     _check(predictions)
     sandbox.require_sandbox(allow_code_execution, unsafe)
     problems = [_fields(problem) for problem in references]
@@ -126,7 +111,6 @@ def score_humaneval(
             context=problem["prompt"],
             entry_points=[problem["entry_point"]],
             timeout=timeout,
-            memory_limit=memory_limit,
             allow_code_execution=True,
             unsafe=unsafe,
         ).to_dict()
@@ -134,7 +118,7 @@ def score_humaneval(
     work = [(number, completion) for number, completions in enumerate(predictions) for completion in completions]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     results: list = [[] for _ in problems]
-    with ThreadPoolExecutor(num_workers or cores) as pool:
+    with ThreadPoolExecutor(cores) as pool:
         for (number, _), verdict in zip(work, pool.map(run, *zip(*work))):
             results[number].append(verdict)
     counts = [(len(own), sum(verdict["passed"] for verdict in own)) for own in results]
