@@ -37,11 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(words)
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # datasets logs the errors it raises
     try:
-        return args.run(args, ["phibalance", *words])
+        from . import commands  # torch and transformers, which --help does without
+
+        return getattr(commands, f"run_{args.command}")(args, ["phibalance", *words])
     except (ValueError, OSError, ImportError) as error:
         lines = map(printable, str(error).splitlines())
         print(f"phibalance {args.command}:", "\n".join(lines), file=sys.stderr)
-        return args.after_error
+        return 2 if args.command == "doctor" else 1
     except KeyboardInterrupt:
         print(f"phibalance {args.command}: interrupted, nothing was written", file=sys.stderr)
         return 130

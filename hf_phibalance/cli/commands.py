@@ -1,4 +1,4 @@
-"""The commands of `phibalance`. Each imports what it needs only when it runs, so that `--help` is fast."""
+"""The commands of `phibalance`. `main` imports them when the arguments are parsed, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -11,15 +11,40 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ..balancing import get_balancer, patch
+from ..config import PhiBalanceConfig
 from ..files import STATE_NAME, find_file, printable, quoted, versions
+from ..inspection import (
+    Comparison,
+    TextStream,
+    check_same_ids,
+    check_texts,
+    html_report,
+    inspect_model,
+    padded_batches,
+    padding_of,
+    parse_domains,
+    place,
+    print_comparison,
+    print_inspection,
+    print_placement,
+)
+from ..models import Upcycling, load_any, load_tokenizer, register_deepseek_moe
+from ..routers import predicts_tokens
+from ..tasks import make_splits
+from .runs import Run, follow, screen
 
 
 BALANCING = ("coef", "bias_coef", "method", "token_mask")  # options of the doctor
 
 
 def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
-    from ..inspection import check_same_ids, check_texts, parse_domains
-
     # refuse what can be refused before the model is loaded
     domains = parse_domains(args.texts, args.field)
     _check_numbers(args, seq_len=1, batch_size=1, max_tokens=0, top=0, examples=0)
@@ -30,11 +55,6 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
         models.append(argparse.Namespace(**{**vars(args), "model": args.tuned, "revision": None}))
     for one in models:
         _check_model(one)
-
-    from rich.console import Console
-    from rich.markup import escape
-
-    from ..inspection import Comparison, html_report, print_comparison, print_inspection
 
     console, errors = Console(stderr=args.json == "-"), Console(stderr=True)
     with errors.status(f"Loading {escape(printable(args.model))}"):
@@ -63,11 +83,6 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
 
 def _inspect(args: argparse.Namespace, tokenizer: Any, domains: Sequence[Any], errors: Any) -> Any:
     """Loads a model, and inspects it with progress bars on the console `errors`. The model is freed afterwards."""
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    from ..inspection import inspect_model
-
     with errors.status(f"Loading {escape(printable(args.model))}"):
         model = _load_model(args, False if args.ignore_phi_balance else None)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())
@@ -91,18 +106,11 @@ def _inspect(args: argparse.Namespace, tokenizer: Any, domains: Sequence[Any], e
 
 
 def run_place(args: argparse.Namespace, command: list[str]) -> int:
-    from ..inspection import check_texts, parse_domains
-
     domains = parse_domains(args.texts, args.field)
     _check_numbers(args, ranks=1, seq_len=1, batch_size=1, max_tokens=0)
     for name in ("json", "map"):
         _check_file(name, getattr(args, name))
     _check_model(args)
-
-    from rich.console import Console
-    from rich.markup import escape
-
-    from ..inspection import place, print_placement
 
     console, errors = Console(stderr="-" in (args.json, args.map)), Console(stderr=True)
     tokenizer = _load_tokenizer(args)
@@ -126,18 +134,12 @@ def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
             )
     lora = _lora_options(args.lora) if args.lora is not None else None
 
-    from ..inspection import check_texts, parse_domains
-
     domains = parse_domains([f"texts={path}" for path in args.texts], args.field) if args.texts else []
     _check_model(args)
     if domains:
         check_texts(domains, _load_tokenizer(args))  # before the model is loaded
 
-    from rich.console import Console
-    from rich.markup import escape
-
     from ..diagnosis import print_report
-    from ..routers import predicts_tokens
     from ..training import audit, doctor, lora_config
 
     console = Console(stderr=args.json == "-")
@@ -145,8 +147,6 @@ def run_doctor(args: argparse.Namespace, command: list[str]) -> int:
         model = _load_model(args, False, is_trainable=True) if args.stock else _load_to_train(args)
         if lora is not None:
             from peft import get_peft_model
-
-            from ..balancing import patch
 
             model = get_peft_model(model, lora_config(model, **lora))
             model = model if args.stock else patch(model)
@@ -166,9 +166,6 @@ def run_export(args: argparse.Namespace, command: list[str]) -> int:
     _check_file("json", args.json)
     _check_model(args)
 
-    from rich.console import Console
-    from rich.markup import escape
-
     from ..exporting import export, print_export
 
     console = Console(stderr=args.json == "-")
@@ -184,12 +181,6 @@ def run_export(args: argparse.Namespace, command: list[str]) -> int:
 
 def run_watch(args: argparse.Namespace, command: list[str]) -> int:
     _check_file("html", args.html)
-
-    from rich.console import Console
-    from rich.markup import escape
-
-    from ..inspection import html_report
-    from .runs import Run, follow, screen
 
     console = Console()
     if args.html:
@@ -208,12 +199,7 @@ def run_upcycle(args: argparse.Namespace, command: list[str]) -> int:
     _check_file("json", args.json)
     _check_model(args)
 
-    from rich.console import Console
-    from rich.markdown import Markdown
-    from rich.markup import escape
-
     from ..exporting import upcycle_checkpoint
-    from ..models import Upcycling
 
     options = Upcycling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Upcycling)})
     names = ("tokenizer", "max_shard_gb", "revision")
@@ -282,8 +268,6 @@ def _write(text: str, path: str) -> None:
 
 def _loading_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns arguments of `from_pretrained`."""
-    import torch
-
     return {
         "dtype": args.dtype,
         "device_map": args.device_map or ("auto" if torch.accelerator.is_available() else None),
@@ -293,15 +277,11 @@ def _loading_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load_tokenizer(args: argparse.Namespace) -> Any:
-    from ..models import load_tokenizer
-
     return load_tokenizer(args.model, args.tokenizer, _loading_options(args))
 
 
 def _load_model(args: argparse.Namespace, phi_balance: bool | None, is_trainable: bool = False) -> Any:
     """Loads the model, balanced as it was saved if `phi_balance` is `None`. The adapter, if any, may be trainable."""
-    from ..models import load_any, register_deepseek_moe
-
     register_deepseek_moe()
     return load_any(args.model, phi_balance=phi_balance, is_trainable=is_trainable, **_loading_options(args))
 
@@ -311,9 +291,6 @@ def _load_to_train(args: argparse.Namespace) -> Any:
     Loads the model for training, with a trainable adapter. The options override its saved balancing. A damaged or
     foreign state is ignored.
     """
-    from ..balancing import get_balancer, patch
-    from ..config import PhiBalanceConfig
-
     given = {name: getattr(args, name) for name in BALANCING}
     given = {name: value for name, value in given.items() if value is not None}
     PhiBalanceConfig(**given)  # bad values fail before the weights are loaded
@@ -342,9 +319,6 @@ def _lora_options(words: Sequence[str]) -> dict[str, Any]:
 
 def _micro_batches(args: argparse.Namespace, domains: Sequence[Any]) -> list[dict[str, Any]] | None:
     """Returns micro-batches of texts, or `None` (random tokens) if the model has no tokenizer and no texts were given."""
-    from ..inspection import TextStream, padded_batches, padding_of
-    from ..tasks import make_splits
-
     try:
         tokenizer = _load_tokenizer(args)
     except ValueError:

@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from ..files import STATE_NAME
-from .commands import run_doctor, run_export, run_inspect, run_place, run_upcycle, run_watch
 
 
 MODEL = "folder or Hub name of a MoE model or PEFT adapter"
@@ -35,7 +34,6 @@ def _add_inspect(commands: Any) -> None:
         description="Runs a MoE model over texts and reports how each layer spreads the tokens over its experts, and how much "
         "the domains of text differ in the experts they use. With a second model, reports what changed. Nothing is trained.",
     )
-    inspect.set_defaults(run=run_inspect, after_error=1)
     inspect.add_argument("model", help=MODEL)
     inspect.add_argument(
         "tuned",
@@ -77,7 +75,7 @@ def _add_place(commands: Any) -> None:
         "sequences, equally many on each rank. Reports the load of the busiest rank over the mean on the other half, in the order of the "
         "checkpoint and as placed. The model is not changed.",
     )
-    place.set_defaults(run=run_place, after_error=1, tuned=None, html=None, packing=False, ignore_phi_balance=False)
+    place.set_defaults(tuned=None, html=None, packing=False, ignore_phi_balance=False)
     place.add_argument("model", help=MODEL)
     _add_texts(place, "NAME=PATH", "texts like those the model will see, by domain.", required=True)
     place.add_argument("--ranks", type=int, required=True, help="number of ranks, a divisor of the number of experts")
@@ -97,7 +95,6 @@ def _add_doctor(commands: Any) -> None:
         "gradient, and names problems with their remedies. Nothing is changed. Exit status: 0, 1 after a warning with --strict, 2 "
         "after a problem or an error.",
     )
-    doctor.set_defaults(run=run_doctor, after_error=2)
     doctor.add_argument("model", help=MODEL)
     _add_texts(doctor, "PATH", "texts for the step (default: arithmetic problems).", field="FIELD")
     _add_sizes(doctor, seq_len=256, batch_size=4)
@@ -133,7 +130,6 @@ def _add_export(commands: Any) -> None:
         "transformers loads. A selection bias that the model family does not have itself is folded into the router weights, "
         "folded and rebalanced, or dropped. All three are fitted on one part of the texts and measured on the other.",
     )
-    export.set_defaults(run=run_export, after_error=1)
     export.add_argument("model", metavar="source", help=f"{MODEL}, saved while φ-balanced")
     export.add_argument("destination", help="a new or empty folder")
     _add_texts(
@@ -169,7 +165,6 @@ def _add_watch(commands: Any) -> None:
         description="Shows what phb.watch(trainer) records, as the training goes on, until Ctrl-C. Where the output is no "
         "terminal, it shows one screen of plain text.",
     )
-    watch.set_defaults(run=run_watch, after_error=1)
     watch.add_argument("folder", help="output_dir of the training")
     watch.add_argument("--once", action="store_true", help="show one screen with all layers and alerts, and end")
     watch.add_argument(
@@ -184,7 +179,7 @@ def _add_upcycle(commands: Any) -> None:
         description="Makes a Mixtral of a dense Llama or Mistral, a Qwen2-MoE of a Qwen2, a Qwen3-MoE of a Qwen3. Copies compute "
         "what the dense model computes. How much the result differs is measured on random tokens.",
     )
-    upcycle.set_defaults(run=run_upcycle, after_error=1, dtype="auto", device_map=None, trust_remote_code=False)
+    upcycle.set_defaults(dtype="auto", device_map=None, trust_remote_code=False)
     upcycle.add_argument("model", metavar="source", help="folder or Hub name of a dense model, in safetensors files")
     upcycle.add_argument("destination", help="a new or empty folder")
     for name, default, text in (

@@ -144,7 +144,8 @@ def trajectory(accumulation, ranks, checkpointing, config):
         optimizer.step()
         optimizer.zero_grad()
         balancer.step()
-        tables = {f"mean_{name}": balancer.means(name) for name in ("probs", "load")}
+        read = balancer.config.track, balancer.config.bias_track
+        tables = {f"mean_{name}": balancer.means(name) for name in read}
         tables |= {"prices": balancer.prices(), "biases": balancer.biases(), "loads": balancer.loads()}
         history.append({name: torch.cat(list(table.values())).numpy() for name, table in tables.items()})
     return history
