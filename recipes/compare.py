@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{job.key}  {job}")
             return 0
         try:
-            failed = execute(list(needed.values()), output, args.workers) + execute(todo, output, args.workers)
+            failed = sum(execute(jobs, output, args.workers, args.threads) for jobs in (list(needed.values()), todo))
         except KeyboardInterrupt:
             print("Interrupted. Finished runs are kept; the same command goes on with the rest.")
             return 130
@@ -103,13 +103,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="folder with gsm8k/, wikitext2/ and, for fine-tuning, mbpp/; or 'built-in' (default: the plan's `data`)",
     )
     parser.add_argument("--output_dir", type=Path, help="results folder (default: the file's `output`)")
-    parser.add_argument("--workers", type=int, default=1, help="processes at a time, of one thread each")
+    parser.add_argument("--workers", type=int, default=1, help="processes at a time (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process (default: 1)")
     parser.add_argument("--list", action="store_true", help="only print the missing runs")
     parser.add_argument("--report", action="store_true", help="train nothing; write tables and pictures")
     parser.add_argument("--refresh", type=Path, help="train nothing; renew the marked tables of this Markdown file")
     args = parser.parse_args(arguments)
-    if args.workers < 1:
-        parser.error(f"--workers must be at least 1, got {args.workers}.")
+    for name in ("workers", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
     return args
 
 

@@ -355,20 +355,22 @@ ATTEMPTS = 3  # tries of a run whose process is killed
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 
 
-def execute(jobs: Sequence[Any], output: Path, workers: int, say: Callable[[str], None] = print) -> int:
+def execute(
+    jobs: Sequence[Any], output: Path, workers: int, threads: int = 1, say: Callable[[str], None] = print
+) -> int:
     """
-    Trains `jobs`, each in a process of one torch thread, `workers` at a time. Returns how many failed.
+    Trains `jobs`, each in a process of `threads` torch threads, `workers` at a time. Returns how many failed.
 
     Each process appends its result to `output/results.jsonl` itself. A killed process is started again.
     """
-    os.environ.update(KEEP_MEMORY | {"OMP_NUM_THREADS": "1"})
+    os.environ.update(KEEP_MEMORY | {"OMP_NUM_THREADS": f"{threads}"})
     context = get_context("forkserver")  # imports once for all processes, and forks before any thread has started
     context.set_forkserver_preload(["hf_phibalance", "transformers", "peft"])
     waiting, running, attempts, failed = list(jobs), {}, Counter(), 0
     while waiting or running:
         while waiting and len(running) < workers:
             job = waiting.pop(0)
-            process = context.Process(target=work, args=(job, output), daemon=True)
+            process = context.Process(target=work, args=(job, output, threads), daemon=True)
             process.start()
             running[process.sentinel] = process, job
         for sentinel in connection.wait(list(running)):
@@ -386,12 +388,12 @@ def execute(jobs: Sequence[Any], output: Path, workers: int, say: Callable[[str]
     return failed
 
 
-def work(job: Any, output: Path) -> None:
+def work(job: Any, output: Path, threads: int) -> None:
     """Trains one job, in its process."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     record = job.train(output)
     if record is None:
         print(f"{job}: trained", flush=True)

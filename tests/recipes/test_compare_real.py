@@ -175,7 +175,7 @@ def test_steps_until_even():
     assert real.steps_until_even([0.9] * 7) == 7 and real.steps_until_even([]) == 0
 
 
-def run_here(jobs, output, workers):
+def run_here(jobs, output, workers, threads):
     for job in jobs:
         record = job.train(output)
         if record is not None:
