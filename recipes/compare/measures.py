@@ -20,6 +20,7 @@ from hf_phibalance.routers import reading
 
 
 CURVE_POINTS = 50
+SMOOTH = 5  # training steps of a mean, in fine-tuning of a real model
 
 
 class _Choices:

@@ -7,7 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy
+
 from .harness import Cells, Plan, Results, finished
+from .measures import SMOOTH
 from .tables import mean_spread, pairs_of
 from .text import DOMAINS
 
@@ -15,7 +18,7 @@ from .text import DOMAINS
 def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
     """
     Draws, for each model, `<output>/<plan>-<model>-frontier.png` and `-experts.png`; in fine-tuning, for each way,
-    `<output>/<plan>-<way>.png`; for a real model, for each start.
+    `<output>/<plan>-<way>.png`; for a real model and each start, MaxVio over training.
     """
     import matplotlib
 
@@ -33,8 +36,8 @@ def write_pictures(plan: Plan, results: Results, output: Path) -> list[Path]:
             name = way.replace(", ", "-").replace(" ", "_")
             figures[name] = draw_frontier(plan, panels, ("loss", "forgotten"), way)
     elif plan.kind == "real":
-        for cell, rows in found.items():
-            figures[cell[0].replace(" ", "_")] = draw_frontier(plan, {cell[0]: {cell: rows}}, ("loss",), "GSM8K")
+        for cell in found:
+            figures[cell[0].replace(" ", "_")] = draw_training(plan, results, cell)
     else:
         for model in dict.fromkeys(model for model, _ in found):
             panels = {cell[1]: {cell: rows} for cell, rows in found.items() if cell[0] == model}
@@ -88,6 +91,25 @@ def draw_frontier(plan: Plan, panels: Mapping[str, Cells], names: Sequence[str],
         )
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     figure.suptitle(f"{plan.question or plan.name} ({title})")
+    return figure
+
+
+def draw_training(plan: Plan, results: Results, cell: tuple[str, ...]):
+    """Draws MaxVio over the steps of training, the mean of `SMOOTH` steps and of all seeds."""
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for method in plan.methods:
+        records = [record for seed in plan.seeds if (record := results.get(plan.run(method, cell, seed)))]
+        curves = [record["curve"]["max_vio"] for record in records if record["curve"].get("max_vio")]
+        if curves:
+            mean = numpy.convolve(numpy.mean(curves, 0), numpy.full(SMOOTH, 1 / SMOOTH), "valid")
+            axis.plot(range(SMOOTH, SMOOTH + len(mean)), mean, label=method.label, linewidth=1.2)
+    axis.set(
+        xlabel="step", ylabel=f"MaxVio, mean of {SMOOTH} steps", ylim=(0, None), title=f"{plan.question or plan.name}"
+    )
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
     return figure
 
 

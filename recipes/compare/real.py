@@ -35,7 +35,7 @@ from hf_phibalance.routers import find_routers
 from hf_phibalance.tasks import TASKS, load_rows, to_sft_dataset
 
 from . import harness, text
-from .measures import count_by_window, examine_text, mean_max_vio, recorded_choices, rounded
+from .measures import SMOOTH, count_by_window, examine_text, mean_max_vio, recorded_choices, rounded
 from .training import Diverged, environment
 
 
@@ -46,8 +46,7 @@ LONGEST_ANSWER = 200  # tokens
 WINDOW = 128  # tokens of a window of text
 WINDOWS = 32  # of each domain
 AT_ONCE = 8  # held-out problems or windows of a forward
-EVEN = 0.15  # MaxVio of steps that count as even; chance alone gives about 0.04
-SMOOTH = 5  # steps of which it is the mean
+EVEN = 0.15  # mean MaxVio of `SMOOTH` steps that count as even; chance alone gives about 0.06 in each
 CURVES = {"loss": "loss", "max_vio": "moe/max_vio"}  # figures of each step, by their names in the log
 
 Rows = list[dict[str, Any]]
