@@ -101,7 +101,7 @@ class OptimizerStep:
             self.expected = None if self.expected is None or tokens is None else self.expected + tokens
         else:
             self.expected = tokens
-        self.number, self.tokens, self.parts, self.loss_scale, self.share = number, tokens, parts, 1.0, share
+        self.number, self.tokens, self.parts, self.share = number, tokens, parts, share
         self.first, self.served = self.settled, set()
 
     def find(self, node: int) -> Forward | None:
