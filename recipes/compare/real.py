@@ -314,7 +314,8 @@ def on_answers(trainer: Any) -> dict[str, float]:
             loads_LE += count_by_window([layer[is_token] for layer in chosen], 1, experts)[0]
     if not math.isfinite(total):
         raise Diverged
-    return {"loss": total / count, "max_vio_global": mean_max_vio(loads_LE)}
+    max_vios = {"max_vio_global": mean_max_vio(loads_LE), "max_vio_first": mean_max_vio(loads_LE[:1])}
+    return {"loss": total / count, **max_vios}
 
 
 @torch.no_grad()

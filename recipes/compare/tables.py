@@ -212,6 +212,7 @@ COLUMNS = {
         Column("score", "exact match", ".1%"),
         Column("forgotten", "WikiText-2 loss, rise", ".4f"),
         Column("max_vio_global", "MaxVio", ".3f"),
+        Column("max_vio_first", "MaxVio, first layer", ".3f"),
         Column("dropped_max_vio_global", "MaxVio without the bias", ".3f"),
         Column("dropped_loss", "loss without the bias", ".4f"),
         Column("base_max_vio", "MaxVio, three domains", ".2f"),

@@ -164,8 +164,10 @@ def test_figures_on_answers_are_those_of_rows_by_themselves(folder):
             if label != -100:
                 total, count = total - float(logit.log_softmax(-1)[label]), count + 1
     assert with_bias["loss"] == pytest.approx(total / count, rel=1e-3)
-    max_vio = float((loads_LE.max(1).values / loads_LE.mean(1) - 1).mean())
+    max_vio_L = loads_LE.max(1).values / loads_LE.mean(1) - 1
+    max_vio = float(max_vio_L.mean())
     assert with_bias["max_vio_global"] == pytest.approx(max_vio, abs=0.02)
+    assert with_bias["max_vio_first"] == pytest.approx(float(max_vio_L[0]), abs=0.02)
     assert without["max_vio_global"] < max_vio - 0.2  # the bias above fills one expert
     assert real.on_answers(trainer) == with_bias  # it acts again
 
