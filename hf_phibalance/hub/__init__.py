@@ -7,13 +7,13 @@ matplotlib: `pip install "hf_phibalance[recipes]"`.
 | `run` | what was measured: `metrics.json`, `history.json`, results of lm-evaluation-harness |
 | `card`, `model_card.md` | the model card and its template; the results folder |
 | `pictures` | expert load and learning curves over training |
-| `upload` | the model on the Hub, without private files, also from a `Trainer` |
+| `upload` | the model on the Hub, without private files; the card of a `Trainer` |
 """
 
 from .card import CARD_NAME, as_code, markdown_table, model_card, print_summary, write_report
 from .pictures import draw, pictures_in
 from .run import SUMMARY_NAME, Run
-from .upload import complete_uploads, push_to_hub
+from .upload import complete_card, push_to_hub
 
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "SUMMARY_NAME",
     "Run",
     "as_code",
-    "complete_uploads",
+    "complete_card",
     "draw",
     "markdown_table",
     "model_card",

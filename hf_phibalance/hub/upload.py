@@ -1,11 +1,10 @@
 """
-Uploads a balanced model to the Hub: writes a folder, checks that nothing in it is private, and sends it. Adds the
-state and a section of the card to uploads of `Trainer(push_to_hub=True)`.
+Uploads a balanced model to the Hub: writes a folder, checks that nothing in it is private, and sends it. Adds a section
+to the card of `Trainer(push_to_hub=True)`.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -19,7 +18,6 @@ import torch.distributed as dist
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..balancing import find_balancer, get_balancer
@@ -210,54 +208,23 @@ def _refuse_private(folder: Path) -> None:
                 )
 
 
-# ---------------------------------------------------------------------- uploads of a Trainer
-
-
-class _UploadCallback(TrainerCallback):
-    """Writes the state into the folder that `Trainer` uploads. `Trainer` copies only known files from checkpoints."""
-
-    def on_push_begin(self, args, state, control, model=None, **kwargs) -> None:
-        balancer = find_balancer(model)
-        if balancer is not None and balancer.is_saved and state.is_world_process_zero:
-            balancer.save(str(args.output_dir))
-
-
-def complete_uploads(trainer: Trainer, history: list[dict[str, Any]] | None = None) -> Callable[[], None]:
+def complete_card(trainer: Trainer, history: list[dict[str, Any]], create: Callable[[], None]) -> None:
     """
-    Makes `Trainer(push_to_hub=True)` and `trainer.push_to_hub()` upload the state too, and adds a section about expert
-    balance to their card, from the `history` of the [`PhiBalanceCallback`]. Keeps a card that [`push_to_hub`] or a
-    recipe wrote. Returns a function that undoes the call. [`attach`] calls this function; a second call does nothing.
+    Lets `create` write the card of a `Trainer`, and adds a section about expert balance, from the `history` of the
+    [`PhiBalanceCallback`]. Keeps a card that [`push_to_hub`] or a recipe wrote.
     """
-    if any(isinstance(callback, _UploadCallback) for callback in trainer.callback_handler.callbacks):
-        return lambda: None
-    uploads = _UploadCallback()
-    trainer.add_callback(uploads)
-    create: Any = trainer.create_model_card
-    own = vars(trainer).get("create_model_card")
-
-    @functools.wraps(create)
-    def create_with_balance(*args, **kwargs):
-        path = Path(str(trainer.args.output_dir), CARD_NAME)
-        is_writer = trainer.is_world_process_zero()
-        before = path.read_text(encoding="utf-8", errors="replace") if is_writer and path.is_file() else ""
-        create(*args, **kwargs)
-        balancer = find_balancer(trainer.model)  # type: ignore[arg-type]
-        if not is_writer or balancer is None or not balancer.is_saved or not path.is_file():
-            return
-        if CARD_MARK in before:
-            path.write_text(before, encoding="utf-8")
-            return
-        run = Run.of(trainer, balancer.config, history or [])
-        card = ModelCard.load(path, ignore_metadata_errors=True)
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags(run)]))
-        card.text = f"{card.text.rstrip()}\n\n{balance_section(run)}"
-        card.save(path)
-
-    def undo() -> None:
-        trainer.remove_callback(uploads)
-        if vars(trainer).get("create_model_card") is create_with_balance:
-            vars(trainer).pop("create_model_card")
-            vars(trainer).update({} if own is None else {"create_model_card": own})
-
-    trainer.create_model_card = create_with_balance  # type: ignore[method-assign]
-    return undo
+    path = Path(str(trainer.args.output_dir), CARD_NAME)
+    is_writer = trainer.is_world_process_zero()
+    before = path.read_text(encoding="utf-8", errors="replace") if is_writer and path.is_file() else ""
+    create()
+    balancer = find_balancer(trainer.model)  # type: ignore[arg-type]
+    if not is_writer or balancer is None or not balancer.is_saved or not path.is_file():
+        return
+    if CARD_MARK in before:
+        path.write_text(before, encoding="utf-8")
+        return
+    run = Run.of(trainer, balancer.config, history)
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags(run)]))
+    card.text = f"{card.text.rstrip()}\n\n{balance_section(run)}"
+    card.save(path)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..balancing import PhiBalancer, announce_switched_off, find_balancers, get_balancer, on_train, patch
 from ..compat import stop_if_done
 from ..files import quoted
-from ..hub import complete_uploads
+from ..hub import complete_card
 from .batches import CalibrateFirst, generated_step, generates, number_to_calibrate
 from .callback import PhiBalanceCallback, find_callback
 from .checkpoints import complete_checkpoint, marked_step, save_in_order
@@ -114,6 +114,7 @@ class Attachment:
         "evaluate",
         "_load_optimizer_and_scheduler",
         "_save_checkpoint",
+        "create_model_card",
     )
 
     def __init__(self, trainer: Any, callback: PhiBalanceCallback, process_group: Any, added: list[Any]) -> None:
@@ -128,7 +129,6 @@ class Attachment:
         self._warn_about_engine()
         for name in self.WRAPPED:
             self._wrap(name, getattr(self, name))
-        self._restore.append(complete_uploads(trainer, callback.history))
         callback.detach = self.detach
 
     @property
@@ -261,6 +261,9 @@ class Attachment:
         if source and folder.resolve() == Path(source).resolve() and marked_step(folder) == step:
             return None  # it already holds this state, and during a rewrite no checkpoint would be complete
         return save_in_order(trainer, balancer, folder, functools.partial(inner, model, trial))
+
+    def create_model_card(self, inner: Callable, *args: Any, **kwargs: Any) -> None:
+        complete_card(self.trainer, self.callback.history, functools.partial(inner, *args, **kwargs))
 
     # ------------------------------------------------------------------ once, in `attach`
 

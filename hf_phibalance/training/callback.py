@@ -108,6 +108,12 @@ class PhiBalanceCallback(TrainerCallback):
                 f"The best checkpoint {best} has no {STATE_NAME}: its weights get the duals of the last step."
             )
 
+    def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Writes the state into the folder that `Trainer` uploads. `Trainer` copies only known files from checkpoints."""
+        balancer = find_balancer(model)
+        if balancer is not None and balancer.is_saved and state.is_world_process_zero:
+            balancer.save(str(args.output_dir))
+
     def training_metrics(self, step: int) -> dict[str, float]:
         """Returns the means over the steps since the last log as `moe/...`, and adds the loads to `history`."""
         figures, self._figures = self._figures, None
