@@ -35,8 +35,9 @@ from ..inspection import (
     print_inspection,
     print_placement,
 )
+from ..maths import experts_per_rank
 from ..models import Upcycling, load_any, load_tokenizer, register_deepseek_moe
-from ..routers import predicts_tokens
+from ..routers import find_routers, predicts_tokens
 from ..tasks import make_splits
 from .runs import Run, follow, screen
 
@@ -85,6 +86,8 @@ def _inspect(args: argparse.Namespace, tokenizer: Any, domains: Sequence[Any], e
     """Loads a model, and inspects it with progress bars on the console `errors`. The model is freed afterwards."""
     with errors.status(f"Loading {escape(printable(args.model))}"):
         model = _load_model(args, False if args.ignore_phi_balance else None)
+    for site in find_routers(model) if "ranks" in args else ():
+        experts_per_rank(site.num_experts, args.ranks)  # raises before the texts are read
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())
     with Progress(
         TextColumn("{task.description}", markup=False), *columns, console=errors, transient=True
@@ -110,6 +113,10 @@ def run_place(args: argparse.Namespace, command: list[str]) -> int:
     _check_numbers(args, ranks=1, seq_len=1, batch_size=1, max_tokens=0)
     for name in ("json", "map"):
         _check_file(name, getattr(args, name))
+    if args.map and (args.map == args.json or not args.map.endswith((".json", "-"))):
+        raise ValueError(
+            f"`--map` must be a .json file (SGLang reads no other) that is not that of `--json`, got {args.map}."
+        )
     _check_model(args)
 
     console, errors = Console(stderr="-" in (args.json, args.map)), Console(stderr=True)

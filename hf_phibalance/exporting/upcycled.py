@@ -12,18 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
-from ..files import find_file, hub_arguments, hub_name, public_name, versions
+from ..files import find_file, hub_arguments, hub_name, public_name, quoted, versions
 from ..hub import CARD_NAME, as_code, markdown_table
-from ..models import Difference, Upcycler, Upcycling, difference, find_adapter, made_logits
-from .writing import check_destination, find_tokenizer, weight_files, whole_folder
+from ..models import (
+    Difference,
+    Upcycler,
+    Upcycling,
+    check_whole,
+    difference,
+    find_adapter,
+    made_logits,
+    open_weights,
+)
+from .writing import UNFINISHED, check_destination, find_tokenizer, weight_files, whole_folder
 
 
+logger = logging.get_logger(__name__)
 LICENSE_FIELDS = ("license", "license_name", "license_link")  # of a model card
 
 
@@ -151,7 +161,7 @@ def _write_weights(upcycler: Upcycler, files: Mapping[str, str], folder: Path, l
 def _converted(upcycler: Upcycler, files: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of the MoE model. `files` are the dense tensors' names and the files that hold them."""
     for path in dict.fromkeys(files.values()):
-        with safe_open(path, "pt") as file:
+        with open_weights(path) as file:
             for name in (name for name, holder in files.items() if holder == path):
                 yield from upcycler.convert(name, file.get_tensor(name))
 
@@ -179,17 +189,19 @@ def _logits(source: str | os.PathLike, scratch: Path, loading: Mapping[str, Any]
             source, device_map=devices, offload_folder=offload, output_loading_info=True, **hub_arguments(loading)
         )
         model, info = loaded
-        if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
-            raise ValueError(
-                f"{wrong[0]!r} in {source} is missing or has another shape than config.json says: download it again."
-            )
+        check_whole(info, str(source))
         return made_logits(model)
 
 
 def _write_card(report: UpcycleReport, folder: Path, loading: Mapping[str, Any]) -> None:
     """Writes a model card that names the base model, and has its license."""
     card = find_file(report.source, CARD_NAME, loading)
-    license = {key: value for key, value in ((card and metadata_load(card)) or {}).items() if key in LICENSE_FIELDS}
+    try:
+        fields = (card and metadata_load(card)) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning(f"{card} cannot be read ({quoted(str(error))}), so the new card names no license.")
+        fields = {}
+    license = {key: value for key, value in fields.items() if key in LICENSE_FIELDS}
     data = ModelCardData(
         base_model=hub_name(report.source),
         library_name="transformers",
@@ -197,5 +209,5 @@ def _write_card(report: UpcycleReport, folder: Path, loading: Mapping[str, Any])
         tags=["mixture-of-experts", "upcycled", report.model_type],
         **license,
     )
-    title = as_code(folder.name.removesuffix(".partial"))
+    title = as_code(folder.name.removeprefix(".").removesuffix(UNFINISHED))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{report.to_markdown()}\n").save(folder / CARD_NAME)

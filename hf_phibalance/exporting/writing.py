@@ -10,25 +10,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..balancing import Measurement, evaluating
 from ..files import LARGE, find_file, flush_tree, layer_labels, public_name, read_json, versions
 from ..hub import CARD_NAME, as_code, markdown_table
-from ..models import auto_class_name, load_tokenizer
+from ..models import auto_class_name, load_tokenizer, open_weights
 
 
 logger = logging.get_logger(__name__)
 REPORT_NAME = "export.json"
+UNFINISHED = ".phibalance-unfinished"
 MEANINGS = {  # what a variant is, and what was done to the bias
     "biased": ("as trained, with the bias", ""),
     "dropped": ("bias dropped", "was dropped"),
@@ -173,24 +173,33 @@ def find_tokenizer(source: str, named: str | os.PathLike | None, loading: dict[s
     """Returns the tokenizer; `None` if there is none and none is needed."""
     try:
         return load_tokenizer(source, named, loading)
-    except ValueError:
+    except ValueError as error:
         if needed or named is not None:
             raise
+        logger.warning(f"The result has no tokenizer: {error}.")
         return None
 
 
 @contextmanager
 def whole_folder(destination: Path) -> Iterator[Path]:
-    """Context manager: yields a folder to write to, which becomes `destination` at the end, or is deleted after an error."""
-    partial = destination.with_name(f"{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """
+    Context manager: yields a folder to write to, which becomes `destination` at the end, or is deleted after an error. An
+    empty folder that is there stays (it may be a mount point), and gets the files.
+    """
+    destination = destination.resolve()
+    partial = destination.with_name(f".{destination.name}{UNFINISHED}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     try:
         yield partial
         flush_tree(partial)
-        with suppress(FileNotFoundError):
-            destination.rmdir()  # an empty one
-        os.replace(partial, destination)
+        if destination.exists():
+            # config.json last: without it, nothing loads
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+                shutil.move(path, destination)
+            partial.rmdir()
+        else:
+            os.replace(partial, destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -233,13 +242,15 @@ def weight_files(source: str | os.PathLike, loading: Mapping[str, Any]) -> dict[
     """Returns `{tensor name: safetensors file}` of a checkpoint."""
     path = find_file(source, SAFE_WEIGHTS_NAME, loading)
     if path is not None:
-        with safe_open(path, "pt") as file:
+        with open_weights(path) as file:
             return dict.fromkeys(file.keys(), path)
     index = find_file(source, SAFE_WEIGHTS_INDEX_NAME, loading)
     if index is None:
         return {}
     shards = read_json(index, "Save the model again.", LARGE)["weight_map"]
     paths = {shard: find_file(source, shard, loading) for shard in set(shards.values())}
+    if missing := sorted(shard for shard, path in paths.items() if path is None):
+        raise ValueError(f"{missing[0]}, which {index} names, is missing. Download it again.")
     return {name: paths[shard] for name, shard in shards.items()}
 
 
@@ -249,7 +260,7 @@ def _ignored_tensors(model: Any, source: str, loading: Mapping[str, Any]) -> dic
     own, found = model.state_dict().keys(), {}
     for name, path in weight_files(source, loading).items():
         if patterns and name not in own and re.search(patterns, name):
-            with safe_open(path, "pt") as file:
+            with open_weights(path) as file:
                 found[name] = file.get_tensor(name)
     return found
 
@@ -308,7 +319,7 @@ def _write_card(report: ExportReport, folder: Path) -> None:
     """Writes the source's card plus the export section, or a new card with only that section."""
     source = Path(report.source) / CARD_NAME
     if source.is_file():
-        head = source.read_text(encoding="utf-8").rstrip() + "\n\n"
+        head = source.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n"
     else:
         title = as_code(Path(report.source).name)
         head = f"---\nlibrary_name: transformers\ntags:\n- mixture-of-experts\n---\n\n# {title}\n\n"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from ..files import find_file, hub_arguments, quoted, read_json
@@ -97,6 +98,16 @@ def load_tokenizer(source: str | os.PathLike, name: str | os.PathLike | None, kw
     return tokenizer
 
 
+@contextmanager
+def open_weights(path: str | os.PathLike) -> Iterator[Any]:
+    """Context manager: opens a safetensors file. Raises `ValueError` if it is damaged: cut off, or a pointer of git-lfs."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}). Download it again.") from error
+
+
 # ---------------------------------------------------------------------- adapters
 
 
@@ -160,7 +171,7 @@ def labels_of(source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, in
     path = find_file(source, ADAPTER_SAFE_WEIGHTS_NAME, kwargs)
     if path is None:
         return {}
-    with safe_open(path, "pt") as file:
+    with open_weights(path) as file:
         names: list[str] = file.keys()
         heads = [name for name in names if name.endswith((".model.score.weight", ".model.classifier.weight"))]
         return {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}

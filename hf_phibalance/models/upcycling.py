@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,14 @@ logger = logging.get_logger(__name__)
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 MLP_WEIGHT = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 NOT_SAVED = "rotary_emb.inv_freq"  # in old Llama checkpoints; computed today
+HEAD = "lm_head.weight"
 NOT_COPIED = ("model_type", "architectures", "transformers_version", "_name_or_path")  # config fields
 MADE_TOKENS = (4, 32)  # batch and length of the random tokens that models are compared on
 QUANTIZED = (
     "a quantized model cannot be upcycled. Load it unpacked (`dequantize`), or use the model that it was made of."
 )
-NOTABLE = 1e-4  # KL divergence in nats, above which the difference is a warning
+NOTABLE, NOTABLE_IN_HALF = 1e-4, 1e-3  # KL divergence in nats, above which the difference is a warning
+ALIGNED = 8  # transformers' grouped matrix products need rows of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Upcycler:
         count = dense.num_hidden_layers
         if wrong := [layer for layer in options.dense_layers if not 0 <= layer < count]:
             raise ValueError(f"`dense_layers` must be numbers from 0 to {count - 1}, got {wrong}.")
-        self.options, self.family = options, found
+        self.options, self.family, self.dense = options, found, dense
         self.layers = [n for n in range(count) if (n + 1) % options.every == 0 and n not in options.dense_layers]
         if not self.layers:
             raise ValueError(
@@ -146,9 +148,9 @@ class Upcycler:
     def _make_config(self, dense: PreTrainedConfig) -> PreTrainedConfig:
         options, family = self.options, self.family
         size, rest = divmod(dense.intermediate_size, options.splits)
-        if rest:
+        if rest or size % ALIGNED:
             raise ValueError(
-                f"`splits` must divide intermediate_size={dense.intermediate_size}, got {options.splits}."
+                f"`splits` must cut intermediate_size={dense.intermediate_size} into parts of a multiple of {ALIGNED}, got {options.splits}."
             )
         if not family.dense_layers and (options.every > 1 or options.dense_layers):
             raise ValueError(
@@ -162,7 +164,8 @@ class Upcycler:
         if family is QWEN3_MOE and len(windows) > 1:
             raise ValueError(
                 f"`layer_types` with {windows} cannot be upcycled: in a {family.model_type} all layers have a sliding window, or "
-                "none. If your texts are shorter than the window, set `use_sliding_window` to false in config.json."
+                "none. If your texts are shorter than the window, set `use_sliding_window` to false in config.json, and remove "
+                "`layer_types`."
             )
         known = AutoConfig.for_model(family.model_type)
         fields = {name: value for name, value in dense.to_dict().items() if hasattr(known, name) or name == "head_dim"}
@@ -178,13 +181,19 @@ class Upcycler:
         return AutoConfig.for_model(family.model_type, **fields)
 
     def check_names(self, names: Collection[str]) -> None:
-        """Raises `ValueError` if a matrix of an MLP that is to be upcycled is not among the names of tensors."""
-        wanted = (f"model.layers.{layer}.mlp.{matrix}.weight" for layer in self.layers for matrix in MATRICES)
+        """Raises `ValueError` if a tensor of the dense model is not among the names of tensors."""
+        with torch.device("meta"):
+            dense: Any = transformers.AutoModelForCausalLM.from_config(self.dense)
+        wanted = (name for name in dense.state_dict() if not self._is_tied(name))
         if missing := next((name for name in wanted if name not in names), None):
             raise ValueError(
                 f"{missing!r} is not among the tensors of the model. It must be an ordinary checkpoint: without an adapter, and for "
                 "the command in safetensors files. `phb.upcycle` takes whatever from_pretrained loads."
             )
+
+    def _is_tied(self, name: str) -> bool:
+        """True for a head that is the embeddings. Some versions of transformers would untie it if it were there."""
+        return name == HEAD and self.config.tie_word_embeddings
 
     def convert(self, name: str, dense: Tensor) -> Iterator[tuple[str, Tensor]]:
         """
@@ -193,7 +202,7 @@ class Upcycler:
         """
         found = MLP_WEIGHT.fullmatch(name)
         if found is None or int(found[1]) not in self.layers:
-            if not name.endswith(NOT_SAVED):
+            if not name.endswith(NOT_SAVED) and not self._is_tied(name):
                 yield name, dense.clone()
             return
         layer, matrix = found.groups()
@@ -222,7 +231,8 @@ class Upcycler:
             part += self.options.noise * part.std() * self._normal(part, layer, matrix, expert, "noise")
         if self.options.reinit:
             # the same neurons in all three matrices
-            neurons = torch.randperm(part.shape[axis], generator=self._generator(layer, expert, "neurons"))
+            numbers = self._generator(layer, expert, "neurons")
+            neurons = torch.randperm(part.shape[axis], generator=numbers, device="cpu")
             neurons = neurons[: math.ceil(self.options.reinit * len(neurons))].to(part.device)
             old = part.index_select(axis, neurons)
             new = old.mean() + old.std() * self._normal(old, layer, matrix, expert, "reinit")
@@ -236,10 +246,13 @@ class Upcycler:
         return (options.router_std * self._normal(rows, layer, "router")).repeat_interleave(shared, 0).to(dense.dtype)
 
     def _generator(self, *words: object) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(repr((self.options.seed, *words)).encode()))
+        return torch.Generator("cpu").manual_seed(zlib.crc32(repr((self.options.seed, *words)).encode()))
 
     def _normal(self, like: Tensor, *words: object) -> Tensor:
-        return torch.randn(like.shape, generator=self._generator(*words), dtype=like.dtype).to(like.device)
+        # on the CPU, whatever the default device
+        return torch.randn(like.shape, generator=self._generator(*words), dtype=like.dtype, device="cpu").to(
+            like.device
+        )
 
 
 def upcycle(
@@ -291,16 +304,20 @@ def upcycle(
     options = Upcycling(experts, top_k, splits, every, dense_layers, router_std, noise, reinit, seed)
     dense: Any = model_or_path
     if not isinstance(dense, nn.Module):
-        dense = transformers.AutoModelForCausalLM.from_pretrained(dense, **loading)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(dense, output_loading_info=True, **loading)
+        dense, info = loaded
+        check_whole(info, str(model_or_path))
     elif loading:
         raise TypeError(f"{', '.join(loading)}: needs a path to load from, got a {type(dense).__name__}.")
     upcycler = Upcycler(dense.config, type(dense).__name__, options)
     tensors = dense.state_dict()
-    if dense.get_output_embeddings().weight is dense.get_input_embeddings().weight:
-        del tensors["lm_head.weight"]  # some versions of transformers would untie it
     upcycler.check_names(tensors)
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise ValueError(f"Some weights are not floating-point numbers: {QUANTIZED}")
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError(
+            "Some weights are offloaded to disk. Load all of them, or run `phibalance upcycle`, which needs little memory."
+        )
     state = dict(made for name, tensor in tensors.items() for made in upcycler.convert(name, tensor))
     model = upcycler.model_class.from_pretrained(
         None,
@@ -313,13 +330,24 @@ def upcycle(
     model.name_or_path = model.config.name_or_path = ""  # an adapter must not take the dense model for its base
     model.generation_config = copy.deepcopy(dense.generation_config)
     found = difference(made_logits(dense), made_logits(model))
-    logger.log(logging.WARNING if found.kl > NOTABLE else logging.INFO, f"Upcycled into {experts} experts. {found}")
+    allowed = NOTABLE_IN_HALF if torch.finfo(dense.dtype).bits == 16 else NOTABLE
+    logger.log(logging.WARNING if found.kl > allowed else logging.INFO, f"Upcycled into {experts} experts. {found}")
     return model
+
+
+def check_whole(info: Mapping[str, Any], source: str) -> None:
+    """Raises `ValueError` if transformers' loading info names weights of `source` that it made up."""
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise ValueError(
+            f"{wrong[0]!r} in {source} is missing or has another shape than config.json says. Is it a whole model with a head for text? "
+            "Then download it again."
+        )
 
 
 def made_logits(model: Any) -> Tensor:
     """Returns the logits of a model on random tokens, `(batch, length, vocabulary)` in float32 on the CPU."""
-    tokens = torch.randint(model.config.vocab_size, MADE_TOKENS, generator=torch.Generator().manual_seed(0))
+    numbers = torch.Generator("cpu").manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, MADE_TOKENS, generator=numbers, device="cpu")
     with evaluating(model), torch.no_grad():
         return model(tokens.to(model.device), use_cache=False).logits.float().cpu()
 

@@ -107,7 +107,7 @@ def test_figures_are_those_of_the_written_model_on_texts_it_was_not_fitted_on(sa
     assert report.loaded_alone["logits_differ_by"] < 1e-5 and report.loaded_alone["warnings"] == []
     written = (destination / "export.json").read_text()
     assert json.loads(written) == json.loads(json.dumps(report.to_dict())) and str(tmp_path) not in written
-    assert not list(destination.glob("phi_balance*")) and not list(tmp_path.glob("*.partial"))
+    assert not list(destination.glob("phi_balance*")) and not list(tmp_path.glob(".*"))
     assert "phi_balance" not in (destination / "config.json").read_text()
     assert "**bias folded into the routers**" in (destination / "README.md").read_text()
 
@@ -321,4 +321,4 @@ def test_what_does_not_load_alone_is_not_left_behind(code, found, message, saved
     monkeypatch.setattr("hf_phibalance.exporting.writing.subprocess.run", lambda *args, **kwargs: done)
     with pytest.raises(ValueError, match=message):
         phb.export(saved(), tmp_path / "plain", [text], force=True, seq_len=16)
-    assert not (tmp_path / "plain").exists() and not list(tmp_path.glob("*.partial"))
+    assert not (tmp_path / "plain").exists() and not list(tmp_path.glob(".*"))

@@ -104,7 +104,7 @@ def test_a_model_of_the_hub(saved, tmp_path):
     source.rename(cached / "snapshots/abc")
     hub = {"revision": "mine", "cache_dir": tmp_path / "cache"}
     report = upcycle_checkpoint("someone/base", tmp_path / "moe", Upcycling(4), **hub)
-    assert report.difference.logit < 1e-5 and not (tmp_path / "moe.partial").exists()
+    assert report.difference.logit < 1e-5
     data = metadata_load(tmp_path / "moe/README.md")
     assert (data["base_model"], data["license"], data["license_name"]) == ("someone/base", "other", "ours")
     assert "language" not in data and {"mixture-of-experts", "mixtral"} <= {*data["tags"]}
@@ -150,11 +150,25 @@ def test_killed_in_the_middle(saved, tmp_path):
     """No folder loads. The next run does not mind what is there."""
     source, _ = saved()
     assert in_a_child(killed, source, tmp_path / "moe") == -signal.SIGKILL
-    assert not (tmp_path / "moe").exists() and len(list((tmp_path / "moe.partial").iterdir())) == 2
+    (left,) = tmp_path.glob(".moe*")
+    assert not (tmp_path / "moe").exists() and len(list(left.iterdir())) == 2
     with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "moe.partial")
+        AutoModelForCausalLM.from_pretrained(left)
     upcycle_checkpoint(source, tmp_path / "moe", Upcycling(4))
-    assert not (tmp_path / "moe.partial").exists()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("where", ["link", "here"])
+def test_an_empty_folder_that_is_there_gets_the_files(where, saved, tmp_path, monkeypatch):
+    """A link to it, and the working directory. Folders beside it with like names are not touched."""
+    source, _ = saved()
+    source = source.rename(tmp_path / "moe.partial")
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "moe")
+    monkeypatch.chdir(tmp_path / "moe")
+    upcycle_checkpoint(source, {"link": tmp_path / "link", "here": "."}[where], Upcycling(4), check=False)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "moe").config.num_local_experts == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"moe", "moe.partial", "link"} and source.exists()
 
 
 def test_an_error_leaves_nothing(saved, tmp_path, monkeypatch):
@@ -216,12 +230,28 @@ def test_sources_that_are_refused(saved, tmp_path, capsys):
         "adapter": r"adapter is an adapter, or has one in its folder. Merge it",
         "head": "'LlamaForSequenceClassification' of model_type='llama' cannot be upcycled",
         "quantized": "`quantization_config` is set",
-        "no_weights": "'model.layers.0.mlp.gate_proj.weight' is not among the tensors",
+        "no_weights": "'model.embed_tokens.weight' is not among the tensors",
         "nowhere": "there is no folder",
     }.items():
         assert cli.main(["upcycle", str(tmp_path / name), str(tmp_path / "moe")]) == 1
         assert re.search(message, capsys.readouterr().err), message
     assert not list(tmp_path.glob("moe*"))
+
+
+def test_damaged_sources(saved, tmp_path, capsys, warned):
+    """Those whose weights are damaged are refused. A card or a tokenizer that cannot be read costs a warning, not the model."""
+    source, _ = saved()
+    shard = max(source.glob("*.safetensors"))
+    (source / "README.md").write_bytes(b"---\ntitle: Foo: bar\n---\n")
+    (source / "tokenizer.json").write_text("{")
+    upcycle_checkpoint(source, tmp_path / "moe", Upcycling(4), check=False)
+    assert warned.about("README.md cannot be read") and warned.about(f"no tokenizer: no tokenizer in {source}")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "moe").config.num_local_experts == 4
+    shard.write_text("version https://git-lfs.github.com/spec/v1")
+    for message in (f"{shard} is no whole safetensors file", f"{shard.name}, which .*index.json names, is missing"):
+        assert cli.main(["upcycle", str(source), str(tmp_path / "other")]) == 1
+        assert re.search(message, capsys.readouterr().err)
+        shard.unlink(missing_ok=True)
 
 
 def test_numbers_and_destinations_that_are_refused(saved, tmp_path, monkeypatch):
@@ -238,6 +268,6 @@ def test_numbers_and_destinations_that_are_refused(saved, tmp_path, monkeypatch)
     shard = source / index["weight_map"].pop(name := "model.norm.weight")
     save_file({key: part for key, part in load_file(shard).items() if key != name}, shard, metadata={"format": "pt"})
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=f"'{name}' in .* is missing or has another shape than config.json says"):
+    with pytest.raises(ValueError, match=f"'{name}' is not among the tensors"):
         upcycle_checkpoint(source, tmp_path / "moe", Upcycling())
     assert not list(tmp_path.glob("moe*"))

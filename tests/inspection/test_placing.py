@@ -15,7 +15,9 @@ from hf_phibalance.inspection import Inspection, Layer, inspect_model, place
 def made(halves, names=("model.layers.1.mlp.gate",), layers=3):
     """An inspection of one domain with these counts `(2, E)` in each layer."""
     found = [Layer(name, 1, "softmax", torch.tensor(halves)[:, None], torch.zeros(1, 3)) for name in names]
-    return Inspection({"name": "made", "layers": layers}, {}, {"text": {"tokens": 1}}, found)
+    return Inspection(
+        {"name": "made", "model_type": "qwen3_moe", "layers": layers}, {}, {"text": {"tokens": 1}}, found
+    )
 
 
 def test_a_placement_is_measured_on_the_other_half():
@@ -70,6 +72,9 @@ def test_a_map_needs_the_numbers_of_layers():
     placement.inspection.layers.append(made([[1, 1, 1, 1], [1, 1, 1, 1]], names=("layers.1.gate",)).layers[0])
     with pytest.raises(ValueError, match=r"layers have \[2, 4\] experts"):
         placement.expert_map()
+    placement.inspection.model["model_type"] = "mixtral"
+    with pytest.raises(ValueError, match="SGLang cannot use a map of experts for model_type='mixtral'"):
+        placement.expert_map()
 
 
 @pytest.mark.slow
@@ -88,5 +93,8 @@ def test_command(tmp_path, texts, capsys):
     assert json.loads((tmp_path / "map.json").read_text()) == expected.expert_map()
     shown = capsys.readouterr().out
     assert all(f"{value:.3f}" in shown for value in expected.summary("overall").values())
+    for name in ("map.txt", "a.json"):
+        assert cli.main([*words, "--json", f"{tmp_path}/a.json", "--map", f"{tmp_path}/{name}"]) == 1
+        assert "`--map` must be a .json file" in capsys.readouterr().err
     assert cli.main([*words[:-1], "3"]) == 1
     assert re.search("`ranks` is 3.*8 experts.*divisor of 8", capsys.readouterr().err)

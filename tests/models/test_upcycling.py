@@ -11,9 +11,10 @@ from checks import assert_same
 from paths import ROOT
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import random_model, tiny_batch, tiny_config
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_phibalance as phb
+from hf_phibalance.models import Upcycler, Upcycling
 
 
 LLAMA3 = {
@@ -235,14 +236,22 @@ def test_random_numbers_are_the_seeds_and_no_others():
     first, second, other = (phb.upcycle(dense, seed=seed, **options).state_dict() for seed in (0, 0, 1))
     assert_same(first, second)
     assert torch.equal(torch.get_rng_state(), state)
+    upcycler, name = (
+        Upcycler(dense.config, "LlamaForCausalLM", Upcycling(**options)),
+        "model.layers.1.mlp.gate_proj.weight",
+    )
+    made = dict(upcycler.convert(name, dense.state_dict()[name]))
+    with torch.device("meta"):  # a default device changes nothing
+        assert_same(made, dict(upcycler.convert(name, dense.state_dict()[name])))
     changed = {name for name in first if not torch.equal(first[name], other[name])}
     assert changed == {name for name in first if ".mlp." in name}
 
 
-def test_half_precision():
+def test_half_precision(warned):
     """Copies are the dense weights bit for bit."""
     dense = dense_model().bfloat16()
     model = phb.upcycle(dense)
+    assert not warned.about("logits differ")
     assert model.dtype == torch.bfloat16 == model.model.layers[0].mlp.gate.weight.dtype
     for found, old in zip(experts_of(model), matrices_of(dense)):
         assert torch.equal(found, old.expand_as(found))
@@ -277,7 +286,11 @@ def test_a_path_is_loaded(tmp_path):
             "got experts=6 and splits=4. .* with splits=4, 8 copies .* are 32 experts",
         ),
         ("qwen3", {"splits": 0}, "`splits` must be 1 or more. Got 0"),
-        ("qwen3", {"splits": 64, "experts": 64}, "`splits` must divide intermediate_size=32, got 64"),
+        (
+            "qwen3",
+            {"splits": 64, "experts": 64},
+            "`splits` must cut intermediate_size=32 into parts of a multiple of 8, got 64",
+        ),
         (
             "qwen3",
             {"top_k": 1},
@@ -326,11 +339,24 @@ def test_models_that_do_not_fit(model_type, fields, message):
         phb.upcycle(random_model(AutoModelForCausalLM, tiny_config(model_type, **fields), 0))
 
 
-def test_what_is_no_plain_language_model():
-    """A classifier, adapters in their two forms, and a quantized model."""
-    classifier = random_model(AutoModelForSequenceClassification, tiny_config("llama"), 0)
-    with pytest.raises(ValueError, match=r"'LlamaForSequenceClassification' of .* must be a dense language model"):
-        phb.upcycle(classifier)
+def test_what_is_no_plain_language_model(tmp_path):
+    """A classifier and a model without head, in memory or saved, adapters in their forms, and a quantized model."""
+    for auto, kind in (
+        (AutoModelForSequenceClassification, "LlamaForSequenceClassification"),
+        (AutoModel, "LlamaModel"),
+    ):
+        other = random_model(auto, tiny_config("llama"), 0)
+        with pytest.raises(ValueError, match=f"'{kind}' of .* must be a dense language model"):
+            phb.upcycle(other)
+        other.save_pretrained(tmp_path / kind)
+        with pytest.raises(ValueError, match=f"'lm_head.weight' in .*{kind} is missing"):
+            phb.upcycle(tmp_path / kind)
+    attention = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    dense_model().save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), attention)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"q_proj\.weight' is not among the tensors"):
+        phb.upcycle(tmp_path / "adapter")
     lora = LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match=r"'PeftModelForCausalLM' of .* Merge an adapter first"):
         phb.upcycle(get_peft_model(dense_model(), lora))
@@ -340,6 +366,8 @@ def test_what_is_no_plain_language_model():
         ValueError, match=r"'model.layers.0.mlp.down_proj.weight' is not among the tensors of the model"
     ):
         phb.upcycle(inside)
+    with pytest.raises(ValueError, match="Some weights are offloaded to disk"):
+        phb.upcycle(dense_model().to("meta"))
     quantized = dense_model()
     quantized.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(ValueError, match="`quantization_config` is set: a quantized model cannot be upcycled"):
