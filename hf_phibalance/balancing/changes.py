@@ -100,6 +100,8 @@ class WrappedForward:
         def forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self(*args, **kwargs)
 
+        forward.__signature__ = inspect.signature(type(module).forward)  # type: ignore[attr-defined]
+        del forward.__wrapped__  # accelerate would take it for the forward without ours
         return forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ from ..routers import BiasedTopK, RouterSite, image_tokens
 from .counts import Counts
 from .duals import LOGIT_WIDTH
 from .gradient import add_gradient, new_key
-from .process import backward_node, in_backward, loss_scale, unrecorded
+from .process import backward_node, in_backward, loss_scale, running_backward, unrecorded
 from .step import Forward
 from .tokens import Tokens, count_mask, count_padding, hidden_of, packed_sequences
 
@@ -271,7 +271,7 @@ class Forwards:
 
     def _begin_training(self, tokens: Tokens, padding: Tensor | None) -> Forward:
         balancer = self.balancer
-        balancer.loop.continue_or_begin()
+        balancer.loop.continue_or_begin(self._thread.micro_batch)
         balancer.duals.keep_native_fp32()
         number = tokens.count
         if balancer.now.tokens is None and balancer.ranks > 1 and balancer.config.adds_gradient:
@@ -288,7 +288,21 @@ class Forwards:
         parts: Any = output.values() if isinstance(output, Mapping) else output
         for part in parts if isinstance(output, (Mapping, tuple, list)) else [output]:
             if isinstance(part, Tensor) and part.requires_grad:
-                part.register_hook(lambda gradient: self.settle(forward))
+                part.register_hook(lambda gradient: self._come_to(forward))
+
+    def _come_to(self, forward: Forward) -> None:
+        """Settles `forward` in the running backward. Adds its prices anew if the gradients of an earlier backward were dropped."""
+        if forward.added and forward.backward != running_backward() and self._has_no_gradient():
+            forward.added.clear()
+        forward.backward = running_backward()
+        self.settle(forward)
+
+    def _has_no_gradient(self) -> bool:
+        """Whether what is trained in the backbone has no gradient. Embeddings may have one: a tied head comes first in a backward."""
+        backbone: Any = self.balancer.backbone
+        modules = (module for module in backbone.modules() if not isinstance(module, nn.Embedding))
+        trained = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
+        return bool(trained) and all(p.grad is None for p in trained)
 
     # ------------------------------------------------------------------ a call of a router
 

@@ -55,6 +55,7 @@ class Loop:
         self.idle_steps = 0  # of optimizers that own parameters, since the last backward through the routers
         self._unseen_steps, self._version = 0, -1  # weight changes without a step of torch's optimizers
         self._ended = 0  # steps
+        self.ends_after = -1  # number of the backward that ends a step, if optimizers step inside it
         self._held: set[int] = set()  # ids of the model's parameters that the optimizers hold which have stepped
         self._owners: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._now: OptimizerStep | None = None  # made lazily: in the middle of a copy there are no duals yet
@@ -102,8 +103,8 @@ class Loop:
             raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
         if self.now.settled == 0:
             self._now = None
-        elif self._is_given_up():
-            self._give_up()
+        elif self.is_given_up() or not any(p.grad is not None and p.grad.any() for p in self._trained()):
+            self._give_up()  # all None, or all zero after zero_grad(set_to_none=False)
         elif self.now.number is not None:
             logger.warning_once(
                 "begin_step() came again, but no optimizer of the model has stepped since the last one. The step goes on, over "
@@ -133,12 +134,15 @@ class Loop:
         in_front = 0 if balancer.config.token_mask == "labels" else balancer.virtual_tokens or 0
         return number + in_front * sum(len(mask) for mask in masks)
 
-    def continue_or_begin(self) -> None:
-        """Called when a training forward begins. Begins a new step if the current one was given up."""
+    def continue_or_begin(self, micro_batch: int | None) -> None:
+        """Called when a training forward begins. Begins a new step, or a Trainer's step anew, if the current one was given up."""
+        process.wrap_imported()
         if self.now.counts.flat.device != self.balancer.duals.values.device:
             self._now = self._last = None
-        elif self.now.settled and self.now.number is None and self._is_given_up():
+        elif self.now.settled and self.now.number is None and self.is_given_up():
             self._give_up()
+        elif micro_batch in self.now.served and self.is_given_up():
+            self.now.restart()
         probe = next(self._trained(), None)
         self._version = -1 if probe is None else probe._version
 
@@ -157,7 +161,7 @@ class Loop:
     def _trained(self) -> Iterator[Tensor]:
         return (p for p in self.balancer.root.parameters() if p.requires_grad)
 
-    def _is_given_up(self) -> bool:
+    def is_given_up(self) -> bool:
         """Whether the gradients of the current step are gone."""
         trained = list(self._trained())
         if not trained:  # only an optimizer of prompts could end its steps

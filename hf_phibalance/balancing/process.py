@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .balancer import PhiBalancer
 
 
+NO_NUMBER = 2**64 - 1  # of nodes that accumulate a leaf's gradient, which recompute nothing
 is_stepping = False  # whether an optimizer of torch's is stepping; it may run closures
 on_train: list[Callable[[Any], None]] = []  # called with a Trainer that begins to train
 _balancers: list[weakref.ref[PhiBalancer]] = []  # in the order of patching, which is the same on all ranks
@@ -54,10 +55,6 @@ def follow(balancer: PhiBalancer) -> None:
         _waiting[:] = _wrappers
         _undo.append(register_optimizer_step_pre_hook(_before_optimizer).remove)
         _undo.append(register_optimizer_step_post_hook(_after_optimizer).remove)
-        scalers: Any = (torch.amp.GradScaler, *torch.amp.GradScaler.__subclasses__())
-        for scaler in scalers:
-            _wrap(scaler, "scale", _scale)
-            _wrap(scaler, "update", _update)
         if torch._dynamo.config.skip_nnmodule_hook_guards:
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             _undo.append(functools.partial(setattr, torch._dynamo.config, "skip_nnmodule_hook_guards", True))
@@ -84,7 +81,12 @@ def wraps(module: str, cls: str, name: str) -> Callable[[Callable], Callable]:
 
 
 def wrap_imported() -> None:
-    """Wraps the methods of classes that have been imported since the last call, such as PEFT's."""
+    """Wraps the methods of classes that have been imported since the last call, such as PEFT's, or FSDP's GradScaler."""
+    scalers: list[Any] = [torch.amp.GradScaler] if _undo else []
+    for scaler in scalers:  # grows by the subclasses
+        scalers += scaler.__subclasses__()
+        _wrap(scaler, "scale", _scale)
+        _wrap(scaler, "update", _update)
     for entry in list(_waiting):
         module, name, method, outer = entry
         cls = getattr(sys.modules.get(module), name, None)
@@ -131,7 +133,8 @@ def _after_optimizer(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     for balancer in balancers():
         if not in_backward():
             balancer.loop.optimizer_has_stepped(optimizer, skipped)
-        elif balancer.loop.is_owned_by(optimizer):  # one optimizer per parameter, stepping inside the backward
+        elif balancer.loop.is_owned_by(optimizer) and balancer.loop.ends_after != (backward := running_backward()):
+            balancer.loop.ends_after = backward  # one optimizer per parameter, stepping inside the backward
             end = functools.partial(balancer.loop.optimizer_has_stepped, optimizer, skipped)
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
@@ -149,18 +152,20 @@ def _begin_scaled(scaler: Any, grad: Tensor) -> None:
     """Notes the scale when the backward of a scaled loss begins at the loss."""
     if len(_scales) > 8:
         _scales.clear()
-    _scales[torch._C._current_graph_task_id()] = scaler, scaler._scale
+    _scales[running_backward()] = scaler, scaler._scale
 
 
 def loss_scale() -> tuple[Any, Tensor] | None:
     """Returns the GradScaler and the scale of the loss in the running backward; `None` if it is not scaled."""
-    return _scales.get(torch._C._current_graph_task_id())
+    return _scales.get(running_backward())
 
 
 def _update(inner: Callable, scaler: Any, *args: Any, **kwargs: Any) -> None:
+    found = [inf for state in scaler._per_optimizer_states.values() for inf in state["found_inf_per_device"].values()]
     inner(scaler, *args, **kwargs)
     for balancer in balancers():
-        if balancer.now.scaler is scaler:  # no optimizer has ended the step, so it was skipped
+        # an optimizer of torch's would have ended the step; others may have stepped too
+        if balancer.now.scaler is scaler and any(inf.item() for inf in found):
             balancer.loop.end(skipped=True)
 
 
@@ -179,9 +184,13 @@ def _train(inner: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
 # ---------------------------------------------------------------------- the running backward
 
 
+def running_backward() -> int:
+    """Returns the number of the backward that is running in this thread; -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
 def in_backward() -> bool:
-    """Whether a backward is running in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return running_backward() != -1
 
 
 def backward_node() -> int | None:
@@ -189,7 +198,8 @@ def backward_node() -> int | None:
     if not in_backward():
         return None
     node: Any = torch._C._current_autograd_node()
-    return -1 if node is None else node._sequence_nr()
+    number = -1 if node is None else node._sequence_nr()
+    return -1 if number == NO_NUMBER else number
 
 
 def next_node() -> int:

@@ -47,6 +47,7 @@ class Forward:
         self.share: Tensor | None = None  # () weight 1/N of a token, once a backward has come
         self.price: Tensor | None = None  # (L, E) coef · q, once a backward has come
         self.added: set[int] = set()  # routers that have added their gradient
+        self.backward = -1  # number of the last backward that came to it
         self.first_node = next_node()  # number of the first autograd node that it makes
         self.key = 2 * next(_keys)  # its number in compiled code
         step.alive[self.key] = self
@@ -103,6 +104,11 @@ class OptimizerStep:
             self.expected = tokens
         self.number, self.tokens, self.parts, self.share = number, tokens, parts, share
         self.first, self.served = self.settled, set()
+
+    def restart(self) -> None:
+        """Forgets all backwards, whose gradients are gone. What was announced stays."""
+        self.counts.flat.zero_()
+        self.settled, self.served, self.members = self.first, set(), []
 
     def find(self, node: int) -> Forward | None:
         """Returns the forward that the autograd node with this number recomputes: the last one begun before it."""

@@ -173,7 +173,12 @@ class Attachment:
 
     def train(self, inner: Callable, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.callback.resumed_from = None
-        return inner(complete_checkpoint(self.trainer, resume_from_checkpoint), *args, **kwargs)
+        try:
+            return inner(complete_checkpoint(self.trainer, resume_from_checkpoint), *args, **kwargs)
+        except BaseException:
+            for balancer in self.balancers():
+                balancer.discard_step()  # another loop may go on with the model
+            raise
 
     def get_batch_samples(self, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """Draws the batches of an optimizer step, and announces their tokens."""

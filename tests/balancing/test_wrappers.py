@@ -62,6 +62,19 @@ def test_dispatched_model_trains_the_same(how, order, model_type, token_mask):
     assert_same(gradients(model, batch), gradients(plain, batch))
 
 
+def test_a_model_without_head_that_accelerate_unwraps():
+    """accelerate replaces its forward for mixed precision, and looks for the one below when it unwraps."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    model = phb.patch(tiny_model("mixtral").model.train(), {"coef": COEF})
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.backward(wrapped(**{k: v for k, v in tiny_batch(model).items() if k != "labels"})[0].sum())
+    optimizer.step()
+    assert phb.get_balancer(model).steps == 1
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "ernie4_5_moe"])

@@ -6,12 +6,14 @@ the ordinary model.
 """
 
 import contextlib
+import math
 
 import lightning
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from checks import assert_same
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision as FabricPrecision
 from lightning.pytorch.plugins import MixedPrecision as LightningPrecision
@@ -398,7 +400,7 @@ def test_sam_steps_with_the_gradient_at_the_perturbed_weights():
     assert_declared(*both(loop))
 
 
-def test_an_optimizer_for_each_parameter_steps_inside_the_backward():
+def test_an_optimizer_for_each_parameter_steps_inside_the_backward(warned):
     def loop(model, watch, _):
         own = {parameter: SGD([parameter], lr=0.0) for parameter in model.parameters()}
 
@@ -412,6 +414,7 @@ def test_an_optimizer_for_each_parameter_steps_inside_the_backward():
             model(**batch).loss.backward()
 
     assert_declared(*both(loop))
+    assert not warned.lines
 
 
 @pytest.mark.parametrize("announced", [False, True])
@@ -474,6 +477,19 @@ def given_up_with_zeros(model, watch, balancer):
     one_step(model, optimizer, model(**DATA[1]).loss)
 
 
+def given_up_after_an_announcement(model, watch, balancer):
+    """The same, and the next announcement comes instead."""
+    optimizer = sgd(model)
+    for batch in DATA[:2]:
+        if balancer is not None:
+            balancer.begin_step([batch])
+        watch.forget()
+        model(**batch).loss.backward()
+        if batch is DATA[0]:
+            optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+
+
 def not_finite(model, watch, _):
     """Skips a micro-batch with NaN loss before its backward."""
     optimizer = sgd(model)
@@ -501,17 +517,97 @@ def failed(model, watch, _):
         one_step(model, optimizer, model(**{name: tensor[:1] for name, tensor in batch.items()}).loss)
 
 
-@pytest.mark.parametrize("loop", [given_up, given_up_with_zeros, not_finite, failed])
+@pytest.mark.parametrize("loop", [given_up, given_up_with_zeros, given_up_after_an_announcement, not_finite, failed])
 def test_what_is_given_up_neither_pays_nor_counts(loop):
     assert_declared(*both(loop))
+
+
+# ---------------------------------------------------------------------- several backwards of a forward
+
+
+def measured_first(model, loss):
+    """The gradient is measured, dropped, and made again."""
+    loss.backward(retain_graph=True)
+    model.zero_grad()
+    loss.backward()
+
+
+def balanced_losses(model, loss):
+    """GradNorm measures the gradient of each loss at a layer before the backward."""
+    torch.autograd.grad(loss, [model.model.embed_tokens.weight], retain_graph=True)
+    loss.backward()
+
+
+def projected(model, loss):
+    """PCGrad makes the gradient of each task by itself, and takes their mean."""
+    found = []
+    for factor in (0.5, 1.5):
+        model.zero_grad()
+        (factor * loss).backward(retain_graph=True)
+        found.append([p.grad for p in model.parameters()])
+    for parameter, *parts in zip(model.parameters(), *found):
+        parameter.grad = torch.stack(parts).mean(0)
+
+
+def in_parts(model, loss):
+    """Two backwards add up."""
+    (0.5 * loss).backward(retain_graph=True)
+    (0.5 * loss).backward()
+
+
+@pytest.mark.parametrize("backward", [measured_first, balanced_losses, projected, in_parts])
+@pytest.mark.parametrize("tied", [False, True])
+def test_several_backwards_of_a_forward(backward, tied):
+    def loop(model, watch, _):
+        optimizer = sgd(model)
+        for batch in DATA[:2]:
+            backward(model, model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    found = both(loop, tie_word_embeddings=tied)
+    assert_declared(*found, lambda: ordinary(tie_word_embeddings=tied))
+
+
+def test_forwards_in_a_hook_of_a_leaf(warned):
+    """sentence-transformers' cached losses run their forwards in the backward of a loss that is a leaf."""
+    model = priced(phb.patch(ordinary().train(), {"coef": COEF}))
+    balancer, found = phb.get_balancer(model), []
+
+    def run(gradient):
+        with torch.enable_grad():
+            model(**DATA[0]).loss.backward()
+
+    for is_leaf in (False, True):
+        loss = torch.zeros((), requires_grad=True) if is_leaf else model(**DATA[0]).loss
+        if is_leaf:
+            loss.register_hook(run)
+        loss.backward()
+        found.append(({name: p.grad for name, p in model.named_parameters()}, balancer.now.counts.flat))
+        model.zero_grad()
+        balancer.discard_step()
+    assert_same(*(gradients for gradients, _ in found))
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 # ---------------------------------------------------------------------- fp16: the scale of a GradScaler
 
 
-def scaled(optimizer, steps, announced=False, unscale=False, autocast=None):
+def sharded_scaler(device, **options):
+    """FSDP's GradScaler has a `scale` of its own, and accelerate imports it after the patch."""
+
+    class Sharded(torch.amp.GradScaler):
+        def scale(self, outputs):
+            if self._scale is None:
+                self._lazy_init_scale_growth_tracker(torch.device(device))
+            return outputs * self._scale
+
+    return Sharded(device, **options)
+
+
+def scaled(optimizer, steps, announced=False, unscale=False, autocast=None, make_scaler=torch.amp.GradScaler):
     def loop(model, watch, balancer):
-        own, scaler = optimizer(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        own, scaler = optimizer(model), make_scaler("cpu", init_scale=1024.0)
         for step in steps:
             if balancer is not None and announced:
                 balancer.begin_step(step)
@@ -534,12 +630,35 @@ SCALED = {
     "unscaled before clipping": scaled(sgd, ONE_EACH, unscale=True),
     "fused adamw": scaled(OPTIMIZERS["adamw fused"], ONE_EACH),
     "accumulation": scaled(sgd, [DATA[:3], DATA[3:5]], announced=True),
+    "a class made since": scaled(sgd, ONE_EACH, make_scaler=sharded_scaler),
 }
 
 
 @pytest.mark.parametrize("loop", SCALED)
 def test_the_scale_of_a_grad_scaler_is_found(loop):
     assert_declared(*both(SCALED[loop]))
+
+
+def test_an_optimizer_that_is_not_of_torch_under_a_grad_scaler():
+    """The loop calls `balancer.step()`, as it must. The first of three steps overflows."""
+
+    class Own:
+        def __init__(self, model):
+            self.param_groups = [{"params": list(model.parameters())}]
+
+        def step(self):
+            pass
+
+    model = phb.patch(ordinary().train(), {"coef": COEF})
+    balancer, own, scaler = phb.get_balancer(model), Own(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for number, batch in enumerate(DATA[:3]):
+        scaler.scale(model(**batch).loss * (1.0 if number else math.inf)).backward()
+        scaler.step(own)
+        scaler.update()
+        if number:
+            balancer.step()
+        model.zero_grad()
+        assert balancer.steps == number
 
 
 def test_fp16_autocast_under_a_grad_scaler():

@@ -112,8 +112,8 @@ def both(make, folder, family="mixtral", load=loaded, train=lambda trainer: trai
         model = load(family, balanced, **config)
         watch = Watch(model)
         trainer = make(model, folder / ("balanced" if balanced else "plain"))
+        watch.trainer, trainer.watch = trainer, watch
         train(trainer)
-        watch.trainer = trainer
         watches.append(watch.close())
     return watches
 
@@ -293,6 +293,37 @@ def test_losses_and_the_tokens_that_count(loss, mask, tmp_path):
     options = {"collate": pad_answers, "max_steps": 2, "gradient_accumulation_steps": 2, **LOSSES[loss]}
     found = both(lambda model, folder: make_trainer(model, folder, **options), tmp_path, token_mask=mask)
     assert_declared(*found, counts=answers_of if mask == "labels" else tokens_of)
+
+
+class Sharp(Trainer):
+    """Trains on each batch twice and drops the first gradient, as SAM does, or after an error."""
+
+    def training_step(self, model, *args, **kwargs):
+        super().training_step(model, *args, **kwargs)
+        model.zero_grad()
+        self.watch.forget()
+        return super().training_step(model, *args, **kwargs)
+
+
+def test_a_batch_that_is_trained_on_anew(tmp_path):
+    def make(model, folder):
+        return make_trainer(model, folder, cls=Sharp, max_steps=2)
+
+    assert_declared(*both(make, tmp_path))
+
+
+class Dies(Trainer):
+    def training_step(self, *args, **kwargs):
+        super().training_step(*args, **kwargs)
+        raise KeyboardInterrupt
+
+
+def test_a_trainer_that_died_leaves_no_step_behind(tmp_path):
+    """Another loop may go on with the model."""
+    model = loaded("mixtral", True)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(model, tmp_path, cls=Dies, gradient_accumulation_steps=2).train()
+    assert phb.get_balancer(model).now.settled == 0 and phb.get_balancer(model).now.number is None
 
 
 def test_two_forwards_of_each_batch(tmp_path):
