@@ -74,7 +74,9 @@ def _save_adapters(inner: Callable, model: Any, save_directory: str, *args: Any,
     balancer = find_balancer(model) if kwargs.get("is_main_process", True) else None
     if balancer is not None and balancer.is_saved and not (dist.is_initialized() and dist.get_rank()):
         balancer.follow_adapter()
-        for name in [balancer.duals.adapter, *(other for other in balancer.duals.by_adapter if other is not None)]:
+        names = [balancer.duals.adapter, *(other for other in balancer.duals.by_adapter if other is not None)]
+        selected = kwargs.get("selected_adapters")
+        for name in names if selected is None else [name for name in names if (name or "default") in selected]:
             with balancer.using_adapter(name):
                 balancer.save(save_directory if name in (None, "default") else Path(save_directory, name))
         if balancer.has_bias and any(bool(bias.any()) for bias in balancer.biases().values()):

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from ..balancing import get_balancer, patch
 from ..config import PhiBalanceConfig
@@ -36,7 +37,7 @@ from ..inspection import (
     print_placement,
 )
 from ..maths import experts_per_rank
-from ..models import Upcycling, load_any, load_tokenizer, register_deepseek_moe
+from ..models import Upcycling, check_whole, load_any, load_tokenizer, register_deepseek_moe
 from ..routers import find_routers, predicts_tokens
 from ..tasks import make_splits
 from .runs import Run, follow, screen
@@ -51,6 +52,8 @@ def run_inspect(args: argparse.Namespace, command: list[str]) -> int:
     _check_numbers(args, seq_len=1, batch_size=1, max_tokens=0, top=0, examples=0)
     for name in ("json", "html"):
         _check_file(name, getattr(args, name))
+    if args.json and args.json == args.html:
+        raise ValueError(f"`--json` and `--html` are both {quoted(args.json)}: name two files.")
     models = [args]
     if args.tuned:
         models.append(argparse.Namespace(**{**vars(args), "model": args.tuned, "revision": None}))
@@ -242,8 +245,10 @@ def _check_file(option: str, path: str | None) -> None:
 
 def _check_model(args: argparse.Namespace) -> None:
     """Raises if the model is neither a folder nor on the Hub."""
-    if Path(args.model).exists():
+    if Path(args.model).is_dir():
         return
+    if Path(args.model).exists():
+        raise ValueError(f"{quoted(args.model)} is a file: name the folder of the checkpoint.")
     try:
         names = ("config.json", "adapter_config.json")
         if any(find_file(args.model, name, _loading_options(args)) for name in names):
@@ -290,7 +295,14 @@ def _load_tokenizer(args: argparse.Namespace) -> Any:
 def _load_model(args: argparse.Namespace, phi_balance: bool | None, is_trainable: bool = False) -> Any:
     """Loads the model, balanced as it was saved if `phi_balance` is `None`. The adapter, if any, may be trainable."""
     register_deepseek_moe()
-    return load_any(args.model, phi_balance=phi_balance, is_trainable=is_trainable, **_loading_options(args))
+    loading = {"phi_balance": phi_balance, "is_trainable": is_trainable, **_loading_options(args)}
+    try:
+        model, info = load_any(args.model, output_loading_info=True, **loading)
+    except (SafetensorError, RuntimeError, AssertionError) as error:  # damaged weights, other shapes, no such device
+        raise ValueError(f"{args.model} cannot be loaded: {str(error).strip()}") from error
+    if not Path(args.model, "adapter_config.json").is_file():
+        check_whole(info, args.model)
+    return model
 
 
 def _load_to_train(args: argparse.Namespace) -> Any:

@@ -1,6 +1,6 @@
 """
 Loads a checkpoint without this package, in a process of its own:
-`python -I alone.py FOLDER AUTO_CLASS EXAMPLE DEVICE_MAP TRUST_REMOTE_CODE`. EXAMPLE is a safetensors file with inputs
+`python alone.py FOLDER AUTO_CLASS EXAMPLE DEVICE_MAP TRUST_REMOTE_CODE`. EXAMPLE is a safetensors file with inputs
 and the expected `logits`. Prints what it found as one line of JSON. Warnings go to stderr.
 """
 
@@ -9,6 +9,7 @@ import sys
 
 
 def main(folder: str, auto_class: str, example: str, device_map: str, trust_remote_code: str) -> None:
+    del sys.path[0]  # the folder of this file
     sys.modules["hf_phibalance"] = None  # type: ignore[assignment]  # importing it fails
 
     import torch

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..balancing import PhiBalancer, get_balancer, patch, read_state, unpatch
+from ..balancing import PhiBalancer, fingerprint, get_balancer, patch, read_state, unpatch
 from ..files import STATE_NAME, find_state
 from ..inspection import Domain, TextStream, padded_batches, padding_of, parse_domains
-from ..models import auto_class_name, base_of, find_adapter, load_any, register_deepseek_moe
+from ..models import auto_class_name, base_of, check_whole, find_adapter, load_any, register_deepseek_moe
 from .folding import Folding, compare
 from .writing import ExportReport, check_destination, find_tokenizer, write_plain
 
@@ -165,6 +165,7 @@ def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport, list
     model, info = load_any(source, phi_balance=adapter is not None, output_loading_info=True, **loading)
     found = read_state(state)
     if adapter is None:
+        check_whole(info, source)
         patch(model, found.config)
     else:
         model = _merged(model, source)
@@ -180,6 +181,12 @@ def _load(source: str, loading: dict[str, Any]) -> tuple[Any, ExportReport, list
     if adapter is None:
         if native:
             _check_native(balancer, state, biases)
+        now, then = fingerprint(balancer.sites[0]), found.model["weights"]
+        if now and then and now != then:
+            raise ValueError(
+                f"{state} is older than the weights beside it: they were trained since, or its bias was folded into them. Save the "
+                "balanced model again, or delete the file if its bias is not meant any more."
+            )
         balancer.load(state)
     kind = "native" if native else "ours" if any(bool(bias.any()) for bias in biases.values()) else "none"
     base, of_weights = (None, loading) if adapter is None else base_of(adapter, source, loading)

@@ -353,7 +353,7 @@ class _Counts:
 
     def add_loss(self, logits_BSV: Tensor, labels_BS: Tensor) -> None:
         wanted = labels_BS[:, 1:].to(logits_BSV.device).reshape(-1)
-        logits = logits_BSV[:, :-1].reshape(len(wanted), -1).float()
+        logits = logits_BSV[:, :-1].flatten(0, 1).float()
         self.loss += float(nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum"))
         self.predicted += int((wanted != -100).sum())
 

@@ -167,6 +167,7 @@ def check_destination(destination: Path) -> None:
     """Raises `ValueError` unless `destination` is new or an empty folder."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} must be a new or an empty folder: a checkpoint would mix with what is there.")
+    destination.parent.mkdir(parents=True, exist_ok=True)  # fails now where nothing can be written
 
 
 def find_tokenizer(source: str, named: str | os.PathLike | None, loading: dict[str, Any], needed: bool = False) -> Any:
@@ -293,7 +294,7 @@ def _load_alone(
     with tempfile.TemporaryDirectory() as scratch:
         path = f"{scratch}/example.safetensors"
         save_file({name: part.contiguous().cpu() for name, part in {**inputs, "logits": logits.float()}.items()}, path)
-        words = [sys.executable, "-I", str(Path(__file__).with_name("alone.py")), str(folder), auto_class, path]
+        words = [sys.executable, str(Path(__file__).with_name("alone.py")), str(folder), auto_class, path]
         words += [loading.get("device_map") or "", str(bool(loading.get("trust_remote_code")))]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -30,10 +30,11 @@ from .checkpoints import (
     AutoClass,
     auto_class_name,
     base_of,
+    check_whole,
     find_adapter,
     find_auto_class,
     load_tokenizer,
     open_weights,
 )
 from .tiny import build_model, train_tokenizer
-from .upcycling import Difference, Upcycler, Upcycling, check_whole, difference, made_logits, upcycle
+from .upcycling import Difference, Upcycler, Upcycling, difference, made_logits, upcycle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -108,6 +108,15 @@ def open_weights(path: str | os.PathLike) -> Iterator[Any]:
         raise ValueError(f"{path} is no whole safetensors file ({error}). Download it again.") from error
 
 
+def check_whole(info: Mapping[str, Any], source: str) -> None:
+    """Raises `ValueError` if transformers' loading info names weights of `source` that it made up."""
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise ValueError(
+            f"{wrong[0]!r} in {source} is missing or has another shape than config.json says. Is it a model "
+            "with that head? Then download it again."
+        )
+
+
 # ---------------------------------------------------------------------- adapters
 
 
@@ -136,9 +145,16 @@ def base_of(adapter: dict[str, Any], source: str | os.PathLike, kwargs: dict[str
     Returns the base model of the `adapter` in `source`, and `kwargs` changed to load the base model.
 
     Raises:
-        ValueError: If the base model is an adapter too.
+        ValueError: If the base model is an adapter too, or a path where there is nothing.
     """
     base = adapter["base_model_name_or_path"]
+    if not os.path.exists(base) and (
+        os.path.isabs(base) or base.startswith(".") or base.count("/") > 1
+    ):  # no name on the Hub
+        raise ValueError(
+            f"base_model_name_or_path in {source}/adapter_config.json is {quoted(base)}, and there is nothing: the base model was moved, or "
+            "the path was relative to another folder. Correct it there."
+        )
     kwargs = _without_revision(kwargs)
     if adapter.get("revision"):
         kwargs["revision"] = adapter["revision"]

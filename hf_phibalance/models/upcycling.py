@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..balancing import evaluating
 from ..files import quoted
+from .checkpoints import check_whole
 
 
 logger = logging.get_logger(__name__)
@@ -333,15 +334,6 @@ def upcycle(
     allowed = NOTABLE_IN_HALF if torch.finfo(dense.dtype).bits == 16 else NOTABLE
     logger.log(logging.WARNING if found.kl > allowed else logging.INFO, f"Upcycled into {experts} experts. {found}")
     return model
-
-
-def check_whole(info: Mapping[str, Any], source: str) -> None:
-    """Raises `ValueError` if transformers' loading info names weights of `source` that it made up."""
-    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise ValueError(
-            f"{wrong[0]!r} in {source} is missing or has another shape than config.json says. Is it a whole model with a head for text? "
-            "Then download it again."
-        )
 
 
 def made_logits(model: Any) -> Tensor:

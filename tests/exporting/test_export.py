@@ -1,6 +1,7 @@
 """Exports: what is written loads plainly as the same model, costs what the report says, and is refused otherwise."""
 
 import json
+import math
 import subprocess
 
 import pytest
@@ -136,6 +137,49 @@ def test_where_no_bias_is_lost_the_weights_stay(bias, saved, tmp_path):
     card = (tmp_path / "plain/README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n\n# Mine\n\n## Exported for any engine\n")
     assert ("There is no selection bias" in card) == (bias == "none")
+
+
+def test_weights_that_were_trained_since_are_refused(saved, tmp_path):
+    """The same holds after a fold into the folder that the model came from."""
+    source = saved()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers[0].mlp.gate.weight.data += 0.1
+    model.save_pretrained(source)
+    with pytest.raises(ValueError, match=r"phi_balance.state is older than the weights beside it"):
+        phb.export(source, tmp_path / "plain")
+
+
+def test_weights_that_are_missing_are_refused(saved, text, tmp_path, capsys):
+    """transformers would draw them at random, and the check would find the same ones."""
+    source = saved()
+    weights = load_file(source / "model.safetensors")
+    kept = {name: part for name, part in weights.items() if ".layers.1." not in name}
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"'model\.layers\.1.* is missing or has another shape than config.json says"):
+        phb.export(source, tmp_path / "plain", [text], bias="drop", force=True)
+    for command, status in ((["inspect", str(source), "--texts", text], 1), (["doctor", str(source)], 2)):
+        assert cli.main(command) == status
+        assert "is missing or has another shape" in capsys.readouterr().err
+    (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert cli.main(["doctor", str(source)]) == 2
+    assert "cannot be loaded: " in capsys.readouterr().err
+    assert cli.main(["doctor", str(source / "config.json")]) == 2
+    assert "is a file: name the folder of the checkpoint" in capsys.readouterr().err
+
+
+def test_texts_of_one_token(saved, tmp_path):
+    """They count, and predict nothing."""
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n' * 4 + f'{{"text": "{words(60)}"}}\n' * 8)
+    report = phb.export(
+        saved(),
+        tmp_path / "plain",
+        [str(tmp_path / "short.jsonl")],
+        bias="drop",
+        force=True,
+        batch_size=1,
+        check=False,
+    )
+    assert math.isfinite(report.variants["dropped"].loss)
 
 
 def test_weights_and_state_of_different_moments_are_refused(saved, tmp_path):

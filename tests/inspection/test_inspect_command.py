@@ -91,6 +91,7 @@ def test_one_domain_has_no_specialisation(tmp_path, saved, texts, capsys):
         (["x={tmp}/chats.jsonl"], "no chat template.*--tokenizer"),
         (["x={tmp}/a.txt", "--batch_size", "0"], "`--batch_size` is 0"),
         (["x={tmp}/a.txt", "--html", "{tmp}"], "is a folder"),
+        (["x={tmp}/a.txt", "--html", "{tmp}/r", "--json", "{tmp}/r"], "`--json` and `--html` are both"),
         (["x={tmp}/a.txt", "--json", "{tmp}/a.txt/b.json"], "a.txt"),
         (["x={tmp}/a.txt", "--seq_len", "65"], "at most 64"),
         (["x={tmp}/none.txt"], "no text in domain x"),

@@ -134,6 +134,11 @@ def test_an_adapter_on_an_adapter_is_refused(base, tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"first, the base model of the adapter in .*second, is an adapter itself"):
         phb.AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    path.write_text(json.dumps(values | {"base_model_name_or_path": str(tmp_path / "moved")}))
+    with pytest.raises(
+        ValueError, match=r"base_model_name_or_path in .*second/adapter_config.json is .*moved', and there is"
+    ):
+        phb.AutoModelForCausalLM.from_pretrained(tmp_path / "second")
 
 
 def test_every_auto_class_is_that_of_transformers():

@@ -18,6 +18,7 @@ from training import tokenizer
 from trl import DPOConfig, DPOTrainer
 
 import hf_phibalance as phb
+from hf_phibalance.files import STATE_NAME
 
 
 pytestmark = pytest.mark.slow
@@ -174,6 +175,18 @@ def test_two_adapters_are_loaded_one_after_the_other(family, tmp_path):
     assert torch.equal(logits(loaded), expected["first"])
     loaded.set_adapter("second")
     assert torch.equal(logits(loaded), expected["second"])
+
+
+def test_an_adapter_that_is_not_saved_keeps_its_file(tmp_path):
+    model, _ = two_adapters("mixtral")
+    model.save_pretrained(tmp_path)
+    before = {name: (tmp_path / name / STATE_NAME).read_bytes() for name in ("first", "second")}
+    take_steps(model, 1)  # of the second adapter, the active one
+    model.set_adapter("first")
+    take_steps(model, 1)
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    after = {name: (tmp_path / name / STATE_NAME).read_bytes() for name in before}
+    assert after["first"] == before["first"] and after["second"] != before["second"]
 
 
 # ---------------------------------------------------------------------- merged
