@@ -178,12 +178,17 @@ def main(args):
     file = output if output.suffix == ".json" else output / "results.json"  # the harness adds the date to its name
     tracker = EvaluationTracker(output_path=str(file))
     model = model_fingerprint(args.model_name_or_path, backend=args.backend, **model_arguments(args))
+    manager = TaskManager(include_defaults=args.task not in OWN_TASKS)
+    if args.task not in (*OWN_TASKS, *manager.all_tasks) and not Path(args.task).expanduser().is_file():  # a YAML file
+        raise ValueError(
+            f"task={args.task!r}: use {', '.join(OWN_TASKS)}, or a task of the harness (`lm-eval ls tasks` lists them)."
+        )
     decoding = {} if args.max_new_tokens is None else {"max_gen_toks": args.max_new_tokens}
     if args.temperature > 0:
         decoding |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     options = {
         "tasks": [choose_task(args)],
-        "task_manager": TaskManager(include_defaults=args.task not in OWN_TASKS),
+        "task_manager": manager,
         "num_fewshot": args.num_fewshot,
         "limit": args.limit,
         "gen_kwargs": decoding or None,

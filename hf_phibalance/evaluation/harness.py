@@ -27,6 +27,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..balancing import find_balancer, patch
 from ..config import PhiBalanceConfig
+from ..files import find_file, quoted
 from ..models import base_of, find_adapter, load_any, register_deepseek_moe
 from ..tasks import TASKS, make_splits
 from . import scoring
@@ -43,30 +44,63 @@ def load_task(name: str, dataset_path: str | None = None, **fields: Any) -> dict
     Args:
         name (`str`): `"gsm8k"`, `"humaneval"` or `"made"`.
         dataset_path (`str`, *optional*):
-            A dataset on the Hub, a folder that `datasets.load_dataset` reads, or one file with the test problems.
+            A dataset on the Hub, a folder with `train.jsonl` and `test.jsonl` (or `.jsonl.gz`) or another one that
+            `datasets.load_dataset` reads, or one file with the test problems.
         fields: Fields of the task to replace, for example `repeats`.
 
     Raises:
-        `ValueError`: If the task needs few-shot examples, but `dataset_path` is one file of test problems.
+        `ValueError`: If a file is empty, or the task needs few-shot examples and `dataset_path` has none.
     """
     task = load_yaml(TASK_FILES / f"{name}.yaml")
     if dataset_path is None:
         return task | fields
     path = Path(dataset_path)
-    file = next((path / known for known in TASKS[name].files if (path / known).is_file()), path)
+    names = [(split, f"{split}.jsonl{end}") for split in ("train", "test") for end in (".gz", "")]  # the last wins
+    files = {split: path / file for split, file in names if (path / file).is_file()}
+    if "test" not in files:
+        file = next((path / known for known in TASKS[name].files if (path / known).is_file()), path)
+        files = {"test": file} if file.is_file() else {}
     task |= {"dataset_path": dataset_path, "dataset_name": None}
-    if file.is_file():
-        if fields.get("num_fewshot", task["num_fewshot"]):
+    if not files:
+        return task | fields  # `datasets` finds its files
+    for file in files.values():
+        if not file.stat().st_size:
+            raise ValueError(f"{file} is empty. Get the file anew.")
+    # Each file by its name: in a folder, `datasets` reads test_socratic.jsonl as a part of the split test
+    task |= {"dataset_path": "parquet" if files["test"].suffix == ".parquet" else "json"}
+    task |= {"dataset_kwargs": {"data_files": {split: str(file) for split, file in files.items()}}}
+    if "train" not in files:
+        shots = fields.get("num_fewshot", task["num_fewshot"])
+        if shots and path.is_dir():
+            raise ValueError(
+                f"dataset_path={dataset_path!r} holds no train.jsonl to draw shots from. Add it, or give num_fewshot=0."
+            )
+        if shots:
             raise ValueError(
                 f"dataset_path={dataset_path!r} is one file, which has no training rows to draw shots from. Give the "
                 "folder that holds train.jsonl and test.jsonl, or num_fewshot=0."
             )
-        task |= {"dataset_path": "parquet" if file.suffix == ".parquet" else "json"}
-        task |= {"dataset_kwargs": {"data_files": {"test": str(file)}}, "training_split": None, "fewshot_split": None}
+        task |= {"training_split": None, "fewshot_split": None}
     return task | fields
 
 
 # ---------------------------------------------------------------------- functions that the task files name
+
+
+def check_gsm8k(docs: Any) -> Any:
+    """
+    Returns the test problems as they are.
+
+    Raises:
+        `ValueError`: If one has no question, or no answer that it can be scored by.
+    """
+    for number, doc in enumerate(docs, start=1):
+        if (problem := TASKS["gsm8k"].find_problem(doc)) is not None:
+            raise ValueError(
+                f"Row {number} of the test problems cannot be used for gsm8k: {problem} (answer={quoted(doc.get('answer'))}). "
+                "Correct it, or leave it out."
+            )
+    return docs
 
 
 def score_gsm8k(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -196,7 +230,16 @@ class PhiBalanceLM(HFLM):
 
 
 def model_fingerprint(name_or_path: str, **settings: Any) -> str:
-    """Returns a hash of a model's settings, and of the names, sizes and times of its files."""
-    files = sorted(path for path in Path(name_or_path).glob("*") if path.is_file())
-    facts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return hashlib.sha256("\n".join([name_or_path, *facts, repr(sorted(settings.items()))]).encode()).hexdigest()[:16]
+    """
+    Returns a hash of a model's settings, and of the names, sizes and times of its files, or of its commit on the Hub. An
+    adapter's base model is a part of the model.
+    """
+    adapter = find_adapter(name_or_path, settings)
+    sources = [(name_or_path, settings), *([] if adapter is None else [base_of(adapter, name_or_path, settings)])]
+    facts = []
+    for source, options in sources:
+        config = find_file(source, "config.json", options) or find_file(source, "adapter_config.json", options)
+        files = sorted(path for path in Path(source).glob("*") if path.is_file())
+        facts.append(f"{source} {config}")  # the path of a file from the Hub has the commit in it
+        facts += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join([*facts, repr(sorted(settings.items()))]).encode()).hexdigest()[:16]

@@ -101,13 +101,16 @@ def model_card(
 
 def balance_section(run: Run, baseline: Run | None = None) -> str:
     """Returns the section of a card about expert balance, as Markdown."""
-    parts = ["## Expert balance", "The load of the experts was counted, and nothing was balanced."]
+    counted = "The load of the experts was counted"
+    parts = ["## Expert balance", f"{counted}." if run.own_bias else f"{counted}, and nothing was balanced."]
     if run.balance is not None:
         method = f"routers balanced by the method `{run.balance.method}` ({METHODS[run.balance.method].source})"
         phi = "φ-balanced routers ([arXiv 2605.15403](https://arxiv.org/abs/2605.15403))"
         fields = {key: value for key, value in run.balance.to_dict().items() if key != "version" and value != {}}
         settings = ", ".join(as_code(f"{key}={value}") for key, value in fields.items())
         parts[1] = f"Trained with {phi if run.balance.method == 'phi' else method}: {settings}."
+    if run.own_bias and not (run.balance and run.balance.bias_coef):
+        parts[1] += " The selection bias of an earlier training was in force, and did not move."
     columns = {name: _layers(figures) for name, figures in run.measured().items()}
     if baseline is not None:
         columns[f"{baseline.name} run, after"] = _layers(baseline.held_out)
@@ -131,11 +134,16 @@ def tags(run: Run) -> list[str]:
 def write_report(folder: str | os.PathLike, run: Run, baseline: Run | None, dpi: int = 130) -> None:
     """
     Writes figures, pictures and the model card of a run into its results folder. Also saves `baseline`, a run to
-    compare with, so that the card can be made again.
+    compare with, so that the card can be made again. Renames the figures of another baseline to
+    `earlier_metrics.json`.
     """
     folder = Path(folder)
     run.save(folder)
-    if baseline is not None and Run.load_baseline(folder) is None:
+    saved = [folder / name / SUMMARY_NAME for name in BASELINE_FOLDERS]
+    for path in saved:
+        if path.exists() and (baseline is None or path.read_text() != baseline.summary()):
+            path.replace(path.with_name(f"earlier_{SUMMARY_NAME}"))  # not deleted: a model may lie beside it
+    if baseline is not None and not any(path.exists() for path in saved):
         baseline.save(folder / BASELINE_FOLDERS[-1])
     draw(folder, run, baseline, dpi)
     model_card(run, baseline, title=folder.name, pictures=pictures_in(folder)).save(folder / CARD_NAME)

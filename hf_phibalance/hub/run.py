@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
+from ..balancing import get_balancer
 from ..config import PhiBalanceConfig
 from ..files import LARGE, public_name, read_json, versions
 from ..models import AutoClass, auto_class_name
@@ -92,6 +94,8 @@ class Run:
         steps (`int`): optimizer steps.
         versions (`dict[str, str]`): versions of the packages that the run used.
         balance (`PhiBalanceConfig`, *optional*): `None` if nothing was balanced.
+        own_bias (`bool`, *optional*): whether a selection bias routes that plain transformers does not know.
+        finished (`float`, *optional*): when the model was finished, in seconds since 1970.
         base_model, dataset (`str`, *optional*): names on the Hub, or the last part of a folder's path.
         task, example_prompt (`str`, *optional*): the task, and one prompt of it.
         problems (`dict[str, int]`): problems by split.
@@ -110,6 +114,8 @@ class Run:
     steps: int
     versions: dict[str, str]
     balance: PhiBalanceConfig | None = None
+    own_bias: bool | None = None
+    finished: int | float | None = None
     base_model: str | None = None
     dataset: str | None = None
     task: str | None = None
@@ -153,6 +159,8 @@ class Run:
             parameters=sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),  # ZeRO-3 or not
             steps=trainer.state.global_step,
             balance=balance if balance.is_on else None,
+            own_bias=has_own_bias(trainer.model),
+            finished=time.time(),
             before=_without_prefix(before or {}),
             held_out=_without_prefix(tested[-1] if tested else {}),
             hyperparameters=extract_hyperparameters_from_trainer(trainer),
@@ -197,8 +205,8 @@ class Run:
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Run":
         """
-        Reads what [`~Run.save`] wrote, and results of lm-evaluation-harness (`results_*.json`) below `folder`. Skips
-        unknown fields.
+        Reads what [`~Run.save`] wrote, and results of lm-evaluation-harness (`results_*.json`) below `folder`, without
+        those from before the run was finished: they are of an earlier model. Skips unknown fields.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -219,7 +227,9 @@ class Run:
             owner = path.relative_to(folder).parts[0]
             if owner not in BASELINE_FOLDERS and not owner.startswith("checkpoint-"):
                 with _reading(path) as values:
-                    run.evaluations |= {task: Score.of_task(task, values) for task in _object(values, "results")}
+                    # the harness's date of its start: copying changes the times of files
+                    if run.finished is None or values.get("date", run.finished) >= run.finished:
+                        run.evaluations |= {task: Score.of_task(task, values) for task in _object(values, "results")}
         return run
 
     @classmethod
@@ -235,6 +245,14 @@ def described(model: Any) -> dict[str, Any]:
     model_type = str(root.config.model_type)
     auto_class = auto_class_name(model_type, [cls.__name__ for cls in type(root).__mro__])
     return {"model_type": model_type, "auto_class": auto_class, "versions": versions()}
+
+
+def has_own_bias(model: Any) -> bool:
+    """Returns whether a selection bias is in force that is not the family's own, so that a plain load loses it."""
+    balancer = get_balancer(model)
+    balancer.follow_adapter()
+    rows = zip(balancer.sites, balancer.duals.biases)
+    return any(bool(bias_E.any()) for site, bias_E in rows if not site.has_native_bias)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ..files import hub_name
 from ..routers import unwrap
 from .card import CARD_MARK, CARD_NAME, balance_section, model_card, tags
 from .pictures import pictures_in
-from .run import SUMMARY_NAME, Run, described, own_file
+from .run import SUMMARY_NAME, Run, described, has_own_bias, own_file
 
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def _write_folder(
     adapters = getattr(saved, "peft_config", None) if hasattr(saved, "get_base_model") else None
     base_model = adapters[saved.active_adapter].base_model_name_or_path if adapters else None
     run = Run.load(run_folder) if run_folder else _run_without_folder(model)
+    run.own_bias = has_own_bias(model)
     pictures = {name: _picture(Path(run_folder, name)) for name in pictures_in(run_folder)} if run_folder else {}
     if card is None:
         card = model_card(

@@ -1,11 +1,13 @@
 """Our models and tasks in lm-evaluation-harness: its prompts, completions and scores, and expert load."""
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from evaluated import FIELDS, biased_mixtral, completed_functions, llama_like, recorded
+from task_rows import write
 
 import hf_phibalance as phb
 from hf_phibalance.tasks import make_splits
@@ -98,6 +100,47 @@ def test_shots_need_training_rows(gsm8k):
         load_task("gsm8k", str(gsm8k / "test.jsonl"))
     prompts, _ = evaluate(load_task("gsm8k", str(gsm8k / "test.jsonl"), num_fewshot=0), ["1"])
     assert len(prompts) == 12 and prompts[0][0].count("Question:") == 1
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_a_folder_s_socratic_answers_are_not_read(gsm8k, tmp_path, end):
+    """In the folder that OpenAI publishes they lie beside the others."""
+    for split in ("train", "test"):
+        text = (gsm8k / f"{split}.jsonl").read_bytes()
+        (tmp_path / f"{split}.jsonl{end}").write_bytes(gzip.compress(text) if end else text)
+        (tmp_path / f"{split}_socratic.jsonl").write_bytes(text.replace(b'"answer": "', b'"answer": "Socratic '))
+    expected, _ = evaluate(load_task("gsm8k", str(gsm8k)), ["1"])
+    found, _ = evaluate(load_task("gsm8k", str(tmp_path)), ["1"])
+    assert asked(found) == asked(expected) and len(found) == 12 and "Socratic" not in str(found)
+    (tmp_path / f"train.jsonl{end}").unlink()
+    with pytest.raises(ValueError, match=r"holds no train\.jsonl to draw shots from\. Add it, or give num_fewshot=0"):
+        load_task("gsm8k", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"answer": "The answer is 18."},
+            r"its answer has no '#### <number>' \(answer='The answer is 18\.'\)\. Correct",
+        ),
+        ({"question": None}, r"Row 2 of the test problems .* its question is NoneType, not str"),
+    ],
+)
+def test_problems_that_cannot_be_asked_or_scored(tmp_path, row, message):
+    rows = make_splits(0, 0, 2)["test"]
+    write(tmp_path / "test.jsonl", [rows[0], rows[1] | row])
+    with pytest.raises(ValueError, match=message):
+        evaluate(load_task("gsm8k", str(tmp_path / "test.jsonl"), num_fewshot=0), ["#### 18"])
+
+
+def test_problems_without_a_question_and_empty_files(tmp_path):
+    write(tmp_path / "test.jsonl", [{"answer": "#### 18"}])
+    with pytest.raises(ValueError, match=r"Row 1 of the test problems .* it has no question"):
+        evaluate(load_task("gsm8k", str(tmp_path / "test.jsonl"), num_fewshot=0), ["#### 18"])
+    write(tmp_path / "test.jsonl", [])
+    with pytest.raises(ValueError, match=r"test\.jsonl is empty\. Get the file anew"):
+        load_task("gsm8k", str(tmp_path / "test.jsonl"), num_fewshot=0)
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +266,25 @@ def test_another_bias_or_another_setting_makes_another_model(tmp_path):
         found.add(model_fingerprint(str(tmp_path)))
     found |= {model_fingerprint(str(tmp_path), dtype=dtype) for dtype in ("float32", "bfloat16")}
     assert len(found) == 4
+
+
+def test_another_base_of_an_adapter_makes_another_model(tmp_path):
+    adapter = tmp_path / "adapter"
+    write(adapter / "adapter_config.json", [{"base_model_name_or_path": str(tmp_path / "base")}])
+    found = set()
+    for content in ("one", "another"):
+        write(tmp_path / "base" / "model.safetensors", [content])
+        found |= {model_fingerprint(str(adapter)), model_fingerprint(str(adapter))}
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("config", ["config.json", "adapter_config.json"])
+def test_another_commit_on_the_hub_makes_another_model(tmp_path, config):
+    cached = tmp_path / "models--me--tiny"
+    found = set()
+    for commit in ("1" * 40, "2" * 40):
+        write(cached / "snapshots" / commit / config, [{"base_model_name_or_path": str(tmp_path)}])
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / "main").write_text(commit)
+        found.add(model_fingerprint("me/tiny", cache_dir=str(tmp_path), local_files_only=True))
+    assert len(found) == 2

@@ -6,16 +6,17 @@ import re
 from dataclasses import fields
 
 import pytest
+import torch
 from hub_stub import REPO, contents
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from matplotlib.image import imread
 from paths import ROOT
-from training import patched
+from training import make_trainer, patched
 
 import hf_phibalance as phb
 from hf_phibalance.hub import Run, model_card, push_to_hub
-from hf_phibalance.hub.card import as_code
+from hf_phibalance.hub.card import as_code, balance_section
 from hf_phibalance.hub.pictures import plot_curves
 
 
@@ -68,6 +69,39 @@ def test_a_card_names_the_method(tmp_path):
     card = ModelCard.load(push_to_hub(model, REPO, dry_run=tmp_path / "dry") / "README.md")
     assert "routers balanced by the method `loss_free` (arXiv 2408.15664" in card.text
     assert "φ-balanced" not in card.text and "phi-balancing" not in card.data.tags
+
+
+PLAIN = "gives the same outputs"
+
+
+def biased(model_type="mixtral", **config):
+    """Returns a model that is trained without `bias_coef`, but routes with a bias from before."""
+    model = patched(model_type, bias_coef=0.1)
+    balancer = phb.get_balancer(model)
+    balancer.set_biases({site.name: torch.linspace(-1, 1, site.num_experts) for site in balancer.sites})
+    return phb.patch(model, {"coef": 0.01, "bias_coef": 0.0, **config})
+
+
+@pytest.mark.parametrize("with_run", [False, True])
+def test_a_bias_of_an_earlier_training_is_said(with_run, run_folder, tmp_path):
+    options = {"run_folder": run_folder} if with_run else {}
+    text = (push_to_hub(biased(), REPO, **options, dry_run=tmp_path / "dry") / "README.md").read_text()
+    assert "the model sends some tokens to other experts" in text and PLAIN not in text
+    assert "The selection bias of an earlier training was in force" in text
+    text = (push_to_hub(patched(bias_coef=0.1), REPO, **options, dry_run=tmp_path / "zero") / "README.md").read_text()
+    assert PLAIN in text and "selection bias" not in text  # it is still 0
+
+
+def test_a_plain_load_keeps_the_bias_of_the_family(tmp_path):
+    model = biased("deepseek_v3", bias_coef=0.1)
+    text = (push_to_hub(model, REPO, dry_run=tmp_path / "dry") / "README.md").read_text()
+    assert PLAIN in text and "selection bias" not in text
+
+
+def test_a_run_without_balancing_says_which_bias_routes(tmp_path):
+    trainer = make_trainer(biased(coef=0.0), tmp_path)
+    section = balance_section(Run.of(trainer, phb.PhiBalanceConfig(coef=0.0), []))
+    assert "The load of the experts was counted. The selection bias of an earlier training was in force" in section
 
 
 HOSTILE = (
@@ -124,11 +158,12 @@ def test_any_prompt_in_the_code_of_the_card(prompt, run_folder):
     assert ast.literal_eval(found["prompt"]) == prompt
 
 
-def test_cards_are_rendered_by_a_command(run_folder, tmp_path):
+def test_cards_are_rendered_by_a_command(run_folder, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("render_cards", ROOT / "recipes" / "render_cards.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    recipe.main(recipe.make_parser().parse_args([str(run_folder), "--target", str(tmp_path), "--prefix", "a-"]))
+    monkeypatch.chdir(run_folder)
+    recipe.main(recipe.make_parser().parse_args([".", "--target", str(tmp_path), "--prefix", "a-"]))
     files = contents(tmp_path / "a-tiny")
     assert sorted(files) == ["README.md", "curves.png", "loads.png"]
     assert len(files["curves.png"]) < 60_000 > len(files["loads.png"])

@@ -1,10 +1,11 @@
 """A results folder: written, read back, and refused by file and field if it cannot be used."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from hf_phibalance.hub import Run
+from hf_phibalance.hub import Run, write_report
 
 
 def change(path, **fields):
@@ -60,3 +61,26 @@ def test_paths_are_not_kept(path, run_folder):
     run = Run.load(run_folder)
     assert (run.dataset, run.base_model) == ("gsm8k", "gsm8k")
     assert path not in run.summary() and "hub_token" not in run.summary()
+
+
+def test_scores_of_an_earlier_model_are_left_out(run_folder):
+    run = Run.load(run_folder)
+    (path,) = run_folder.glob("eval/*/results_2026-01-03*")
+    for later, tasks in ((-1, {"phb_gsm8k"}), (1, {"phb_gsm8k", "humaneval"})):
+        change(path, date=run.finished + later)
+        assert Run.load(run_folder).evaluations.keys() == tasks
+
+
+def test_a_report_replaces_the_baseline_of_an_earlier_one(run_folder):
+    run, first = Run.load(run_folder), Run.load_baseline(run_folder)
+    second = replace(first, steps=first.steps + 1)
+    for baseline in (first, second, None, second, first, first):
+        write_report(run_folder, run, baseline, dpi=20)
+        found = Run.load_baseline(run_folder)
+        assert (found and found.summary()) == (baseline and baseline.summary())
+    # the recipe saves its own there before the report
+    second.save(run_folder / "unbalanced")
+    write_report(run_folder, run, second, dpi=20)
+    assert Run.load_baseline(run_folder).summary() == second.summary()
+    assert (run_folder / "unbalanced" / "metrics.json").exists()
+    assert not (run_folder / "baseline" / "metrics.json").exists()

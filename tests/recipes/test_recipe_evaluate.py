@@ -176,6 +176,11 @@ def test_arguments_that_cannot_be_met(recipe, folder, tmp_path, wrong, message):
         recipe.Arguments(**options(folder, tmp_path, **wrong))
 
 
+def test_a_task_that_is_not_there(recipe, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"task='nosuch': use gsm8k, humaneval, made, or a task of the harness"):
+        run(recipe, folder, tmp_path, task="nosuch")
+
+
 def test_code_is_not_run_without_permission(recipe, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     with pytest.raises(RuntimeError, match="HF_ALLOW_CODE_EVAL"):
