@@ -27,6 +27,7 @@ POINTS = 200  # most points of a line on the page
 STRETCHES = 3  # of the run, compared on the page
 NEWEST = 3  # number of alerts on a screen that must fit the terminal
 PAUSE = 1.0  # seconds between two looks at the file
+LABEL = 24  # most characters of a label in a table
 
 
 class Run:
@@ -42,16 +43,25 @@ class Run:
                 f"there is no watched run in {quoted(folder)} ({RECORDS_NAME}): name the output_dir of a training that calls "
                 "phb.watch(trainer) before trainer.train()."
             )
-        self.about, self.rows = records.run, records.rows
+        self.about, self.rows = records.run, []
         self.routers = {router["name"]: router for router in self.about["routers"]}
+        for row in records.rows:
+            layers = {name: layer for name, layer in row["layers"].items() if self._has_tokens(name, layer["load"])}
+            if layers:
+                self.rows.append(row | {"layers": layers})
         self.labels = dict(zip(self.routers, map(printable, layer_labels(list(self.routers)))))
-        self.alerts = [self._in_words(**record) for record in records.alerts]
+        own = [record for record in records.alerts if record["alert"]["layer"] in self.routers]
+        self.alerts = [self._in_words(record["step"], record["alert"]) for record in own]
         shape = [sorted({router[name] for router in self.about["routers"]}) for name in ("experts", "top_k")]
         experts, top_k = (" or ".join(map(str, numbers)) for numbers in shape)
         self.description = printable(
             f"{self.about['model_type']}, {len(self.routers)} routers of {experts} experts, top-{top_k}; "
             f"method: {self.about['method']}"
         )
+
+    def _has_tokens(self, name: str, load: list[int]) -> bool:
+        """Whether `name` with `load` is a router of this run (lines of another model may stand among them) that got tokens."""
+        return name in self.routers and len(load) == self.routers[name]["experts"] and any(load)
 
     def _in_words(self, step: int, alert: dict[str, Any]) -> dict[str, str]:
         """Returns title, reason and remedy of an alert."""
@@ -95,15 +105,19 @@ class Run:
             }
             for part in parts
         }
+        names = [name for name in self.routers if all(any(name in row["layers"] for row in part) for part in parts)]
+        silent = [label for name, label in self.labels.items() if name not in names]
+        note = f"{len(silent)} routers had stretches without tokens and are left out: {', '.join(silent[:4])}."
         model = {"name": public_name(self.about["model"]), "model_type": self.about["model_type"]}
         settings = {"method": self.about["method"], "records": len(self.rows)}
-        return Inspection(model, settings, domains, [self._layer(name, parts) for name in self.routers])
+        layers = [self._layer(name, parts) for name in names]
+        return Inspection(model, settings, domains, layers, [note] if silent else [])
 
     def _layer(self, name: str, parts: list[list[dict[str, Any]]]) -> Layer:
         """Returns the sums of a router over each of `parts`. Its confidence is NaN if it was not measured."""
         top_k, halves, sums = self.routers[name]["top_k"], [], []
         for part in parts:
-            layers = [row["layers"][name] for row in part]
+            layers = [row["layers"][name] for row in part if name in row["layers"]]
             load_RE = torch.tensor([layer["load"] for layer in layers])  # R records
             halves.append(torch.stack([load_RE[::2].sum(0), load_RE[1::2].sum(0)]))
             known = [layer.get("confidence", {}) for layer in layers]
@@ -138,22 +152,25 @@ def screen(run: Run, console: Console, height: int | None = None) -> RenderableT
     ]
     if len(newest) < len(run.alerts) or not run.alerts:
         notes.append(Text(f"{len(run.alerts) - len(newest)} earlier alerts" if newest else "No alerts", "dim"))
-    names, layers = list(run.labels), run.rows[-1]["layers"]
+    layers = run.rows[-1]["layers"]
+    names = list(layers)
     above = Group(head, Text(), _lines(run, console.width), Text())
     if height:
         room = height - len(console.render_lines(Group(above, *notes))) - 5  # heading, key, and the cursor's line
         each = len(console.render_lines(_layers(run, names[:1]))) - 1
         worst = sorted(names, key=lambda name: (not layers[name]["dead"], -layers[name]["max_vio"]))
         names = [name for name in names if name in worst[: max(room // each, 1)]]
-    others = len(layers) - len(names)
+    silent = len(run.routers) - len(layers)
+    missing = {"other layers are not shown": len(layers) - len(names), "routers got no tokens": silent}
     key = "▄ is the fair share; dead (×) is less than 1/20 of it, cold less than 1/2"
-    key += f"\n{others} other layers are not shown" if others else ""
+    if any(missing.values()):
+        key += "\n" + ", ".join(f"{number} {what}" for what, number in missing.items() if number)
     return Group(above, _layers(run, names), Text(key, "dim"), Text(), *notes)
 
 
 def _lines(run: Run, width: int) -> Table:
     """Returns loss and MaxVio over the run, with their newest values."""
-    layers, curves = run.rows[-1]["layers"], run.curves(max(width - 46, 8))
+    layers, curves = run.rows[-1]["layers"], run.curves(max(width - LABEL - 24, 8))
     worst = max(layers, key=lambda name: layers[name]["max_vio"])
     mean, floor = (fmean(layer[name] for layer in layers.values()) for name in ("max_vio", "noise_floor"))
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -163,7 +180,7 @@ def _lines(run: Run, width: int) -> Table:
         table.add_row("loss", _sparkline(curves["loss"]), f"{_number(run.rows[-1]['loss']):.4g}")
     table.add_row("MaxVio", _sparkline(curves["max_vio"], 0.0), f"{mean:.3f} (chance: {floor:.3f})")
     table.add_row(
-        "worst layer", _sparkline(curves["worst"], 0.0), f"{layers[worst]['max_vio']:.3f} ({run.labels[worst]})"
+        "worst layer", _sparkline(curves["worst"], 0.0), f"{layers[worst]['max_vio']:.3f} ({_end(run.labels[worst])})"
     )
     return table
 
@@ -189,7 +206,7 @@ def _sparkline(values: list[float], lowest: float | None = None) -> str:
 def _layers(run: Run, names: list[str]) -> Table:
     """Returns the newest loads of the routers `names` as a table."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="italic")
-    table.add_column("layer", no_wrap=True, max_width=24)
+    table.add_column("layer", no_wrap=True)
     for heading in ("MaxVio", "entropy", "dead", "cold"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("load of each expert", overflow="fold")
@@ -199,16 +216,25 @@ def _layers(run: Run, names: list[str]) -> Table:
         counts = [str(round(layer[kind] * experts)) for kind in ("dead", "cold")]
         strip = load_strip(relative_load(torch.tensor(layer["load"], dtype=torch.float64)).tolist())
         max_vio = Text(f"{'≈' if noise else ''}{layer['max_vio']:.3f}", "dim" if noise else "")
-        table.add_row(Text(run.labels[name]), max_vio, f"{layer['entropy']:.3f}", *counts, strip)
+        table.add_row(Text(_end(run.labels[name])), max_vio, f"{layer['entropy']:.3f}", *counts, strip)
     return table
+
+
+def _end(label: str) -> str:
+    """Returns the end of a long label: the routers of one model differ there, and begin alike."""
+    return label if len(label) <= LABEL else f"…{label[1 - LABEL :]}"
 
 
 def follow(folder: str, console: Console) -> None:
     """Shows the run until Ctrl-C, as it goes on. Reading its file takes at most a tenth of the time."""
-    run, pause = Run(folder), PAUSE
+    run, pause, printed = Run(folder), PAUSE, None
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(screen(run, console, console.height), refresh=True)
+            if not console.is_dumb_terminal:
+                live.update(screen(run, console, console.height), refresh=True)
+            elif run is not printed:  # Live draws nothing there
+                console.print(screen(run, console, console.height))
+                printed = run
             time.sleep(pause)
             began = time.monotonic()
             if run.path.stat().st_size != run.size:

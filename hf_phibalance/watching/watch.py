@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..balancing import Counts, Figures, PhiBalancer, describe_router, get_balancer
-from ..files import public_name, versions
+from ..files import public_name, quoted, versions
 from ..routers import canonical_name
 from .alerts import Alerts, RouterAlert, Thresholds, text_of
 from .records import RECORDS_NAME, append_record, layer_figures, plain, read_records
@@ -216,8 +216,15 @@ class Watch:
             raise RouterAlert([alert["alert"] for alert in began])
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self.path is not None and _is_first():
+        if self.path is None or not _is_first():
+            return
+        try:
             append_record(self.path, record)
+        except OSError as error:  # a full disk must not end a training that is only watched
+            logger.warning_once(
+                f"{quoted(str(self.path))} cannot be written ({error}), so its figures are lost until it can. "
+                "The training goes on. Free space on its disk, or make it a writable file."
+            )
 
     def stop(self) -> None:
         """Stops watching, and undoes what [`watch`] has changed in model and trainer. The file stays."""

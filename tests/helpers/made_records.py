@@ -7,11 +7,11 @@ import torch
 from hf_phibalance.watching import RECORDS_NAME, append_record, layer_figures
 
 
-def write_run(folder, step=0, layers=2, experts=8, model="org/model"):
+def write_run(folder, step=0, layers=2, experts=8, model="org/model", names=()):
     """Begins a run, or resumes it from `step`. Returns its routers."""
     sites = [
-        SimpleNamespace(name=f"model.layers.{number}.mlp.gate", num_experts=experts, top_k=2, scoring="softmax")
-        for number in range(layers)
+        SimpleNamespace(name=name, num_experts=experts, top_k=2, scoring="softmax")
+        for name in names or [f"model.layers.{number}.mlp.gate" for number in range(layers)]
     ]
     routers = [{"name": site.name, "experts": experts, "top_k": 2, "scoring": "softmax"} for site in sites]
     run = {"step": step, "model": model, "model_type": "mixtral", "method": "none", "routers": routers}

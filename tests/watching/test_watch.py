@@ -189,6 +189,16 @@ def test_a_trainer_that_makes_its_model_anew(tmp_path):
     assert len(read_records(tmp_path).rows) == 4
 
 
+def test_a_file_that_cannot_be_written_does_not_end_the_training(tmp_path, caplog):
+    trainer = make_trainer(tiny_model("mixtral").train(), tmp_path)
+    watch = phb.watch(trainer)
+    watch.path.mkdir()
+    trainer.train()
+    (said,) = [record.getMessage() for record in caplog.records if "moe.jsonl" in record.getMessage()]
+    assert f"{str(watch.path)!r} cannot be written ([Errno" in said and "its figures are lost until it can" in said
+    assert trainer.state.global_step == 4 and "moe/max_vio" in trainer.state.log_history[3]
+
+
 @pytest.mark.parametrize(
     "logging", [{"logging_steps": 3}, {"logging_steps": 500}, {"logging_strategy": "no"}], ids=str
 )

@@ -11,7 +11,7 @@ from rich.console import Console
 from hf_phibalance import cli
 from hf_phibalance.cli import runs
 from hf_phibalance.cli.runs import Run, screen
-from hf_phibalance.watching import RECORDS_NAME, read_records
+from hf_phibalance.watching import RECORDS_NAME, append_record, read_records
 
 
 def shown(folder, width=80, height=None):
@@ -73,8 +73,43 @@ def test_chance_a_loss_that_is_no_number_and_odd_names(tmp_path):
     assert "\x1b" not in text and "x1b[31mred[b]" in text and "step 20, 16 tokens" in text
 
 
-def test_it_follows_the_run_until_it_is_interrupted(tmp_path, capsys, monkeypatch):
+def test_routers_without_tokens_are_left_out(tmp_path):
+    """As those for images of ERNIE-VL, on text. In the last step, which a scaler skipped, no router has tokens."""
+    parts = [f"{number}.mlp.{kind}_moe.gate" for number in (10, 20) for kind in ("text", "vision")]
+    sites = write_run(tmp_path, names=[f"model.language_model.layers.{part}" for part in parts])
+    write_row(tmp_path, sites, 10, [[10, 6, 6, 6, 6, 6, 6, 2], [0] * 8, [20, 4, 4, 4, 4, 4, 4, 4], [0] * 8])
+    write_row(tmp_path, sites, 20, [[0] * 8] * 4)
+    lines = shown(tmp_path)
+    text, (worst,) = "\n".join(lines), [line for line in lines if line.startswith("worst layer")]
+    assert re.search(r"^MaxVio +█ +1\.500 \(", text, re.MULTILINE)  # the mean of 10 / 6 - 1 and 20 / 6 - 1
+    assert worst.rstrip().endswith("2.333 (…rs.20.mlp.text_moe.gate)") and max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if line.startswith("…")] == [
+        "…rs.10.mlp.text_moe.gate",
+        "…rs.20.mlp.text_moe.gate",
+    ]
+    assert "\n2 routers got no tokens" in text and "not shown" not in text
+
+
+def test_lines_of_another_model_are_left_out(tmp_path):
+    sites = write_run(tmp_path)
+    write_row(tmp_path, sites, 10, [[4] * 8] * 2)
+    before = shown(tmp_path)[3:-1]
+    (tmp_path / "other").mkdir()
+    others = write_run(tmp_path / "other", layers=3, experts=4)
+    write_row(tmp_path, others, 20, [[4] * 4] * 3)
+    write_row(tmp_path, others[2:], 30, [[4] * 4])
+    write_alert(tmp_path, 30, others[2].name)
+    assert shown(tmp_path)[3:-1] == before and "No alerts" in shown(tmp_path)[-1]
+    alert = {"kind": "dead_experts", "layer": sites[0].name, "reason": "why.", "remedy": "do.", "experts": [1]}
+    append_record(tmp_path / RECORDS_NAME, {"step": 30, "alert": alert, "time": 3.0})
+    assert "step 30, layer 0: dead experts" in "\n".join(shown(tmp_path))
+
+
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+def test_it_follows_the_run_until_it_is_interrupted(terminal, tmp_path, capsys, monkeypatch):
+    """A dumb terminal, as in an editor, cannot draw over a screen: it gets one after each change."""
     monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
+    monkeypatch.setenv("TERM", terminal)
     sites = write_run(tmp_path)
     seen, reads = [], []
 
@@ -92,9 +127,10 @@ def test_it_follows_the_run_until_it_is_interrupted(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(runs, "read_records", lambda path: reads.append(path) or read_records(path))
     assert cli.main(["watch", str(tmp_path)]) == 0
     steps = [re.findall(r"step (\d+),", text) for text in seen]
-    assert "No step is logged yet" in seen[0] and steps == [[], ["10"], ["20"], ["10"], ["10"]]
+    last = [] if terminal == "dumb" else ["10"]
+    assert "No step is logged yet" in seen[0] and steps == [[], ["10"], ["20"], ["10"], last]
     assert len(reads) == 4  # not again where nothing was written
-    assert "\x1b" in seen[1] and "loss" not in seen[1]
+    assert ("\x1b[1A" in seen[1]) == (terminal == "xterm") and "loss" not in seen[1]
 
 
 def test_errors_name_the_folder_and_the_remedy(tmp_path, capsys):

@@ -74,3 +74,17 @@ def test_what_was_not_recorded_is_left_out(tmp_path):
     write_row(tmp_path / "other", sites, 10, [[4] * 8, [2, 6] * 4], loss=1.0)
     page = page_of(tmp_path / "other")
     assert "Confidence of the routers" in page and "top-1" in page and "<figcaption>loss" in page
+
+
+def test_routers_without_tokens_are_left_out(tmp_path):
+    """One router gets tokens in every other record, one only in the first stretch, one never."""
+    sites = write_run(tmp_path, layers=4)
+    for number in range(1, 13):
+        loads = [[4] * 8, [2 * number % 4] * 8, [2 * (number <= 4)] * 8, [0] * 8]
+        write_row(tmp_path, sites, 10 * number, loads, loss=2.0)
+    found = Run(str(tmp_path)).inspection()
+    assert [layer.name for layer in found.layers] == [site.name for site in sites[:2]]
+    assert found.layers[1].counts.tolist() == [[4] * 8] * 3 and len(found.domains) == 3
+    page = page_of(tmp_path)
+    assert "2 routers had stretches without tokens and are left out: layer 2, layer 3." in page
+    assert not re.search(r"\bnan\b", page) and "Confidence of the routers" in page
