@@ -23,7 +23,7 @@ def main(args):
 
     for folder in args.folders:
         run, baseline = Run.load(folder), Run.load_baseline(folder)
-        title = f"{args.prefix}{folder.name}"
+        title = f"{args.prefix}{folder.resolve().name}"  # "." has no name
         target = args.target / title
         target.mkdir(parents=True, exist_ok=True)
         draw(target, run, baseline, dpi=args.dpi)

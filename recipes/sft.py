@@ -56,6 +56,17 @@ def option(default, help, choices=None):
     return field(default=default, metadata=metadata)
 
 
+def mapping(name, value):
+    """Returns the mapping `value` of the option `name`: from YAML as it is, from the command line as JSON."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        found = value
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}={value!r} is no mapping: write it as JSON, such as '{{\"name\": 1}}', or in YAML.")
+    return found
+
+
 @dataclass
 class Arguments:
     """The model, its data, and how it is scored."""
@@ -104,8 +115,10 @@ class Arguments:
     baseline_dir: str | None = option(None, "Results folder of an earlier run to show beside this one.")
 
     def __post_init__(self):
-        if isinstance(self.model_config, str):
-            self.model_config = json.loads(self.model_config)
+        self.model_config = mapping("model_config", self.model_config or {})
+        for name in ("train_problems", "validation_problems", "test_problems"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name}={number}: the recipe needs at least 1. Leave it out for the default.")
         if self.compare_unbalanced and self.baseline_dir:
             raise ValueError(
                 f"compare_unbalanced=True and baseline_dir={self.baseline_dir!r}: both give the run to compare with, "
@@ -151,6 +164,12 @@ def check(args, training_args, model_args):
         raise ValueError(
             f"model_type={args.model_type!r} and model_name_or_path={name!r}: give one of them, model_type for a new "
             "model or model_name_or_path for an existing one."
+        )
+    resume = training_args.resume_from_checkpoint
+    if args.compare_unbalanced and isinstance(resume, str):
+        raise ValueError(
+            f"resume_from_checkpoint={resume!r} is a checkpoint of one run, but compare_unbalanced trains two: set "
+            "resume_from_checkpoint: true, and each resumes from its own newest checkpoint."
         )
     if args.vocab_size is not None and args.model_type is None:
         raise ValueError(
@@ -204,6 +223,11 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
         processing_class=tokenizer,
         peft_config=choose_parameters(model, args, model_args),
     )
+    if not len(trainer.train_dataset):  # TRL leaves out the rows that it cuts before their answers
+        raise ValueError(
+            f"max_length={training_args.max_length} is too short: it leaves no answer of the training problems, since the "
+            "prompts alone fill it. Raise it."
+        )
     phi_balance = phb.attach(trainer, per_layer=16)  # for the table of the card
     examiner = Examiner(trainer, args, datasets["validation"], problems["validation"])
     if examiner.is_able:
@@ -217,7 +241,10 @@ def train(args, balance, training_args, model_args, problems, folder, save_model
     is_alone = training_args.world_size == 1
     before = trainer.evaluate(datasets["test"], metric_key_prefix="untrained") if is_alone else None
     untrained = examiner.exact_match(datasets["test"], problems["test"])
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    if resume is True:  # a job that died may not have reached this run, or its first checkpoint
+        resume = phb.last_checkpoint(folder) is not None
+    trainer.train(resume_from_checkpoint=resume)
     trainer.evaluate(datasets["test"], metric_key_prefix="test")
     trained = examiner.exact_match(datasets["test"], problems["test"])
     if save_model:
@@ -286,7 +313,7 @@ def load_model(args, balance, training_args, model_args, rows):
         texts = (f"{row['prompt']}{row['completion']}" for row in to_sft_dataset(args.task, rows[:4000]))
         tokenizer = train_tokenizer(texts, args.vocab_size or 640, training_args.max_length)
         if args.model_type is not None:
-            model = build_model(args.model_type, args.model_config or {}, tokenizer)
+            model = build_model(args.model_type, args.model_config, tokenizer)
         else:
             model = miniature.build_miniature(args.architecture, tokenizer)
         return phb.patch(model, balance), tokenizer
@@ -302,6 +329,7 @@ def load_model(args, balance, training_args, model_args, rows):
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=training_args.trust_remote_code,
         revision=revision,
+        is_trainable=True,  # of an adapter; other models always are
         **(training_args.model_init_kwargs or {}),
     )
     return model, tokenizer
@@ -349,8 +377,8 @@ def parse(argv=None):
         potential_kwargs: dict | str | None = None  # JSON on the command line
 
         def __post_init__(self):
-            kwargs = self.potential_kwargs or {}
-            object.__setattr__(self, "potential_kwargs", json.loads(kwargs) if isinstance(kwargs, str) else kwargs)
+            kwargs = mapping("potential_kwargs", self.potential_kwargs or {})
+            object.__setattr__(self, "potential_kwargs", kwargs)
             super().__post_init__()
 
     @dataclass
@@ -359,7 +387,11 @@ def parse(argv=None):
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser((Arguments, BalanceArguments, SFTConfig, ModelArguments))
-    parsed = parser.parse_args_and_config([*(miniature.OPTIONS if "--tiny" in argv else ()), *argv])
+    # Of all forms (--tiny, --tiny=true, --tiny false, in YAML). Only these options: `SFTConfig` may need those of --tiny.
+    first = TrlParser(Arguments, add_help=False).parse_args_and_config(argv, return_remaining_strings=True)[0]
+    parsed = parser.parse_args_and_config([*(miniature.OPTIONS if first.tiny else ()), *argv])
+    resume = parsed[2].resume_from_checkpoint  # a text on the command line, which transformers takes for a path
+    parsed[2].resume_from_checkpoint = {"true": True, "false": False}.get(str(resume).lower(), resume)
     if parsed[0].tiny and not any(word.split("=")[0] == "--output_dir" for word in argv):
         parsed[2].output_dir += "-tiny"  # keeps the results of the recipe
     return parsed
