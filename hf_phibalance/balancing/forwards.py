@@ -292,17 +292,22 @@ class Forwards:
 
     def _come_to(self, forward: Forward) -> None:
         """Settles `forward` in the running backward. Adds its prices anew if the gradients of an earlier backward were dropped."""
-        if forward.added and forward.backward != running_backward() and self._has_no_gradient():
+        if forward.left_gradient and forward.backward != running_backward() and not self._has_gradient():
             forward.added.clear()
-        forward.backward = running_backward()
+        if forward.backward != running_backward():
+            forward.backward = running_backward()
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._note_gradient(forward))
         self.settle(forward)
 
-    def _has_no_gradient(self) -> bool:
-        """Whether what is trained in the backbone has no gradient. Embeddings may have one: a tied head comes first in a backward."""
+    def _note_gradient(self, forward: Forward) -> None:
+        """Notes at the end of a backward whether it left a gradient. `torch.autograd.grad` leaves none, and may be added up."""
+        forward.left_gradient = self._has_gradient()
+
+    def _has_gradient(self) -> bool:
+        """Whether something in the backbone has a gradient, besides embeddings: a head tied to them comes first in a backward."""
         backbone: Any = self.balancer.backbone
         modules = (module for module in backbone.modules() if not isinstance(module, nn.Embedding))
-        trained = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
-        return bool(trained) and all(p.grad is None for p in trained)
+        return any(p.grad is not None for module in modules for p in module.parameters(recurse=False))
 
     # ------------------------------------------------------------------ a call of a router
 

@@ -48,6 +48,7 @@ class Forward:
         self.price: Tensor | None = None  # (L, E) coef · q, once a backward has come
         self.added: set[int] = set()  # routers that have added their gradient
         self.backward = -1  # number of the last backward that came to it
+        self.left_gradient = False  # whether that left a gradient in the parameters
         self.first_node = next_node()  # number of the first autograd node that it makes
         self.key = 2 * next(_keys)  # its number in compiled code
         step.alive[self.key] = self
