@@ -103,7 +103,7 @@ class Loop:
             raise ValueError(f"`micro_batches` must hold at least one micro-batch, got {micro_batches!r}.")
         if self.now.settled == 0:
             self._now = None
-        elif self.is_given_up() or not any(p.grad is not None and p.grad.any() for p in self._trained()):
+        elif self._is_given_up() or not any(p.grad is not None and p.grad.any() for p in self._trained()):
             self._give_up()  # all None, or all zero after zero_grad(set_to_none=False)
         elif self.now.number is not None:
             logger.warning_once(
@@ -139,9 +139,9 @@ class Loop:
         process.wrap_imported()
         if self.now.counts.flat.device != self.balancer.duals.values.device:
             self._now = self._last = None
-        elif self.now.settled and self.now.number is None and self.is_given_up():
+        elif self.now.settled and self.now.number is None and self._is_given_up():
             self._give_up()
-        elif micro_batch in self.now.served and self.is_given_up():
+        elif micro_batch in self.now.served and self._is_given_up():
             self.now.restart()
         probe = next(self._trained(), None)
         self._version = -1 if probe is None else probe._version
@@ -161,7 +161,7 @@ class Loop:
     def _trained(self) -> Iterator[Tensor]:
         return (p for p in self.balancer.root.parameters() if p.requires_grad)
 
-    def is_given_up(self) -> bool:
+    def _is_given_up(self) -> bool:
         """Whether the gradients of the current step are gone."""
         trained = list(self._trained())
         if not trained:  # only an optimizer of prompts could end its steps

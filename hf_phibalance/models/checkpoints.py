@@ -148,9 +148,8 @@ def base_of(adapter: dict[str, Any], source: str | os.PathLike, kwargs: dict[str
         ValueError: If the base model is an adapter too, or a path where there is nothing.
     """
     base = adapter["base_model_name_or_path"]
-    if not os.path.exists(base) and (
-        os.path.isabs(base) or base.startswith(".") or base.count("/") > 1
-    ):  # no name on the Hub
+    is_path = os.path.isabs(base) or base.startswith(".") or base.count("/") > 1  # no name on the Hub is like that
+    if is_path and not os.path.exists(base):
         raise ValueError(
             f"base_model_name_or_path in {source}/adapter_config.json is {quoted(base)}, and there is nothing: the base model was moved, or "
             "the path was relative to another folder. Correct it there."
