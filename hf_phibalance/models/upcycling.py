@@ -250,10 +250,8 @@ class Upcycler:
         return torch.Generator("cpu").manual_seed(zlib.crc32(repr((self.options.seed, *words)).encode()))
 
     def _normal(self, like: Tensor, *words: object) -> Tensor:
-        # on the CPU, whatever the default device
-        return torch.randn(like.shape, generator=self._generator(*words), dtype=like.dtype, device="cpu").to(
-            like.device
-        )
+        numbers = self._generator(*words)  # on the CPU, whatever the default device
+        return torch.randn(like.shape, generator=numbers, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def upcycle(
