@@ -85,6 +85,7 @@ class Figures:
     layers_L6: Tensor  # (L, 6) `COLUMNS` of each router
     load_LE: Tensor  # (L, E) top-k selections per expert
     totals: Tensor  # (2,) tokens, and the mean of the balance loss over them
+    called_L: Tensor  # (L,) steps in which tokens reached the router; without images none reach some
     steps: int = 1
 
     @classmethod
@@ -100,17 +101,23 @@ class Figures:
             parts.append(torch.stack(columns, -1))
             start = stop
         balance = counts.balance / counts.tokens.clamp(min=1)
-        return cls(torch.cat(parts), counts.load.clone(), torch.stack([counts.tokens, balance]))
+        totals, called_L = torch.stack([counts.tokens, balance]), counts.load.any(-1).float()
+        return cls(torch.cat(parts), counts.load.clone(), totals, called_L)
 
     def __add__(self, other: Figures) -> Figures:
         layers_L6, load_LE = self.layers_L6 + other.layers_L6, self.load_LE + other.load_LE
-        return Figures(layers_L6, load_LE, self.totals + other.totals, self.steps + other.steps)
+        totals, called_L = self.totals + other.totals, self.called_L + other.called_L
+        return Figures(layers_L6, load_LE, totals, called_L, self.steps + other.steps)
 
     def means(self, sites: Sequence[RouterSite], per_layer: int = 0) -> dict[str, float]:
-        """Returns the means over the steps as plain numbers; at most `per_layer` layers get their own. Reads the device."""
-        rows_L6 = self.layers_L6.cpu() / self.steps
+        """
+        Returns the means over the steps as plain numbers; at most `per_layer` layers get their own. Those of a router are over the
+        steps in which tokens reached it, and routers for images that had none are left out. Reads the device.
+        """
+        called_L = self.called_L.cpu()
+        rows_L6 = self.layers_L6.cpu() / called_L.clamp(min=1)[:, None]
         values: dict[str, float] = {}
-        for modality in sorted({site.modality for site in sites}):
+        for modality in sorted({site.modality for site, n in zip(sites, called_L) if n or site.modality == "text"}):
             own = [index for index, site in enumerate(sites) if site.modality == modality]
             found = dict(zip(COLUMNS, rows_L6[own].mean(0).tolist()))
             found["dead_experts"] = float(rows_L6[own, 3].sum())
