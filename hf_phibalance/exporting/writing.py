@@ -321,6 +321,7 @@ def _write_card(report: ExportReport, folder: Path) -> None:
     source = Path(report.source) / CARD_NAME
     if source.is_file():
         head = source.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n"
+        head = head.replace("\nlibrary_name: peft\n", "\nlibrary_name: transformers\n", 1)  # an adapter was merged
     else:
         title = as_code(Path(report.source).name)
         head = f"---\nlibrary_name: transformers\ntags:\n- mixture-of-experts\n---\n\n# {title}\n\n"

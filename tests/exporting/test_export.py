@@ -9,6 +9,7 @@ import torch
 import transformers
 from adapters import fill
 from checks import assert_same
+from huggingface_hub import metadata_load
 from made_texts import make_tokenizer, words
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -222,6 +223,8 @@ def test_an_adapter_is_merged(model_type, options, text, tmp_path):
     assert naive_loss(plain, measured) - biased == pytest.approx(report.loss_increase(), abs=1e-5)
     assert report.kept == (None if model_type == "deepseek_v3" else "folded")
     assert not list((tmp_path / "plain").glob("adapter*")) and (tmp_path / "plain/tokenizer.json").is_file()
+    assert metadata_load(tmp_path / "adapter/README.md")["library_name"] == "peft"
+    assert metadata_load(tmp_path / "plain/README.md")["library_name"] == "transformers"
     assert "The adapter was merged into `base`." in (tmp_path / "plain/README.md").read_text()
 
 
